@@ -1,0 +1,99 @@
+"""The JSON beside every checkpoint that says which half of it was frozen, and lets a machine check it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from hft.errors import HFTError
+from hft.selection.policies import Selection, SelectionConfig, describe_difference
+
+NAME = "hft_manifest.json"
+PACKAGES = ("hft", "torch", "transformers", "trl", "accelerate", "datasets")
+
+
+@dataclass
+class Manifest:
+    """One round's selection and what it takes to check it.
+
+    Attributes:
+        base: the model that the round started from, a path or Hub id.
+        selection: the config that the selection was made from, with seed and round.
+        trained_units: names of the trained units, in model order.
+        frozen_units: names of the frozen units, in model order.
+        frozen: SHA-256 of each frozen parameter, by name (see `hft.weights.checksum`).
+        shares: trainable share of the layers and of the whole model.
+        versions: the packages that made it.
+    """
+
+    base: str
+    selection: dict
+    trained_units: list[str]
+    frozen_units: list[str]
+    frozen: dict[str, str]
+    shares: dict[str, float]
+    versions: dict[str, str] = field(
+        default_factory=lambda: {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    )
+
+    @classmethod
+    def of(cls, selection: Selection, base: str, checksums: dict[str, str]) -> Manifest:
+        """The manifest of a selection, given the checksums of the frozen parameters."""
+        units = selection.anatomy.units
+        return cls(
+            base=base,
+            selection=asdict(selection.config),
+            trained_units=[unit.name for unit in units if selection.trains(unit)],
+            frozen_units=[unit.name for unit in units if not selection.trains(unit)],
+            frozen=checksums,
+            shares={"layers": selection.share_of_layers, "model": selection.share_of_model},
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write it into a folder, in one step."""
+        path = Path(folder) / NAME
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        return temporary.replace(path)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Manifest:
+        """Read the manifest of a checkpoint or output folder.
+
+        Raises:
+            HFTError: there is none, or it is not one.
+        """
+        path = Path(folder) / NAME
+        try:
+            return cls(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise HFTError(f"{folder} has no {NAME}, so it is no folder that hft wrote") from None
+        except (TypeError, ValueError) as error:
+            raise HFTError(f"{path} is no manifest: {error}") from error
+
+    def check_resumable(self, other: Manifest, folder: str | Path) -> None:
+        """Refuse to go on from a checkpoint whose selection or base is not this run's.
+
+        torch would load its optimizer state without complaint, since all halves are equally large, and train on with
+        another matrix's moments.
+
+        Args:
+            other: the manifest of the checkpoint.
+            folder: the checkpoint, for the message.
+        """
+        if self.frozen_units != other.frozen_units or self.frozen.keys() != other.frozen.keys():
+            ours, theirs = SelectionConfig(**self.selection), SelectionConfig(**other.selection)
+            difference = describe_difference(ours, theirs) or "another model"
+            raise HFTError(
+                f"cannot resume from {folder}: it was trained with another selection ({difference}); give the same "
+                "settings, another --output_dir, or --resume_from_checkpoint none"
+            )
+        if self.frozen != other.frozen:
+            name = next(name for name in self.frozen if self.frozen[name] != other.frozen[name])
+            raise HFTError(
+                f"cannot resume from {folder}: its base was {other.base}, whose {name} differs from that of "
+                f"{self.base}; give the same base, another --output_dir, or --resume_from_checkpoint none"
+            )

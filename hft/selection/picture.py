@@ -1,0 +1,39 @@
+"""A selection to look at: layers x units."""
+
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from hft.selection.policies import Selection
+
+FROZEN, TRAINED = "#cfd8dc", "#e4572e"
+
+
+def draw_selection(selection: Selection, title: str = "") -> Figure:
+    """One column a layer, one row a unit; trained units are coloured, frozen ones grey.
+
+    A unit that some layers lack is left white there.
+    """
+    units = selection.anatomy.units
+    kinds = list(dict.fromkeys((unit.block, unit.kind) for unit in sorted(units, key=lambda u: u.block)))
+    rows = {kind: row for row, kind in enumerate(kinds)}
+    grid = [[float("nan")] * selection.anatomy.num_layers for _ in kinds]
+    for unit in units:
+        grid[rows[unit.block, unit.kind]][unit.layer] = float(selection.trains(unit))
+
+    figure = Figure(figsize=(max(5, 0.24 * selection.anatomy.num_layers + 2.2), 0.3 * len(kinds) + 1.4), dpi=120)
+    axes = figure.add_subplot()
+    axes.pcolormesh(grid, cmap=ListedColormap([FROZEN, TRAINED]), vmin=0, vmax=1, edgecolors="white", linewidth=1)
+    axes.set_yticks([row + 0.5 for row in range(len(kinds))], [kind for _, kind in kinds])
+    step = 1 if selection.anatomy.num_layers <= 8 else 4
+    ticks = range(0, selection.anatomy.num_layers, step)
+    axes.set_xticks([tick + 0.5 for tick in ticks], [str(tick) for tick in ticks])
+    axes.set_xlabel("layer")
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.set_frame_on(False)
+    axes.set_title(f"{title}{': ' if title else ''}{selection.share_of_layers:.1%} of the layers trains", loc="left")
+    legend = [Patch(color=TRAINED, label="trains"), Patch(color=FROZEN, label="frozen")]
+    figure.legend(handles=legend, loc="lower right", ncols=2, frameon=False)
+    figure.tight_layout()
+    return figure
