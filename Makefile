@@ -1,0 +1,70 @@
+# The front door. `make` lists what there is; `make -n TARGET` shows the commands of a target without running them.
+
+MODEL ?= smollm2-135m
+ARGS ?=
+PYTHON ?= python3
+VENV ?= .venv
+NUM_GPUS ?= $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Models that are made here rather than fetched from the Hub, and the demo data that their recipes train on.
+LOCAL := $(filter smollm2-135m tiny,$(MODEL))
+LOCAL_FILES := $(if $(LOCAL),models/$(LOCAL)/config.json data/sft/train.jsonl)
+
+ifeq ($(filter-out 0 1,$(NUM_GPUS)),)
+HFT := $(BIN)/hft
+else
+HFT := $(BIN)/accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes $(NUM_GPUS) -m hft
+endif
+
+ifeq ($(NUM_GPUS),0)
+# glibc gives every large activation back to the kernel and faults it in again. Keeping the memory is faster on CPUs:
+# results/smollm2-135m/malloc.md.
+export MALLOC_MMAP_THRESHOLD_ := 4294967296
+export MALLOC_TRIM_THRESHOLD_ := 17179869184
+endif
+
+.PHONY: help install lint test test-slow test-gpu clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make sft-METHOD [MODEL=smollm2-135m] [ARGS='--key value ...'] [NUM_GPUS=n]"
+	@echo "  METHOD  $(basename $(notdir $(wildcard recipes/methods/*.yaml)))"
+	@echo "  MODEL   $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/sft.yaml)))))"
+	@echo "make test | lint | test-slow | test-gpu | clean"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "hft needs Python 3.11 or newer; name one with PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+models/%/config.json: | $(INSTALLED)
+	$(BIN)/hft fetch $*
+
+data/sft/train.jsonl: | $(INSTALLED)
+	$(BIN)/hft demo
+
+sft-%: $(INSTALLED) $(LOCAL_FILES)
+	$(HFT) sft --config recipes/$(MODEL)/sft.yaml recipes/methods/$*.yaml $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: $(INSTALLED)
+	$(BIN)/pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m slow $(ARGS)
+
+test-gpu: $(INSTALLED)
+	$(BIN)/pytest -m gpu $(ARGS)
+
+clean:
+	rm -rf data models runs wandb

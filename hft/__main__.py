@@ -1,0 +1,5 @@
+import sys
+
+from hft.cli import main
+
+sys.exit(main())

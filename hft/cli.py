@@ -1,0 +1,90 @@
+"""The `hft` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+USAGE = """\
+usage: hft COMMAND ...
+
+  hft sft --config RECIPE.yaml [METHOD.yaml ...] [--key value ...]
+                            fine-tune on demonstrations; later files win, then flags
+  hft verify OUT [--base BASE]
+                            hold a model's frozen half against its base, bit by bit
+  hft fetch MODEL [FOLDER]  make smollm2-135m or tiny, by default in models/MODEL
+  hft demo [FOLDER]         write the demo data, by default to data/
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit status: 0; 1 if verify found a difference; 2 for a mistake the user can put right.
+    """
+    # TRL pings a server whenever a trainer is made; huggingface_hub reads this when it is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # TRL's own default uses this key, which transformers is renaming.
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+    command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    from hft.errors import HFTError
+
+    try:
+        if command == "sft":
+            return _train(command, rest)
+        if command == "verify":
+            return _verify(rest)
+        if command == "fetch" and 1 <= len(rest) <= 2:
+            return _fetch(*rest)
+        if command == "demo" and len(rest) <= 1:
+            return _demo(*rest)
+        print(USAGE, end="", file=sys.stdout if command in ("-h", "--help") else sys.stderr)
+        return 0 if command in ("-h", "--help") else 2
+    except HFTError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"hft: {error}", file=sys.stderr)
+        return 2
+
+
+# Imported where they are needed: torch and TRL take seconds to load.
+def _train(stage: str, arguments: Sequence[str]) -> int:
+    from hft.running import STAGES, run
+
+    return run(STAGES[stage], arguments)
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    from pathlib import Path
+
+    from hft.errors import HFTError
+    from hft.folders import verify_folder
+
+    match arguments:
+        case [out]:
+            result = verify_folder(Path(out))
+        case [out, "--base", base]:
+            result = verify_folder(Path(out), base)
+        case _:
+            raise HFTError("usage: hft verify OUT [--base BASE]")
+    print(result.report())
+    return 0 if result.ok else 1
+
+
+def _fetch(name: str, folder: str | None = None) -> int:
+    from hft.models import fetch
+
+    folder = folder or f"models/{name}"
+    fetch(name, folder)
+    print(f"{name} is in {folder}")
+    return 0
+
+
+def _demo(folder: str = "data") -> int:
+    from hft.demo import write_demo_data
+
+    rows = write_demo_data(folder)
+    print(f"{folder}/sft: " + ", ".join(f"{count:,} {split} rows" for split, count in rows.items()))
+    return 0

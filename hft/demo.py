@@ -1,0 +1,84 @@
+"""Demo data: questions about Python's standard library, answered by its own docstrings."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo"}
+QUESTIONS = {
+    ast.Module: "What is the Python module `{}` for?",
+    ast.ClassDef: "What is the Python class `{}` for?",
+    ast.FunctionDef: "What does the Python function `{}` do?",
+    ast.AsyncFunctionDef: "What does the Python coroutine `{}` do?",
+}
+# One in so many is held out, chosen by name so that a new Python version moves no row between the splits.
+HELD_OUT = 10
+LENGTHS = range(40, 500)
+
+
+def docstring_chats() -> Iterator[tuple[str, dict]]:
+    """Question and answer for each public module, class, function and method of the standard library.
+
+    The sources are parsed, not imported. The answer is the docstring's first paragraph; one that stands twice is
+    taken once, so that no held-out answer is trained on.
+
+    Yields:
+        The dotted name and a row `{"messages": [user, assistant]}`, in the order of the names' files.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(path for path in root.rglob("*.py") if _is_public(path.relative_to(root)))
+    seen = set()
+    for path in tqdm(files, desc="reading the standard library's docstrings", unit="file"):
+        module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        tree = ast.parse(path.read_bytes())
+        for name, node in _public_nodes(tree, module):
+            answer = " ".join(inspect.cleandoc(ast.get_docstring(node) or "").split("\n\n")[0].split())
+            if len(answer) not in LENGTHS or answer in seen:
+                continue
+            seen.add(answer)
+            question = QUESTIONS[type(node)].format(name)
+            yield (
+                name,
+                {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]},
+            )
+
+
+def write_demo_data(folder: str | Path) -> dict[str, int]:
+    """Write `sft/train.jsonl` and `sft/test.jsonl` below a folder.
+
+    Returns:
+        The number of rows of each split.
+    """
+    splits: dict[str, list[dict]] = {"train": [], "test": []}
+    for name, row in docstring_chats():
+        held_out = int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
+        splits["test" if held_out else "train"].append(row)
+    out = Path(folder) / "sft"
+    out.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        (out / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {split: len(rows) for split, rows in splits.items()}
+
+
+def _is_public(path: Path) -> bool:
+    parts = path.with_suffix("").parts
+    return not SKIPPED_FOLDERS & set(parts) and not any(
+        (part.startswith("_") and part != "__init__") or part == "__main__" for part in parts
+    )
+
+
+def _public_nodes(node: ast.AST, name: str) -> Iterator[tuple[str, ast.AST]]:
+    yield name, node
+    for child in getattr(node, "body", []):
+        if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+            yield from _public_nodes(child, f"{name}.{child.name}")
+        elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and not child.name.startswith("_"):
+            yield f"{name}.{child.name}", child

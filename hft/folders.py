@@ -1,0 +1,130 @@
+"""The output folder of a run: what it holds, where to go on from, and that no earlier work is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
+
+from hft.config import read_yaml, to_yaml
+from hft.errors import HFTError
+from hft.freezing import Verification, verify
+from hft.processes import say
+from hft.selection import Manifest, Selection
+from hft.selection.manifest import NAME as MANIFEST_NAME
+from hft.selection.picture import draw_selection
+from hft.weights import Weights, local_folder
+
+CONFIG_NAME = "config.yaml"
+RESULTS_NAME = "results.json"
+PICTURE_NAME = "selection.png"
+FINISHED = "finished"
+
+# Keys that say how and where to run, not what: they neither name a run nor make it another one.
+RUN_KEYS = ("output_dir", "run_name", "report_to", "resume_from_checkpoint", "dry_run", "use_cpu", "bf16")
+
+
+def prepare_folder(out: Path, config: dict[str, Any], selection: Selection) -> str | None:
+    """Make the output folder ready, and find out where to start.
+
+    Returns:
+        The checkpoint to resume from, `FINISHED`, or None to start from the base.
+
+    Raises:
+        HFTError: the folder cannot be written to, holds another run, or is the base itself.
+    """
+    base = config["model_name_or_path"]
+    if Path(base).is_dir() and out.resolve() == Path(base).resolve():
+        raise HFTError(f"output_dir {out} is the base itself; choose another")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise HFTError(f"cannot write to output_dir {out}: {error.strerror}") from error
+
+    start = config["resume_from_checkpoint"]
+    if start == "auto":
+        start = _find_start(out, config)
+    elif start is None or start.lower() in ("none", "false"):
+        _clear(out)
+        start = None
+    if start not in (None, FINISHED):
+        theirs = Manifest.load(start)
+        Manifest.of(selection, base, theirs.frozen).check_resumable(theirs, start)
+        say(f"resuming from {start}", "")
+    if start != FINISHED:
+        (out / CONFIG_NAME).write_text(to_yaml(config))
+        (out / RESULTS_NAME).unlink(missing_ok=True)
+        draw_selection(selection, config["run_name"]).savefig(out / PICTURE_NAME)
+    return start
+
+
+def _find_start(out: Path, config: dict[str, Any]) -> str | None:
+    earlier = read_yaml(out / CONFIG_NAME) if (out / CONFIG_NAME).exists() else {}
+    changes = [
+        f"{key} {earlier.get(key, 'unset')} there, {config.get(key, 'unset')} here"
+        for key in sorted(earlier.keys() | config.keys())
+        if key not in RUN_KEYS and earlier.get(key) != config.get(key)
+    ]
+    if (out / RESULTS_NAME).exists():
+        if not changes:
+            return FINISHED
+        raise HFTError(
+            f"{out} holds a finished run with other settings ({'; '.join(changes)}): choose another --output_dir, or "
+            "--resume_from_checkpoint none to overwrite it"
+        )
+    checkpoint = last_checkpoint(out)
+    if checkpoint and changes:
+        say(f"NOTE: going on with other settings than before: {'; '.join(changes)}")
+    return checkpoint
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier run's checkpoints, lest a later `auto` take them for this run's."""
+    for checkpoint in sort_checkpoints(str(out)):
+        if (Path(checkpoint) / MANIFEST_NAME).exists():
+            say(f"removing {checkpoint} of an earlier run")
+            shutil.rmtree(checkpoint)
+
+
+def verify_folder(out: Path, base: str | None = None) -> Verification:
+    """Hold an output folder's frozen half against its base; against the manifest's checksums if that is gone.
+
+    Raises:
+        HFTError: the folder or a base given by name cannot be read.
+    """
+    manifest = Manifest.load(out)
+    try:
+        base_weights = Weights(local_folder(base or manifest.base))
+    except HFTError:
+        if base:
+            raise
+        base_weights = None
+    return verify(Weights(out), manifest.frozen, base_weights)
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The last checkpoint in a folder that was written to its end, or None.
+
+    The trainer writes its state after everything else, so a checkpoint without it was cut off.
+    """
+    if not Path(folder).is_dir():
+        return None
+    for checkpoint in reversed(sort_checkpoints(str(folder))):
+        state = Path(checkpoint) / TRAINER_STATE_NAME
+        if (Path(checkpoint) / MANIFEST_NAME).exists() and state.exists() and _is_json(state):
+            return checkpoint
+    return None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True

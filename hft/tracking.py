@@ -1,0 +1,41 @@
+"""What a run tells wandb beyond what Trainer's own callback logs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import wandb
+from hft.selection import Selection
+
+PROJECT = "hft"
+
+
+def start(name: str, config: dict[str, Any], selection: Selection, picture: Path) -> str:
+    """Begin a wandb run with the resolved config and the selection; offline where no API key is found.
+
+    Trainer's `WandbCallback` takes up the run that is already there.
+
+    Returns:
+        A sentence on where the run is to be found.
+    """
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+    project = os.environ.get("WANDB_PROJECT", PROJECT)
+    run = wandb.init(project=project, name=name, config=config, mode=mode, settings=wandb.Settings(quiet=True))
+    shares = {"layers": selection.share_of_layers, "model": selection.share_of_model}
+    counts = {block: f"{trained}/{total}" for block, (trained, total) in selection.counts().items()}
+    run.config.update({"trainable_share": shares, "trained_units": counts})
+    run.log({"selection": wandb.Image(str(picture))})
+    if run.offline:
+        return f"wandb is offline (no API key); upload later with `wandb sync {Path(run.dir).parent}`"
+    return f"wandb: {run.url}"
+
+
+def finish(manifest: Path, results: dict[str, Any]) -> None:
+    """Add the manifest as an artifact and the results, verify's among them, to the summary, and end the run."""
+    artifact = wandb.Artifact(f"manifest-{wandb.run.id}", type="manifest")
+    artifact.add_file(str(manifest))
+    wandb.run.log_artifact(artifact)
+    wandb.run.summary.update({"results": results})
+    wandb.finish()

@@ -1,0 +1,5 @@
+"""The thin trainers."""
+
+from hft.training.sft import HFTSFTTrainer
+
+__all__ = ["HFTSFTTrainer"]

@@ -1,0 +1,72 @@
+"""A tiny real model, a little real data, and the command line, in process."""
+
+import json
+import os
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from hft.cli import main
+from hft.demo import docstring_chats
+from hft.models import make_tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    """Recipes name their templates relative to the repository."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """The random Llama of `MODEL=tiny`, in bf16."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[dict]:
+    return [row for _, row in islice(docstring_chats(), 96)]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory, rows) -> Path:
+    """A dataset folder with a train and a test split."""
+    folder = tmp_path_factory.mktemp("data")
+    write_jsonl(folder / "train.jsonl", rows[:80])
+    write_jsonl(folder / "test.jsonl", rows[80:])
+    return folder
+
+
+@pytest.fixture
+def sft(tiny, data):
+    """Run `hft sft` with the tiny recipe on the tiny data; flags win over the recipe's values."""
+
+    def run(out: Path, *flags: str, method: str = "hft", model: Path = tiny) -> int:
+        settings = {"model_name_or_path": model, "dataset_name": data, "output_dir": out, "report_to": "none"}
+        settings |= {"max_steps": 4, "save_steps": 2, "eval_strategy": "no", "eval_on_start": "false"}
+        words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        files = ["--config", "recipes/tiny/sft.yaml", f"recipes/methods/{method}.yaml"]
+        return main(["sft", *files, *words, *flags])
+
+    return run
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def losses(checkpoint: Path) -> list[float]:
+    """The training losses that a checkpoint's trainer logged."""
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [row["loss"] for row in history if "loss" in row]

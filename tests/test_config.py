@@ -1,0 +1,158 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import SFTConfig
+
+from hft.anatomy import anatomy_of, meta_model
+from hft.cli import main
+from hft.config import Parser, RunConfig, fill, resolve, split_arguments, to_yaml
+from hft.errors import HFTError
+from hft.running import STAGES, batch_settings, for_this_machine, load_model_config, with_defaults
+from hft.selection import SelectionConfig, select
+
+RECIPES = sorted(Path("recipes").glob("*/sft.yaml"))
+METHODS = sorted(Path("recipes/methods").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return Parser(RunConfig, SelectionConfig, SFTConfig)
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_later_files_and_then_flags_win(parser, tmp_path):
+    a = write(tmp_path / "a.yaml", "max_steps: 1\nlearning_rate: 2e-5\nseed: 1")
+    b = write(tmp_path / "b.yaml", "max_steps: 2\nseed: 2")
+    config, flags, files = resolve(parser, ["--config", a, b, "--seed", "3", "--freeze", "q_proj", "k_proj"])
+    assert config == {"max_steps": 2, "learning_rate": 2e-5, "seed": 3, "freeze": ["q_proj", "k_proj"]}
+    assert flags == {"seed": 3, "freeze": ["q_proj", "k_proj"]}
+    assert files == [a, b]
+    assert split_arguments(["--seed", "1", f"--config={a}", "--bf16"]) == ([a], ["--seed", "1", "--bf16"])
+
+
+def test_yaml_values_become_the_type_of_their_key(parser, tmp_path):
+    text = "learning_rate: 1e-3\nbf16: true\nmax_length: null\nwarmup_steps: 0.3\nmodel_init_kwargs: {a: 1}"
+    config, _, _ = resolve(parser, ["--config", write(tmp_path / "a.yaml", text)])
+    assert config == {
+        "learning_rate": 1e-3,
+        "bf16": True,
+        "max_length": None,
+        "warmup_steps": 0.3,
+        "model_init_kwargs": {"a": 1},
+    }
+    again, _, _ = resolve(parser, ["--config", write(tmp_path / "b.yaml", to_yaml(config))])
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1", "unknown key 'lerning_rate', did you mean 'learning_rate'?"),
+        ("warmup_ratio: 0.3", "unknown key 'warmup_ratio'"),
+        ("per_device_train_batch_size: 4.5", "per_device_train_batch_size: invalid int value: '4.5'"),
+        ("num_train_epochs: [2]", "num_train_epochs: [2] is not of type"),
+        ("learning_rate: fast", "learning_rate: invalid float value: 'fast'"),
+        ("learning_rate: true", "learning_rate: invalid float value: 'true'"),
+        ("assistant_only_loss: 2", "assistant_only_loss: Truthy value expected"),
+        ("fraction: {a: 1}", "fraction: {'a': 1} is not of type"),
+        ("learning_rate: null", "learning_rate: None is not of type"),
+        ("policy: half", "policy: invalid choice: 'half'"),
+        ("- a", "must be a YAML mapping"),
+        ("a: [", "is not YAML"),
+        ("", "must be a YAML mapping"),
+    ],
+)
+def test_a_wrong_file_is_one_line_and_status_2(tmp_path, capsys, text, message):
+    path = write(tmp_path / "wrong.yaml", text)
+    assert main(["sft", "--config", path]) == 2
+    err = capsys.readouterr().err.strip()
+    assert message in err
+    assert path in err
+    assert err.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config", "none.yaml"], "cannot read none.yaml: No such file"),
+        (["--lerning_rate", "1"], "unknown key 'lerning_rate', did you mean 'learning_rate'?"),
+        (["--max_step", "1"], "unknown key 'max_step', did you mean 'max_steps'?"),
+        (["--max_steps", "x"], "max_steps: invalid int value: 'x'"),
+        (["--max_steps", "1", "2"], "'2' belongs to no flag"),
+        (["--config", "recipes/tiny/sft.yaml", "--fraction", "1.5"], "fraction must lie in 0..1, got 1.5"),
+        (["--max_steps", "1"], "model_name_or_path and dataset_name are needed"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_status_2(capsys, words, message, tiny):
+    if "recipes/tiny/sft.yaml" in words:
+        words = [*words, "--model_name_or_path", str(tiny)]
+    assert main(["sft", *words]) == 2
+    err = capsys.readouterr().err.strip()
+    assert message in err
+    assert err.count("\n") == 0
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.parent.name)
+def test_every_recipe_with_every_method_makes_a_config(parser, tmp_path, recipe, method, tiny):
+    stage = STAGES["sft"]
+    flags = ["--output_dir", str(tmp_path)]
+    if recipe.parent.name in ("tiny", "smollm2-135m"):
+        flags += ["--model_name_or_path", str(tiny)]
+    config = with_defaults(stage, *resolve(parser, ["--config", str(recipe), str(method), *flags]))
+    selection = select(
+        anatomy_of(meta_model(load_model_config(fill(RunConfig, config)))), fill(SelectionConfig, config)
+    )
+    # The recipes for GPUs cannot set bf16 where there is none.
+    args = fill(SFTConfig, config | for_this_machine(config) | batch_settings(stage, config))
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == config["global_batch_size"]
+    assert Path(config["chat_template_path"]).exists()
+    expected = 1.0 if method.stem == "fft" else 0.5
+    assert selection.share_of_layers == pytest.approx(expected, abs=0.1 if method.stem == "hft-model" else 1e-3)
+
+
+def test_the_tulu_recipe_holds_the_papers_values():
+    recipe = yaml.safe_load(Path("recipes/llama2-7b/sft.yaml").read_text())
+    paper = {"learning_rate": 2e-5, "warmup_steps": 0.3, "num_train_epochs": 2, "global_batch_size": 128}
+    assert paper.items() <= {**recipe, "learning_rate": float(recipe["learning_rate"])}.items()
+    assert recipe["max_length"] == 4096
+    assert recipe["dataset_name"] == "allenai/tulu-v2-sft-mixture"
+
+
+def test_the_name_tells_what_a_flag_changed(parser):
+    def name(*words):
+        files = ["recipes/tiny/sft.yaml", "recipes/methods/fft.yaml"]
+        return with_defaults(STAGES["sft"], *resolve(parser, ["--config", *files, *words]))["run_name"]
+
+    assert name() == "tiny-sft-fft"
+    assert name("--report_to", "none") == "tiny-sft-fft"
+    assert name("--max_steps", "3", "--dataset_name", "a/b.jsonl") == "tiny-sft-fft-max_steps=3-dataset_name=b.jsonl"
+    assert name("--run_name", "mine") == name("--output_dir", "some/mine") == "mine"
+    assert len(name("--dataset_name", "x" * 300)) <= 120
+
+
+def test_accumulation_follows_from_the_global_batch(monkeypatch):
+    stage = STAGES["sft"]
+    config = {"global_batch_size": 32, "per_device_train_batch_size": 4}
+    assert batch_settings(stage, config) == {"gradient_accumulation_steps": 8}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert batch_settings(stage, config) == {"gradient_accumulation_steps": 4}
+    for wrong in ({"global_batch_size": 36}, {"global_batch_size": 4}):
+        with pytest.raises(HFTError, match="is not a multiple of 4 rows a device x 2 processes"):
+            batch_settings(stage, config | wrong)
+    with pytest.raises(HFTError, match="give only one"):
+        batch_settings(stage, config | {"gradient_accumulation_steps": 2})
+
+
+def test_a_7b_without_a_gpu_is_refused_before_anything_is_fetched(capsys, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert main(["sft", "--config", "recipes/llama2-7b/sft.yaml", "recipes/methods/hft.yaml"]) == 2
+    out, err = capsys.readouterr()
+    assert "trainable share 50.0% of the layers" in out
+    assert "6.7B parameters need a GPU" in err
+    assert "7.3 GiB each on 8" in err

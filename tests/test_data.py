@@ -1,0 +1,130 @@
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from hft.config import RunConfig
+from hft.data import load_sft, load_split, sft_rows
+from hft.demo import docstring_chats, write_demo_data
+from hft.errors import HFTError
+from tests.conftest import write_jsonl
+
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+def test_demo_data_is_plentiful_distinct_and_reproducible(tmp_path):
+    rows = dict(docstring_chats())
+    answers = [row["messages"][1]["content"] for row in rows.values()]
+    assert len(answers) == len(set(answers)) >= 1000
+    assert "Remove any common leading whitespace" in rows["textwrap.dedent"]["messages"][1]["content"]
+    counts = write_demo_data(tmp_path / "a")
+    write_demo_data(tmp_path / "b")
+    assert counts["train"] + counts["test"] == len(rows)
+    assert counts["train"] / 15 < counts["test"] < counts["train"] / 6
+    for split in ("train", "test"):
+        a, b = (tmp_path / folder / "sft" / f"{split}.jsonl" for folder in "ab")
+        assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, ASSISTANT], "prompt": "ignored", "id": 1},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    ],
+)
+def test_chats_in_either_spelling_become_messages(row):
+    dataset = sft_rows(Dataset.from_list([row]), "x")
+    assert dataset.column_names == ["messages"]
+    assert dataset[0]["messages"] == [USER, ASSISTANT]
+
+
+@pytest.mark.parametrize("row", [{"prompt": "q", "completion": "a"}, {"prompt": [USER], "completion": [ASSISTANT]}])
+def test_prompt_and_completion_become_a_chat(row):
+    dataset = sft_rows(Dataset.from_list([row | {"source": "s"}]), "x")
+    assert dataset[0] == {"prompt": [USER], "completion": [ASSISTANT]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a"}], "has columns text; needed are messages, or prompt and completion"),
+        ([{"chosen": "a", "rejected": "b"}], "it looks like preferences"),
+        ([{"messages": "a"}], "must be a list of {role, content}, got 'a'"),
+        ([{"messages": [USER, ASSISTANT]}, {"messages": [USER]}], "1 rows have no assistant turn, the first is row 1"),
+        ([{"prompt": "q", "completion": ""}], "1 rows have no assistant turn, the first is row 0"),
+    ],
+)
+def test_another_form_is_refused_by_name(rows, message):
+    with pytest.raises(HFTError, match=message):
+        sft_rows(Dataset.from_list(rows), "x")
+
+
+def test_a_missing_or_empty_dataset_is_told_in_a_sentence(tmp_path):
+    with pytest.raises(HFTError, match=r"nowhere\.jsonl does not exist"):
+        load_split("nowhere.jsonl", "train")
+    with pytest.raises(HFTError, match="is empty"):
+        load_split(str(write_jsonl(tmp_path / "empty.jsonl", [])), "train")
+    with pytest.raises(HFTError, match="cannot load dataset some/where"):
+        load_split("some/where", "train")
+    (tmp_path / "broken.jsonl").write_text('{"messages": [')
+    with pytest.raises(HFTError, match="cannot load dataset"):
+        load_split(str(tmp_path / "broken.jsonl"), "train")
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(HFTError, match=r"not \.txt"):
+        load_split(str(tmp_path / "a.txt"), "train")
+
+
+def test_held_out_rows_come_from_the_test_split_or_are_taken_from_train(data, tmp_path, rows):
+    train, test = load_sft(RunConfig(dataset_name=str(data), eval_rows=5), evaluate=True)
+    assert (len(train), len(test)) == (80, 5)
+    assert test[0]["messages"] == rows[80]["messages"]
+    file = str(write_jsonl(tmp_path / "one.jsonl", rows))
+    train, test = load_sft(RunConfig(dataset_name=file, eval_rows=8), evaluate=True)
+    assert (len(train), len(test)) == (88, 8)
+    questions = [{row["messages"][0]["content"] for row in split} for split in (train, test)]
+    assert not questions[0] & questions[1]
+    assert load_sft(RunConfig(dataset_name=file), evaluate=False)[1] is None
+    with pytest.raises(HFTError, match="has no test split: hold rows out"):
+        load_sft(RunConfig(dataset_name=file), evaluate=True)
+    with pytest.raises(HFTError, match="cannot hold 96 rows out of the 96"):
+        load_sft(RunConfig(dataset_name=file, eval_rows=96), evaluate=True)
+
+
+def rendered(tokenizer, messages, **kwargs):
+    """Text, and the text of those tokens that the loss falls on."""
+    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **kwargs)
+    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+    return tokenizer.decode(ids), tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
+
+
+def test_the_tulu_template_is_tulus(tiny):
+    """The format of open-instruct's encode_with_messages_format, and where its loss falls."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    chat = [
+        {"role": "system", "content": " Be brief. "},
+        {"role": "user", "content": "One?\n"},
+        {"role": "assistant", "content": " 1 "},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "2"},
+    ]
+    text, learnt = rendered(tokenizer, chat)
+    assert text == (
+        "<s><|system|>\nBe brief.\n<|user|>\nOne?\n<|assistant|>\n1</s>\n<|user|>\nTwo?\n<|assistant|>\n2</s>"
+    )
+    assert learnt == "1</s>\n2</s>"
+    prompt = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+    assert text.startswith(prompt)
+    assert prompt.endswith("<|assistant|>\n")
+
+
+def test_the_smollm2_template_trains_the_end_of_a_turn(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = Path("recipes/templates/smollm2.jinja").read_text()
+    text, learnt = rendered(tokenizer, [USER, ASSISTANT])
+    assert text == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    )
+    assert learnt == "a<|im_end|>"
