@@ -1,6 +1,12 @@
 """Which of the launched processes this one is, and printing from the first only."""
 
+from __future__ import annotations
+
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def is_main() -> bool:
@@ -11,6 +17,11 @@ def is_main() -> bool:
 def world_size() -> int:
     """Number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_sharded(args: TrainingArguments | None = None) -> bool:
+    """Whether the run shards the model with FSDP, by accelerate's launcher or by the trainer's config."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true" or bool(args and args.fsdp)
 
 
 def say(*lines: object) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from hft.errors import HFTError
 from hft.folders import CONFIG_NAME, FINISHED, PICTURE_NAME, RESULTS_NAME, RUN_KEYS, prepare_folder, verify_folder
 from hft.freezing import Verification
 from hft.planning import GIB, check_fits, cpu_has_bfloat16, peak_memory, static_memory
-from hft.processes import indented, is_main, say, world_size
+from hft.processes import indented, is_main, is_sharded, say, world_size
 from hft.selection import SelectionConfig, select
 from hft.selection.manifest import NAME as MANIFEST_NAME
 from hft.training import HFTSFTTrainer
@@ -75,7 +74,7 @@ def run(stage: Stage, arguments: Sequence[str]) -> int:
     run_config = fill(RunConfig, config)
     anatomy = anatomy_of(meta_model(load_model_config(run_config)))
     selection = select(anatomy, fill(SelectionConfig, config))
-    shards = world_size() if os.environ.get("ACCELERATE_USE_FSDP") == "true" else 1
+    shards = world_size() if is_sharded() else 1
     memory = static_memory(selection, shards=shards) / GIB
     say("selection", indented(f"{selection.summary()}\n{memory:.2f} GiB a device before activations\n"))
     check_fits(selection, cpu_asked_for=bool(config.get("use_cpu")), shards=shards)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hft.anatomy import anatomy_of
@@ -12,6 +15,7 @@ from hft.errors import HFTError
 from hft.folders import last_checkpoint
 from hft.freezing import freeze, upcast
 from hft.planning import peak_memory
+from hft.processes import is_main, is_sharded
 from hft.selection import Manifest, SelectionConfig, select
 from hft.weights import Weights, cast_weights, checksum, local_folder
 
@@ -39,32 +43,37 @@ class HalfFineTuning:
         if (kwargs.get("optimizers") or (None, None))[0] is not None:
             raise HFTError("give optimizer settings, not a built optimizer: it must be built after the freezing")
 
-        stored = None
         if isinstance(model, str):
-            init_kwargs = dict(args.model_init_kwargs or {})
-            weights = Weights(local_folder(model, init_kwargs.get("revision")))
-            stored = weights.dtypes()
-            init_kwargs.setdefault("dtype", str(weights.widest_dtype()).removeprefix("torch."))
-            args.model_init_kwargs = init_kwargs
-        super().__init__(model=model, args=args, **kwargs)
-
-        if getattr(self.model.config, "quantization_config", None) is not None:
+            model, stored = load_base(model, args)
+        else:
+            stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        if getattr(model.config, "quantization_config", None) is not None:
             raise HFTError("the model is quantised; half fine-tuning trains the weights themselves, give the original")
+
+        self.selection = select(anatomy_of(model), selection or SelectionConfig())
+        freeze(model, self.selection)
+        self.manifest = Manifest.of(self.selection, model.config._name_or_path, self._checksums(model, stored))
+        self._stored_dtypes = stored
+        self._config_dtype = model.dtype
+        super().__init__(model=model, args=args, **self.with_masters(model, args, kwargs))
+
         if self.is_deepspeed_enabled:
             raise HFTError("DeepSpeed is not supported; shard with FSDP2 (recipes/accelerate/fsdp2.yaml)")
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
             raise HFTError("FSDP1 cannot mix frozen and trained parameters in a layer; set fsdp_version: 2")
-
-        self.selection = select(anatomy_of(self.model), selection or SelectionConfig())
-        self._stored_dtypes = stored or {name: p.dtype for name, p in self.model.named_parameters()}
-        self._config_dtype = self.model.dtype
-        freeze(self.model, self.selection)
-        self.manifest = Manifest.of(self.selection, self._base_name(model), self._frozen_checksums())
-        if not self.is_fsdp_enabled:  # accelerate upcasts the trained parameters of an FSDP2 model itself
-            upcast(self.model, autocast=args.bf16 or args.fp16)
         if self.selection.config.freeze_embeddings and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             # Reentrant checkpointing finds no gradient to pass on when nothing before the first layer has one.
             self.model.enable_input_require_grads()
+
+    def with_masters(self, model: PreTrainedModel, args: TrainingArguments, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Give the trained half its fp32 masters, just before TRL's own constructor sees the model.
+
+        Returns:
+            The remaining arguments of TRL's constructor.
+        """
+        if not is_sharded(args):  # accelerate upcasts the trained parameters of an FSDP2 model itself
+            upcast(model, autocast=args.bf16 or args.fp16)
+        return kwargs
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train, from a checkpoint if one is given; `True` takes the last whole one of the output folder.
@@ -91,7 +100,7 @@ class HalfFineTuning:
         if not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             cast_weights(folder, self._stored_dtypes)
         config = copy.deepcopy(self.model.config)
-        config.dtype = self._config_dtype
+        config.dtype = self._config_dtype  # not that of the masters
         config.save_pretrained(folder)
         self.manifest.save(folder)
 
@@ -100,15 +109,25 @@ class HalfFineTuning:
         logs["peak_memory_gb"] = round(peak_memory() / 1e9, 2)
         super().log(logs, start_time)
 
-    def _base_name(self, model) -> str:
-        return model if isinstance(model, str) else model.config._name_or_path
-
-    def _frozen_checksums(self) -> dict[str, str]:
-        if not self.is_world_process_zero():
+    def _checksums(self, model: PreTrainedModel, stored: dict[str, torch.dtype]) -> dict[str, str]:
+        if not is_main():
             return {}
-        parameters = dict(self.model.named_parameters())
-        dtypes = self._stored_dtypes
-        return {
-            name: checksum(parameters[name].detach().to(dtypes.get(name, parameters[name].dtype)))
-            for name in self.selection.frozen_parameters
-        }
+        parameters = dict(model.named_parameters())
+        names = self.selection.frozen_parameters
+        return {name: checksum(parameters[name].to(stored.get(name, model.dtype))) for name in names}
+
+
+def load_base(name: str, args: TrainingArguments) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
+    """Load a base in the dtype that its weights are stored in, whatever its config says.
+
+    Args:
+        name: path or Hub id.
+        args: `model_init_kwargs` go to `from_pretrained`; a `dtype` among them wins.
+
+    Returns:
+        The model, and the dtype of each tensor on disk.
+    """
+    init_kwargs = dict(args.model_init_kwargs or {})
+    stored = Weights(local_folder(name, init_kwargs.get("revision")))
+    init_kwargs.setdefault("dtype", stored.widest_dtype())
+    return AutoModelForCausalLM.from_pretrained(name, **init_kwargs), stored.dtypes()
