@@ -28,6 +28,7 @@ endif
 
 .PHONY: help install lint test test-slow test-gpu clean
 .DELETE_ON_ERROR:
+.PRECIOUS: models/%/config.json
 
 help:
 	@echo "make sft-METHOD [MODEL=smollm2-135m] [ARGS='--key value ...'] [NUM_GPUS=n]"
