@@ -1,6 +1,7 @@
 # The front door. `make` lists what there is; `make -n TARGET` shows the commands of a target without running them.
 
 MODEL ?= smollm2-135m
+FROM ?=
 ARGS ?=
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 
 # Models that are made here rather than fetched from the Hub, and the demo data that their recipes train on.
 LOCAL := $(filter smollm2-135m tiny,$(MODEL))
-LOCAL_FILES := $(if $(LOCAL),models/$(LOCAL)/config.json data/sft/train.jsonl)
+LOCAL_FILES := $(if $(LOCAL),models/$(LOCAL)/config.json data/dpo/train.jsonl)
 
 ifeq ($(filter-out 0 1,$(NUM_GPUS)),)
 HFT := $(BIN)/hft
@@ -32,6 +33,7 @@ endif
 
 help:
 	@echo "make sft-METHOD [MODEL=smollm2-135m] [ARGS='--key value ...'] [NUM_GPUS=n]"
+	@echo "make dpo-METHOD [MODEL=...] [FROM=runs/an-sft-run] [ARGS=...] [NUM_GPUS=n]"
 	@echo "  METHOD  $(basename $(notdir $(wildcard recipes/methods/*.yaml)))"
 	@echo "  MODEL   $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/sft.yaml)))))"
 	@echo "make test | lint | test-slow | test-gpu | clean"
@@ -48,11 +50,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 models/%/config.json: | $(INSTALLED)
 	$(BIN)/hft fetch $*
 
-data/sft/train.jsonl: | $(INSTALLED)
+data/dpo/train.jsonl: | $(INSTALLED)
 	$(BIN)/hft demo
 
 sft-%: $(INSTALLED) $(LOCAL_FILES)
 	$(HFT) sft --config recipes/$(MODEL)/sft.yaml recipes/methods/$*.yaml $(ARGS)
+
+dpo-%: $(INSTALLED) $(LOCAL_FILES)
+	$(HFT) dpo --config recipes/$(MODEL)/dpo.yaml recipes/methods/$*.yaml $(addprefix --model_name_or_path ,$(FROM)) $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -12,6 +12,8 @@ usage: hft COMMAND ...
 
   hft sft --config RECIPE.yaml [METHOD.yaml ...] [--key value ...]
                             fine-tune on demonstrations; later files win, then flags
+  hft dpo --config RECIPE.yaml [METHOD.yaml ...] [--key value ...]
+                            align with preferences
   hft verify OUT [--base BASE]
                             hold a model's frozen half against its base, bit by bit
   hft fetch MODEL [FOLDER]  make smollm2-135m or tiny, by default in models/MODEL
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from hft.errors import HFTError
 
     try:
-        if command == "sft":
+        if command in ("sft", "dpo"):
             return _train(command, rest)
         if command == "verify":
             return _verify(rest)
@@ -86,5 +88,6 @@ def _demo(folder: str = "data") -> int:
     from hft.demo import write_demo_data
 
     rows = write_demo_data(folder)
-    print(f"{folder}/sft: " + ", ".join(f"{count:,} {split} rows" for split, count in rows.items()))
+    for name, count in rows.items():
+        print(f"{folder}/{name}: {count:,} rows")
     return 0

@@ -45,8 +45,10 @@ class RunConfig(ScriptArguments):
 class Parser(TrlParser):
     """`TrlParser` whose errors are one sentence and that accepts no abbreviated flags."""
 
-    def __init__(self, *dataclasses: type):
+    def __init__(self, *dataclasses: type, elsewhere: dict[str, str] | None = None):
+        """Know the keys of some dataclasses, and of keys `elsewhere` the stage that they belong to."""
         super().__init__(list(dataclasses), allow_abbrev=False, prog="hft")
+        self.elsewhere = elsewhere or {}
         self.types = {name: str(t) for cls in dataclasses for name, t in get_type_hints(cls).items()}
         self.keys = [f.name for cls in dataclasses for f in fields(cls) if f.init]
         # Without defaults, what parsing returns is what was given.
@@ -56,6 +58,8 @@ class Parser(TrlParser):
         raise HFTError(re.sub(r"^argument --(\w+)\S*:", r"\1:", message))
 
     def unknown(self, key: str) -> HFTError:
+        if key in self.elsewhere:
+            return HFTError(f"{key!r} is a key of {self.elsewhere[key]}, not of this stage")
         near = difflib.get_close_matches(key, self.keys, n=1)
         return HFTError(f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from datasets import Dataset, get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from trl import maybe_convert_to_chatml
+from trl import extract_prompt, maybe_convert_to_chatml
 
 from hft.config import RunConfig
 from hft.errors import HFTError
+from hft.processes import say
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -54,6 +57,35 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
 def has_split(name: str, split: str, config: str | None = None) -> bool:
     """Whether a dataset has a split; a single file has only `train`."""
     return split == "train" if Path(name).is_file() else split in get_dataset_split_names(name, config)
+
+
+def load_data(run: RunConfig, rows: Callable[[Dataset, str], Dataset], *, evaluate: bool):
+    """The training rows and, if wanted, the rows to evaluate on (see `RunConfig.eval_rows`).
+
+    Args:
+        run: names the dataset and its splits.
+        rows: brings a dataset into the form a stage needs, `sft_rows` or `preference_rows`.
+        evaluate: whether rows to evaluate on are wanted.
+
+    Returns:
+        Two datasets, the second None if it is not wanted.
+    """
+    name = run.dataset_name
+    train = rows(load_split(name, run.dataset_train_split, run.dataset_config), name)
+    if not evaluate:
+        return train, None
+    if has_split(name, run.dataset_test_split, run.dataset_config):
+        test = rows(load_split(name, run.dataset_test_split, run.dataset_config), name)
+        return train, test.select(range(min(run.eval_rows or len(test), len(test))))
+    if not run.eval_rows:
+        raise HFTError(
+            f"dataset {name} has no {run.dataset_test_split} split: hold rows out with --eval_rows 64, or pass "
+            "--eval_strategy no"
+        )
+    if run.eval_rows >= len(train):
+        raise HFTError(f"cannot hold {run.eval_rows} rows out of the {len(train)} of {name}; lower --eval_rows")
+    halves = train.train_test_split(test_size=run.eval_rows, seed=0)
+    return halves["train"], halves["test"]
 
 
 def sft_rows(dataset: Dataset, name: str) -> Dataset:
@@ -101,24 +133,58 @@ def sft_rows(dataset: Dataset, name: str) -> Dataset:
     return dataset
 
 
-def load_sft(run: RunConfig, *, evaluate: bool) -> tuple[Dataset, Dataset | None]:
-    """The training rows and, if wanted, the rows to evaluate on (see `RunConfig.eval_rows`)."""
-    name = run.dataset_name
-    train = sft_rows(load_split(name, run.dataset_train_split, run.dataset_config), name)
-    if not evaluate:
-        return train, None
-    if has_split(name, run.dataset_test_split, run.dataset_config):
-        test = sft_rows(load_split(name, run.dataset_test_split, run.dataset_config), name)
-        return train, test.select(range(min(run.eval_rows or len(test), len(test))))
-    if not run.eval_rows:
-        raise HFTError(
-            f"dataset {name} has no {run.dataset_test_split} split: hold rows out with --eval_rows 64, or pass "
-            "--eval_strategy no"
-        )
-    if run.eval_rows >= len(train):
-        raise HFTError(f"cannot hold {run.eval_rows} rows out of the {len(train)} of {name}; lower --eval_rows")
-    halves = train.train_test_split(test_size=run.eval_rows, seed=0)
-    return halves["train"], halves["test"]
+def preference_rows(dataset: Dataset, name: str) -> Dataset:
+    """Preferences as conversations with an explicit prompt, the one form that `DPOTrainer` always reads alike.
+
+    UltraFeedback's common layouts all come down to it: whole dialogues in `chosen` and `rejected`, beside a `prompt`
+    that is text (HuggingFaceH4, allenai, argilla) or absent (trl-lib); so do prompt, chosen and rejected as messages
+    or as text. `DPOTrainer` itself fails on the first kind.
+
+    Args:
+        dataset: with `chosen` and `rejected`, and mostly `prompt`.
+        name: for messages to people.
+
+    Raises:
+        HFTError: another form, or no pair to learn from. Single pairs that are equal or lack an answer are dropped,
+            as UltraFeedback has some; their number is printed.
+    """
+    columns = set(dataset.column_names)
+    needed = (
+        "needed are chosen and rejected as messages with the prompt in front or in a column of its own, or prompt, "
+        "chosen and rejected as text"
+    )
+    if not {"chosen", "rejected"} <= columns:
+        hint = "; it looks like demonstrations, which are for SFT" if {"messages", "completion"} & columns else ""
+        raise HFTError(f"dataset {name} has columns {', '.join(sorted(columns))}; {needed}{hint}")
+    first = dataset[0]
+    prompt, chosen = first.get("prompt"), first["chosen"]
+    if _is_chat(chosen) and chosen and chosen[0]["role"] != "assistant":
+        dataset = dataset.select_columns(["chosen", "rejected"]).map(extract_prompt, desc="parting prompt and answers")
+    elif _is_chat(prompt) and _is_chat(chosen):
+        dataset = dataset.select_columns(["prompt", "chosen", "rejected"])
+    elif isinstance(prompt, str) and (isinstance(chosen, str) or _is_chat(chosen)):
+        dataset = dataset.select_columns(["prompt", "chosen", "rejected"]).map(_as_chat, desc="text as chats")
+    else:
+        raise HFTError(f"dataset {name} has chosen = {chosen!r:.60} and prompt = {prompt!r:.60}; {needed}")
+
+    def fault(batch: dict) -> dict:
+        pairs = zip(batch["chosen"], batch["rejected"], strict=True)
+        return {"fault": [_fault(*pair) for pair in pairs]}
+
+    faults = dataset.map(fault, batched=True, remove_columns=dataset.column_names, desc="checking pairs")["fault"]
+    good = [index for index, found in enumerate(faults) if not found]
+    counts = ", ".join(f"{count:,} {found}" for found, count in Counter(filter(None, faults)).items())
+    if not good:
+        raise HFTError(f"dataset {name} has no pair to learn from: {counts}")
+    if counts:
+        say(f"dataset {name}: dropped {counts}, of {len(faults):,} pairs")
+    return dataset.select(good)
+
+
+def _fault(chosen: list[dict], rejected: list[dict]) -> str:
+    if not all(messages and messages[-1]["content"].strip() for messages in (chosen, rejected)):
+        return "with an empty answer"
+    return "with equal answers" if chosen == rejected else ""
 
 
 def _from_sharegpt(row: dict) -> dict:
@@ -128,9 +194,12 @@ def _from_sharegpt(row: dict) -> dict:
 
 
 def _as_chat(row: dict) -> dict:
+    """Text as messages: the prompt is the user's, every other column the assistant's."""
     return {
-        "prompt": [{"role": "user", "content": row["prompt"]}],
-        "completion": [{"role": "assistant", "content": row["completion"]}],
+        column: value
+        if not isinstance(value, str)
+        else [{"role": "user" if column == "prompt" else "assistant", "content": value}]
+        for column, value in row.items()
     }
 
 

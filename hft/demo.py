@@ -7,7 +7,8 @@ import hashlib
 import inspect
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 from tqdm import tqdm
@@ -51,21 +52,39 @@ def docstring_chats() -> Iterator[tuple[str, dict]]:
             )
 
 
+def docstring_pairs(chats: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, dict]]:
+    """Preferences out of `docstring_chats`: the right answer over that to the next question of the same module.
+
+    Yields:
+        The dotted name and a row `{"prompt": [user], "chosen": [assistant], "rejected": [assistant]}`.
+    """
+    for _, module in groupby(chats, key=lambda chat: chat[0].split(".")[0]):
+        members = list(module)
+        for (name, row), (_, other) in zip(members, members[1:] + members[:1], strict=True):
+            if len(members) > 1:
+                question, answer = row["messages"]
+                yield name, {"prompt": [question], "chosen": [answer], "rejected": [other["messages"][1]]}
+
+
 def write_demo_data(folder: str | Path) -> dict[str, int]:
-    """Write `sft/train.jsonl` and `sft/test.jsonl` below a folder.
+    """Write `sft/{train,test}.jsonl` and `dpo/{train,test}.jsonl` below a folder.
 
     Returns:
-        The number of rows of each split.
+        The number of rows of each file.
     """
-    splits: dict[str, list[dict]] = {"train": [], "test": []}
-    for name, row in docstring_chats():
-        held_out = int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
-        splits["test" if held_out else "train"].append(row)
-    out = Path(folder) / "sft"
-    out.mkdir(parents=True, exist_ok=True)
-    for split, rows in splits.items():
-        (out / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return {split: len(rows) for split, rows in splits.items()}
+    chats = list(docstring_chats())
+    counts = {}
+    for stage, rows in (("sft", chats), ("dpo", docstring_pairs(chats))):
+        splits: dict[str, list[dict]] = {"train": [], "test": []}
+        for name, row in rows:
+            held_out = int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
+            splits["test" if held_out else "train"].append(row)
+        (Path(folder) / stage).mkdir(parents=True, exist_ok=True)
+        for split, members in splits.items():
+            text = "".join(json.dumps(row) + "\n" for row in members)
+            (Path(folder) / stage / f"{split}.jsonl").write_text(text, encoding="utf-8")
+            counts[f"{stage}/{split}.jsonl"] = len(members)
+    return counts
 
 
 def _is_public(path: Path) -> bool:

@@ -47,6 +47,7 @@ def prepare_folder(out: Path, config: dict[str, Any], selection: Selection) -> s
     except OSError as error:
         raise HFTError(f"cannot write to output_dir {out}: {error.strerror}") from error
 
+    check_base(base)
     start = config["resume_from_checkpoint"]
     if start == "auto":
         start = _find_start(out, config)
@@ -62,6 +63,22 @@ def prepare_folder(out: Path, config: dict[str, Any], selection: Selection) -> s
         (out / RESULTS_NAME).unlink(missing_ok=True)
         draw_selection(selection, config["run_name"]).savefig(out / PICTURE_NAME)
     return start
+
+
+def check_base(base: str) -> None:
+    """Hold a base that is an earlier run's output against its own manifest.
+
+    Raises:
+        HFTError: its frozen tensors are not those that the manifest tells of, so its rounds cannot be told.
+    """
+    if not (Path(base) / MANIFEST_NAME).exists():
+        return
+    found = verify(Weights(base), Manifest.load(base).frozen, base=None)
+    if not found.ok:
+        raise HFTError(
+            f"{base} does not match its {MANIFEST_NAME}: {next(iter(found.broken))} is another; put back the model "
+            "that the manifest was written for, or remove the manifest to start a new sequence"
+        )
 
 
 def _find_start(out: Path, config: dict[str, Any]) -> str | None:

@@ -18,25 +18,27 @@ TRAINED_BYTES = 4 + 4 + 8
 CPU_MODEL_SIZE = 1_000_000_000
 
 
-def static_memory(selection: Selection, frozen_bytes: int = 2, shards: int = 1) -> float:
+def static_memory(selection: Selection, frozen_bytes: int = 2, shards: int = 1, *, reference: bool = False) -> float:
     """Bytes per device of weights, gradients and AdamW state; activations come on top.
 
     Args:
         selection: which half trains.
         frozen_bytes: bytes of a frozen scalar; it has neither gradient nor optimizer state.
         shards: devices that the model is sharded over (FSDP2); 1 under DDP and on one device.
+        reference: whether there is a reference model: a copy of the trained half, or of all if it is sharded.
     """
     frozen = selection.anatomy.size - selection.trained_size
-    return (selection.trained_size * TRAINED_BYTES + frozen * frozen_bytes) / shards
+    copied = (selection.trained_size if shards == 1 else selection.anatomy.size) if reference else 0
+    return (selection.trained_size * TRAINED_BYTES + (frozen + copied) * frozen_bytes) / shards
 
 
-def check_fits(selection: Selection, *, cpu_asked_for: bool, shards: int) -> None:
+def check_fits(selection: Selection, *, cpu_asked_for: bool, shards: int, reference: bool) -> None:
     """Refuse a run that this machine cannot hold.
 
     Raises:
         HFTError: no accelerator and a large model, or less memory than weights, gradients and optimizer state take.
     """
-    need = static_memory(selection, shards=shards)
+    need = static_memory(selection, shards=shards, reference=reference)
     size = f"{selection.anatomy.size / 1e9:.1f}B parameters"
     if torch.accelerator.is_available() and not cpu_asked_for:
         if torch.cuda.is_available() and need > (have := torch.cuda.get_device_properties(0).total_memory):
@@ -46,13 +48,13 @@ def check_fits(selection: Selection, *, cpu_asked_for: bool, shards: int) -> Non
             )
         return
     if selection.anatomy.size > CPU_MODEL_SIZE and not cpu_asked_for:
-        eight = static_memory(selection, shards=8)
+        eight = static_memory(selection, shards=8, reference=reference)
         raise HFTError(
             f"{size} need a GPU and there is none here: {need / GIB:.1f} GiB before activations on one, "
             f"{eight / GIB:.1f} GiB each on 8 (--use_cpu true if you mean the CPU; MODEL=smollm2-135m runs on a laptop)"
         )
     have = psutil.virtual_memory().total
-    need = static_memory(selection, frozen_bytes=4)
+    need = static_memory(selection, frozen_bytes=4, reference=reference)
     if need > have:
         raise HFTError(f"{size} need {need / GIB:.1f} GiB before activations; this machine has {have / GIB:.1f} GiB")
 

@@ -8,7 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 
 from hft import tracking
 from hft.anatomy import anatomy_of, meta_model
 from hft.config import Parser, RunConfig, fill, resolve, to_yaml
-from hft.data import load_sft
+from hft.data import load_data, preference_rows, sft_rows
 from hft.errors import HFTError
 from hft.folders import CONFIG_NAME, FINISHED, PICTURE_NAME, RESULTS_NAME, RUN_KEYS, prepare_folder, verify_folder
 from hft.freezing import Verification
@@ -30,8 +30,12 @@ from hft.planning import GIB, check_fits, cpu_has_bfloat16, peak_memory, static_
 from hft.processes import indented, is_main, is_sharded, say, world_size
 from hft.selection import SelectionConfig, select
 from hft.selection.manifest import NAME as MANIFEST_NAME
-from hft.training import HFTSFTTrainer
+from hft.selection.manifest import rounds_so_far
+from hft.training import HFTDPOTrainer, HFTSFTTrainer
 from hft.training.mixin import HalfFineTuning
+
+# Metrics whose held-out values a run ends with, before and after, where its stage logs them.
+HELD_OUT = ("loss", "rewards/accuracies", "rewards/margins")
 
 # What our commands set differently from TRL; a recipe or a flag still wins.
 DEFAULTS = {
@@ -43,15 +47,24 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """What is trained on: the pieces in which one stage differs from another."""
+    """What is trained on: the pieces in which one stage differs from another.
+
+    Attributes:
+        rows: brings a dataset, given with its name, into the form that the stage's trainer takes.
+        pairs: whether rows are pairs of answers that are held against a reference model.
+    """
 
     name: str
     config_class: type[TrainingArguments]
     trainer_class: type[HalfFineTuning]
-    load: Callable[..., tuple[Dataset, Dataset | None]]
+    rows: Callable[[Dataset, str], Dataset]
+    pairs: bool
 
 
-STAGES = {"sft": Stage("sft", SFTConfig, HFTSFTTrainer, load_sft)}
+STAGES = {
+    "sft": Stage("sft", SFTConfig, HFTSFTTrainer, sft_rows, pairs=False),
+    "dpo": Stage("dpo", DPOConfig, HFTDPOTrainer, preference_rows, pairs=True),
+}
 
 
 def run(stage: Stage, arguments: Sequence[str]) -> int:
@@ -67,22 +80,23 @@ def run(stage: Stage, arguments: Sequence[str]) -> int:
     Raises:
         HFTError: the run cannot be made as asked.
     """
-    parser = Parser(RunConfig, SelectionConfig, stage.config_class)
-    config = with_defaults(stage, *resolve(parser, arguments))
+    config = with_defaults(stage, *resolve(parser_of(stage), arguments))
     say("resolved config", indented(to_yaml(config)))
 
     run_config = fill(RunConfig, config)
     anatomy = anatomy_of(meta_model(load_model_config(run_config)))
     selection = select(anatomy, fill(SelectionConfig, config))
     shards = world_size() if is_sharded() else 1
-    memory = static_memory(selection, shards=shards) / GIB
+    reference = stage.pairs and not config.get("precompute_ref_log_probs")
+    memory = static_memory(selection, shards=shards, reference=reference) / GIB
     say("selection", indented(f"{selection.summary()}\n{memory:.2f} GiB a device before activations\n"))
-    check_fits(selection, cpu_asked_for=bool(config.get("use_cpu")), shards=shards)
+    check_fits(selection, cpu_asked_for=bool(config.get("use_cpu")), shards=shards, reference=reference)
 
+    tokenizer = load_tokenizer(run_config, config.get("chat_template_path"))
     args = fill(stage.config_class, config | for_this_machine(config) | batch_settings(stage, config))
     with args.main_process_first(desc="loading the data"):
-        train, test = stage.load(run_config, evaluate=args.eval_strategy != "no")
-    say("plan", indented(plan(args, train, test)))
+        train, test = load_data(run_config, stage.rows, evaluate=args.eval_strategy != "no")
+    say("plan", indented(plan(stage, args, train, test)))
     if run_config.dry_run:
         say("dry run: nothing was loaded or written")
         return 0
@@ -100,8 +114,9 @@ def run(stage: Stage, arguments: Sequence[str]) -> int:
         selection=selection.config,
         train_dataset=train,
         eval_dataset=test,
-        processing_class=load_tokenizer(run_config),
+        processing_class=tokenizer,
     )
+    say(*row_notes(trainer, train, test), *trainer.notes(), "")
     tracked = is_main() and "wandb" in args.report_to
     if tracked:
         say(tracking.start(args.run_name, config, selection, out / PICTURE_NAME), "")
@@ -110,7 +125,7 @@ def run(stage: Stage, arguments: Sequence[str]) -> int:
     if test is not None and not evaluated_at_the_end(trainer):
         trainer.evaluate()
     PartialState().wait_for_everyone()
-    status = conclude(measured(trainer), out, tracked=tracked) if is_main() else 0
+    status = conclude(measured(stage, trainer), out, tracked=tracked) if is_main() else 0
     PartialState().destroy_process_group()
     return status
 
@@ -124,6 +139,8 @@ def with_defaults(stage: Stage, config: dict, flags: dict, files: Sequence[str])
     if not config.get("model_name_or_path") or not config.get("dataset_name"):
         raise HFTError("model_name_or_path and dataset_name are needed: give a recipe with --config, or both as flags")
     config = DEFAULTS | config
+    if rounds := rounds_so_far(config["model_name_or_path"]):
+        config = {"round": rounds[-1]["selection"]["round"] + 1} | config
     if "output_dir" in flags and "run_name" not in flags:
         config["run_name"] = Path(flags["output_dir"]).name
     elif "run_name" not in config:
@@ -156,16 +173,26 @@ def load_model_config(run_config: RunConfig) -> PretrainedConfig:
     return config
 
 
-def load_tokenizer(run_config: RunConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(run_config: RunConfig, chat_template_path: str | None) -> PreTrainedTokenizerBase:
     """The base's tokenizer, padding with the recipe's token.
 
     Raises:
-        HFTError: the recipe's padding token is not in the vocabulary; adding one would resize the embeddings.
+        HFTError: it cannot be had; neither it nor the recipe has a chat template; or the recipe's padding token is not
+            in the vocabulary, where adding one would resize the embeddings.
     """
-    tokenizer = AutoTokenizer.from_pretrained(run_config.model_name_or_path)
+    base = run_config.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise HFTError(f"cannot load the tokenizer of {base}: {str(error).strip().partition(chr(10))[0]}") from error
+    if not tokenizer.chat_template and not chat_template_path:
+        raise HFTError(
+            f"{base} has no chat template: DPO takes the one that SFT saved, so start from an SFT run; SFT takes "
+            "--chat_template_path"
+        )
     if token := run_config.tokenizer_pad_token:
         if token not in tokenizer.get_vocab():
-            raise HFTError(f"tokenizer_pad_token {token!r} is not in the vocabulary of {run_config.model_name_or_path}")
+            raise HFTError(f"tokenizer_pad_token {token!r} is not in the vocabulary of {base}")
         tokenizer.pad_token = token
     return tokenizer
 
@@ -203,15 +230,42 @@ def batch_settings(stage: Stage, config: dict[str, Any]) -> dict[str, int]:
     return {"gradient_accumulation_steps": accumulation}
 
 
-def plan(args: TrainingArguments, train: Dataset, test: Dataset | None) -> str:
+def parser_of(stage: Stage) -> Parser:
+    """The parser of a stage's config, which knows keys of other stages by name."""
+    classes = (RunConfig, SelectionConfig, stage.config_class)
+    own = {f.name for cls in classes for f in fields(cls)}
+    others = {f.name: s.name for s in STAGES.values() for f in fields(s.config_class) if f.name not in own}
+    return Parser(*classes, elsewhere=others)
+
+
+def row_notes(trainer: HalfFineTuning, train: Dataset, test: Dataset | None) -> list[str]:
+    """How many rows TRL dropped, since `max_length` left nothing of their answers.
+
+    Raises:
+        HFTError: no row is left to train on or to evaluate on.
+    """
+    notes = []
+    for kind, before, after in (("training", train, trainer.train_dataset), ("held-out", test, trainer.eval_dataset)):
+        if before is None or len(after) == len(before):
+            continue
+        if len(after) == 0:
+            raise HFTError(f"in every {kind} row the prompt alone fills max_length {trainer.args.max_length}; raise it")
+        dropped = len(before) - len(after)
+        notes.append(f"dropped {dropped:,} {kind} rows whose prompt alone fills max_length {trainer.args.max_length}")
+    return notes
+
+
+def plan(stage: Stage, args: TrainingArguments, train: Dataset, test: Dataset | None) -> str:
     """Batch, steps and tokens in words."""
     accumulation, processes = args.gradient_accumulation_steps, args.world_size
     batch = args.per_device_train_batch_size * processes * accumulation
     steps = args.max_steps if args.max_steps > 0 else math.ceil(len(train) / batch) * math.ceil(args.num_train_epochs)
+    tokens = steps * batch * (args.max_length or 0) * (2 if stage.pairs else 1)
+    rows = "pairs" if stage.pairs else "rows"
     return (
-        f"global batch {batch} = {args.per_device_train_batch_size} rows x {processes} processes x {accumulation} "
-        f"accumulation steps\n{len(train):,} training rows, {steps:,} steps, at most "
-        f"{steps * batch * (args.max_length or 0):,} tokens; {len(test) if test else 0} rows to evaluate on\n"
+        f"global batch {batch} = {args.per_device_train_batch_size} {rows} x {processes} processes x {accumulation} "
+        f"accumulation steps\n{len(train):,} training {rows}, {steps:,} steps, at most "
+        f"{tokens:,} tokens; {len(test) if test else 0} {rows} to evaluate on\n"
     )
 
 
@@ -220,20 +274,21 @@ def evaluated_at_the_end(trainer: HalfFineTuning) -> bool:
     return any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history)
 
 
-def measured(trainer: HalfFineTuning) -> dict[str, Any]:
-    """What a run measured: steps, losses, speed and memory."""
+def measured(stage: Stage, trainer: HalfFineTuning) -> dict[str, Any]:
+    """What a run measured: steps, losses, held-out metrics before and after, speed and memory."""
     history = trainer.state.log_history
 
     def logged(key: str) -> list[float]:
         return [row[key] for row in history if key in row]
 
-    losses, evals, speeds = logged("loss"), logged("eval_loss"), logged("train_tokens_per_second")
+    losses, speeds = logged("loss"), logged("train_tokens_per_second")
+    evals = {name: logged(f"eval_{name}") for name in HELD_OUT}
     return {
+        "stage": stage.name,
         "steps": trainer.state.global_step,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
-        "eval_loss_before": evals[0] if len(evals) > 1 else None,
-        "eval_loss_after": evals[-1] if evals else None,
+        "held_out": {name: [values[0], values[-1]] for name, values in evals.items() if values},
         "tokens_per_second": speeds[-1] if speeds else None,
         "peak_memory_gb": round(peak_memory() / 1e9, 2),
         "trainable_share": trainer.manifest.shares,
@@ -259,18 +314,19 @@ def conclude(results: dict[str, Any], out: Path, *, tracked: bool = False) -> in
 def summary(results: dict[str, Any], found: Verification, out: Path) -> str:
     """The end of a run in words: what came out, where it is, what to try next."""
 
-    def change(before: float | None, after: float | None) -> str:
-        return " -> ".join(f"{loss:.4f}" for loss in (before, after) if loss is not None) or "not measured"
-
+    losses = [results["first_loss"], results["last_loss"]]
+    metrics = [("training loss", losses)] if None not in losses else []
+    metrics += [(f"held-out {name}", values) for name, values in results["held_out"].items()]
+    changes = "\n".join(f"  {name:28} {before:.4f} -> {after:.4f}" for name, (before, after) in metrics)
     hft = sys.argv[0] if Path(sys.argv[0]).name == "hft" else "hft"  # as it was called, to be called again
-    again = f"{hft} sft --config {out}/{CONFIG_NAME}"
+    again = f"{hft} {results['stage']} --config {out}/{CONFIG_NAME}"
     return f"""\
 verify
 {indented(found.report())}
 
 result
-  {results["steps"]} steps, training loss {change(results["first_loss"], results["last_loss"])}
-  loss on held-out rows {change(results["eval_loss_before"], results["eval_loss_after"])}
+  {results["steps"]} steps
+{changes}
   {results["tokens_per_second"] or 0:,.0f} tokens/s, peak memory {results["peak_memory_gb"]} GB
 
 {out}/

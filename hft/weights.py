@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import snapshot_download
@@ -14,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from hft.errors import HFTError
 
@@ -23,24 +24,25 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 class Weights(Mapping):
-    """Tensor names of a safetensors checkpoint, each read from disk when it is asked for.
+    """Tensor names of a checkpoint folder, safetensors or .bin, each read from disk when it is asked for.
 
     Raises:
-        HFTError: the folder holds no safetensors weights, or a file is missing or truncated.
+        HFTError: the folder holds no weights, or a file is missing or truncated.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._files = {}
+        self._files: dict[str, SafetensorsFile | TorchFile] = {}
         for path in weight_files(self.folder):
             try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, FileNotFoundError) as error:
-                raise HFTError(f"{path} is not a whole safetensors file ({error}); fetch or save it again") from error
-            self._files.update(dict.fromkeys(file.keys(), file))
+                file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+            except (SafetensorError, OSError, RuntimeError, UnpicklingError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise HFTError(f"{path} is not a whole weights file ({reason}); fetch or save it again") from error
+            self._files.update(dict.fromkeys(file.names(), file))
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)
+        return self._files[name].tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -50,23 +52,58 @@ class Weights(Mapping):
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """The dtype of every tensor on disk, from the headers."""
-        return {name: DTYPES[file.get_slice(name).get_dtype()] for name, file in self._files.items()}
+        return {name: file.dtype(name) for name, file in self._files.items()}
 
     def widest_dtype(self) -> torch.dtype:
         """The dtype that holds every tensor exactly; mostly all have the same one."""
         return functools.reduce(torch.promote_types, self.dtypes().values())
 
 
+class SafetensorsFile:
+    """One safetensors file."""
+
+    def __init__(self, path: Path):
+        self._file = safe_open(path, framework="pt")
+
+    def names(self) -> Iterable[str]:
+        return self._file.keys()
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self._file.get_slice(name).get_dtype()]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._file.get_tensor(name)
+
+
+class TorchFile:
+    """One .bin file, mapped into memory: some older models, such as allenai/tulu-2-7b, come in no other form."""
+
+    def __init__(self, path: Path):
+        self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+    def names(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: one, or those its index names."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.exists():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    if (folder / SAFE_WEIGHTS_NAME).exists():
-        return [folder / SAFE_WEIGHTS_NAME]
-    raise HFTError(
-        f"{folder} holds no safetensors weights; if it holds .bin files, load it with transformers and save_pretrained"
-    )
+    """The weights files of a checkpoint folder: one, or those its index names; safetensors before .bin.
+
+    Raises:
+        HFTError: there are none.
+    """
+    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        if (folder / index).exists():
+            shards = json.loads((folder / index).read_text())["weight_map"].values()
+            return [folder / name for name in sorted(set(shards))]
+        if (folder / single).exists():
+            return [folder / single]
+    raise HFTError(f"{folder} holds no weights: neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}, whole or in shards")
 
 
 def local_folder(model: str | Path, revision: str | None = None) -> Path:
@@ -77,9 +114,13 @@ def local_folder(model: str | Path, revision: str | None = None) -> Path:
     """
     if Path(model).is_dir():
         return Path(model)
+    small = ["*.json", "*.jinja", "tokenizer*"]
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model"]
-        return Path(snapshot_download(str(model), revision=revision, allow_patterns=patterns))
+        for weights in ("*.safetensors", "*.bin"):
+            folder = Path(snapshot_download(str(model), revision=revision, allow_patterns=[*small, weights]))
+            if any(folder.glob(weights)):
+                break
+        return folder
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise HFTError(f"{model} is neither a folder nor to be had from the Hub: {reason}") from error

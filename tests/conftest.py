@@ -6,6 +6,8 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -13,8 +15,9 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from hft.cli import main
-from hft.demo import docstring_chats
+from hft.demo import docstring_chats, docstring_pairs
 from hft.models import make_tiny
+from hft.weights import as_bytes
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,16 +50,42 @@ def data(tmp_path_factory, rows) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory, rows) -> Path:
+    """A preference dataset folder with a train and a test split."""
+    folder = tmp_path_factory.mktemp("pairs")
+    chats = [(f"module.name{index}", row) for index, row in enumerate(rows)]
+    preferences = [pair for _, pair in docstring_pairs(chats)]
+    write_jsonl(folder / "train.jsonl", preferences[:80])
+    write_jsonl(folder / "test.jsonl", preferences[80:])
+    return folder
+
+
+def command(stage: str, out: Path, *flags: str, method: str = "hft", model: Path, data: Path) -> list[str]:
+    """The words of `hft STAGE` with the tiny recipe on tiny data; flags win over the recipe's values."""
+    settings = {"model_name_or_path": model, "dataset_name": data, "output_dir": out, "report_to": "none"}
+    settings |= {"max_steps": 4, "save_steps": 2, "eval_strategy": "no", "eval_on_start": "false"}
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    files = ["--config", f"recipes/tiny/{stage}.yaml", f"recipes/methods/{method}.yaml"]
+    return [stage, *files, *words, *flags]
+
+
 @pytest.fixture
 def sft(tiny, data):
-    """Run `hft sft` with the tiny recipe on the tiny data; flags win over the recipe's values."""
+    """Run `hft sft` in process."""
 
-    def run(out: Path, *flags: str, method: str = "hft", model: Path = tiny) -> int:
-        settings = {"model_name_or_path": model, "dataset_name": data, "output_dir": out, "report_to": "none"}
-        settings |= {"max_steps": 4, "save_steps": 2, "eval_strategy": "no", "eval_on_start": "false"}
-        words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-        files = ["--config", "recipes/tiny/sft.yaml", f"recipes/methods/{method}.yaml"]
-        return main(["sft", *files, *words, *flags])
+    def run(out: Path, *flags: str, **choices) -> int:
+        return main(command("sft", out, *flags, **{"model": tiny, "data": data} | choices))
+
+    return run
+
+
+@pytest.fixture
+def dpo(tiny, pairs):
+    """Run `hft dpo` in process."""
+
+    def run(out: Path, *flags: str, **choices) -> int:
+        return main(command("dpo", out, *flags, **{"model": tiny, "data": pairs} | choices))
 
     return run
 
@@ -70,3 +99,17 @@ def losses(checkpoint: Path) -> list[float]:
     """The training losses that a checkpoint's trainer logged."""
     history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     return [row["loss"] for row in history if "loss" in row]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def identical(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(as_bytes(a), as_bytes(b))
+
+
+def error_of(capsys) -> str:
+    """The one line that a command ended with."""
+    err = capsys.readouterr().err.strip().splitlines()
+    return next(line for line in err if line.startswith("hft: "))

@@ -8,10 +8,10 @@ from hft.anatomy import anatomy_of, meta_model
 from hft.cli import main
 from hft.config import Parser, RunConfig, fill, resolve, split_arguments, to_yaml
 from hft.errors import HFTError
-from hft.running import STAGES, batch_settings, for_this_machine, load_model_config, with_defaults
+from hft.running import STAGES, batch_settings, for_this_machine, load_model_config, parser_of, with_defaults
 from hft.selection import SelectionConfig, select
 
-RECIPES = sorted(Path("recipes").glob("*/sft.yaml"))
+RECIPES = sorted(path for stage in STAGES for path in Path("recipes").glob(f"*/{stage}.yaml"))
 METHODS = sorted(Path("recipes/methods").glob("*.yaml"))
 
 
@@ -98,20 +98,20 @@ def test_a_wrong_flag_is_one_line_and_status_2(capsys, words, message, tiny):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.parent.name)
-def test_every_recipe_with_every_method_makes_a_config(parser, tmp_path, recipe, method, tiny):
-    stage = STAGES["sft"]
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_recipe_with_every_method_makes_a_config(tmp_path, recipe, method, tiny):
+    stage = STAGES[recipe.stem]
     flags = ["--output_dir", str(tmp_path)]
     if recipe.parent.name in ("tiny", "smollm2-135m"):
         flags += ["--model_name_or_path", str(tiny)]
-    config = with_defaults(stage, *resolve(parser, ["--config", str(recipe), str(method), *flags]))
+    config = with_defaults(stage, *resolve(parser_of(stage), ["--config", str(recipe), str(method), *flags]))
     selection = select(
         anatomy_of(meta_model(load_model_config(fill(RunConfig, config)))), fill(SelectionConfig, config)
     )
     # The recipes for GPUs cannot set bf16 where there is none.
-    args = fill(SFTConfig, config | for_this_machine(config) | batch_settings(stage, config))
+    args = fill(stage.config_class, config | for_this_machine(config) | batch_settings(stage, config))
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == config["global_batch_size"]
-    assert Path(config["chat_template_path"]).exists()
+    assert recipe.stem == "dpo" or Path(config["chat_template_path"]).exists()
     expected = 1.0 if method.stem == "fft" else 0.5
     assert selection.share_of_layers == pytest.approx(expected, abs=0.1 if method.stem == "hft-model" else 1e-3)
 
@@ -122,6 +122,16 @@ def test_the_tulu_recipe_holds_the_papers_values():
     assert paper.items() <= {**recipe, "learning_rate": float(recipe["learning_rate"])}.items()
     assert recipe["max_length"] == 4096
     assert recipe["dataset_name"] == "allenai/tulu-v2-sft-mixture"
+
+
+def test_the_ultrafeedback_recipes_hold_the_papers_values():
+    lengths = {"llama2-7b": 2048, "llama2-13b": 1024, "llama3-8b": 2048}
+    for name, length in lengths.items():
+        recipe = yaml.safe_load(Path(f"recipes/{name}/dpo.yaml").read_text())
+        assert float(recipe["learning_rate"]) == 5e-7
+        assert (recipe["global_batch_size"], recipe["max_length"], recipe["beta"]) == (32, length, 0.1)
+        assert (recipe["warmup_steps"], recipe["num_train_epochs"]) == (0.1, 3)
+        assert recipe["dataset_name"] == "allenai/ultrafeedback_binarized_cleaned"
 
 
 def test_the_name_tells_what_a_flag_changed(parser):

@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from hft.config import RunConfig
-from hft.data import load_sft, load_split, sft_rows
+from hft.data import load_data, load_split, sft_rows
 from hft.demo import docstring_chats, write_demo_data
 from hft.errors import HFTError
 from tests.conftest import write_jsonl
@@ -20,11 +20,11 @@ def test_demo_data_is_plentiful_distinct_and_reproducible(tmp_path):
     assert "Remove any common leading whitespace" in rows["textwrap.dedent"]["messages"][1]["content"]
     counts = write_demo_data(tmp_path / "a")
     write_demo_data(tmp_path / "b")
-    assert counts["train"] + counts["test"] == len(rows)
-    assert counts["train"] / 15 < counts["test"] < counts["train"] / 6
-    for split in ("train", "test"):
-        a, b = (tmp_path / folder / "sft" / f"{split}.jsonl" for folder in "ab")
-        assert a.read_bytes() == b.read_bytes()
+    train, test = counts["sft/train.jsonl"], counts["sft/test.jsonl"]
+    assert train + test == len(rows)
+    assert train / 15 < test < train / 6
+    for name in counts:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -77,19 +77,19 @@ def test_a_missing_or_empty_dataset_is_told_in_a_sentence(tmp_path):
 
 
 def test_held_out_rows_come_from_the_test_split_or_are_taken_from_train(data, tmp_path, rows):
-    train, test = load_sft(RunConfig(dataset_name=str(data), eval_rows=5), evaluate=True)
+    train, test = load_data(RunConfig(dataset_name=str(data), eval_rows=5), rows=sft_rows, evaluate=True)
     assert (len(train), len(test)) == (80, 5)
     assert test[0]["messages"] == rows[80]["messages"]
     file = str(write_jsonl(tmp_path / "one.jsonl", rows))
-    train, test = load_sft(RunConfig(dataset_name=file, eval_rows=8), evaluate=True)
+    train, test = load_data(RunConfig(dataset_name=file, eval_rows=8), rows=sft_rows, evaluate=True)
     assert (len(train), len(test)) == (88, 8)
     questions = [{row["messages"][0]["content"] for row in split} for split in (train, test)]
     assert not questions[0] & questions[1]
-    assert load_sft(RunConfig(dataset_name=file), evaluate=False)[1] is None
+    assert load_data(RunConfig(dataset_name=file), rows=sft_rows, evaluate=False)[1] is None
     with pytest.raises(HFTError, match="has no test split: hold rows out"):
-        load_sft(RunConfig(dataset_name=file), evaluate=True)
+        load_data(RunConfig(dataset_name=file), rows=sft_rows, evaluate=True)
     with pytest.raises(HFTError, match="cannot hold 96 rows out of the 96"):
-        load_sft(RunConfig(dataset_name=file, eval_rows=96), evaluate=True)
+        load_data(RunConfig(dataset_name=file, eval_rows=96), rows=sft_rows, evaluate=True)
 
 
 def rendered(tokenizer, messages, **kwargs):

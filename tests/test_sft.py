@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -23,21 +23,7 @@ from hft.folders import last_checkpoint
 from hft.planning import cpu_has_bfloat16
 from hft.selection import Manifest, SelectionConfig
 from hft.training import HFTSFTTrainer
-from hft.weights import as_bytes
-from tests.conftest import ROOT, losses, write_jsonl
-
-
-def tensors(folder):
-    return load_file(Path(folder) / "model.safetensors")
-
-
-def identical(a, b):
-    return a.dtype == b.dtype and torch.equal(as_bytes(a), as_bytes(b))
-
-
-def error_of(capsys):
-    err = capsys.readouterr().err.strip().splitlines()
-    return next(line for line in err if line.startswith("hft: "))
+from tests.conftest import ROOT, command, error_of, identical, losses, tensors, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +31,8 @@ def finished(tmp_path_factory, tiny, data):
     """One HFT run of four steps, for the tests that only look."""
     os.chdir(ROOT)
     out = tmp_path_factory.mktemp("runs") / "finished"
-    files = ["--config", "recipes/tiny/sft.yaml", "recipes/methods/hft.yaml"]
-    flags = f"--model_name_or_path {tiny} --dataset_name {data} --output_dir {out} --report_to none --max_steps 4"
-    assert main(["sft", *files, *flags.split(), "--save_steps", "2", "--eval_steps", "4"]) == 0
+    evaluation = ["--eval_strategy", "steps", "--eval_on_start", "true", "--eval_steps", "4"]
+    assert main(command("sft", out, *evaluation, model=tiny, data=data)) == 0
     return out
 
 
@@ -92,7 +77,8 @@ def test_the_saved_model_is_a_plain_transformers_model(finished, tiny):
 def test_the_folder_tells_what_happened(finished, tiny):
     results = json.loads((finished / "results.json").read_text())
     assert results["steps"] == 4
-    assert results["eval_loss_after"] < results["eval_loss_before"]
+    before, after = results["held_out"]["loss"]
+    assert after < before
     found = results["verify"]
     assert (found["identical"], found["broken"], found["changed"] + found["unchanged"]) == (18, 0, 21)
     assert results["tokens_per_second"] > 0
@@ -178,6 +164,14 @@ def test_the_stored_dtype_is_kept_whatever_it_is(tmp_path, tiny, sft):
     assert all(identical(out[name], base[name]) for name in frozen)
 
 
+def test_a_base_in_bin_files_is_half_fine_tuned_too(tmp_path, tiny, sft):
+    base = shutil.copytree(tiny, tmp_path / "bin")
+    torch.save(tensors(tiny), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    assert sft(tmp_path / "out", model=base) == 0
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
 @pytest.mark.parametrize("method", ["hft-layer", "hft-model"])
 def test_the_other_methods_train_and_verify(tmp_path, sft, method):
     assert sft(tmp_path / "out", method=method) == 0
@@ -196,13 +190,9 @@ def test_a_killed_run_goes_on_exactly_where_it_was(tmp_path, tiny, data, sft):
     steps = ["--max_steps", "16", "--save_steps", "4"]
     assert sft(straight, *steps) == 0
 
-    files = ["--config", "recipes/tiny/sft.yaml", "recipes/methods/hft.yaml"]
-    flags = f"--model_name_or_path {tiny} --dataset_name {data} --output_dir {killed} --report_to none"
-    more = ["--eval_strategy", "no", "--eval_on_start", "false"]
+    words = command("sft", killed, *steps, model=tiny, data=data)
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "hft", "sft", *files, *flags.split(), *more, *steps], stdout=log, stderr=log
-        )
+        process = subprocess.Popen([sys.executable, "-m", "hft", *words], stdout=log, stderr=log)
         deadline = time.monotonic() + 120
         while last_checkpoint(killed) is None and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -284,7 +274,7 @@ def test_bad_models_and_folders_are_refused_in_a_sentence(tmp_path, tiny, data, 
     path = truncated / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-50])
     assert sft(tmp_path / "b", model=truncated) == 2
-    assert "is not a whole safetensors file" in error_of(capsys)
+    assert "is not a whole weights file" in error_of(capsys)
 
     unknown = shutil.copytree(tiny, tmp_path / "unknown")
     (unknown / "config.json").write_text(json.dumps({"model_type": "mixtral", "num_hidden_layers": 2}))

@@ -27,6 +27,18 @@ def test_tensors_are_read_by_name(tiny):
     assert weights.widest_dtype() == torch.bfloat16
 
 
+def test_a_bin_file_is_read_as_well(tiny, tmp_path):
+    theirs = Weights(tiny)
+    torch.save(dict(theirs), tmp_path / "pytorch_model.bin")
+    ours = Weights(tmp_path)
+    assert ours.dtypes() == theirs.dtypes()
+    assert all(torch.equal(as_bytes(ours[name]), as_bytes(theirs[name])) for name in theirs)
+    content = (tmp_path / "pytorch_model.bin").read_bytes()
+    (tmp_path / "pytorch_model.bin").write_bytes(content[:-1000])
+    with pytest.raises(HFTError, match="not a whole weights file"):
+        Weights(tmp_path)
+
+
 def test_the_widest_of_mixed_dtypes_holds_all(tmp_path):
     save_file({"a": torch.ones(2, dtype=torch.float16), "b": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "m")
     (tmp_path / "m").rename(tmp_path / "model.safetensors")
@@ -34,13 +46,13 @@ def test_the_widest_of_mixed_dtypes_holds_all(tmp_path):
 
 
 def test_a_truncated_or_missing_file_is_told_in_a_sentence(tiny, tmp_path):
-    with pytest.raises(HFTError, match="not a whole safetensors file"):
+    with pytest.raises(HFTError, match="not a whole weights file"):
         Weights(truncated(copied(tiny, tmp_path)))
     index = '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(HFTError, match=r"model-00001-of-00002\.safetensors"):
         Weights(tmp_path)
-    with pytest.raises(HFTError, match="holds no safetensors weights"):
+    with pytest.raises(HFTError, match="holds no weights"):
         Weights(tmp_path.parent)
     with pytest.raises(HFTError, match="neither a folder nor to be had from the Hub"):
         local_folder(tmp_path / "nowhere")

@@ -26,6 +26,7 @@ class Manifest:
         frozen_units: names of the frozen units, in model order.
         frozen: SHA-256 of each frozen parameter, by name (see `hft.weights.checksum`).
         shares: trainable share of the layers and of the whole model.
+        earlier: base, selection and frozen units of the rounds that led to the base, oldest first.
         versions: the packages that made it.
     """
 
@@ -35,13 +36,17 @@ class Manifest:
     frozen_units: list[str]
     frozen: dict[str, str]
     shares: dict[str, float]
+    earlier: list[dict] = field(default_factory=list)
     versions: dict[str, str] = field(
         default_factory=lambda: {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     )
 
     @classmethod
     def of(cls, selection: Selection, base: str, checksums: dict[str, str]) -> Manifest:
-        """The manifest of a selection, given the checksums of the frozen parameters."""
+        """The manifest of a selection, given the checksums of the frozen parameters.
+
+        A base that has a manifest itself makes this one round more of a sequence.
+        """
         units = selection.anatomy.units
         return cls(
             base=base,
@@ -50,6 +55,7 @@ class Manifest:
             frozen_units=[unit.name for unit in units if not selection.trains(unit)],
             frozen=checksums,
             shares={"layers": selection.share_of_layers, "model": selection.share_of_model},
+            earlier=rounds_so_far(base),
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -97,3 +103,12 @@ class Manifest:
                 f"cannot resume from {folder}: its base was {other.base}, whose {name} differs from that of "
                 f"{self.base}; give the same base, another --output_dir, or --resume_from_checkpoint none"
             )
+
+
+def rounds_so_far(base: str | Path) -> list[dict]:
+    """The rounds that a base has been through by its own manifest, oldest first; none if it has no manifest."""
+    if not (Path(base) / NAME).exists():
+        return []
+    manifest = Manifest.load(base)
+    last = {name: getattr(manifest, name) for name in ("base", "selection", "frozen_units")}
+    return [*manifest.earlier, last]

@@ -1,5 +1,6 @@
 """The thin trainers."""
 
+from hft.training.dpo import HFTDPOTrainer
 from hft.training.sft import HFTSFTTrainer
 
-__all__ = ["HFTSFTTrainer"]
+__all__ = ["HFTDPOTrainer", "HFTSFTTrainer"]

@@ -75,6 +75,10 @@ class HalfFineTuning:
             upcast(model, autocast=args.bf16 or args.fp16)
         return kwargs
 
+    def notes(self) -> list[str]:
+        """What is worth telling about the trainer before it starts, a line each."""
+        return []
+
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train, from a checkpoint if one is given; `True` takes the last whole one of the output folder.
 
