@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -80,6 +81,12 @@ def run(stage: Stage, arguments: Sequence[str]) -> int:
     Raises:
         HFTError: the run cannot be made as asked.
     """
+    status = _run(stage, arguments)
+    leave_process_group()
+    return status
+
+
+def _run(stage: Stage, arguments: Sequence[str]) -> int:
     config = with_defaults(stage, *resolve(parser_of(stage), arguments))
     say("resolved config", indented(to_yaml(config)))
 
@@ -125,9 +132,19 @@ def run(stage: Stage, arguments: Sequence[str]) -> int:
     if test is not None and not evaluated_at_the_end(trainer):
         trainer.evaluate()
     PartialState().wait_for_everyone()
-    status = conclude(measured(stage, trainer), out, tracked=tracked) if is_main() else 0
-    PartialState().destroy_process_group()
-    return status
+    return conclude(measured(stage, trainer), out, tracked=tracked) if is_main() else 0
+
+
+def leave_process_group() -> None:
+    """End torch.distributed, where there is any.
+
+    A worker thread of gloo takes the GIL to let go of its last collective. Were this thread to tear the group down
+    first, it would join the worker with the GIL in hand and wait for ever (torch 2.13); asleep, it hands the GIL over.
+    """
+    if world_size() > 1:
+        PartialState().wait_for_everyone()
+        time.sleep(0.5)
+        PartialState().destroy_process_group()
 
 
 def with_defaults(stage: Stage, config: dict, flags: dict, files: Sequence[str]) -> dict[str, Any]:
