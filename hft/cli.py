@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # TRL pings a server whenever a trainer is made; huggingface_hub reads this when it is imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # TRL's own default uses this key, which transformers is renaming.
-    warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     from hft.errors import HFTError
 
