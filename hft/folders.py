@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hft.config import read_yaml, to_yaml
 from hft.errors import HFTError
@@ -103,8 +103,8 @@ def _find_start(out: Path, config: dict[str, Any]) -> str | None:
 
 def _clear(out: Path) -> None:
     """Remove an earlier run's checkpoints, lest a later `auto` take them for this run's."""
-    for checkpoint in sort_checkpoints(str(out)):
-        if (Path(checkpoint) / MANIFEST_NAME).exists():
+    for checkpoint in checkpoints(out):
+        if (checkpoint / MANIFEST_NAME).exists():
             say(f"removing {checkpoint} of an earlier run")
             shutil.rmtree(checkpoint)
 
@@ -125,17 +125,21 @@ def verify_folder(out: Path, base: str | None = None) -> Verification:
     return verify(Weights(out), manifest.frozen, base_weights)
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first, whole or not."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
 def last_checkpoint(folder: str | Path) -> str | None:
     """The last checkpoint in a folder that was written to its end, or None.
 
     The trainer writes its state after everything else, so a checkpoint without it was cut off.
     """
-    if not Path(folder).is_dir():
-        return None
-    for checkpoint in reversed(sort_checkpoints(str(folder))):
-        state = Path(checkpoint) / TRAINER_STATE_NAME
-        if (Path(checkpoint) / MANIFEST_NAME).exists() and state.exists() and _is_json(state):
-            return checkpoint
+    for checkpoint in reversed(checkpoints(Path(folder))):
+        state = checkpoint / TRAINER_STATE_NAME
+        if (checkpoint / MANIFEST_NAME).exists() and state.exists() and _is_json(state):
+            return str(checkpoint)
     return None
 
 

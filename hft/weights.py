@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from hft.errors import HFTError
 
-# safetensors' names of the dtypes that a model's weights come in.
+# safetensors' names of the dtypes that a model's weights come in; others are read to be known.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -54,10 +54,6 @@ class Weights(Mapping):
         """The dtype of every tensor on disk, from the headers."""
         return {name: file.dtype(name) for name, file in self._files.items()}
 
-    def widest_dtype(self) -> torch.dtype:
-        """The dtype that holds every tensor exactly; mostly all have the same one."""
-        return functools.reduce(torch.promote_types, self.dtypes().values())
-
 
 class SafetensorsFile:
     """One safetensors file."""
@@ -69,7 +65,7 @@ class SafetensorsFile:
         return self._file.keys()
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self._file.get_slice(name).get_dtype()]
+        return DTYPES.get(self._file.get_slice(name).get_dtype()) or self.tensor(name).dtype
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._file.get_tensor(name)
@@ -112,7 +108,7 @@ def local_folder(model: str | Path, revision: str | None = None) -> Path:
     Raises:
         HFTError: the model is neither a folder nor reachable on the Hub.
     """
-    if Path(model).is_dir():
+    if model and Path(model).is_dir():
         return Path(model)
     small = ["*.json", "*.jinja", "tokenizer*"]
     try:
@@ -137,6 +133,11 @@ def checksum(tensor: torch.Tensor) -> str:
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's bytes, to compare bit by bit: unlike `==` it tells -0.0 from 0.0 and finds NaN equal to itself."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype that holds values of all the given ones exactly."""
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def cast_weights(folder: str | Path, dtypes: Mapping[str, torch.dtype]) -> None:

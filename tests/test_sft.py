@@ -164,6 +164,20 @@ def test_the_stored_dtype_is_kept_whatever_it_is(tmp_path, tiny, sft):
     assert all(identical(out[name], base[name]) for name in frozen)
 
 
+def test_tensors_that_are_no_parameters_do_not_widen_the_model(tmp_path, tiny, data):
+    """Llama-2's files hold an fp32 `rotary_emb.inv_freq` beside fp16 weights."""
+    base = shutil.copytree(tiny, tmp_path / "llama2")
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
+    save_file(tensors(tiny) | extra, base / "model.safetensors", metadata={"format": "pt"})
+    args = SFTConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=cpu_has_bfloat16(), report_to="none")
+    trainer = HFTSFTTrainer(str(base), args, train_dataset=load_split(str(data), "train"))
+    frozen = {p.dtype for p in trainer.model.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16 if cpu_has_bfloat16() else torch.float32}
+    trainer.save_model()
+    assert {tensor.dtype for tensor in tensors(tmp_path / "out").values()} == {torch.bfloat16}
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
 def test_a_base_in_bin_files_is_half_fine_tuned_too(tmp_path, tiny, sft):
     base = shutil.copytree(tiny, tmp_path / "bin")
     torch.save(tensors(tiny), base / "pytorch_model.bin")

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from hft.errors import HFTError
 from hft.freezing import verify
-from hft.weights import Weights, as_bytes, cast_weights, checksum, local_folder
+from hft.weights import Weights, as_bytes, cast_weights, checksum, local_folder, widest
 
 
 def truncated(folder):
@@ -24,7 +24,6 @@ def test_tensors_are_read_by_name(tiny):
     assert set(weights) == set(tensors)
     assert all(torch.equal(weights[name], tensor) for name, tensor in tensors.items())
     assert set(weights.dtypes().values()) == {torch.bfloat16}
-    assert weights.widest_dtype() == torch.bfloat16
 
 
 def test_a_bin_file_is_read_as_well(tiny, tmp_path):
@@ -39,10 +38,9 @@ def test_a_bin_file_is_read_as_well(tiny, tmp_path):
         Weights(tmp_path)
 
 
-def test_the_widest_of_mixed_dtypes_holds_all(tmp_path):
-    save_file({"a": torch.ones(2, dtype=torch.float16), "b": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "m")
-    (tmp_path / "m").rename(tmp_path / "model.safetensors")
-    assert Weights(tmp_path).widest_dtype() == torch.float32
+def test_the_widest_dtype_holds_all():
+    assert widest([torch.bfloat16, torch.bfloat16]) == torch.bfloat16
+    assert widest([torch.float16, torch.bfloat16]) == torch.float32
 
 
 def test_a_truncated_or_missing_file_is_told_in_a_sentence(tiny, tmp_path):

@@ -107,7 +107,7 @@ class Manifest:
 
 def rounds_so_far(base: str | Path) -> list[dict]:
     """The rounds that a base has been through by its own manifest, oldest first; none if it has no manifest."""
-    if not (Path(base) / NAME).exists():
+    if not base or not (Path(base) / NAME).exists():
         return []
     manifest = Manifest.load(base)
     last = {name: getattr(manifest, name) for name in ("base", "selection", "frozen_units")}

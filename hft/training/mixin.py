@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hft.anatomy import anatomy_of
+from hft.anatomy import anatomy_of, meta_model
 from hft.errors import HFTError
 from hft.folders import last_checkpoint
 from hft.freezing import freeze, upcast
 from hft.planning import peak_memory
 from hft.processes import is_main, is_sharded
 from hft.selection import Manifest, SelectionConfig, select
-from hft.weights import Weights, cast_weights, checksum, local_folder
+from hft.weights import Weights, cast_weights, checksum, local_folder, widest
 
 
 class HalfFineTuning:
@@ -129,9 +129,14 @@ def load_base(name: str, args: TrainingArguments) -> tuple[PreTrainedModel, dict
         args: `model_init_kwargs` go to `from_pretrained`; a `dtype` among them wins.
 
     Returns:
-        The model, and the dtype of each tensor on disk.
+        The model, and the dtype on disk of each of its parameters. Tensors that are none, such as the fp32
+        `rotary_emb.inv_freq` in Llama-2's files, have no say in it.
     """
     init_kwargs = dict(args.model_init_kwargs or {})
-    stored = Weights(local_folder(name, init_kwargs.get("revision")))
-    init_kwargs.setdefault("dtype", stored.widest_dtype())
-    return AutoModelForCausalLM.from_pretrained(name, **init_kwargs), stored.dtypes()
+    folder = local_folder(name, init_kwargs.get("revision"))
+    parameters = dict(meta_model(AutoConfig.from_pretrained(folder)).named_parameters())
+    stored = {name: dtype for name, dtype in Weights(folder).dtypes().items() if name in parameters}
+    if not stored:
+        raise HFTError(f"the weights in {folder} have other names than the model its config tells of")
+    init_kwargs.setdefault("dtype", widest(stored.values()))
+    return AutoModelForCausalLM.from_pretrained(name, **init_kwargs), stored
