@@ -5,14 +5,24 @@ FROM ?=
 ARGS ?=
 PYTHON ?= python3
 VENV ?= .venv
-NUM_GPUS ?= $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
 
+, := ,
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 # Models that are made here rather than fetched from the Hub, and the demo data that their recipes train on.
 LOCAL := $(filter smollm2-135m tiny,$(MODEL))
 LOCAL_FILES := $(if $(LOCAL),models/$(LOCAL)/config.json data/dpo/train.jsonl)
+
+# The GPUs that are visible; the models made here are too small to spread over several.
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
+ifdef CUDA_VISIBLE_DEVICES
+GPUS := $(words $(subst $(,), ,$(CUDA_VISIBLE_DEVICES)))
+endif
+NUM_GPUS ?= $(if $(LOCAL),$(if $(filter 0,$(GPUS)),0,1),$(GPUS))
+ifeq ($(NUM_GPUS),1)
+export CUDA_VISIBLE_DEVICES ?= 0
+endif
 
 ifeq ($(filter-out 0 1,$(NUM_GPUS)),)
 HFT := $(BIN)/hft

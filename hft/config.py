@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import yaml
-from trl import ScriptArguments, TrlParser
+from trl import TrlParser
 
 from hft.errors import HFTError
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class RunConfig(ScriptArguments):
+class RunConfig:
     """What a run needs beyond the trainer's config and the selection: model, data, batch and names."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "The base: a folder or a Hub id."})
@@ -27,6 +27,12 @@ class RunConfig(ScriptArguments):
         default=None,
         metadata={"help": "A folder with the base's config.json, to plan a run before the Hub is asked for it."},
     )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A .jsonl, .json or .parquet file, a folder with a file a split, or a Hub id."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
     tokenizer_pad_token: str | None = field(
         default=None, metadata={"help": "Token to pad with, from the vocabulary, where the tokenizer names none."}
     )

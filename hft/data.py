@@ -30,10 +30,8 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
         HFTError: it cannot be found or read, or is empty.
     """
     path = Path(name)
-    if path.suffix in FORMATS or name.startswith((".", "/", "~")):
-        path = path.expanduser()
-        if not path.exists():
-            raise HFTError(f"dataset {name} does not exist")
+    if (path.suffix in FORMATS or name.startswith((".", "/"))) and not path.exists():
+        raise HFTError(f"dataset {name} does not exist")
     try:
         if path.is_file():
             if path.suffix not in FORMATS:
@@ -71,6 +69,8 @@ def load_data(run: RunConfig, rows: Callable[[Dataset, str], Dataset], *, evalua
         Two datasets, the second None if it is not wanted.
     """
     name = run.dataset_name
+    if name.startswith("~"):
+        name = str(Path(name).expanduser())
     train = rows(load_split(name, run.dataset_train_split, run.dataset_config), name)
     if not evaluate:
         return train, None
@@ -182,7 +182,7 @@ def preference_rows(dataset: Dataset, name: str) -> Dataset:
 
 
 def _fault(chosen: list[dict], rejected: list[dict]) -> str:
-    if not all(messages and messages[-1]["content"].strip() for messages in (chosen, rejected)):
+    if not all(messages and (messages[-1]["content"] or "").strip() for messages in (chosen, rejected)):
         return "with an empty answer"
     return "with equal answers" if chosen == rejected else ""
 

@@ -72,18 +72,18 @@ def write_demo_data(folder: str | Path) -> dict[str, int]:
     Returns:
         The number of rows of each file.
     """
-    chats = list(docstring_chats())
+    splits: dict[str, list[tuple[str, dict]]] = {"train": [], "test": []}
+    for name, row in docstring_chats():
+        held_out = int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
+        splits["test" if held_out else "train"].append((name, row))
     counts = {}
-    for stage, rows in (("sft", chats), ("dpo", docstring_pairs(chats))):
-        splits: dict[str, list[dict]] = {"train": [], "test": []}
-        for name, row in rows:
-            held_out = int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
-            splits["test" if held_out else "train"].append(row)
-        (Path(folder) / stage).mkdir(parents=True, exist_ok=True)
-        for split, members in splits.items():
-            text = "".join(json.dumps(row) + "\n" for row in members)
+    for split, chats in splits.items():
+        # Paired within its split, so that no held-out answer is trained on as another question's wrong one.
+        for stage, rows in (("sft", chats), ("dpo", list(docstring_pairs(chats)))):
+            (Path(folder) / stage).mkdir(parents=True, exist_ok=True)
+            text = "".join(json.dumps(row) + "\n" for _, row in rows)
             (Path(folder) / stage / f"{split}.jsonl").write_text(text, encoding="utf-8")
-            counts[f"{stage}/{split}.jsonl"] = len(members)
+            counts[f"{stage}/{split}.jsonl"] = len(rows)
     return counts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,6 +25,7 @@ CONFIG_NAME = "config.yaml"
 RESULTS_NAME = "results.json"
 PICTURE_NAME = "selection.png"
 FINISHED = "finished"
+CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 # Keys that say how and where to run, not what: they neither name a run nor make it another one.
 RUN_KEYS = ("output_dir", "run_name", "report_to", "resume_from_checkpoint", "dry_run", "use_cpu", "bf16")
@@ -39,8 +41,8 @@ def prepare_folder(out: Path, config: dict[str, Any], selection: Selection) -> s
         HFTError: the folder cannot be written to, holds another run, or is the base itself.
     """
     base = config["model_name_or_path"]
-    if Path(base).is_dir() and out.resolve() == Path(base).resolve():
-        raise HFTError(f"output_dir {out} is the base itself; choose another")
+    if Path(base).is_dir() and Path(base).resolve().is_relative_to(out.resolve()):
+        raise HFTError(f"output_dir {out} is the base itself, or holds it; choose another")
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
@@ -49,20 +51,23 @@ def prepare_folder(out: Path, config: dict[str, Any], selection: Selection) -> s
 
     check_base(base)
     start = config["resume_from_checkpoint"]
-    if start == "auto":
+    if start in ("auto", "true"):
         start = _find_start(out, config)
-    elif start is None or start.lower() in ("none", "false"):
+    elif start in (None, "none", "false"):
         _clear(out)
         start = None
     if start not in (None, FINISHED):
         theirs = Manifest.load(start)
         Manifest.of(selection, base, theirs.frozen).check_resumable(theirs, start)
         say(f"resuming from {start}", "")
-    if start != FINISHED:
-        (out / CONFIG_NAME).write_text(to_yaml(config))
-        (out / RESULTS_NAME).unlink(missing_ok=True)
-        draw_selection(selection, config["run_name"]).savefig(out / PICTURE_NAME)
     return start
+
+
+def claim_folder(out: Path, config: dict[str, Any], selection: Selection) -> None:
+    """Write what this run is into its folder, once nothing more can refuse it."""
+    (out / CONFIG_NAME).write_text(to_yaml(config))
+    (out / RESULTS_NAME).unlink(missing_ok=True)
+    draw_selection(selection, config["run_name"]).savefig(out / PICTURE_NAME)
 
 
 def check_base(base: str) -> None:
@@ -73,7 +78,8 @@ def check_base(base: str) -> None:
     """
     if not (Path(base) / MANIFEST_NAME).exists():
         return
-    found = verify(Weights(base), Manifest.load(base).frozen, base=None)
+    manifest = Manifest.load(base)
+    found = verify(Weights(base), manifest.frozen, manifest.trained, base=None)
     if not found.ok:
         raise HFTError(
             f"{base} does not match its {MANIFEST_NAME}: {next(iter(found.broken))} is another; put back the model "
@@ -102,11 +108,14 @@ def _find_start(out: Path, config: dict[str, Any]) -> str | None:
 
 
 def _clear(out: Path) -> None:
-    """Remove an earlier run's checkpoints, lest a later `auto` take them for this run's."""
+    """Remove an earlier run's checkpoints and model, lest they be taken for this run's."""
     for checkpoint in checkpoints(out):
         if (checkpoint / MANIFEST_NAME).exists():
             say(f"removing {checkpoint} of an earlier run")
             shutil.rmtree(checkpoint)
+    if (out / MANIFEST_NAME).exists():
+        for path in (*out.glob("model*.safetensors*"), out / MANIFEST_NAME, out / RESULTS_NAME):
+            path.unlink(missing_ok=True)
 
 
 def verify_folder(out: Path, base: str | None = None) -> Verification:
@@ -117,17 +126,17 @@ def verify_folder(out: Path, base: str | None = None) -> Verification:
     """
     manifest = Manifest.load(out)
     try:
-        base_weights = Weights(local_folder(base or manifest.base))
+        base_weights = Weights(local_folder(base) if base else local_folder(manifest.base, manifest.revision))
     except HFTError:
         if base:
             raise
         base_weights = None
-    return verify(Weights(out), manifest.frozen, base_weights)
+    return verify(Weights(out), manifest.frozen, manifest.trained, base_weights)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first, whole or not."""
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    found = [path for path in folder.glob("*") if CHECKPOINT.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 

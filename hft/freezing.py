@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -47,7 +48,7 @@ class Verification:
 
     Attributes:
         identical: frozen and bit-identical to the base.
-        broken: frozen, yet different from the base, with the reason.
+        broken: frozen, yet different from the base, or missing, with the reason.
         changed: trained and different from the base.
         unchanged: trained, yet bit-identical to the base: nothing wrong, but worth a look.
         against: what the frozen tensors were compared with.
@@ -72,22 +73,26 @@ class Verification:
             if trained
             else "trained: not compared, the base is not at hand",
         ]
-        lines += [f"  trained, but moved by less than its dtype resolves: {name}" for name in self.unchanged[:10]]
+        lines += [f"  trained, yet bit-identical to the base: {name}" for name in self.unchanged[:10]]
+        if self.unchanged and not self.changed:
+            lines.append("  WARNING: nothing has moved; is the learning rate too low for the dtype?")
         lines += [f"  MISMATCH {name}: {reason}" for name, reason in list(self.broken.items())[:10]]
-        lines.append("verify passed" if self.ok else f"verify FAILED: {len(self.broken)} frozen tensors differ")
+        lines.append("verify passed" if self.ok else f"verify FAILED: {len(self.broken)} tensors differ or are missing")
         return "\n".join(lines)
 
 
-def verify(out: Weights, frozen: Mapping[str, str], base: Weights | None) -> Verification:
+def verify(out: Weights, frozen: Mapping[str, str], trained: Iterable[str], base: Weights | None) -> Verification:
     """Compare a fine-tuned checkpoint with its base, tensor by tensor.
 
     Args:
         out: the fine-tuned checkpoint.
         frozen: checksum of each frozen tensor, as the manifest holds it.
+        trained: names of the trained tensors, as the manifest holds them.
         base: the checkpoint it started from; without it the frozen tensors are held against the checksums alone.
     """
-    result = Verification(against=str(base.folder) if base is not None else "the manifest's checksums")
-    for name in tqdm(sorted({*out, *frozen}), desc="verifying", unit="tensor", leave=False):
+    against = "the manifest's checksums" if base is None else os.path.relpath(base.folder)
+    result = Verification(against=min(against, str(base.folder), key=len) if base is not None else against)
+    for name in tqdm([*frozen, *trained], desc="verifying", unit="tensor", leave=False):
         if name not in out:
             result.broken[name] = "missing from the checkpoint"
         elif name not in frozen:

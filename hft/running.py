@@ -25,7 +25,16 @@ from hft.anatomy import anatomy_of, meta_model
 from hft.config import Parser, RunConfig, fill, resolve, to_yaml
 from hft.data import load_data, preference_rows, sft_rows
 from hft.errors import HFTError
-from hft.folders import CONFIG_NAME, FINISHED, PICTURE_NAME, RESULTS_NAME, RUN_KEYS, prepare_folder, verify_folder
+from hft.folders import (
+    CONFIG_NAME,
+    FINISHED,
+    PICTURE_NAME,
+    RESULTS_NAME,
+    RUN_KEYS,
+    claim_folder,
+    prepare_folder,
+    verify_folder,
+)
 from hft.freezing import Verification
 from hft.planning import GIB, check_fits, cpu_has_bfloat16, peak_memory, static_memory
 from hft.processes import indented, is_main, is_sharded, say, world_size
@@ -93,19 +102,22 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
     run_config = fill(RunConfig, config)
     anatomy = anatomy_of(meta_model(load_model_config(run_config)))
     selection = select(anatomy, fill(SelectionConfig, config))
-    shards = world_size() if is_sharded() else 1
+    shards = world_size() if is_sharded() or config.get("fsdp") else 1
     reference = stage.pairs and not config.get("precompute_ref_log_probs")
     memory = static_memory(selection, shards=shards, reference=reference) / GIB
     say("selection", indented(f"{selection.summary()}\n{memory:.2f} GiB a device before activations\n"))
     check_fits(selection, cpu_asked_for=bool(config.get("use_cpu")), shards=shards, reference=reference)
 
     tokenizer = load_tokenizer(run_config, config.get("chat_template_path"))
-    args = fill(stage.config_class, config | for_this_machine(config) | batch_settings(stage, config))
+    machine = for_this_machine(config)
+    args = fill(stage.config_class, config | machine | batch_settings(stage, config))
+    if args.n_gpu > 1:  # Trainer would wrap the model in DataParallel and multiply the batch
+        raise HFTError("several GPUs are visible to one process: use `accelerate launch`, or CUDA_VISIBLE_DEVICES=0")
     with args.main_process_first(desc="loading the data"):
         train, test = load_data(run_config, stage.rows, evaluate=args.eval_strategy != "no")
     say("plan", indented(plan(stage, args, train, test)))
     if run_config.dry_run:
-        say("dry run: nothing was loaded or written")
+        say(f"dry run: no weights were loaded, nothing was written to {args.output_dir}")
         return 0
 
     # One process looks and decides for all, since it also writes to the folder the others would look at.
@@ -124,6 +136,9 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
         processing_class=tokenizer,
     )
     say(*row_notes(trainer, train, test), *trainer.notes(), "")
+    trainer.check_resumable(start)
+    if is_main():
+        claim_folder(out, config, selection)
     tracked = is_main() and "wandb" in args.report_to
     if tracked:
         say(tracking.start(args.run_name, config, selection, out / PICTURE_NAME), "")
@@ -132,7 +147,7 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
     if test is not None and not evaluated_at_the_end(trainer):
         trainer.evaluate()
     PartialState().wait_for_everyone()
-    return conclude(measured(stage, trainer), out, tracked=tracked) if is_main() else 0
+    return conclude(measured(stage, trainer) | {"machine": machine}, out, tracked=tracked) if is_main() else 0
 
 
 def leave_process_group() -> None:
@@ -156,6 +171,8 @@ def with_defaults(stage: Stage, config: dict, flags: dict, files: Sequence[str])
     if not config.get("model_name_or_path") or not config.get("dataset_name"):
         raise HFTError("model_name_or_path and dataset_name are needed: give a recipe with --config, or both as flags")
     config = DEFAULTS | config
+    if "model_name_or_path" in flags and "architecture" not in flags:
+        config.pop("architecture", None)  # the recipe's is that of the recipe's model
     if rounds := rounds_so_far(config["model_name_or_path"]):
         config = {"round": rounds[-1]["selection"]["round"] + 1} | config
     if "output_dir" in flags and "run_name" not in flags:
@@ -276,7 +293,7 @@ def plan(stage: Stage, args: TrainingArguments, train: Dataset, test: Dataset | 
     """Batch, steps and tokens in words."""
     accumulation, processes = args.gradient_accumulation_steps, args.world_size
     batch = args.per_device_train_batch_size * processes * accumulation
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(len(train) / batch) * math.ceil(args.num_train_epochs)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(len(train) / batch))
     tokens = steps * batch * (args.max_length or 0) * (2 if stage.pairs else 1)
     rows = "pairs" if stage.pairs else "rows"
     return (

@@ -20,15 +20,22 @@ def start(name: str, config: dict[str, Any], selection: Selection, picture: Path
     Returns:
         A sentence on where the run is to be found.
     """
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-    project = os.environ.get("WANDB_PROJECT", PROJECT)
-    run = wandb.init(project=project, name=name, config=config, mode=mode, settings=wandb.Settings(quiet=True))
+    mode, why = os.environ.get("WANDB_MODE"), "WANDB_MODE is set"
+    if mode is None:
+        has_key = wandb.login(prompt=False, verify=False)
+        mode, why = ("online", "") if has_key else ("offline", "no API key")
+    settings = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "name": name, "config": config}
+    try:
+        run = wandb.init(**settings, mode=mode, settings=wandb.Settings(quiet=True))
+    except wandb.Error as error:
+        why = f"it cannot be reached: {' '.join(str(error).split())}"
+        run = wandb.init(**settings, mode="offline", settings=wandb.Settings(quiet=True))
     shares = {"layers": selection.share_of_layers, "model": selection.share_of_model}
     counts = {block: f"{trained}/{total}" for block, (trained, total) in selection.counts().items()}
     run.config.update({"trainable_share": shares, "trained_units": counts})
     run.log({"selection": wandb.Image(str(picture))})
     if run.offline:
-        return f"wandb is offline (no API key); upload later with `wandb sync {Path(run.dir).parent}`"
+        return f"wandb is offline ({why}); upload later with `wandb sync {Path(run.dir).parent}`"
     return f"wandb: {run.url}"
 
 

@@ -110,6 +110,8 @@ def local_folder(model: str | Path, revision: str | None = None) -> Path:
     """
     if model and Path(model).is_dir():
         return Path(model)
+    if Path(model).is_absolute():
+        raise HFTError(f"there is no folder {model}")
     small = ["*.json", "*.jinja", "tokenizer*"]
     try:
         for weights in ("*.safetensors", "*.bin"):
@@ -141,11 +143,15 @@ def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def cast_weights(folder: str | Path, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Rewrite the safetensors files of a folder so that each tensor has the dtype given for its name.
+    """Rewrite the safetensors files of a folder so that each tensor has the dtype given for its name, if any.
 
-    A file is replaced in one step: a reader sees the old or the new one, never half of it.
+    Files that are right already are left alone. The others are replaced in one step: a reader sees the old or the new
+    one, never half of it.
     """
     for path in tqdm(weight_files(Path(folder)), desc="casting the saved weights", leave=False):
+        file = SafetensorsFile(path)
+        if all(dtypes.get(name, file.dtype(name)) == file.dtype(name) for name in file.names()):
+            continue
         tensors = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in load_file(path).items()}
         temporary = path.with_suffix(".tmp")
         save_file(tensors, temporary, metadata={"format": "pt"})

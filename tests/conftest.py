@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -111,5 +112,9 @@ def identical(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def error_of(capsys) -> str:
     """The one line that a command ended with."""
-    err = capsys.readouterr().err.strip().splitlines()
-    return next(line for line in err if line.startswith("hft: "))
+    err = capsys.readouterr().err.strip()
+    assert "Traceback" not in err
+    lines = [line for line in re.split(r"[\r\n]", err) if "hft: " in line]
+    assert len(lines) == 1
+    assert err.endswith(lines[0])
+    return lines[0]

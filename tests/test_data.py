@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,15 @@ def test_demo_data_is_plentiful_distinct_and_reproducible(tmp_path):
     train, test = counts["sft/train.jsonl"], counts["sft/test.jsonl"]
     assert train + test == len(rows)
     assert train / 15 < test < train / 6
+    answers = {
+        split: {
+            message["content"]
+            for row in map(json.loads, (tmp_path / "a" / "dpo" / f"{split}.jsonl").read_text().splitlines())
+            for message in row["chosen"] + row["rejected"]
+        }
+        for split in ("train", "test")
+    }
+    assert not answers["train"] & answers["test"]
     for name in counts:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 

@@ -103,7 +103,6 @@ def test_the_draw_is_even(llama2_7b):
     shares = [times[unit.name] / rounds for unit in llama2_7b.units]
     # 288 units, binomial with sd 0.079 (attention, norms): five of them are the bound.
     assert 0.1 < min(shares) <= max(shares) < 0.9
-    assert sum(shares) / len(shares) == pytest.approx(0.5)
 
 
 def test_a_selection_is_the_same_on_any_machine(llama2_7b):

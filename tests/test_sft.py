@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from hft.cli import main
+from hft.config import read_yaml
 from hft.data import load_split
 from hft.errors import HFTError
 from hft.folders import last_checkpoint
@@ -51,9 +52,8 @@ def test_half_moves_and_half_does_not(finished, tiny):
 
 def test_a_checkpoint_keeps_masters_and_only_the_trained_half_has_optimizer_state(finished, tiny):
     checkpoint, frozen = tensors(finished / "checkpoint-4"), Manifest.load(finished / "checkpoint-4").frozen
-    autocast = cpu_has_bfloat16()
     for name, tensor in checkpoint.items():
-        assert tensor.dtype == (torch.bfloat16 if name in frozen and autocast else torch.float32), name
+        assert tensor.dtype == (torch.bfloat16 if name in frozen else torch.float32), name
     state = torch.load(finished / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
     moments = sum(entry["exp_avg"].numel() for entry in state.values())
     assert moments == sum(tensor.numel() for name, tensor in checkpoint.items() if name not in frozen)
@@ -275,6 +275,14 @@ def test_resuming_from_another_base_is_refused(finished, tmp_path, tiny, sft, ca
     save_file(content, other / "model.safetensors", metadata={"format": "pt"})
     assert sft(out, "--max_steps", "6", model=other) == 2
     assert f"its base was {tiny}, whose {name} differs from that of {other}" in error_of(capsys)
+    assert read_yaml(out / "config.yaml")["model_name_or_path"] == str(tiny)  # nothing was overwritten
+
+    plain = tmp_path / "fft"
+    assert sft(plain, method="fft") == 0
+    (plain / "results.json").unlink()
+    capsys.readouterr()
+    assert sft(plain, "--max_steps", "6", method="fft", model=other) == 2
+    assert f"its base was {tiny}, whose path differs" in error_of(capsys)
 
 
 def test_bad_models_and_folders_are_refused_in_a_sentence(tmp_path, tiny, data, sft, capsys):
@@ -300,8 +308,9 @@ def test_bad_models_and_folders_are_refused_in_a_sentence(tmp_path, tiny, data, 
     assert sft(file / "out") == 2
     assert "cannot write to output_dir" in error_of(capsys)
 
-    assert sft(tiny) == 2
-    assert "is the base itself" in error_of(capsys)
+    for out in (tiny, tiny.parent):
+        assert sft(out) == 2
+        assert "is the base itself, or holds it" in error_of(capsys)
 
     assert sft(tmp_path / "d", "--tokenizer_pad_token", "<nothing>") == 2
     assert "is not in the vocabulary" in error_of(capsys)
@@ -312,11 +321,11 @@ def test_bad_models_and_folders_are_refused_in_a_sentence(tmp_path, tiny, data, 
     assert not any((tmp_path / name).exists() for name in "ce")
 
 
-def test_a_dry_run_loads_and_writes_nothing(tmp_path, sft, capsys):
+def test_a_dry_run_loads_and_writes_nothing(tmp_path, sft, capsys, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     assert sft(tmp_path / "out", "--dry_run", "true") == 0
     out = capsys.readouterr().out
     assert "4 steps, at most 16,384 tokens" in out
-    assert "Loading weights" not in out
     assert not (tmp_path / "out").exists()
 
 
@@ -340,7 +349,15 @@ def test_a_loaded_model_can_be_given_too(tiny, data, tmp_path):
     trainer.train()
     trainer.save_model()
     assert main(["verify", str(tmp_path / "out")]) == 0
+    assert main(["verify", str(tmp_path / "out" / "checkpoint-2")]) == 0  # frozen in bf16 though held in fp32
     assert Manifest.load(tmp_path / "out").selection["selection_seed"] == 3
+
+
+def test_a_dtype_that_would_round_the_base_is_refused(tiny, data, tmp_path):
+    half = {"dtype": "float16"}
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, model_init_kwargs=half)
+    with pytest.raises(HFTError, match=r"would round the base, which is stored in torch\.bfloat16"):
+        HFTSFTTrainer(str(tiny), args)
 
 
 def test_wandb_is_offline_without_a_key_and_holds_the_selection(tmp_path, sft, capsys, monkeypatch):

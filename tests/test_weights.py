@@ -52,8 +52,10 @@ def test_a_truncated_or_missing_file_is_told_in_a_sentence(tiny, tmp_path):
         Weights(tmp_path)
     with pytest.raises(HFTError, match="holds no weights"):
         Weights(tmp_path.parent)
-    with pytest.raises(HFTError, match="neither a folder nor to be had from the Hub"):
+    with pytest.raises(HFTError, match="there is no folder"):
         local_folder(tmp_path / "nowhere")
+    with pytest.raises(HFTError, match="neither a folder nor to be had from the Hub"):
+        local_folder("some/where")
 
 
 def test_casting_to_a_wider_dtype_and_back_is_exact(tiny, tmp_path):
@@ -76,9 +78,9 @@ def test_bits_are_compared_not_values():
 
 
 def test_verify_tells_every_kind_of_difference(tmp_path):
-    names = ("same", "moved", "flipped", "recast", "gone", "stuck")
+    names = ("same", "moved", "flipped", "recast", "gone", "stuck", "lost")
     base = {name: torch.arange(4.0) for name in names}
-    out = {name: tensor.clone() for name, tensor in base.items() if name != "gone"}
+    out = {name: tensor.clone() for name, tensor in base.items() if name not in ("gone", "lost")}
     out["moved"] += 1
     out["flipped"][0] = -0.0
     out["recast"] = out["recast"].half()
@@ -86,14 +88,15 @@ def test_verify_tells_every_kind_of_difference(tmp_path):
         (tmp_path / folder).mkdir()
         save_file(tensors, tmp_path / folder / "model.safetensors")
     frozen = {name: checksum(base[name]) for name in ("same", "flipped", "recast", "gone")}
+    trained = ("moved", "stuck", "lost")
 
-    result = verify(Weights(tmp_path / "out"), frozen, Weights(tmp_path / "base"))
+    result = verify(Weights(tmp_path / "out"), frozen, trained, Weights(tmp_path / "base"))
     assert not result.ok
     assert result.identical == ["same"]
-    assert set(result.broken) == {"flipped", "recast", "gone"}
+    assert set(result.broken) == {"flipped", "recast", "gone", "lost"}
     assert (result.changed, result.unchanged) == (["moved"], ["stuck"])
-    assert "verify FAILED: 3 frozen tensors differ" in result.report()
+    assert "verify FAILED: 4 tensors differ or are missing" in result.report()
 
-    alone = verify(Weights(tmp_path / "out"), frozen, base=None)
-    assert set(alone.broken) == {"flipped", "recast", "gone"}
+    alone = verify(Weights(tmp_path / "out"), frozen, trained, base=None)
+    assert set(alone.broken) == {"flipped", "recast", "gone", "lost"}
     assert alone.changed == alone.unchanged == []

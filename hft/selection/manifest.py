@@ -20,10 +20,12 @@ class Manifest:
     """One round's selection and what it takes to check it.
 
     Attributes:
-        base: the model that the round started from, a path or Hub id.
+        base: the model that the round started from, an absolute path or a Hub id.
+        revision: the Hub revision of the base, where one was asked for.
         selection: the config that the selection was made from, with seed and round.
         trained_units: names of the trained units, in model order.
         frozen_units: names of the frozen units, in model order.
+        trained: names of the trained parameters, those outside the layers included.
         frozen: SHA-256 of each frozen parameter, by name (see `hft.weights.checksum`).
         shares: trainable share of the layers and of the whole model.
         earlier: base, selection and frozen units of the rounds that led to the base, oldest first.
@@ -34,25 +36,29 @@ class Manifest:
     selection: dict
     trained_units: list[str]
     frozen_units: list[str]
+    trained: list[str]
     frozen: dict[str, str]
     shares: dict[str, float]
     earlier: list[dict] = field(default_factory=list)
+    revision: str | None = None
     versions: dict[str, str] = field(
         default_factory=lambda: {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     )
 
     @classmethod
-    def of(cls, selection: Selection, base: str, checksums: dict[str, str]) -> Manifest:
+    def of(cls, selection: Selection, base: str, checksums: dict[str, str], *, revision: str | None = None) -> Manifest:
         """The manifest of a selection, given the checksums of the frozen parameters.
 
         A base that has a manifest itself makes this one round more of a sequence.
         """
         units = selection.anatomy.units
         return cls(
-            base=base,
+            base=str(Path(base).resolve()) if base and Path(base).is_dir() else base,
+            revision=revision,
             selection=asdict(selection.config),
             trained_units=[unit.name for unit in units if selection.trains(unit)],
             frozen_units=[unit.name for unit in units if not selection.trains(unit)],
+            trained=selection.trained_parameters,
             frozen=checksums,
             shares={"layers": selection.share_of_layers, "model": selection.share_of_model},
             earlier=rounds_so_far(base),
@@ -97,10 +103,11 @@ class Manifest:
                 f"cannot resume from {folder}: it was trained with another selection ({difference}); give the same "
                 "settings, another --output_dir, or --resume_from_checkpoint none"
             )
-        if self.frozen != other.frozen:
-            name = next(name for name in self.frozen if self.frozen[name] != other.frozen[name])
+        # With nothing frozen there are no checksums to tell two bases apart.
+        if self.frozen != other.frozen or (not self.frozen and self.base != other.base):
+            different = next((name for name in self.frozen if self.frozen[name] != other.frozen[name]), "path")
             raise HFTError(
-                f"cannot resume from {folder}: its base was {other.base}, whose {name} differs from that of "
+                f"cannot resume from {folder}: its base was {other.base}, whose {different} differs from that of "
                 f"{self.base}; give the same base, another --output_dir, or --resume_from_checkpoint none"
             )
 

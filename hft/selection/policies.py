@@ -77,6 +77,13 @@ class Selection:
         return frozen + (list(self.anatomy.embeddings) if self.config.freeze_embeddings else [])
 
     @property
+    def trained_parameters(self) -> list[str]:
+        """Names of the trained parameters, in model order, then those outside the layers."""
+        anatomy = self.anatomy
+        trained = [name for unit in anatomy.units if self.trains(unit) for name in unit.parameters]
+        return trained + ([] if self.config.freeze_embeddings else list(anatomy.embeddings)) + list(anatomy.others)
+
+    @property
     def trained_layers_size(self) -> int:
         """Trained scalars in the layers."""
         return sum(unit.size for unit in self.anatomy.units if self.trains(unit))

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hft.anatomy import anatomy_of, meta_model
 from hft.errors import HFTError
-from hft.folders import last_checkpoint
+from hft.folders import CHECKPOINT, last_checkpoint
 from hft.freezing import freeze, upcast
 from hft.planning import peak_memory
 from hft.processes import is_main, is_sharded
@@ -52,7 +51,9 @@ class HalfFineTuning:
 
         self.selection = select(anatomy_of(model), selection or SelectionConfig())
         freeze(model, self.selection)
-        self.manifest = Manifest.of(self.selection, model.config._name_or_path, self._checksums(model, stored))
+        revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
+        checksums = self._checksums(model, stored)
+        self.manifest = Manifest.of(self.selection, model.config._name_or_path, checksums, revision=revision)
         self._stored_dtypes = stored
         self._config_dtype = model.dtype
         super().__init__(model=model, args=args, **self.with_masters(model, args, kwargs))
@@ -87,22 +88,28 @@ class HalfFineTuning:
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint and self.is_world_process_zero():
-            self.manifest.check_resumable(Manifest.load(resume_from_checkpoint), resume_from_checkpoint)
+        self.check_resumable(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
+    def check_resumable(self, checkpoint: str | None) -> None:
+        """Refuse a checkpoint that was trained with another selection or base (`Manifest.check_resumable`)."""
+        if checkpoint and self.is_world_process_zero():
+            self.manifest.check_resumable(Manifest.load(checkpoint), checkpoint)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model with its manifest.
+        """Save the model with its manifest, the frozen tensors bit for bit those of the base.
 
         A `checkpoint-N` folder keeps the fp32 masters of the trained half, so that a resumed run goes on exactly;
-        anywhere else the model is written in the dtypes of the base, its frozen tensors bit for bit.
+        anywhere else the trained half too is written in the dtypes of the base.
         """
         folder = Path(output_dir or self.args.output_dir)
         super().save_model(str(folder), _internal_call)
         if not self.args.should_save:
             return
-        if not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            cast_weights(folder, self._stored_dtypes)
+        dtypes = self._stored_dtypes
+        if folder.parent == Path(self.args.output_dir) and CHECKPOINT.fullmatch(folder.name):
+            dtypes = {name: dtypes[name] for name in self.manifest.frozen if name in dtypes}
+        cast_weights(folder, dtypes)
         config = copy.deepcopy(self.model.config)
         config.dtype = self._config_dtype  # not that of the masters
         config.save_pretrained(folder)
@@ -138,5 +145,9 @@ def load_base(name: str, args: TrainingArguments) -> tuple[PreTrainedModel, dict
     stored = {name: dtype for name, dtype in Weights(folder).dtypes().items() if name in parameters}
     if not stored:
         raise HFTError(f"the weights in {folder} have other names than the model its config tells of")
-    init_kwargs.setdefault("dtype", widest(stored.values()))
+    needed = widest(stored.values())
+    asked = init_kwargs.setdefault("dtype", needed)
+    asked = getattr(torch, asked, needed) if isinstance(asked, str) else asked
+    if torch.promote_types(asked, needed) != asked:
+        raise HFTError(f"dtype {asked} would round the base, which is stored in {needed}; leave it out")
     return AutoModelForCausalLM.from_pretrained(name, **init_kwargs), stored
