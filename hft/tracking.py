@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import wandb
+
 from hft.selection import Selection
 
 PROJECT = "hft"
