@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,7 +124,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
             units.append(Unit(name, index, block, kind, names, size))
     if unknown:
         raise HFTError(
-            f"{type(model).__name__} has modules in its layers that are no known unit: {_some(unknown)}; "
+            f"{type(model).__name__} has modules in its layers that are no known unit: {some(unknown)}; "
             f"known are {', '.join(PROJECTIONS)} and norms"
         )
 
@@ -148,6 +149,7 @@ def _find_layers(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleList
     return lists[0]
 
 
-def _some(names: list[str], most: int = 8) -> str:
+def some(names: Sequence[str], most: int = 8) -> str:
+    """The first names of a list, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from hft.anatomy import some
 from hft.errors import HFTError
 from hft.selection.policies import Selection
 from hft.weights import Weights, as_bytes, checksum
@@ -73,7 +74,8 @@ class Verification:
             if trained
             else "trained: not compared, the base is not at hand",
         ]
-        lines += [f"  trained, yet bit-identical to the base: {name}" for name in self.unchanged[:10]]
+        if self.unchanged:
+            lines.append(f"  bit-identical to the base though trained: {some(self.unchanged, most=3)}")
         if self.unchanged and not self.changed:
             lines.append("  WARNING: nothing has moved; is the learning rate too low for the dtype?")
         lines += [f"  MISMATCH {name}: {reason}" for name, reason in list(self.broken.items())[:10]]

@@ -180,7 +180,8 @@ def with_defaults(stage: Stage, config: dict, flags: dict, files: Sequence[str])
     elif "run_name" not in config:
         source = Path(files[0]).resolve().parent.name if files else Path(config["model_name_or_path"]).name
         name = "-".join([source, stage.name, config.get("method") or "hft"])
-        name += "".join(f"-{key}={_short(value)}" for key, value in flags.items() if key not in RUN_KEYS)
+        told = {key: _short(value) for key, value in flags.items() if key not in RUN_KEYS}
+        name += "".join(f"-from-{v}" if k == "model_name_or_path" else f"-{k}={v}" for k, v in told.items())
         if len(name) > 120:  # most file systems stop at 255 bytes
             name = name[:110] + "-" + hashlib.sha256(name.encode()).hexdigest()[:9]
         config["run_name"] = name
@@ -372,9 +373,9 @@ result
 
 try next
   {hft} verify {out}
-  {again} --output_dir NEW                              the same run again
-  {again} --output_dir NEW --selection_seed 1           another half
-  {again} recipes/methods/fft.yaml --output_dir NEW     everything trains"""
+  {again} --output_dir NEW  # the same run again
+  {again} --output_dir NEW --selection_seed 1  # another half
+  {again} recipes/methods/fft.yaml --output_dir NEW  # everything trains"""
 
 
 def _short(value: Any) -> str:

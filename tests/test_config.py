@@ -142,6 +142,7 @@ def test_the_name_tells_what_a_flag_changed(parser):
     assert name() == "tiny-sft-fft"
     assert name("--report_to", "none") == "tiny-sft-fft"
     assert name("--max_steps", "3", "--dataset_name", "a/b.jsonl") == "tiny-sft-fft-max_steps=3-dataset_name=b.jsonl"
+    assert name("--model_name_or_path", "elsewhere/tiny-sft-hft") == "tiny-sft-fft-from-tiny-sft-hft"
     assert name("--run_name", "mine") == name("--output_dir", "some/mine") == "mine"
     assert len(name("--dataset_name", "x" * 300)) <= 120
 
