@@ -57,7 +57,9 @@ def has_split(name: str, split: str, config: str | None = None) -> bool:
     return split == "train" if Path(name).is_file() else split in get_dataset_split_names(name, config)
 
 
-def load_data(run: RunConfig, rows: Callable[[Dataset, str], Dataset], *, evaluate: bool):
+def load_data(
+    run: RunConfig, rows: Callable[[Dataset, str], Dataset], *, evaluate: bool
+) -> tuple[Dataset, Dataset | None]:
     """The training rows and, if wanted, the rows to evaluate on (see `RunConfig.eval_rows`).
 
     Args:

@@ -81,8 +81,9 @@ def check_base(base: str) -> None:
     manifest = Manifest.load(base)
     found = verify(Weights(base), manifest.frozen, manifest.trained, base=None)
     if not found.ok:
+        wrong = [*found.broken, *found.lost][0]
         raise HFTError(
-            f"{base} does not match its {MANIFEST_NAME}: {next(iter(found.broken))} is another; put back the model "
+            f"{base} does not match its {MANIFEST_NAME}: {wrong} is another; put back the model "
             "that the manifest was written for, or remove the manifest to start a new sequence"
         )
 

@@ -50,6 +50,7 @@ class Verification:
     Attributes:
         identical: frozen and bit-identical to the base.
         broken: frozen, yet different from the base, or missing, with the reason.
+        lost: trained, and missing from the checkpoint.
         changed: trained and different from the base.
         unchanged: trained, yet bit-identical to the base: nothing wrong, but worth a look.
         against: what the frozen tensors were compared with.
@@ -60,10 +61,11 @@ class Verification:
     broken: dict[str, str] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        return not self.broken
+        return not (self.broken or self.lost)
 
     def report(self) -> str:
         """The result in words, a line a finding."""
@@ -79,7 +81,9 @@ class Verification:
         if self.unchanged and not self.changed:
             lines.append("  WARNING: nothing has moved; is the learning rate too low for the dtype?")
         lines += [f"  MISMATCH {name}: {reason}" for name, reason in list(self.broken.items())[:10]]
-        lines.append("verify passed" if self.ok else f"verify FAILED: {len(self.broken)} tensors differ or are missing")
+        lines += [f"  MISSING {name}" for name in self.lost[:10]]
+        wrong = len(self.broken) + len(self.lost)
+        lines.append("verify passed" if self.ok else f"verify FAILED: {wrong} tensors differ or are missing")
         return "\n".join(lines)
 
 
@@ -92,14 +96,16 @@ def verify(out: Weights, frozen: Mapping[str, str], trained: Iterable[str], base
         trained: names of the trained tensors, as the manifest holds them.
         base: the checkpoint it started from; without it the frozen tensors are held against the checksums alone.
     """
-    against = "the manifest's checksums" if base is None else os.path.relpath(base.folder)
-    result = Verification(against=min(against, str(base.folder), key=len) if base is not None else against)
+    paths = (str(base.folder), os.path.relpath(base.folder)) if base is not None else ("the manifest's checksums",)
+    result = Verification(against=min(paths, key=len))
     for name in tqdm([*frozen, *trained], desc="verifying", unit="tensor", leave=False):
-        if name not in out:
-            result.broken[name] = "missing from the checkpoint"
-        elif name not in frozen:
-            if base is not None and name in base:
+        if name not in frozen:
+            if name not in out:
+                result.lost.append(name)
+            elif base is not None and name in base:
                 (result.unchanged if _same(out[name], base[name]) else result.changed).append(name)
+        elif name not in out:
+            result.broken[name] = "missing from the checkpoint"
         elif base is not None and name not in base:
             result.broken[name] = "missing from the base"
         elif base is not None and not _same(out[name], base[name]):

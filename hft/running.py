@@ -310,7 +310,7 @@ def evaluated_at_the_end(trainer: HalfFineTuning) -> bool:
 
 
 def measured(stage: Stage, trainer: HalfFineTuning) -> dict[str, Any]:
-    """What a run measured: steps, losses, held-out metrics before and after, speed and memory."""
+    """What a run measured: steps, losses, speed, memory, and of each held-out metric the first and last value."""
     history = trainer.state.log_history
 
     def logged(key: str) -> list[float]:
@@ -323,7 +323,7 @@ def measured(stage: Stage, trainer: HalfFineTuning) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
-        "held_out": {name: [values[0], values[-1]] for name, values in evals.items() if values},
+        "held_out": {name: values[:1] + values[1:][-1:] for name, values in evals.items() if values},
         "tokens_per_second": speeds[-1] if speeds else None,
         "peak_memory_gb": round(peak_memory() / 1e9, 2),
         "trainable_share": trainer.manifest.shares,
@@ -348,11 +348,10 @@ def conclude(results: dict[str, Any], out: Path, *, tracked: bool = False) -> in
 
 def summary(results: dict[str, Any], found: Verification, out: Path) -> str:
     """The end of a run in words: what came out, where it is, what to try next."""
-
     losses = [results["first_loss"], results["last_loss"]]
     metrics = [("training loss", losses)] if None not in losses else []
     metrics += [(f"held-out {name}", values) for name, values in results["held_out"].items()]
-    changes = "\n".join(f"  {name:28} {before:.4f} -> {after:.4f}" for name, (before, after) in metrics)
+    changes = "\n".join(f"  {name:28} {' -> '.join(f'{value:.4f}' for value in values)}" for name, values in metrics)
     hft = sys.argv[0] if Path(sys.argv[0]).name == "hft" else "hft"  # as it was called, to be called again
     again = f"{hft} {results['stage']} --config {out}/{CONFIG_NAME}"
     return f"""\

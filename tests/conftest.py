@@ -71,6 +71,14 @@ def command(stage: str, out: Path, *flags: str, method: str = "hft", model: Path
     return [stage, *files, *words, *flags]
 
 
+def finished_run(stage: str, out: Path, *, model: Path, data: Path) -> Path:
+    """A run of four steps, evaluated before and after, for the tests that only look."""
+    os.chdir(ROOT)
+    evaluation = ["--eval_strategy", "steps", "--eval_on_start", "true", "--eval_steps", "4"]
+    assert main(command(stage, out, *evaluation, model=model, data=data)) == 0
+    return out
+
+
 @pytest.fixture
 def sft(tiny, data):
     """Run `hft sft` in process."""

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 
 import pytest
@@ -20,7 +19,7 @@ from hft.planning import cpu_has_bfloat16
 from hft.selection import Manifest, SelectionConfig
 from hft.training import HFTDPOTrainer
 from hft.training.dpo import reference_bytes
-from tests.conftest import ROOT, command, error_of, identical, losses, tensors, write_jsonl
+from tests.conftest import error_of, finished_run, identical, losses, tensors, write_jsonl
 
 LN2 = math.log(2)
 AUTOCAST = [False, pytest.param(True, marks=pytest.mark.skipif(not cpu_has_bfloat16(), reason="no bf16 in hardware"))]
@@ -31,12 +30,7 @@ USER, GOOD, BAD = (
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny, pairs):
-    """One run of four steps with held-out metrics, for the tests that only look."""
-    os.chdir(ROOT)
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    evaluation = ["--eval_strategy", "steps", "--eval_on_start", "true", "--eval_steps", "4"]
-    assert main(command("dpo", out, *evaluation, model=tiny, data=pairs)) == 0
-    return out
+    return finished_run("dpo", tmp_path_factory.mktemp("runs") / "finished", model=tiny, data=pairs)
 
 
 def trainer(cls, model, pairs, out, *, autocast, **kwargs):

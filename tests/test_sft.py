@@ -1,7 +1,6 @@
 """The whole way through the command line: train, save, verify, resume."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -24,17 +23,12 @@ from hft.folders import last_checkpoint
 from hft.planning import cpu_has_bfloat16
 from hft.selection import Manifest, SelectionConfig
 from hft.training import HFTSFTTrainer
-from tests.conftest import ROOT, command, error_of, identical, losses, tensors, write_jsonl
+from tests.conftest import command, error_of, finished_run, identical, losses, tensors, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny, data):
-    """One HFT run of four steps, for the tests that only look."""
-    os.chdir(ROOT)
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    evaluation = ["--eval_strategy", "steps", "--eval_on_start", "true", "--eval_steps", "4"]
-    assert main(command("sft", out, *evaluation, model=tiny, data=data)) == 0
-    return out
+    return finished_run("sft", tmp_path_factory.mktemp("runs") / "finished", model=tiny, data=data)
 
 
 def test_half_moves_and_half_does_not(finished, tiny):

@@ -93,10 +93,13 @@ def test_verify_tells_every_kind_of_difference(tmp_path):
     result = verify(Weights(tmp_path / "out"), frozen, trained, Weights(tmp_path / "base"))
     assert not result.ok
     assert result.identical == ["same"]
-    assert set(result.broken) == {"flipped", "recast", "gone", "lost"}
+    assert set(result.broken) == {"flipped", "recast", "gone"}
+    assert result.lost == ["lost"]
+    assert "frozen:  1 of 4 tensors bit-identical" in result.report()
     assert (result.changed, result.unchanged) == (["moved"], ["stuck"])
     assert "verify FAILED: 4 tensors differ or are missing" in result.report()
 
     alone = verify(Weights(tmp_path / "out"), frozen, trained, base=None)
-    assert set(alone.broken) == {"flipped", "recast", "gone", "lost"}
+    assert set(alone.broken) == {"flipped", "recast", "gone"}
+    assert alone.lost == ["lost"]
     assert alone.changed == alone.unchanged == []
