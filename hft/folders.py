@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -18,8 +21,10 @@ from hft.freezing import Verification, verify
 from hft.processes import say
 from hft.selection import Manifest, Selection
 from hft.selection.manifest import NAME as MANIFEST_NAME
+from hft.selection.masks import FILE_NAME as MASKS_NAME
+from hft.selection.masks import load_masks
 from hft.selection.picture import draw_selection
-from hft.weights import Weights, local_folder
+from hft.weights import local_folder, weights_of
 
 CONFIG_NAME = "config.yaml"
 RESULTS_NAME = "results.json"
@@ -79,7 +84,9 @@ def check_base(base: str) -> None:
     if not (Path(base) / MANIFEST_NAME).exists():
         return
     manifest = Manifest.load(base)
-    found = verify(Weights(base), manifest.frozen, manifest.trained, base=None)
+    found = verify(
+        *_what_to_verify(Path(base), manifest), base=None, masks=load_masks(base) if manifest.masks else None
+    )
     if not found.ok:
         wrong = [*found.broken, *found.lost][0]
         raise HFTError(
@@ -127,12 +134,21 @@ def verify_folder(out: Path, base: str | None = None) -> Verification:
     """
     manifest = Manifest.load(out)
     try:
-        base_weights = Weights(local_folder(base) if base else local_folder(manifest.base, manifest.revision))
+        folder = local_folder(base) if base else local_folder(manifest.base, manifest.revision)
+        base_weights = weights_of(folder, [*manifest.frozen, *manifest.trained])
     except HFTError:
         if base:
             raise
-        base_weights = None
-    return verify(Weights(out), manifest.frozen, manifest.trained, base_weights)
+        folder, base_weights = out, None
+    against = min(str(folder), os.path.relpath(folder), key=len)
+    masks = load_masks(out) if manifest.masks else {}
+    if changed := [name for name, mask in masks.items() if mask.digest() != manifest.masks.get(name)]:
+        raise HFTError(f"{out / MASKS_NAME} is not the one that the manifest was written with: {changed[0]} differs")
+    return verify(*_what_to_verify(out, manifest), base_weights, masks=masks, against=against)
+
+
+def _what_to_verify(out: Path, manifest: Manifest) -> tuple[Mapping[str, torch.Tensor], dict[str, str], list[str]]:
+    return weights_of(out, [*manifest.frozen, *manifest.trained]), manifest.frozen, manifest.trained
 
 
 def checkpoints(folder: Path) -> list[Path]:

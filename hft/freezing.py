@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import os
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from hft.anatomy import some
 from hft.errors import HFTError
+from hft.selection.masks import Mask
 from hft.selection.policies import Selection
-from hft.weights import Weights, as_bytes, checksum
+from hft.weights import as_bytes, checksum
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def freeze(model: nn.Module, selection: Selection) -> None:
     """Set `requires_grad` of every parameter by name. To be called before the optimizer is built.
+
+    Partly frozen parameters require a gradient; `PartFreezer` keeps their frozen scalars in place.
 
     Raises:
         HFTError: the model lacks a parameter of the selection, so it is not the model that was selected for.
@@ -43,6 +47,66 @@ def upcast(model: nn.Module, *, autocast: bool) -> None:
             parameter.data = parameter.data.float()
 
 
+class PartFreezer:
+    """Keeps the frozen scalars of partly frozen parameters as they are, whatever the optimizer does.
+
+    Their gradient is set to zero as soon as it is accumulated, so that clipping and the optimizer's moments never see
+    it, and their values are put back after each step, since weight decay and warm moments move a scalar whose gradient
+    is zero. (The hook is `register_post_accumulate_grad_hook`: a plain tensor hook never fires on what FSDP2 shards.)
+
+    To be made once the model is on its device and sharded. Beside the model it holds the masks, a bit for each scalar
+    at most, and the frozen values.
+
+    Args:
+        model: the model that trains.
+        masks: of each partly frozen parameter, which scalars are frozen.
+        dtypes: dtypes that hold the frozen values exactly, by name; elsewhere they are held in the parameter's.
+    """
+
+    def __init__(
+        self, model: nn.Module, masks: Mapping[str, Mask], dtypes: Mapping[str, torch.dtype] | None = None
+    ) -> None:
+        self._held: list[tuple[nn.Parameter, Mask, torch.Tensor]] = []
+        self._hooks = []
+        parameters = dict(model.named_parameters())
+        for name, mask in masks.items():
+            parameter = parameters[name]
+            local = _local(parameter)
+            frozen = _shard(mask, parameter).to(local.device)
+            values = local[frozen.tensor().expand(local.shape)].to((dtypes or {}).get(name, local.dtype))
+            self._held.append((parameter, frozen, values))
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(functools.partial(_zero_grad, frozen)))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the frozen values back. To be called after each step of the optimizer."""
+        for parameter, mask, values in self._held:
+            local = _local(parameter)
+            local.masked_scatter_(mask.tensor(), values.to(local.dtype))
+
+    def remove(self) -> None:
+        """Let go of the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._held, self._hooks = [], []
+
+
+def _zero_grad(mask: Mask, parameter: nn.Parameter) -> None:
+    _local(parameter.grad).masked_fill_(mask.tensor(), 0)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's shard of a tensor that FSDP2 shards; any other tensor itself. Both share their storage."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _shard(mask: Mask, parameter: torch.Tensor) -> Mask:
+    if not isinstance(parameter, DTensor):
+        return mask
+    whole = mask.tensor().expand(parameter.shape).contiguous().to(parameter.device)
+    return Mask.of(distribute_tensor(whole, parameter.device_mesh, parameter.placements).to_local())
+
+
 @dataclass
 class Verification:
     """What `verify` found; each list holds tensor names.
@@ -54,6 +118,7 @@ class Verification:
         changed: trained and different from the base.
         unchanged: trained, yet bit-identical to the base: nothing wrong, but worth a look.
         against: what the frozen tensors were compared with.
+        parts: those among `identical` that are frozen in part and were compared there.
     """
 
     against: str
@@ -62,6 +127,7 @@ class Verification:
     changed: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -71,7 +137,8 @@ class Verification:
         """The result in words, a line a finding."""
         frozen, trained = len(self.identical) + len(self.broken), len(self.changed) + len(self.unchanged)
         lines = [
-            f"frozen:  {len(self.identical)} of {frozen} tensors bit-identical to {self.against}",
+            f"frozen:  {len(self.identical)} of {frozen} tensors bit-identical to {self.against}"
+            + (f", {len(self.parts)} of them the frozen part of a tensor" if self.parts else ""),
             f"trained: {len(self.changed)} of {trained} tensors changed"
             if trained
             else "trained: not compared, the base is not at hand",
@@ -87,33 +154,49 @@ class Verification:
         return "\n".join(lines)
 
 
-def verify(out: Weights, frozen: Mapping[str, str], trained: Iterable[str], base: Weights | None) -> Verification:
+def verify(
+    out: Mapping[str, torch.Tensor],
+    frozen: Mapping[str, str],
+    trained: Iterable[str],
+    base: Mapping[str, torch.Tensor] | None,
+    *,
+    masks: Mapping[str, Mask] | None = None,
+    against: str = "the base",
+) -> Verification:
     """Compare a fine-tuned checkpoint with its base, tensor by tensor.
 
     Args:
         out: the fine-tuned checkpoint.
-        frozen: checksum of each frozen tensor, as the manifest holds it.
-        trained: names of the trained tensors, as the manifest holds them.
+        frozen: checksum of each wholly or partly frozen tensor, as the manifest holds it.
+        trained: names of the tensors that train wholly or in part, as the manifest holds them.
         base: the checkpoint it started from; without it the frozen tensors are held against the checksums alone.
+        masks: of each partly frozen tensor, which scalars are frozen.
+        against: the base in words.
     """
-    paths = (str(base.folder), os.path.relpath(base.folder)) if base is not None else ("the manifest's checksums",)
-    result = Verification(against=min(paths, key=len))
-    for name in tqdm([*frozen, *trained], desc="verifying", unit="tensor", leave=False):
-        if name not in frozen:
-            if name not in out:
-                result.lost.append(name)
-            elif base is not None and name in base:
-                (result.unchanged if _same(out[name], base[name]) else result.changed).append(name)
-        elif name not in out:
+    masks = masks or {}
+    result = Verification(against=against if base is not None else "the manifest's checksums")
+
+    def frozen_values(weights: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+        values = weights[name]
+        return values[masks[name].tensor().expand(values.shape)] if name in masks else values
+
+    for name in tqdm(frozen, desc="verifying what is frozen", unit="tensor", leave=False):
+        if name not in out:
             result.broken[name] = "missing from the checkpoint"
         elif base is not None and name not in base:
             result.broken[name] = "missing from the base"
-        elif base is not None and not _same(out[name], base[name]):
-            result.broken[name] = _difference(out[name], base[name])
-        elif base is None and checksum(out[name]) != frozen[name]:
+        elif base is not None and not _same(ours := frozen_values(out, name), theirs := frozen_values(base, name)):
+            result.broken[name] = _difference(ours, theirs)
+        elif base is None and checksum(frozen_values(out, name)) != frozen[name]:
             result.broken[name] = "its checksum is not the manifest's"
         else:
             result.identical.append(name)
+            result.parts += [name] if name in masks else []
+    for name in tqdm(trained, desc="verifying what trained", unit="tensor", leave=False):
+        if name not in out:
+            result.lost.append(name)
+        elif base is not None and name in base:
+            (result.unchanged if _same(out[name], base[name]) else result.changed).append(name)
     return result
 
 

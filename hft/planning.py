@@ -22,14 +22,15 @@ def static_memory(selection: Selection, frozen_bytes: int = 2, shards: int = 1, 
     """Bytes per device of weights, gradients and AdamW state; activations come on top.
 
     Args:
-        selection: which half trains.
+        selection: which half trains. Partly frozen tensors have masters, gradients and moments as a whole.
         frozen_bytes: bytes of a frozen scalar; it has neither gradient nor optimizer state.
         shards: devices that the model is sharded over (FSDP2); 1 under DDP and on one device.
         reference: whether there is a reference model: a copy of the trained half, or of all if it is sharded.
     """
-    frozen = selection.anatomy.size - selection.trained_size
-    copied = (selection.trained_size if shards == 1 else selection.anatomy.size) if reference else 0
-    return (selection.trained_size * TRAINED_BYTES + (frozen + copied) * frozen_bytes) / shards
+    held, size = selection.held_size, selection.anatomy.size
+    copied = (held if shards == 1 else size) if reference else 0
+    kept = held - selection.trained_size  # of partly frozen tensors, the frozen values
+    return (held * TRAINED_BYTES + (size - held + kept + copied) * frozen_bytes) / shards
 
 
 def check_fits(selection: Selection, *, cpu_asked_for: bool, shards: int, reference: bool) -> None:

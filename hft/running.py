@@ -130,7 +130,7 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
     trainer = stage.trainer_class(
         run_config.model_name_or_path,
         args,
-        selection=selection.config,
+        selection=selection,
         train_dataset=train,
         eval_dataset=test,
         processing_class=tokenizer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -15,8 +15,10 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from hft.anatomy import architecture_of, meta_model
 from hft.errors import HFTError
 
 # safetensors' names of the dtypes that a model's weights come in; others are read to be known.
@@ -53,6 +55,25 @@ class Weights(Mapping):
     def dtypes(self) -> dict[str, torch.dtype]:
         """The dtype of every tensor on disk, from the headers."""
         return {name: file.dtype(name) for name, file in self._files.items()}
+
+
+def weights_of(folder: str | Path, names: Iterable[str]) -> Mapping[str, torch.Tensor]:
+    """The tensors of a checkpoint folder under the names that the model has for them.
+
+    Where the files name all of them, they are read one at a time. Some families are stored in another form than
+    they are computed in: mixtures of experts one expert at a time, vision-language models under older names. Those
+    are loaded whole by transformers, in the widest dtype they are stored in, which is exact.
+    """
+    stored = Weights(folder)
+    if all(name in stored for name in names):
+        return stored
+    config = AutoConfig.from_pretrained(folder)
+    architecture = architecture_of(config)
+    if set(stored) <= meta_model(config).state_dict().keys():
+        return stored  # the same form, with tensors missing
+    dtype = widest(stored.dtypes().values())
+    model, info = architecture.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    return {name: p.detach() for name, p in model.named_parameters() if name not in info["missing_keys"]}
 
 
 class SafetensorsFile:
@@ -142,17 +163,29 @@ def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return functools.reduce(torch.promote_types, dtypes)
 
 
-def cast_weights(folder: str | Path, dtypes: Mapping[str, torch.dtype]) -> None:
+def cast_weights(
+    folder: str | Path, dtypes: Mapping[str, torch.dtype], others: tuple[torch.dtype, Container[str]] | None = None
+) -> None:
     """Rewrite the safetensors files of a folder so that each tensor has the dtype given for its name, if any.
 
-    Files that are right already are left alone. The others are replaced in one step: a reader sees the old or the new
+    Args:
+        folder: holds the files.
+        dtypes: by name.
+        others: a dtype for all names that are not in a given set: those of tensors stored in another form than the
+            model has them in.
+
+    Files that are right already are left alone. The rest are replaced in one step: a reader sees the old or the new
     one, never half of it.
     """
     for path in tqdm(weight_files(Path(folder)), desc="casting the saved weights", leave=False):
         file = SafetensorsFile(path)
-        if all(dtypes.get(name, file.dtype(name)) == file.dtype(name) for name in file.names()):
+        wanted = {name: dtypes.get(name, file.dtype(name)) for name in file.names()}
+        if others is not None:
+            dtype, known = others
+            wanted |= {name: dtype for name in wanted if name not in known and file.dtype(name).is_floating_point}
+        if all(wanted[name] == file.dtype(name) for name in wanted):
             continue
-        tensors = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in load_file(path).items()}
+        tensors = {name: tensor.to(wanted[name]) for name, tensor in load_file(path).items()}
         temporary = path.with_suffix(".tmp")
         save_file(tensors, temporary, metadata={"format": "pt"})
         temporary.chmod(path.stat().st_mode)

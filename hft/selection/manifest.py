@@ -26,7 +26,9 @@ class Manifest:
         trained_units: names of the trained units, in model order.
         frozen_units: names of the frozen units, in model order.
         trained: names of the trained parameters, those outside the layers included.
-        frozen: SHA-256 of each frozen parameter, by name (see `hft.weights.checksum`).
+        frozen: SHA-256 of each frozen parameter, by name (see `hft.weights.checksum`); of a partly frozen one, which
+            is among `trained` too, of its frozen scalars.
+        masks: SHA-256 of the mask of each partly frozen parameter; the masks are in `hft_masks.safetensors`.
         shares: trainable share of the layers and of the whole model.
         earlier: base, selection and frozen units of the rounds that led to the base, oldest first.
         versions: the packages that made it.
@@ -41,6 +43,7 @@ class Manifest:
     shares: dict[str, float]
     earlier: list[dict] = field(default_factory=list)
     revision: str | None = None
+    masks: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(
         default_factory=lambda: {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     )
@@ -61,6 +64,7 @@ class Manifest:
             trained=selection.trained_parameters,
             frozen=checksums,
             shares={"layers": selection.share_of_layers, "model": selection.share_of_model},
+            masks={name: mask.digest() for name, mask in selection.frozen_masks.items()},
             earlier=rounds_so_far(base),
         )
 
@@ -96,7 +100,9 @@ class Manifest:
             other: the manifest of the checkpoint.
             folder: the checkpoint, for the message.
         """
-        if self.frozen_units != other.frozen_units or self.frozen.keys() != other.frozen.keys():
+        if any(getattr(self, n) != getattr(other, n) for n in ("frozen_units", "masks")) or (
+            self.frozen.keys() != other.frozen.keys()
+        ):
             ours, theirs = SelectionConfig(**self.selection), SelectionConfig(**other.selection)
             difference = describe_difference(ours, theirs) or "another model"
             raise HFTError(

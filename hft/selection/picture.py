@@ -1,6 +1,6 @@
 """A selection to look at: layers x units."""
 
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -12,19 +12,25 @@ FROZEN, TRAINED = "#cfd8dc", "#e4572e"
 def draw_selection(selection: Selection, title: str = "") -> Figure:
     """One column a layer, one row a unit; trained units are coloured, frozen ones grey.
 
-    A unit that some layers lack is left white there.
+    A unit that trains in part, and experts of which some train, are coloured in between. A unit that some layers lack
+    is left white there.
     """
     units = selection.anatomy.units
     kinds = list(dict.fromkeys((unit.block, unit.kind) for unit in sorted(units, key=lambda u: u.block)))
     rows = {kind: row for row, kind in enumerate(kinds)}
-    grid = [[float("nan")] * selection.anatomy.num_layers for _ in kinds]
+    cells: dict[tuple[int, int], list[float]] = {}
     for unit in units:
-        grid[rows[unit.block, unit.kind]][unit.layer] = float(selection.trains(unit))
+        cells.setdefault((rows[unit.block, unit.kind], unit.layer), []).append(selection.share_of(unit))
+    grid = [[float("nan")] * selection.anatomy.num_layers for _ in kinds]
+    for (row, layer), shares in cells.items():
+        grid[row][layer] = sum(shares) / len(shares)
 
     figure = Figure(figsize=(max(5, 0.24 * selection.anatomy.num_layers + 2.2), 0.3 * len(kinds) + 1.4), dpi=120)
     axes = figure.add_subplot()
-    axes.pcolormesh(grid, cmap=ListedColormap([FROZEN, TRAINED]), vmin=0, vmax=1, edgecolors="white", linewidth=1)
-    axes.set_yticks([row + 0.5 for row in range(len(kinds))], [kind for _, kind in kinds])
+    shade = LinearSegmentedColormap.from_list("share", [FROZEN, TRAINED])
+    axes.pcolormesh(grid, cmap=shade, vmin=0, vmax=1, edgecolors="white", linewidth=1)
+    names = [kind if block not in ("experts", "router") else f"{block} {kind}" for block, kind in kinds]
+    axes.set_yticks([row + 0.5 for row in range(len(kinds))], names)
     step = 1 if selection.anatomy.num_layers <= 8 else 4
     ticks = range(0, selection.anatomy.num_layers, step)
     axes.set_xticks([tick + 0.5 for tick in ticks], [str(tick) for tick in ticks])

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import math
+import runpy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any
 
-from hft.anatomy import BLOCKS, Anatomy, Unit
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from hft.anatomy import BLOCKS, Anatomy, Part, Unit
 from hft.errors import HFTError
+from hft.selection.masks import Mask
+
+POLICIES = ("category", "layer", "model", "explicit", "all", "random-element", "importance")
+GRANULARITIES = ("unit", "column", "element")
+SCORES = ("magnitude", "wanda", "fisher")
 
 
 @dataclass
 class SelectionConfig:
     """Which units train in a round, as a method YAML or the command line gives it."""
 
-    policy: Literal["category", "layer", "model", "explicit", "all"] = field(
+    policy: str = field(
         default="category",
         metadata={
             "help": "category: that fraction of each block of each layer (the paper's HFT, Algorithm 1); layer: every "
             "other layer whole; model: half of all units anywhere; explicit: all but the units that match `freeze`; "
-            "all: everything trains (FFT)."
+            "all: everything trains (FFT); random-element: random scalars of every matrix; importance: what matters "
+            "least to the base on a sample of text; FILE.py:FUNCTION: your own (docs/new-policy.md)."
         },
     )
     fraction: float = field(
@@ -33,6 +47,9 @@ class SelectionConfig:
     mlp_fraction: float | None = field(
         default=None, metadata={"help": "Fraction of the MLP units, where it differs (category policy)."}
     )
+    experts_fraction: float | None = field(
+        default=None, metadata={"help": "Fraction of the experts' matrices, where it differs (category policy)."}
+    )
     norm_fraction: float | None = field(
         default=None, metadata={"help": "Fraction of the norms, where it differs (category policy)."}
     )
@@ -43,58 +60,160 @@ class SelectionConfig:
     freeze_embeddings: bool = field(
         default=False, metadata={"help": "Freeze the embeddings and the head too (Tables 6 and 7)."}
     )
+    freeze_router: bool = field(
+        default=False, metadata={"help": "Freeze the routers of a mixture of experts; else all of them train."}
+    )
+    granularity: str | None = field(
+        default=None,
+        metadata={"help": f"What the importance policy freezes as a whole: {', '.join(GRANULARITIES)}."},
+    )
+    score: str | None = field(
+        default=None, metadata={"help": f"What the importance policy goes by: {', '.join(SCORES)}."}
+    )
+    invert: bool = field(
+        default=False, metadata={"help": "Freeze what matters least instead of most (importance policy)."}
+    )
+    policy_options: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Arguments of your own policy, by name."}
+    )
     selection_seed: int = field(default=0, metadata={"help": "Seed of the selection, apart from the training seed."})
     round: int = field(default=1, metadata={"help": "Number of this training run in a sequence; each draws anew."})
 
     def __post_init__(self):
-        for name in ("fraction", *(f"{block}_fraction" for block in BLOCKS)):
+        if self.policy not in POLICIES and ":" not in self.policy:
+            near = difflib.get_close_matches(self.policy, POLICIES, n=1) or [", ".join(POLICIES)]
+            raise HFTError(
+                f"policy {self.policy!r} is none of ours, did you mean {near[0]}? Your own is FILE.py:FUNCTION"
+            )
+        for name in ("fraction", *FRACTIONS.values()):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise HFTError(f"{name} must lie in 0..1, got {value}")
-            if name != "fraction" and value is not None and self.policy != "category":
-                raise HFTError(f"{name} belongs to the category policy, not to {self.policy!r}; remove it")
+        for policy, names in OWN_KEYS.items():
+            for name in names:
+                if self.policy != policy and getattr(self, name) not in (None, False):
+                    raise HFTError(f"{name} belongs to the {policy} policy, not to {self.policy!r}; remove it")
         if bool(self.freeze) != (self.policy == "explicit"):
             raise HFTError("the explicit policy and `freeze` go together: give both or neither")
+        if self.policy_options and ":" not in self.policy:
+            raise HFTError("policy_options are for a policy of your own, policy: FILE.py:FUNCTION")
+        if self.policy == "importance" and (self.granularity not in GRANULARITIES or self.score not in SCORES):
+            raise HFTError(
+                f"the importance policy needs a granularity ({', '.join(GRANULARITIES)}) and a score "
+                f"({', '.join(SCORES)})"
+            )
         if self.round < 1:
             raise HFTError(f"round counts from 1, got {self.round}")
 
 
+FRACTIONS = {block: f"{block}_fraction" for block in BLOCKS if block != "router"}
+# Keys that mean something to one policy only.
+OWN_KEYS = {"category": tuple(FRACTIONS.values()), "importance": ("granularity", "score", "invert")}
+
+# What a policy returns: the units that train, and of some parameters which scalars, True where they train.
+Choice = Iterable[Unit] | tuple[Iterable[Unit], Mapping[str, torch.Tensor]]
+
+
 @dataclass(frozen=True)
 class Selection:
-    """Which units train in this round, by name, and the anatomy and config it was made from."""
+    """Which units train in this round, by name, and the anatomy and config it was made from.
+
+    Attributes:
+        trained: names of the units that train, wholly or in part.
+        trained_masks: of parameters that train in part by the policy's choice, which scalars do. Parameters that
+            several units share need no entry here.
+    """
 
     anatomy: Anatomy
     config: SelectionConfig
     trained: frozenset[str]
+    trained_masks: Mapping[str, Mask] = field(default_factory=dict)
 
     def trains(self, unit: Unit) -> bool:
         return unit.name in self.trained
 
+    def share_of(self, unit: Unit) -> float:
+        """Trained scalars of a unit / all of its scalars."""
+        if not self.trains(unit) or not self.trained_masks.keys() & set(unit.parameters):
+            return float(self.trains(unit))
+        trained = 0
+        for part in unit.parts:
+            frozen = self.frozen_masks.get(part.parameter)
+            inside = torch.zeros(part.shape, dtype=torch.bool)
+            part.mark(inside, True)
+            trained += (inside & ~frozen.tensor() if frozen else inside).sum().item()
+        return trained / unit.size
+
+    @functools.cached_property
+    def _trained_of(self) -> dict[str, list[tuple[Part, bool]]]:
+        """Of each parameter in the layers, its parts and whether they train."""
+        parts: dict[str, list[tuple[Part, bool]]] = {}
+        for unit in self.anatomy.units:
+            for part in unit.parts:
+                parts.setdefault(part.parameter, []).append((part, self.trains(unit)))
+        return parts
+
     @property
     def frozen_parameters(self) -> list[str]:
-        """Names of the frozen parameters, in model order."""
-        frozen = [name for unit in self.anatomy.units if not self.trains(unit) for name in unit.parameters]
-        return frozen + (list(self.anatomy.embeddings) if self.config.freeze_embeddings else [])
+        """Names of the wholly frozen parameters, in model order, then those outside the layers."""
+        frozen = [name for name, parts in self._trained_of.items() if not any(trains for _, trains in parts)]
+        return (
+            frozen
+            + (list(self.anatomy.embeddings) if self.config.freeze_embeddings else [])
+            + list(self.anatomy.towers)
+        )
 
     @property
     def trained_parameters(self) -> list[str]:
-        """Names of the trained parameters, in model order, then those outside the layers."""
+        """Names of the parameters that train, wholly or in part, in model order, then those outside the layers."""
         anatomy = self.anatomy
-        trained = [name for unit in anatomy.units if self.trains(unit) for name in unit.parameters]
+        trained = [name for name, parts in self._trained_of.items() if any(trains for _, trains in parts)]
         return trained + ([] if self.config.freeze_embeddings else list(anatomy.embeddings)) + list(anatomy.others)
 
-    @property
+    @functools.cached_property
+    def frozen_masks(self) -> dict[str, Mask]:
+        """Of each partly frozen parameter, which scalars are frozen; a mask broadcasts to its parameter."""
+        masks = {}
+        for name, parts in self._trained_of.items():
+            chosen = self.trained_masks.get(name)
+            if len({trains for _, trains in parts}) == 1 and (chosen is None or not parts[0][1]):
+                continue
+            shape = parts[0][0].shape
+            cut = max((len(box) for part, _ in parts for box in part.boxes), default=0)
+            frozen = torch.zeros(*shape[:cut], *[1] * (len(shape) - cut), dtype=torch.bool)
+            for part, trains in parts:
+                part.mark(frozen, not trains)
+            if chosen is not None:
+                frozen = frozen | ~chosen.tensor()
+            masks[name] = Mask.of(frozen)
+        return masks
+
+    @functools.cached_property
     def trained_layers_size(self) -> int:
         """Trained scalars in the layers."""
-        return sum(unit.size for unit in self.anatomy.units if self.trains(unit))
+        whole = sum(p.size for parts in self._trained_of.values() for p, trains in parts if trains)
+        for name in self.trained_masks.keys() & self.frozen_masks.keys():
+            parts = self._trained_of[name]
+            mask, shape = self.frozen_masks[name], parts[0][0].shape
+            trained = (~mask.tensor()).sum().item() * (math.prod(shape) // math.prod(mask.shape))
+            whole += trained - sum(part.size for part, trains in parts if trains)
+        return whole
 
     @property
     def trained_size(self) -> int:
         """Trained scalars in the whole model."""
-        anatomy = self.anatomy
-        outside = sum(anatomy.others.values())
-        outside += 0 if self.config.freeze_embeddings else sum(anatomy.embeddings.values())
-        return self.trained_layers_size + outside
+        return self.trained_layers_size + self._trained_outside
+
+    @property
+    def held_size(self) -> int:
+        """Scalars that have a master, a gradient and optimizer state: partly frozen parameters have them whole."""
+        trained = (parts[0][0].shape for parts in self._trained_of.values() if any(trains for _, trains in parts))
+        return sum(map(math.prod, trained)) + self._trained_outside
+
+    @property
+    def _trained_outside(self) -> int:
+        embeddings = 0 if self.config.freeze_embeddings else sum(self.anatomy.embeddings.values())
+        return sum(self.anatomy.others.values()) + embeddings
 
     @property
     def share_of_layers(self) -> float:
@@ -107,7 +226,7 @@ class Selection:
         return self.trained_size / self.anatomy.size
 
     def counts(self) -> dict[str, tuple[int, int]]:
-        """For each block, how many of its units train and how many there are."""
+        """For each block, how many of its units train, wholly or in part, and how many there are."""
         return {
             block: (sum(map(self.trains, units)), len(units))
             for block in BLOCKS
@@ -115,13 +234,14 @@ class Selection:
         }
 
     def summary(self) -> str:
-        """One line for people: the policy, what trains of each block, and the two shares."""
+        """A few lines for people: the policy, what trains of each block, and the two shares."""
         c = self.config
         counts = ", ".join(f"{block} {trained}/{total}" for block, (trained, total) in self.counts().items())
         ends = "frozen" if c.freeze_embeddings else "train"
+        parts = f"{len(self.frozen_masks)} tensors train in part\n" if self.frozen_masks else ""
         return (
             f"{c.policy} policy, seed {c.selection_seed}, round {c.round}: {counts} units train; embeddings and head "
-            f"{ends}\ntrainable share {self.share_of_layers:.1%} of the layers "
+            f"{ends}\n{parts}trainable share {self.share_of_layers:.1%} of the layers "
             f"({self.trained_layers_size:,} of {self.anatomy.layers_size:,}), {self.share_of_model:.1%} of the whole "
             f"model ({self.trained_size:,} of {self.anatomy.size:,})"
         )
@@ -131,16 +251,53 @@ def select(anatomy: Anatomy, config: SelectionConfig) -> Selection:
     """Make the selection of one round.
 
     Raises:
-        HFTError: a `freeze` pattern of the explicit policy matches no unit.
+        HFTError: a `freeze` pattern of the explicit policy matches no unit; your own policy cannot be loaded or
+            returns something else; or the policy needs the base's weights (`hft.selection.importance`).
     """
-    policies: dict[str, Callable[[Anatomy, SelectionConfig], Iterable[Unit]]] = {
+    policies: dict[str, Callable[[Anatomy, SelectionConfig], Choice]] = {
         "category": _category,
         "layer": _layer,
         "model": _model,
         "explicit": _explicit,
         "all": lambda anatomy, config: anatomy.units,
+        "random-element": _random_element,
     }
-    return Selection(anatomy, config, frozenset(unit.name for unit in policies[config.policy](anatomy, config)))
+    if config.policy == "importance":
+        raise HFTError("the importance policy looks at the base's weights: call hft.selection.importance.choose")
+    return selection_of(anatomy, config, (policies.get(config.policy) or _load(config.policy))(anatomy, config))
+
+
+def selection_of(anatomy: Anatomy, config: SelectionConfig, choice: Choice) -> Selection:
+    """The selection that a policy's choice amounts to.
+
+    Raises:
+        HFTError: the choice names something that the model does not have.
+    """
+    units, masks = (
+        choice if isinstance(choice, tuple) and len(choice) == 2 and isinstance(choice[1], Mapping) else (choice, {})
+    )
+    known = {unit.name: unit for unit in anatomy.units}
+    try:
+        trained = frozenset(unit.name for unit in units)
+    except (TypeError, AttributeError) as error:
+        raise HFTError(f"policy {config.policy} must return units of the anatomy: {error}") from error
+    if strange := [*(trained - known.keys()), *(masks.keys() - {p for u in known.values() for p in u.parameters})]:
+        raise HFTError(f"policy {config.policy} chose {strange[0]}, which the model does not have")
+    if config.freeze_router:
+        trained -= {unit.name for unit in anatomy.units if unit.block == "router"}
+    return Selection(anatomy, config, trained, {name: Mask.of(mask) for name, mask in masks.items()})
+
+
+def _load(policy: str) -> Callable[[Anatomy, SelectionConfig], Choice]:
+    """A policy of the user's own, `FILE.py:FUNCTION`, with `policy_options` as its further arguments."""
+    path, _, name = policy.rpartition(":")
+    try:
+        function = runpy.run_path(path)[name]
+    except OSError as error:
+        raise HFTError(f"policy {policy}: cannot read {path}: {error.strerror}") from error
+    except KeyError:
+        raise HFTError(f"policy {policy}: {path} has no function {name}") from None
+    return lambda anatomy, config: function(anatomy, config, **(config.policy_options or {}))
 
 
 def draw(names: Iterable[str], count: int, *key: object) -> list[str]:
@@ -158,12 +315,14 @@ def pools(anatomy: Anatomy, layer: int) -> dict[str, list[Unit]]:
 
     Attention is one pool; with grouped queries it is two, {q, o} and {k, v}, whose members have the same shape, so
     that half of the units is half of the scalars (A.4.12; A.4.1 says the same in other groups). Norms of queries and
-    keys, which are as long as a head, are kept apart from the norms of the hidden state.
+    keys, which are as long as a head, are kept apart from the norms of the hidden state. The matrices of all experts
+    of a layer are one pool, apart from an MLP that every token takes.
     """
+    grouped = anatomy.grouped_query
     found: dict[str, list[Unit]] = {}
     for unit in anatomy.layer(layer):
         pool = unit.block
-        if unit.block == "attention" and anatomy.grouped_query:
+        if unit.block == "attention" and grouped:
             pool += ".kv" if unit.kind in ("k_proj", "v_proj") else ".qo"
         elif unit.kind in ("q_norm", "k_norm"):
             pool += ".qk"
@@ -175,18 +334,26 @@ def _category(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
     """Algorithm 1: of each block in each layer a random fraction trains.
 
     A fraction that is not whole in a layer is met over the layers: half of three MLP matrices is one in half of the
-    layers and two in the others, and the seed draws which.
+    layers and two in the others, and the seed draws which. The paper leaves mixtures of experts open (Limitations).
+    Here half of a layer's expert matrices train, drawn among all of its experts, so that half of every layer stays
+    as in a dense model whichever experts a token is sent to; routers train, since they are a small part of the
+    layer and have to follow experts that change.
     """
     key = ("category", config.selection_seed, config.round)
     layers = [pools(anatomy, layer) for layer in range(anatomy.num_layers)]
     trained = []
-    for pool in layers[0]:
-        block_fraction = getattr(config, f"{pool.partition('.')[0]}_fraction")
+    # Layers need not be alike (DeepSeek's first ones have no experts): those of one kind are rounded together.
+    alike: dict[tuple[str, int], list[list[Unit]]] = {}
+    for layer in layers:
+        for pool, units in layer.items():
+            alike.setdefault((pool, len(units)), []).append(units)
+    for (pool, _), units in alike.items():
+        block = pool.partition(".")[0]
+        block_fraction = 1.0 if block == "router" else getattr(config, FRACTIONS[block])
         fraction = config.fraction if block_fraction is None else block_fraction
-        units = [layer[pool] for layer in layers]
         counts = _spread(round(fraction * sum(map(len, units))), units, (*key, pool))
         for members, count in zip(units, counts, strict=True):
-            drawn = draw((unit.name for unit in members), count, *key)
+            drawn = set(draw((unit.name for unit in members), count, *key))
             trained += [unit for unit in members if unit.name in drawn]
     return trained
 
@@ -223,6 +390,26 @@ def _explicit(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
             kinds = ", ".join(dict.fromkeys(unit.kind for unit in anatomy.units))
             raise HFTError(f"freeze: no unit matches {pattern!r}; the kinds here are {kinds}")
     return [unit for unit in anatomy.units if not any(matches(unit, pattern) for pattern in config.freeze or ())]
+
+
+def _random_element(anatomy: Anatomy, config: SelectionConfig) -> Choice:
+    """Random scalars of every matrix train, at the budget that whole matrices would have (SpaRTA, 2502.15975).
+
+    Of each matrix exactly that fraction, rounded. Biases and norms, a small part, train whole.
+    """
+    shapes = {part.parameter: part.shape for unit in anatomy.units for part in unit.parts if len(part.shape) > 1}
+    masks = {}
+    for name, shape in tqdm(shapes.items(), desc="drawing scalars", unit="tensor", leave=False):
+        size = math.prod(shape)
+        key = f"random-element/{config.selection_seed}/{config.round}/{name}"
+        # The raw stream of a counter-based generator is the same in every version of numpy and on every machine.
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
+        numbers = np.random.Philox(key=seed).random_raw(size)
+        trained = np.zeros(size, dtype=bool)
+        count = round(config.fraction * size)
+        trained[np.argpartition(numbers, count - 1)[:count] if count else []] = True
+        masks[name] = torch.from_numpy(trained).view(shape)
+    return anatomy.units, masks
 
 
 def describe_difference(ours: SelectionConfig, theirs: SelectionConfig) -> str:

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 
-from hft.anatomy import anatomy_of, meta_model
+from hft.anatomy import anatomy_of, architecture_of, meta_model
 from hft.errors import HFTError
 from hft.folders import CHECKPOINT, last_checkpoint
-from hft.freezing import freeze, upcast
+from hft.freezing import PartFreezer, freeze, upcast
 from hft.planning import peak_memory
 from hft.processes import is_main, is_sharded
-from hft.selection import Manifest, SelectionConfig, select
+from hft.selection import Manifest, Selection, SelectionConfig, select
+from hft.selection.masks import save_masks
 from hft.weights import Weights, cast_weights, checksum, local_folder, widest
 
 
@@ -28,7 +29,7 @@ class HalfFineTuning:
     Args:
         model: path or Hub id of the base, loaded in the dtype its weights are stored in, or a loaded model.
         args: the trainer's own config.
-        selection: which units train; by default the paper's HFT.
+        selection: which units train, or the config to make it from; by default the paper's HFT.
         kwargs: whatever else the trainer takes.
 
     Raises:
@@ -36,7 +37,7 @@ class HalfFineTuning:
             model is quantised, of an unknown family, or sharded in a way that cannot hold a half-frozen layer.
     """
 
-    def __init__(self, model, args, *, selection: SelectionConfig | None = None, **kwargs):
+    def __init__(self, model, args, *, selection: Selection | SelectionConfig | None = None, **kwargs):
         if kwargs.get("peft_config") is not None:
             raise HFTError("peft_config and half fine-tuning exclude each other: adapters freeze the whole base")
         if (kwargs.get("optimizers") or (None, None))[0] is not None:
@@ -49,7 +50,9 @@ class HalfFineTuning:
         if getattr(model.config, "quantization_config", None) is not None:
             raise HFTError("the model is quantised; half fine-tuning trains the weights themselves, give the original")
 
-        self.selection = select(anatomy_of(model), selection or SelectionConfig())
+        if not isinstance(selection, Selection):
+            selection = select(anatomy_of(model), selection or SelectionConfig())
+        self.selection = selection
         freeze(model, self.selection)
         revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
         checksums = self._checksums(model, stored)
@@ -57,6 +60,8 @@ class HalfFineTuning:
         self._stored_dtypes = stored
         self._config_dtype = model.dtype
         super().__init__(model=model, args=args, **self.with_masters(model, args, kwargs))
+        if self.selection.frozen_masks:
+            self.add_callback(PartFreezing(self.selection, stored))
 
         if self.is_deepspeed_enabled:
             raise HFTError("DeepSpeed is not supported; shard with FSDP2 (recipes/accelerate/fsdp2.yaml)")
@@ -106,14 +111,16 @@ class HalfFineTuning:
         super().save_model(str(folder), _internal_call)
         if not self.args.should_save:
             return
-        dtypes = self._stored_dtypes
+        dtypes, others = self._stored_dtypes, (self._config_dtype, self.model.state_dict().keys())
         if folder.parent == Path(self.args.output_dir) and CHECKPOINT.fullmatch(folder.name):
-            dtypes = {name: dtypes[name] for name in self.manifest.frozen if name in dtypes}
-        cast_weights(folder, dtypes)
+            whole = self.manifest.frozen.keys() - self.manifest.masks.keys()
+            dtypes, others = {name: dtypes[name] for name in whole if name in dtypes}, None
+        cast_weights(folder, dtypes, others)
         config = copy.deepcopy(self.model.config)
         config.dtype = self._config_dtype  # not that of the masters
         config.save_pretrained(folder)
         self.manifest.save(folder)
+        save_masks(folder, self.selection.frozen_masks)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the peak memory so far."""
@@ -124,8 +131,26 @@ class HalfFineTuning:
         if not is_main():
             return {}
         parameters = dict(model.named_parameters())
-        names = self.selection.frozen_parameters
-        return {name: checksum(parameters[name].to(stored.get(name, model.dtype))) for name in names}
+        frozen = {name: parameters[name] for name in self.selection.frozen_parameters}
+        for name, mask in self.selection.frozen_masks.items():
+            frozen[name] = parameters[name][mask.tensor().expand(parameters[name].shape)]
+        return {name: checksum(values.to(stored.get(name, model.dtype))) for name, values in frozen.items()}
+
+
+class PartFreezing(TrainerCallback):
+    """Holds the frozen scalars of partly frozen parameters in place for as long as a run trains."""
+
+    def __init__(self, selection: Selection, dtypes: dict[str, torch.dtype]):
+        self.selection, self.dtypes = selection, dtypes
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.freezer = PartFreezer(model, self.selection.frozen_masks, self.dtypes)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.freezer.restore()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.freezer.remove()
 
 
 def load_base(name: str, args: TrainingArguments) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
@@ -137,17 +162,20 @@ def load_base(name: str, args: TrainingArguments) -> tuple[PreTrainedModel, dict
 
     Returns:
         The model, and the dtype on disk of each of its parameters. Tensors that are none, such as the fp32
-        `rotary_emb.inv_freq` in Llama-2's files, have no say in it.
+        `rotary_emb.inv_freq` in Llama-2's files, have no say in it. Parameters that are stored in another form, such
+        as experts one by one, have the widest dtype on disk.
     """
     init_kwargs = dict(args.model_init_kwargs or {})
     folder = local_folder(name, init_kwargs.get("revision"))
-    parameters = dict(meta_model(AutoConfig.from_pretrained(folder)).named_parameters())
-    stored = {name: dtype for name, dtype in Weights(folder).dtypes().items() if name in parameters}
-    if not stored:
-        raise HFTError(f"the weights in {folder} have other names than the model its config tells of")
-    needed = widest(stored.values())
+    config = AutoConfig.from_pretrained(folder)
+    parameters = dict(meta_model(config).named_parameters())
+    on_disk = Weights(folder).dtypes()
+    stored = {name: dtype for name, dtype in on_disk.items() if name in parameters}
+    other_form = parameters.keys() - stored.keys()
+    needed = widest((on_disk if other_form else stored).values())
+    stored |= dict.fromkeys(other_form, needed)
     asked = init_kwargs.setdefault("dtype", needed)
     asked = getattr(torch, asked, needed) if isinstance(asked, str) else asked
     if torch.promote_types(asked, needed) != asked:
         raise HFTError(f"dtype {asked} would round the base, which is stored in {needed}; leave it out")
-    return AutoModelForCausalLM.from_pretrained(name, **init_kwargs), stored
+    return architecture_of(config).from_pretrained(name, **init_kwargs), stored
