@@ -37,7 +37,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 endif
 
-.PHONY: help install lint test test-slow test-gpu clean
+.PHONY: help install sweep-ratios lint test test-slow test-gpu clean
 .DELETE_ON_ERROR:
 .PRECIOUS: models/%/config.json
 
@@ -46,6 +46,7 @@ help:
 	@echo "make dpo-METHOD [MODEL=...] [FROM=runs/an-sft-run] [ARGS=...] [NUM_GPUS=n]"
 	@echo "  METHOD  $(basename $(notdir $(wildcard recipes/methods/*.yaml)))"
 	@echo "  MODEL   $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/sft.yaml)))))"
+	@echo "make sweep-ratios [MODEL=...] [ARGS=...]   the ten ratios of Table 10"
 	@echo "make test | lint | test-slow | test-gpu | clean"
 
 install: $(INSTALLED)
@@ -68,6 +69,13 @@ sft-%: $(INSTALLED) $(LOCAL_FILES)
 
 dpo-%: $(INSTALLED) $(LOCAL_FILES)
 	$(HFT) dpo --config recipes/$(MODEL)/dpo.yaml recipes/methods/$*.yaml $(addprefix --model_name_or_path ,$(FROM)) $(ARGS)
+
+# Table 10: attention and MLP fractions of its ten ratios; the last one is FFT.
+RATIOS := 0.25:0 0:0.333 0.25:0.333 0.5:0.333 0.5:0.5 0.5:0.667 0.75:0.667 1:0.667 0.75:1 1:1
+
+sweep-ratios: $(INSTALLED) $(LOCAL_FILES)
+	@set -e; for ratio in $(RATIOS); do (set -x; $(HFT) sft --config recipes/$(MODEL)/sft.yaml recipes/methods/hft-ratio.yaml \
+		--attention_fraction $${ratio%:*} --mlp_fraction $${ratio#*:} $(ARGS)); done
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -14,6 +14,8 @@ usage: hft COMMAND ...
                             fine-tune on demonstrations; later files win, then flags
   hft dpo --config RECIPE.yaml [METHOD.yaml ...] [--key value ...]
                             align with preferences
+  hft plan sft|dpo --config ...
+                            print what that command would do, with its selection, and stop
   hft verify OUT [--base BASE]
                             hold a model's frozen half against its base, bit by bit
   hft fetch MODEL [FOLDER]  make smollm2-135m or tiny, by default in models/MODEL
@@ -37,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command in ("sft", "dpo"):
             return _train(command, rest)
+        if command == "plan" and rest[:1] in (["sft"], ["dpo"]):
+            return _train(rest[0], [*rest[1:], "--dry_run", "true"])
         if command == "verify":
             return _verify(rest)
         if command == "fetch" and 1 <= len(rest) <= 2:

@@ -1,16 +1,21 @@
 import hashlib
 import itertools
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
 
 from hft.anatomy import anatomy_of, meta_model
+from hft.cli import main
+from hft.config import read_yaml
 from hft.errors import HFTError
-from hft.selection import SelectionConfig, select
+from hft.selection import Manifest, SelectionConfig, select
+from tests.conftest import command, error_of
 from tests.test_anatomy import FAMILIES, small
 
 # Table 10: trained share of the layers in percent, and the attention and MLP units of a layer that train.
@@ -164,6 +169,24 @@ def test_explicit_policy_freezes_what_is_named(llama2_7b, pair):
         select(llama2_7b, SelectionConfig(policy="explicit", freeze=["w_q"]))
 
 
+@pytest.mark.parametrize(
+    ("method", "frozen"), [("freeze-qk", {"q_proj", "k_proj"}), ("freeze-ov", {"o_proj", "v_proj"})]
+)
+@pytest.mark.parametrize("recipe", ["llama2-7b", "llama3-8b"])
+def test_table_23_freezes_the_same_two_of_attention_in_every_layer(request, method, frozen, recipe):
+    os.chdir(request.config.rootpath)
+    anatomy = anatomy_of_recipe(recipe)
+    settings = read_yaml(f"recipes/methods/{method}.yaml")
+    settings.pop("method")
+    selection = select(anatomy, SelectionConfig(**settings))
+    for layer in range(32):
+        assert set(trained_kinds(selection, layer, "attention")) == {"q_proj", "k_proj", "v_proj", "o_proj"} - frozen
+    assert selection.trained_layers_size * 2 == anatomy.layers_size
+    usual = select(anatomy, SelectionConfig())
+    mlp = {unit.name for unit in anatomy.units if unit.block != "attention"}
+    assert selection.trained & mlp == usual.trained & mlp
+
+
 def test_all_trains_everything_and_embeddings_can_be_frozen(llama2_7b):
     assert select(llama2_7b, SelectionConfig(policy="all")).frozen_parameters == []
     config = SelectionConfig(policy="all", freeze_embeddings=True)
@@ -178,11 +201,60 @@ def test_all_trains_everything_and_embeddings_can_be_frozen(llama2_7b):
         ({"fraction": 1.5}, "fraction must lie in 0..1, got 1.5"),
         ({"mlp_fraction": -0.1}, "mlp_fraction must lie in 0..1"),
         ({"policy": "layer", "mlp_fraction": 0.5}, "belongs to the category policy"),
-        ({"policy": "explicit"}, "go together"),
-        ({"freeze": ["q_proj"]}, "go together"),
+        ({"policy": "explicit"}, "give both"),
+        ({"policy": "model", "freeze": ["q_proj"]}, "give both"),
+        ({"policy": "catgory"}, "is none of ours, did you mean category"),
+        ({"policy": "importance"}, "needs a granularity"),
+        ({"score": "wanda"}, "score belongs to the importance policy"),
+        ({"policy_options": {"a": 1}}, "a policy of your own"),
         ({"round": 0}, "round counts from 1"),
     ],
 )
 def test_a_config_that_cannot_be_met_is_refused(settings, message):
     with pytest.raises(HFTError, match=message):
         SelectionConfig(**settings)
+
+
+def test_the_documented_policy_trains_and_verifies(tmp_path, tiny, data, sft, capsys):
+    """docs/new-policy.md, by its own words."""
+    policy = "docs/examples/outer_layers.py:outer_layers"
+    assert policy in Path("docs/new-policy.md").read_text()
+    assert sft(tmp_path / "out", "--policy", policy) == 0
+    assert "attention 8/16, mlp 6/12, norm 8/8 units train" in capsys.readouterr().out
+    manifest = Manifest.load(tmp_path / "out")
+    assert {name.split(".")[2] for name in manifest.frozen_units} == {"1", "2"}
+
+    method = tmp_path / "outer-layers.yaml"
+    text = re.search(r"```yaml\n(.*?)```", Path("docs/new-policy.md").read_text(), re.DOTALL).group(1)
+    method.write_text(text)
+    words = command("sft", tmp_path / "dry", "--dry_run", "true", model=tiny, data=data)
+    assert main([str(method) if word.endswith("hft.yaml") else word for word in words]) == 0
+    assert "attention 4/16, mlp 3/12, norm 2/8 units train" in capsys.readouterr().out
+
+
+def test_the_code_in_the_document_is_the_example():
+    text = Path("docs/new-policy.md").read_text()
+    shown = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1).strip().splitlines()
+    example = Path("docs/examples/outer_layers.py").read_text()
+    assert all(line in example for line in shown)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("nowhere.py:choose", "cannot read nowhere.py"),
+        ("docs/examples/outer_layers.py:inner_layers", "has no function inner_layers"),
+    ],
+)
+def test_a_policy_that_cannot_be_loaded_is_refused(tmp_path, sft, capsys, policy, message):
+    assert sft(tmp_path / "out", "--policy", policy) == 2
+    assert message in error_of(capsys)
+
+
+def test_what_a_policy_returns_is_checked(tmp_path, sft, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text("def names(anatomy, config): return ['a']\ndef masks(anatomy, config): return [], {'w': None}\n")
+    assert sft(tmp_path / "out", "--policy", f"{file}:names") == 2
+    assert "must return units of the anatomy" in error_of(capsys)
+    assert sft(tmp_path / "out", "--policy", f"{file}:masks") == 2
+    assert "chose w, which the model does not have" in error_of(capsys)

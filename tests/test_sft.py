@@ -180,7 +180,7 @@ def test_a_base_in_bin_files_is_half_fine_tuned_too(tmp_path, tiny, sft):
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
-@pytest.mark.parametrize("method", ["hft-layer", "hft-model"])
+@pytest.mark.parametrize("method", ["hft-layer", "hft-model", "hft-ratio", "hft-freeze-io", "freeze-qk", "freeze-ov"])
 def test_the_other_methods_train_and_verify(tmp_path, sft, method):
     assert sft(tmp_path / "out", method=method) == 0
 
@@ -315,12 +315,14 @@ def test_bad_models_and_folders_are_refused_in_a_sentence(tmp_path, tiny, data, 
     assert not any((tmp_path / name).exists() for name in "ce")
 
 
-def test_a_dry_run_loads_and_writes_nothing(tmp_path, sft, capsys, monkeypatch):
+def test_a_dry_run_loads_and_writes_nothing(tmp_path, tiny, data, sft, capsys, monkeypatch):
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
     assert sft(tmp_path / "out", "--dry_run", "true") == 0
     out = capsys.readouterr().out
     assert "4 steps, at most 16,384 tokens" in out
     assert not (tmp_path / "out").exists()
+    assert main(["plan", *command("sft", tmp_path / "out", model=tiny, data=data)]) == 0
+    assert capsys.readouterr().out == out
 
 
 def test_the_trainer_refuses_what_would_escape_the_selection(tiny, data, tmp_path):

@@ -55,7 +55,10 @@ class SelectionConfig:
     )
     freeze: list[str] | None = field(
         default=None,
-        metadata={"help": "Unit names or kinds to freeze, with * and ? (explicit policy), e.g. q_proj k_proj."},
+        metadata={
+            "help": "Unit names or kinds to freeze, with * and ?, e.g. q_proj k_proj: only these (explicit policy), or "
+            "first among the units that are drawn to freeze (category policy)."
+        },
     )
     freeze_embeddings: bool = field(
         default=False, metadata={"help": "Freeze the embeddings and the head too (Tables 6 and 7)."}
@@ -93,8 +96,10 @@ class SelectionConfig:
             for name in names:
                 if self.policy != policy and getattr(self, name) not in (None, False):
                     raise HFTError(f"{name} belongs to the {policy} policy, not to {self.policy!r}; remove it")
-        if bool(self.freeze) != (self.policy == "explicit"):
-            raise HFTError("the explicit policy and `freeze` go together: give both or neither")
+        if (self.policy == "explicit" and not self.freeze) or (
+            self.freeze and self.policy not in ("explicit", "category")
+        ):
+            raise HFTError("`freeze` names what the explicit policy freezes, or the category policy first; give both")
         if self.policy_options and ":" not in self.policy:
             raise HFTError("policy_options are for a policy of your own, policy: FILE.py:FUNCTION")
         if self.policy == "importance" and (self.granularity not in GRANULARITIES or self.score not in SCORES):
@@ -340,6 +345,7 @@ def _category(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
     layer and have to follow experts that change.
     """
     key = ("category", config.selection_seed, config.round)
+    frozen_first = {unit.name for unit in _named(anatomy, config.freeze or ())}
     layers = [pools(anatomy, layer) for layer in range(anatomy.num_layers)]
     trained = []
     # Layers need not be alike (DeepSeek's first ones have no experts): those of one kind are rounded together.
@@ -353,7 +359,8 @@ def _category(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
         fraction = config.fraction if block_fraction is None else block_fraction
         counts = _spread(round(fraction * sum(map(len, units))), units, (*key, pool))
         for members, count in zip(units, counts, strict=True):
-            drawn = set(draw((unit.name for unit in members), count, *key))
+            names = draw((unit.name for unit in members), len(members), *key)
+            drawn = set(sorted(names, key=lambda name: name in frozen_first)[:count])
             trained += [unit for unit in members if unit.name in drawn]
     return trained
 
@@ -380,16 +387,21 @@ def _model(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
 
 
 def _explicit(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
-    """All units but those a pattern names, by kind or whole name (Table 23 freezes q and k, or o and v)."""
+    """All units but those a pattern names."""
+    frozen = {unit.name for unit in _named(anatomy, config.freeze or ())}
+    return [unit for unit in anatomy.units if unit.name not in frozen]
 
-    def matches(unit: Unit, pattern: str) -> bool:
-        return fnmatchcase(unit.name, pattern) or fnmatchcase(unit.kind, pattern)
 
-    for pattern in config.freeze or ():
-        if not any(matches(unit, pattern) for unit in anatomy.units):
+def _named(anatomy: Anatomy, patterns: Iterable[str]) -> list[Unit]:
+    """The units whose kind or whole name matches a pattern."""
+    found = []
+    for pattern in patterns:
+        matching = [u for u in anatomy.units if fnmatchcase(u.name, pattern) or fnmatchcase(u.kind, pattern)]
+        if not matching:
             kinds = ", ".join(dict.fromkeys(unit.kind for unit in anatomy.units))
             raise HFTError(f"freeze: no unit matches {pattern!r}; the kinds here are {kinds}")
-    return [unit for unit in anatomy.units if not any(matches(unit, pattern) for pattern in config.freeze or ())]
+        found += matching
+    return found
 
 
 def _random_element(anatomy: Anatomy, config: SelectionConfig) -> Choice:
