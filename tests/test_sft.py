@@ -185,6 +185,21 @@ def test_the_other_methods_train_and_verify(tmp_path, sft, method):
     assert sft(tmp_path / "out", method=method) == 0
 
 
+@pytest.mark.parametrize("reentrant", ["true", "false"])
+def test_with_frozen_embeddings_checkpointing_changes_nothing(tmp_path, sft, reentrant):
+    """Reentrant checkpointing passes no gradient on unless its input has one."""
+    kwargs = [
+        "--gradient_checkpointing",
+        "true",
+        "--gradient_checkpointing_kwargs",
+        f'{{"use_reentrant": {reentrant}}}',
+    ]
+    assert sft(tmp_path / "plain", "--bf16", "false", method="hft-freeze-io") == 0
+    assert sft(tmp_path / "checkpointed", "--bf16", "false", *kwargs, method="hft-freeze-io") == 0
+    ours, theirs = tensors(tmp_path / "checkpointed"), tensors(tmp_path / "plain")
+    assert all(identical(ours[name], theirs[name]) for name in theirs)
+
+
 def test_frozen_embeddings_stay(tmp_path, tiny, sft):
     assert sft(tmp_path / "out", "--freeze_embeddings", "true") == 0
     base, out = tensors(tiny), tensors(tmp_path / "out")
