@@ -31,7 +31,9 @@ CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 RUN_KEYS = ("output_dir", "run_name", "report_to", "resume_from_checkpoint", "dry_run", "use_cpu", "bf16")
 
 
-def prepare_folder(out: Path, config: dict[str, Any], selection: Selection) -> str | None:
+def prepare_folder(
+    out: Path, config: dict[str, Any], selection: Selection, update: dict[str, Any] | None = None
+) -> str | None:
     """Make the output folder ready, and find out where to start.
 
     Returns:
@@ -58,7 +60,7 @@ def prepare_folder(out: Path, config: dict[str, Any], selection: Selection) -> s
         start = None
     if start not in (None, FINISHED):
         theirs = Manifest.load(start)
-        Manifest.of(selection, base, theirs.frozen).check_resumable(theirs, start)
+        Manifest.of(selection, base, theirs.frozen, update=update).check_resumable(theirs, start)
         say(f"resuming from {start}", "")
     return start
 

@@ -43,6 +43,7 @@ from hft.selection.manifest import NAME as MANIFEST_NAME
 from hft.selection.manifest import rounds_so_far
 from hft.training import HFTDPOTrainer, HFTSFTTrainer
 from hft.training.mixin import HalfFineTuning
+from hft.training.updates import UpdateConfig
 
 # Metrics whose held-out values a run ends with, before and after, where its stage logs them.
 HELD_OUT = ("loss", "rewards/accuracies", "rewards/margins")
@@ -102,9 +103,10 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
     run_config = fill(RunConfig, config)
     anatomy = anatomy_of(meta_model(load_model_config(run_config)))
     selection = select(anatomy, fill(SelectionConfig, config))
+    update = fill(UpdateConfig, config)
     shards = world_size() if is_sharded() or config.get("fsdp") else 1
     reference = stage.pairs and not config.get("precompute_ref_log_probs")
-    memory = static_memory(selection, shards=shards, reference=reference) / GIB
+    memory = (static_memory(selection, shards=shards, reference=reference) + update.memory(selection)) / GIB
     say("selection", indented(f"{selection.summary()}\n{memory:.2f} GiB a device before activations\n"))
     check_fits(selection, cpu_asked_for=bool(config.get("use_cpu")), shards=shards, reference=reference)
 
@@ -113,6 +115,7 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
     args = fill(stage.config_class, config | machine | batch_settings(stage, config))
     if args.n_gpu > 1:  # Trainer would wrap the model in DataParallel and multiply the batch
         raise HFTError("several GPUs are visible to one process: use `accelerate launch`, or CUDA_VISIBLE_DEVICES=0")
+    update.check(args)
     with args.main_process_first(desc="loading the data"):
         train, test = load_data(run_config, stage.rows, evaluate=args.eval_strategy != "no")
     say("plan", indented(plan(stage, args, train, test)))
@@ -122,7 +125,7 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
 
     # One process looks and decides for all, since it also writes to the folder the others would look at.
     out = Path(args.output_dir)
-    [start] = broadcast_object_list([prepare_folder(out, config, selection) if is_main() else None])
+    [start] = broadcast_object_list([prepare_folder(out, config, selection, update.record()) if is_main() else None])
     if start == FINISHED:
         say(f"{out} holds this run, finished; train anew with --resume_from_checkpoint none or another --output_dir")
         return conclude(json.loads((out / RESULTS_NAME).read_text()), out) if is_main() else 0
@@ -131,6 +134,7 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
         run_config.model_name_or_path,
         args,
         selection=selection.config,
+        update=update,
         train_dataset=train,
         eval_dataset=test,
         processing_class=tokenizer,
@@ -267,7 +271,7 @@ def batch_settings(stage: Stage, config: dict[str, Any]) -> dict[str, int]:
 
 def parser_of(stage: Stage) -> Parser:
     """The parser of a stage's config, which knows keys of other stages by name."""
-    classes = (RunConfig, SelectionConfig, stage.config_class)
+    classes = (RunConfig, SelectionConfig, UpdateConfig, stage.config_class)
     own = {f.name for cls in classes for f in fields(cls)}
     others = {f.name: s.name for s in STAGES.values() for f in fields(s.config_class) if f.name not in own}
     return Parser(*classes, elsewhere=others)

@@ -16,6 +16,7 @@ from hft.freezing import freeze, upcast
 from hft.planning import peak_memory
 from hft.processes import is_main, is_sharded
 from hft.selection import Manifest, SelectionConfig, select
+from hft.training.updates import UpdateConfig, callbacks_of, starting_weights
 from hft.weights import Weights, cast_weights, checksum, local_folder, widest
 
 
@@ -29,6 +30,7 @@ class HalfFineTuning:
         model: path or Hub id of the base, loaded in the dtype its weights are stored in, or a loaded model.
         args: the trainer's own config.
         selection: which units train; by default the paper's HFT.
+        update: how the trained weights move; by default as the optimizer says.
         kwargs: whatever else the trainer takes.
 
     Raises:
@@ -36,11 +38,22 @@ class HalfFineTuning:
             model is quantised, of an unknown family, or sharded in a way that cannot hold a half-frozen layer.
     """
 
-    def __init__(self, model, args, *, selection: SelectionConfig | None = None, **kwargs):
+    def __init__(
+        self,
+        model,
+        args,
+        *,
+        selection: SelectionConfig | None = None,
+        update: UpdateConfig | None = None,
+        **kwargs,
+    ):
         if kwargs.get("peft_config") is not None:
             raise HFTError("peft_config and half fine-tuning exclude each other: adapters freeze the whole base")
         if (kwargs.get("optimizers") or (None, None))[0] is not None:
             raise HFTError("give optimizer settings, not a built optimizer: it must be built after the freezing")
+
+        update = update or UpdateConfig()
+        update.check(args)
 
         if isinstance(model, str):
             model, stored = load_base(model, args)
@@ -53,10 +66,15 @@ class HalfFineTuning:
         freeze(model, self.selection)
         revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
         checksums = self._checksums(model, stored)
-        self.manifest = Manifest.of(self.selection, model.config._name_or_path, checksums, revision=revision)
+        self.manifest = Manifest.of(
+            self.selection, model.config._name_or_path, checksums, revision=revision, update=update.record()
+        )
         self._stored_dtypes = stored
         self._config_dtype = model.dtype
+        start = starting_weights(model, self.selection.anatomy, update)
         super().__init__(model=model, args=args, **self.with_masters(model, args, kwargs))
+        for callback in callbacks_of(update, start):
+            self.add_callback(callback)
 
         if self.is_deepspeed_enabled:
             raise HFTError("DeepSpeed is not supported; shard with FSDP2 (recipes/accelerate/fsdp2.yaml)")
