@@ -36,8 +36,16 @@ CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 RUN_KEYS = ("output_dir", "run_name", "report_to", "resume_from_checkpoint", "dry_run", "use_cpu", "bf16")
 
 
-def prepare_folder(out: Path, config: dict[str, Any], selection: Selection) -> str | None:
+def prepare_folder(
+    out: Path, config: dict[str, Any], selection: Selection | None, update: dict[str, Any] | None = None
+) -> str | None:
     """Make the output folder ready, and find out where to start.
+
+    Args:
+        out: the folder.
+        config: the resolved config.
+        selection: what the run will train, if that is known before the base is loaded.
+        update: how its weights will move, as a manifest keeps it.
 
     Returns:
         The checkpoint to resume from, `FINISHED`, or None to start from the base.
@@ -61,9 +69,10 @@ def prepare_folder(out: Path, config: dict[str, Any], selection: Selection) -> s
     elif start in (None, "none", "false"):
         _clear(out)
         start = None
-    if start not in (None, FINISHED):
+    if start not in (None, FINISHED) and selection is not None:
         theirs = Manifest.load(start)
-        Manifest.of(selection, base, theirs.frozen).check_resumable(theirs, start)
+        Manifest.of(selection, base, theirs.frozen, update=update).check_resumable(theirs, start)
+    if start not in (None, FINISHED):
         say(f"resuming from {start}", "")
     return start
 

@@ -23,7 +23,7 @@ from trl import DPOConfig, SFTConfig
 from hft import tracking
 from hft.anatomy import anatomy_of, meta_model
 from hft.config import Parser, RunConfig, fill, resolve, to_yaml
-from hft.data import load_data, preference_rows, sft_rows
+from hft.data import load_data, load_split, preference_rows, sft_rows
 from hft.errors import HFTError
 from hft.folders import (
     CONFIG_NAME,
@@ -38,11 +38,15 @@ from hft.folders import (
 from hft.freezing import Verification
 from hft.planning import GIB, check_fits, cpu_has_bfloat16, peak_memory, static_memory
 from hft.processes import indented, is_main, is_sharded, say, world_size
-from hft.selection import SelectionConfig, select
+from hft.selection import Manifest, Selection, SelectionConfig
+from hft.selection.importance import choose, planned, recalled, text_batches
 from hft.selection.manifest import NAME as MANIFEST_NAME
 from hft.selection.manifest import rounds_so_far
+from hft.selection.masks import load_masks, save_masks
+from hft.selection.policies import describe_difference
 from hft.training import HFTDPOTrainer, HFTSFTTrainer
-from hft.training.mixin import HalfFineTuning
+from hft.training.mixin import HalfFineTuning, load_base
+from hft.training.updates import UpdateConfig
 
 # Metrics whose held-out values a run ends with, before and after, where its stage logs them.
 HELD_OUT = ("loss", "rewards/accuracies", "rewards/margins")
@@ -101,11 +105,14 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
 
     run_config = fill(RunConfig, config)
     anatomy = anatomy_of(meta_model(load_model_config(run_config)))
-    selection = select(anatomy, fill(SelectionConfig, config))
+    selection = planned(anatomy, fill(SelectionConfig, config))
+    update = fill(UpdateConfig, config)
     shards = world_size() if is_sharded() or config.get("fsdp") else 1
     reference = stage.pairs and not config.get("precompute_ref_log_probs")
-    memory = static_memory(selection, shards=shards, reference=reference) / GIB
+    memory = (static_memory(selection, shards=shards, reference=reference) + update.memory(selection)) / GIB
     say("selection", indented(f"{selection.summary()}\n{memory:.2f} GiB a device before activations\n"))
+    if selection.config.policy == "importance" and not run_config.importance_data:
+        raise HFTError("the importance policy scores the base on general text: give it with --importance_data")
     check_fits(selection, cpu_asked_for=bool(config.get("use_cpu")), shards=shards, reference=reference)
 
     tokenizer = load_tokenizer(run_config, config.get("chat_template_path"))
@@ -113,6 +120,7 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
     args = fill(stage.config_class, config | machine | batch_settings(stage, config))
     if args.n_gpu > 1:  # Trainer would wrap the model in DataParallel and multiply the batch
         raise HFTError("several GPUs are visible to one process: use `accelerate launch`, or CUDA_VISIBLE_DEVICES=0")
+    update.check(args)
     with args.main_process_first(desc="loading the data"):
         train, test = load_data(run_config, stage.rows, evaluate=args.eval_strategy != "no")
     say("plan", indented(plan(stage, args, train, test)))
@@ -122,15 +130,19 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
 
     # One process looks and decides for all, since it also writes to the folder the others would look at.
     out = Path(args.output_dir)
-    [start] = broadcast_object_list([prepare_folder(out, config, selection) if is_main() else None])
+    known = None if selection.config.policy == "importance" else selection
+    [start] = broadcast_object_list([prepare_folder(out, config, known, update.record()) if is_main() else None])
     if start == FINISHED:
         say(f"{out} holds this run, finished; train anew with --resume_from_checkpoint none or another --output_dir")
         return conclude(json.loads((out / RESULTS_NAME).read_text()), out) if is_main() else 0
 
+    if known is None:
+        selection = scored(selection, run_config, args, tokenizer, start)
     trainer = stage.trainer_class(
         run_config.model_name_or_path,
         args,
         selection=selection,
+        update=update,
         train_dataset=train,
         eval_dataset=test,
         processing_class=tokenizer,
@@ -148,6 +160,40 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
         trainer.evaluate()
     PartialState().wait_for_everyone()
     return conclude(measured(stage, trainer) | {"machine": machine}, out, tracked=tracked) if is_main() else 0
+
+
+def scored(
+    plan: Selection,
+    run_config: RunConfig,
+    args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: str | None,
+) -> Selection:
+    """The selection of the importance policy: made by the first process, taken over by the others and by a resume.
+
+    Raises:
+        HFTError: there is no text to score on, or the checkpoint was trained with another selection.
+    """
+    out, made = Path(args.output_dir), None
+    if checkpoint:
+        manifest = Manifest.load(checkpoint)
+        if difference := describe_difference(plan.config, SelectionConfig(**manifest.selection)):
+            raise HFTError(f"cannot resume from {checkpoint}: it was trained with another selection ({difference})")
+        return recalled(
+            plan.anatomy, plan.config, manifest.trained_units, load_masks(checkpoint) if manifest.masks else {}
+        )
+    if is_main():
+        model, _ = load_base(run_config.model_name_or_path, args)
+        rows = load_split(run_config.importance_data, "train")
+        batches = list(text_batches(tokenizer, rows, args.max_length, run_config.importance_rows))
+        made = choose(model.to(args.device), plan.anatomy, plan.config, batches)
+        save_masks(out, made.frozen_masks)
+    [trained] = broadcast_object_list([sorted(made.trained) if made else None])
+    say(
+        "selection",
+        indented(f"{plan.config.score} on {run_config.importance_rows} rows of {run_config.importance_data}"),
+    )
+    return made or recalled(plan.anatomy, plan.config, trained, load_masks(out) if plan.frozen_masks else {})
 
 
 def leave_process_group() -> None:
@@ -267,7 +313,7 @@ def batch_settings(stage: Stage, config: dict[str, Any]) -> dict[str, int]:
 
 def parser_of(stage: Stage) -> Parser:
     """The parser of a stage's config, which knows keys of other stages by name."""
-    classes = (RunConfig, SelectionConfig, stage.config_class)
+    classes = (RunConfig, SelectionConfig, UpdateConfig, stage.config_class)
     own = {f.name for cls in classes for f in fields(cls)}
     others = {f.name: s.name for s in STAGES.values() for f in fields(s.config_class) if f.name not in own}
     return Parser(*classes, elsewhere=others)

@@ -30,6 +30,7 @@ class Manifest:
             is among `trained` too, of its frozen scalars.
         masks: SHA-256 of the mask of each partly frozen parameter; the masks are in `hft_masks.safetensors`.
         shares: trainable share of the layers and of the whole model.
+        update: how the trained weights moved, as `UpdateConfig.record` gives it.
         earlier: base, selection and frozen units of the rounds that led to the base, oldest first.
         versions: the packages that made it.
     """
@@ -44,12 +45,21 @@ class Manifest:
     earlier: list[dict] = field(default_factory=list)
     revision: str | None = None
     masks: dict[str, str] = field(default_factory=dict)
+    update: dict = field(default_factory=lambda: {"update": "plain"})
     versions: dict[str, str] = field(
         default_factory=lambda: {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     )
 
     @classmethod
-    def of(cls, selection: Selection, base: str, checksums: dict[str, str], *, revision: str | None = None) -> Manifest:
+    def of(
+        cls,
+        selection: Selection,
+        base: str,
+        checksums: dict[str, str],
+        *,
+        revision: str | None = None,
+        update: dict | None = None,
+    ) -> Manifest:
         """The manifest of a selection, given the checksums of the frozen parameters.
 
         A base that has a manifest itself makes this one round more of a sequence.
@@ -66,6 +76,7 @@ class Manifest:
             shares={"layers": selection.share_of_layers, "model": selection.share_of_model},
             masks={name: mask.digest() for name, mask in selection.frozen_masks.items()},
             earlier=rounds_so_far(base),
+            update=update or {"update": "plain"},
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -91,7 +102,7 @@ class Manifest:
             raise HFTError(f"{path} is no manifest: {error}") from error
 
     def check_resumable(self, other: Manifest, folder: str | Path) -> None:
-        """Refuse to go on from a checkpoint whose selection or base is not this run's.
+        """Refuse to go on from a checkpoint whose selection, update or base is not this run's.
 
         torch would load its optimizer state without complaint, since all halves are equally large, and train on with
         another matrix's moments.
@@ -108,6 +119,12 @@ class Manifest:
             raise HFTError(
                 f"cannot resume from {folder}: it was trained with another selection ({difference}); give the same "
                 "settings, another --output_dir, or --resume_from_checkpoint none"
+            )
+        if self.update != other.update:
+            theirs, ours = (", ".join(f"{k} {v}" for k, v in each.update.items()) for each in (other, self))
+            raise HFTError(
+                f"cannot resume from {folder}: its weights moved by another rule ({theirs} there, {ours} here); give "
+                "the same settings, another --output_dir, or --resume_from_checkpoint none"
             )
         # With nothing frozen there are no checksums to tell two bases apart.
         if self.frozen != other.frozen or (not self.frozen and self.base != other.base):

@@ -260,7 +260,7 @@ def select(anatomy: Anatomy, config: SelectionConfig) -> Selection:
             returns something else; or the policy needs the base's weights (`hft.selection.importance`).
     """
     policies: dict[str, Callable[[Anatomy, SelectionConfig], Choice]] = {
-        "category": _category,
+        "category": category,
         "layer": _layer,
         "model": _model,
         "explicit": _explicit,
@@ -335,7 +335,7 @@ def pools(anatomy: Anatomy, layer: int) -> dict[str, list[Unit]]:
     return found
 
 
-def _category(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
+def category(anatomy: Anatomy, config: SelectionConfig, worth: Mapping[str, float] | None = None) -> list[Unit]:
     """Algorithm 1: of each block in each layer a random fraction trains.
 
     A fraction that is not whole in a layer is met over the layers: half of three MLP matrices is one in half of the
@@ -343,6 +343,11 @@ def _category(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
     Here half of a layer's expert matrices train, drawn among all of its experts, so that half of every layer stays
     as in a dense model whichever experts a token is sent to; routers train, since they are a small part of the
     layer and have to follow experts that change.
+
+    Args:
+        anatomy: of the model.
+        config: fractions, seed and round.
+        worth: by unit name. Where every unit of a pool has one, those worth least train instead of those drawn.
     """
     key = ("category", config.selection_seed, config.round)
     frozen_first = {unit.name for unit in _named(anatomy, config.freeze or ())}
@@ -360,7 +365,9 @@ def _category(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
         counts = _spread(round(fraction * sum(map(len, units))), units, (*key, pool))
         for members, count in zip(units, counts, strict=True):
             names = draw((unit.name for unit in members), len(members), *key)
-            drawn = set(sorted(names, key=lambda name: name in frozen_first)[:count])
+            if worth is not None and all(name in worth for name in names):
+                names.sort(key=worth.get)
+            drawn = set(sorted(names, key=frozen_first.__contains__)[:count])
             trained += [unit for unit in members if unit.name in drawn]
     return trained
 

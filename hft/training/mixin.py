@@ -17,6 +17,7 @@ from hft.planning import peak_memory
 from hft.processes import is_main, is_sharded
 from hft.selection import Manifest, Selection, SelectionConfig, select
 from hft.selection.masks import save_masks
+from hft.training.updates import UpdateConfig, callbacks_of, starting_weights
 from hft.weights import Weights, cast_weights, checksum, local_folder, widest
 
 
@@ -30,6 +31,7 @@ class HalfFineTuning:
         model: path or Hub id of the base, loaded in the dtype its weights are stored in, or a loaded model.
         args: the trainer's own config.
         selection: which units train, or the config to make it from; by default the paper's HFT.
+        update: how the trained weights move; by default as the optimizer says.
         kwargs: whatever else the trainer takes.
 
     Raises:
@@ -37,11 +39,22 @@ class HalfFineTuning:
             model is quantised, of an unknown family, or sharded in a way that cannot hold a half-frozen layer.
     """
 
-    def __init__(self, model, args, *, selection: Selection | SelectionConfig | None = None, **kwargs):
+    def __init__(
+        self,
+        model,
+        args,
+        *,
+        selection: Selection | SelectionConfig | None = None,
+        update: UpdateConfig | None = None,
+        **kwargs,
+    ):
         if kwargs.get("peft_config") is not None:
             raise HFTError("peft_config and half fine-tuning exclude each other: adapters freeze the whole base")
         if (kwargs.get("optimizers") or (None, None))[0] is not None:
             raise HFTError("give optimizer settings, not a built optimizer: it must be built after the freezing")
+
+        update = update or UpdateConfig()
+        update.check(args)
 
         if isinstance(model, str):
             model, stored = load_base(model, args)
@@ -56,11 +69,16 @@ class HalfFineTuning:
         freeze(model, self.selection)
         revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
         checksums = self._checksums(model, stored)
-        self.manifest = Manifest.of(self.selection, model.config._name_or_path, checksums, revision=revision)
+        self.manifest = Manifest.of(
+            self.selection, model.config._name_or_path, checksums, revision=revision, update=update.record()
+        )
         self._stored_dtypes = stored
         self._config_dtype = model.dtype
+        start = starting_weights(model, self.selection.anatomy, update)
         super().__init__(model=model, args=args, **self.with_masters(model, args, kwargs))
-        if self.selection.frozen_masks:
+        for callback in callbacks_of(update, start):
+            self.add_callback(callback)
+        if self.selection.frozen_masks:  # last, since it puts back what any other has moved
             self.add_callback(PartFreezing(self.selection, stored))
 
         if self.is_deepspeed_enabled:
