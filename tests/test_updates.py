@@ -17,7 +17,7 @@ from hft.errors import HFTError
 from hft.ranking import largest
 from hft.selection import Manifest, SelectionConfig
 from hft.training import HFTSFTTrainer
-from hft.training.updates import Mixout, UpdateConfig, callbacks_of, mix, starting_weights
+from hft.training.updates import Mixout, PullToStart, UpdateConfig, callbacks_of, mix, starting_weights
 from tests.conftest import command, error_of, identical, losses, tensors
 
 UPDATES = ["mixout", "l2sp", "mofo", "gmt"]
@@ -302,3 +302,6 @@ def test_a_trainer_takes_an_update_from_python(tmp_path, tiny, data):
     )
     trainer.train()
     assert trainer.manifest.update == {"update": "l2sp", "l2sp_strength": 1.0}
+    [pull] = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, PullToStart)]
+    assert {start.dtype for start in pull.start.values()} == {torch.bfloat16}  # as stored, not as the masters
+    assert sum(start.nbytes for start in pull.start.values()) == update.memory(trainer.selection)

@@ -97,7 +97,7 @@ def starting_weights(model: nn.Module, anatomy: Anatomy, config: UpdateConfig) -
     """The weights that mixout and L2-SP go back to: of this run's base, so to be taken before a checkpoint is loaded.
 
     They keep the dtype that the base was loaded in. Llama-2-7B's take 13.5 GB beside the masters for L2-SP, and
-    13.0 GB for mixout, which mixes only the linear layers; half of that where half is frozen.
+    13.0 GB for mixout, which mixes only the linear layers; about half of that where half is frozen.
 
     Returns:
         A copy of each trained parameter that the method needs, by name.
