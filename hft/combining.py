@@ -23,7 +23,7 @@ from hft.processes import indented, say
 from hft.selection import Manifest, SelectionConfig, select
 from hft.selection.manifest import rounds_so_far
 from hft.selection.picture import draw_selection
-from hft.streaming import PIECE, Checkpoint, check_alike, check_out, copy_companions, new_folder, write_model
+from hft.streaming import PIECE, Checkpoint, check_alike, check_out, copy_companions, new_folder, together, write_model
 from hft.weights import checksum, local_folder
 
 Pieces = Callable[[str], Iterator[torch.Tensor]]
@@ -262,11 +262,6 @@ def with_deltas(config: MergeConfig, models: Sequence[Checkpoint], base: Checkpo
             yield start + config.scale * combine(deltas)
 
     return merged
-
-
-def together(checkpoints: Sequence[Checkpoint], name: str) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The pieces of one tensor, of all checkpoints at a time."""
-    return zip(*(checkpoint.wide_pieces(name) for checkpoint in checkpoints), strict=True)
 
 
 def deltas_of(model: Checkpoint, base: Checkpoint, names: Sequence[str]) -> Iterator[torch.Tensor]:

@@ -99,6 +99,11 @@ class Checkpoint:
             yield piece.to(torch.promote_types(piece.dtype, torch.float32))
 
 
+def together(checkpoints: Sequence[Checkpoint], name: str) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The pieces of one tensor, of all checkpoints at a time."""
+    return zip(*(checkpoint.wide_pieces(name) for checkpoint in checkpoints), strict=True)
+
+
 def check_alike(first: Checkpoint, *others: Checkpoint) -> None:
     """Refuse models that cannot be combined tensor by tensor.
 
