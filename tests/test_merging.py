@@ -493,7 +493,7 @@ main([*words, "--out", f"{folder}/killed"])
 def test_a_merge_needs_little_memory_and_a_killed_one_leaves_no_model(tmp_path, tiny, tuned):
     """Of models of 85 MB whose largest tensors have 17 MB."""
     config = AutoConfig.from_pretrained(tiny)
-    config.hidden_size, config.vocab_size, config.num_hidden_layers = 1024, 8192, 5
+    config.hidden_size, config.head_dim, config.vocab_size, config.num_hidden_layers = 1024, 256, 8192, 5
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     size = sum(p.nbytes for p in model.parameters())
     largest = max(p.nbytes for p in model.parameters())
