@@ -37,15 +37,23 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 endif
 
-.PHONY: help install sweep-ratios lint test test-slow test-gpu clean
+# What merge-* merges: P the pretrained, S the SFT, D the DPO model. A merge's name ends in those it takes.
+P ?= $(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' recipes/$(MODEL)/sft.yaml)
+S ?= runs/$(MODEL)-sft-fft
+D ?= runs/$(MODEL)-dpo-fft
+
+.PHONY: help install reset sweep-ratios lint test test-slow test-gpu clean
 .DELETE_ON_ERROR:
 .PRECIOUS: models/%/config.json
 
 help:
 	@echo "make sft-METHOD [MODEL=smollm2-135m] [ARGS='--key value ...'] [NUM_GPUS=n]"
 	@echo "make dpo-METHOD [MODEL=...] [FROM=runs/an-sft-run] [ARGS=...] [NUM_GPUS=n]"
+	@echo "make reset [MODEL=...] [ARGS=...]"
+	@echo "make merge-MERGE [MODEL=...] [S=runs/an-sft-run] [D=runs/a-dpo-run] [ARGS=...]"
 	@echo "  METHOD  $(basename $(notdir $(wildcard recipes/methods/*.yaml)))"
 	@echo "  MODEL   $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/sft.yaml)))))"
+	@echo "  MERGE   $(basename $(notdir $(wildcard recipes/merges/*.yaml)))"
 	@echo "make sweep-ratios [MODEL=...] [ARGS=...]   the ten ratios of Table 10"
 	@echo "make test | lint | test-slow | test-gpu | clean"
 
@@ -76,6 +84,13 @@ RATIOS := 0.25:0 0:0.333 0.25:0.333 0.5:0.333 0.5:0.5 0.5:0.667 0.75:0.667 1:0.6
 sweep-ratios: $(INSTALLED) $(LOCAL_FILES)
 	@set -e; for ratio in $(RATIOS); do (set -x; $(HFT) sft --config recipes/$(MODEL)/sft.yaml recipes/methods/hft-ratio.yaml \
 		--attention_fraction $${ratio%:*} --mlp_fraction $${ratio#*:} $(ARGS)); done
+
+reset: $(INSTALLED) $(LOCAL_FILES)
+	$(BIN)/hft reset --config recipes/$(MODEL)/reset.yaml --out runs/$(MODEL)-reset $(ARGS)
+
+merge-%: $(INSTALLED) $(LOCAL_FILES)
+	$(BIN)/hft merge --config recipes/merges/$*.yaml --models $(S) $(if $(filter %-sd,$*),$(D)) \
+		$(if $(filter-out average-%,$*),--base $(P)) --out runs/$(MODEL)-merge-$* $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -18,6 +18,12 @@ usage: hft COMMAND ...
                             print what that command would do, with its selection, and stop
   hft verify OUT [--base BASE]
                             hold a model's frozen half against its base, bit by bit
+  hft reset --tuned TUNED --base BASE --out OUT [--policy category] [--seed 0] [--key value ...]
+                            Half-Reset: put what would be frozen back to the base
+  hft merge --method METHOD --models MODEL ... [--base BASE] --out OUT [--key value ...]
+                            merge by average, ties, dare, dare-ties, slerp or wise-ft, or an adapter into its base
+  hft diff START MODEL ... [--out FOLDER] [--json FILE]
+                            how far models have moved from where they started, by layer, block and rounds trained
   hft fetch MODEL [FOLDER]  make smollm2-135m or tiny, by default in models/MODEL
   hft demo [FOLDER]         write the demo data, by default to data/
 """
@@ -43,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _train(rest[0], [*rest[1:], "--dry_run", "true"])
         if command == "verify":
             return _verify(rest)
+        if command in ("reset", "merge"):
+            return _combine(command, rest)
+        if command == "diff":
+            return _diff(rest)
         if command == "fetch" and 1 <= len(rest) <= 2:
             return _fetch(*rest)
         if command == "demo" and len(rest) <= 1:
@@ -77,6 +87,18 @@ def _verify(arguments: Sequence[str]) -> int:
             raise HFTError("usage: hft verify OUT [--base BASE]")
     print(result.report())
     return 0 if result.ok else 1
+
+
+def _combine(command: str, arguments: Sequence[str]) -> int:
+    from hft import combining
+
+    return combining.reset(arguments) if command == "reset" else combining.merge(arguments)
+
+
+def _diff(arguments: Sequence[str]) -> int:
+    from hft.comparing import diff
+
+    return diff(arguments)
 
 
 def _fetch(name: str, folder: str | None = None) -> int:

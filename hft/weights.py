@@ -56,6 +56,11 @@ class Weights(Mapping):
         """The dtype of every tensor on disk, from the headers."""
         return {name: file.dtype(name) for name, file in self._files.items()}
 
+    def specs(self) -> dict[str, torch.Tensor]:
+        """Every tensor on the `meta` device: its shape and dtype on disk, without its values."""
+        dtypes = self.dtypes()
+        return {name: torch.empty(f.shape(name), dtype=dtypes[name], device="meta") for name, f in self._files.items()}
+
 
 def weights_of(folder: str | Path, names: Iterable[str]) -> Mapping[str, torch.Tensor]:
     """The tensors of a checkpoint folder under the names that the model has for them.
@@ -88,6 +93,9 @@ class SafetensorsFile:
     def dtype(self, name: str) -> torch.dtype:
         return DTYPES.get(self._file.get_slice(name).get_dtype()) or self.tensor(name).dtype
 
+    def shape(self, name: str) -> list[int]:
+        return self._file.get_slice(name).get_shape()
+
     def tensor(self, name: str) -> torch.Tensor:
         return self._file.get_tensor(name)
 
@@ -103,6 +111,9 @@ class TorchFile:
 
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors[name].dtype
+
+    def shape(self, name: str) -> torch.Size:
+        return self._tensors[name].shape
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._tensors[name]
