@@ -30,6 +30,7 @@ class Manifest:
         shares: trainable share of the layers and of the whole model.
         earlier: base, selection and frozen units of the rounds that led to the base, oldest first.
         versions: the packages that made it.
+        moved: parameters that an adapter's training changed in memory; the adapter's own, and none of the base.
     """
 
     base: str
@@ -41,6 +42,7 @@ class Manifest:
     shares: dict[str, float]
     earlier: list[dict] = field(default_factory=list)
     revision: str | None = None
+    moved: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(
         default_factory=lambda: {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     )
@@ -96,6 +98,14 @@ class Manifest:
             other: the manifest of the checkpoint.
             folder: the checkpoint, for the message.
         """
+        ours, theirs = self.selection, other.selection
+        if ("adapter" in ours or "adapter" in theirs) and ours != theirs:
+            keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+            changes = [f"{key} {theirs.get(key, 'unset')} there, {ours.get(key, 'unset')} here" for key in keys]
+            raise HFTError(
+                f"cannot resume from {folder}: it was trained with another adapter ({', '.join(changes[:3])}); give "
+                "the same settings, another --output_dir, or --resume_from_checkpoint none"
+            )
         if self.frozen_units != other.frozen_units or self.frozen.keys() != other.frozen.keys():
             ours, theirs = SelectionConfig(**self.selection), SelectionConfig(**other.selection)
             difference = describe_difference(ours, theirs) or "another model"
