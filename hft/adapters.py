@@ -1,4 +1,4 @@
-"""Adapters as methods (paper Table 5): their config, what they add to a model, and what they cannot be combined with."""
+"""Adapters as methods (paper Table 5): their config, and what they add to a model."""
 
 from __future__ import annotations
 
@@ -201,9 +201,7 @@ def settle(config: dict[str, Any], flags: dict[str, Any], default_rate: float) -
     """
     base = Path(config["model_name_or_path"])
     if (base / CONFIG_NAME).exists():
-        raise HFTError(
-            f"{base} is an adapter, not a model; merge it into its base with `hft merge` and give the result"
-        )
+        raise HFTError(f"{base} is an adapter, not a model; merge it into its base with `hft merge` first")
     if not config.get("adapter"):
         return config
     if both := [f.name for f in fields(SelectionConfig) if f.name in config]:

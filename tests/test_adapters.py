@@ -111,7 +111,8 @@ def test_the_folder_is_a_plain_peft_folder(runs, tiny, method):
 def test_a_killed_run_goes_on_exactly_where_it_was(runs, tmp_path, tiny, data, sft, method):
     straight = runs(method)
     again = tmp_path / method
-    shutil.copytree(straight, again, ignore=shutil.ignore_patterns("checkpoint-20", "results.json", "adapter_*"))
+    shutil.copytree(straight, again, ignore=shutil.ignore_patterns("checkpoint-20", "results.json"))
+    (again / "adapter_model.safetensors").unlink()
     arguments = ["sft", "--config", str(straight / "config.yaml"), "--output_dir", str(again)]
     assert main(arguments) == 0
     assert losses(again / "checkpoint-20") == losses(straight / "checkpoint-20")
@@ -174,14 +175,14 @@ def test_adalora_prunes_to_its_mean_rank_on_the_real_number_of_steps(runs):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_adaloras_orthogonality_loss_is_peftS_and_counts_once_a_step(tmp_path, tiny, data, accumulation):
+def test_adaloras_orthogonality_loss_is_pefts_and_counts_once_a_step(tmp_path, tiny, data, accumulation):
     rows = load_split(str(data), "train")
     sizes = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
     logged = []
     for weight in (0.0, 50.0):
         adapter = config(method="adalora", orthogonality_weight=weight)
         trainer = trainer_of("sft", tmp_path, tiny, rows, adapter, max_steps=4, logging_steps=1, **sizes)
-        expected = float(orthogonality(trainer.model))
+        expected = orthogonality(trainer.model).item()
         if weight:
             words = torch.arange(40, 60)[None]
             trainer.model.eval()
@@ -215,15 +216,10 @@ def test_the_loss_of_a_prompt_is_that_of_the_tokens_after_it(tmp_path, tiny, dat
 @pytest.mark.parametrize("method", ["lora", "adalora", "osf"])
 def test_dpo_starts_at_the_reference(tmp_path, tiny, pairs, method):
     rows = preference_rows(load_split(str(pairs), "train"), "pairs")
-    trainer = trainer_of(
-        "dpo",
-        tmp_path,
-        tiny,
-        rows,
-        config(method=method, orthogonality_weight=0.0) if method == "adalora" else config(method=method),
-        max_steps=4,
-        logging_steps=1,
-    )
+    adapter = config(method=method)
+    if method == "adalora":
+        adapter.orthogonality_weight = 0.0  # it is part of the loss that is logged
+    trainer = trainer_of("dpo", tmp_path, tiny, rows, adapter, max_steps=4, logging_steps=1)
     trainer.train()
     history = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert history[0] == pytest.approx(0.693147, abs=1e-5)
@@ -265,7 +261,7 @@ def test_the_learning_rate_is_a_multiple_of_the_recipes_unless_a_flag_gives_it(t
         (["--rank", "12"], "adalora", "rank below start_rank"),
         (["--target_modules", "no_proj"], "lora", "Target modules {'no_proj'} not found"),
         (["--packing", "true"], "p-tuning", "rows cannot be packed"),
-        (["--max_steps", "3"], "adalora", "3 steps are too few for adalora"),
+        (["--max_steps", "1"], "adalora", "adalora needs 2 steps or more"),
     ],
 )
 def test_what_cannot_work_is_refused_in_a_sentence(tmp_path, sft, capsys, flags, method, message):
@@ -279,7 +275,7 @@ def test_prompts_cannot_do_dpo_and_nothing_is_sharded(tmp_path, dpo, capsys, mon
         assert dpo(tmp_path / "out", method=method) == 2
         assert f"{method} cannot do DPO" in error_of(capsys)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(HFTError, match="launch with recipes/accelerate/ddp.yaml"):
+    with pytest.raises(HFTError, match=r"launch with recipes/accelerate/ddp\.yaml"):
         check_possible(AdapterConfig(adapter="lora"), SFTConfig(use_cpu=True, bf16=False), pairs=False)
 
 

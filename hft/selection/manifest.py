@@ -100,7 +100,7 @@ class Manifest:
         """
         ours, theirs = self.selection, other.selection
         if ("adapter" in ours or "adapter" in theirs) and ours != theirs:
-            keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+            keys = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
             changes = [f"{key} {theirs.get(key, 'unset')} there, {ours.get(key, 'unset')} here" for key in keys]
             raise HFTError(
                 f"cannot resume from {folder}: it was trained with another adapter ({', '.join(changes[:3])}); give "

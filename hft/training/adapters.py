@@ -48,7 +48,7 @@ class AdapterTuning(Recorded):
         self.adapter = adapter
         self._checkpointing_lost = adapter.adapter == "p-tuning-v2" and args.gradient_checkpointing
         if self._checkpointing_lost:
-            args.gradient_checkpointing = False
+            args.gradient_checkpointing = args.activation_checkpointing = False  # transformers is renaming it
 
         base, stored = load_base(model, args, **(quantised(args) if adapter.adapter == "qlora" else {}))
         keep_quantised_weights(base)
@@ -188,9 +188,7 @@ def check_possible(adapter: AdapterConfig, args: TrainingArguments, *, pairs: bo
             f"{name} cannot do DPO: its untrained prompt already moves the policy away from the reference; take lora"
         )
     if name in PROMPT_LEARNING and (getattr(args, "packing", False) or getattr(args, "padding_free", False)):
-        raise HFTError(
-            f"{name} puts its prompt before each row, so rows cannot be packed; remove packing, padding_free"
-        )
+        raise HFTError(f"{name} puts its prompt before each row, so rows cannot be packed; set packing to false")
     if name == "qlora" and not is_bitsandbytes_available():
         raise HFTError("qlora needs bitsandbytes: pip install bitsandbytes")
 
@@ -225,7 +223,7 @@ def checksums_on_disk(folder: Path, names: dict[str, torch.dtype]) -> dict[str, 
 
 
 def orthogonality(model: PeftModel) -> torch.Tensor:
-    """AdaLoRA's regulariser: the mean over P and Q of ||P^T P - I|| (arXiv 2303.10512, equation 4), as PEFT takes it."""
+    """AdaLoRA's regulariser, as PEFT takes it: the mean of ||P^T P - I|| over all P and Q (arXiv 2303.10512)."""
     norms = []
     for name, p in model.named_parameters():
         if p.requires_grad and ("lora_A" in name or "lora_B" in name):
@@ -238,13 +236,12 @@ def set_schedule(model: nn.Module, adapter: AdapterConfig, steps: int) -> None:
     """Lay AdaLoRA's pruning over the steps that there will be, which only the trainer knows.
 
     Raises:
-        HFTError: there are too few steps to score ranks and prune them.
+        HFTError: there is one step only, and ranks are scored before they are pruned.
     """
+    if steps < 2:
+        raise HFTError("adalora needs 2 steps or more, to score ranks and then prune them; raise --max_steps")
     config = model.peft_config[model.active_adapter]
-    end = int(adapter.pruning_until * steps)
-    config.total_step, config.tinit, config.tfinal = steps, int(adapter.pruning_from * steps), steps - end
+    end = max(2, int(adapter.pruning_until * steps))
+    start = min(int(adapter.pruning_from * steps), end - 1)
+    config.total_step, config.tinit, config.tfinal = steps, start, steps - end
     config.deltaT = max(1, steps // 500)
-    if end < 2 or end <= config.tinit:
-        raise HFTError(
-            f"{steps} steps are too few for adalora: pruning_until {adapter.pruning_until} of them must be 2 or more"
-        )
