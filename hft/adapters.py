@@ -123,11 +123,11 @@ class AdapterSelection(Selection):
     Attributes:
         config: an `AdapterConfig`.
         added: scalars of each of the adapter's trained parameters, by its name in the model that has the adapter.
-        buffer_bytes: bytes of what the adapter holds without training it: OSF's factors as they were.
+        held: scalars that the adapter holds without training them, in the base's dtype: OSF's factors as they were.
     """
 
     added: dict[str, int]
-    buffer_bytes: int
+    held: int
 
     @property
     def frozen_parameters(self) -> list[str]:
@@ -144,10 +144,10 @@ class AdapterSelection(Selection):
         return sum(self.added.values())
 
     def base_bytes(self, scalar: int) -> float:
-        """Bytes of the frozen base, with that many a scalar where it is not quantised, and of the adapter's buffers."""
+        """Bytes of all that is frozen, with that many a scalar where it is not quantised."""
         matrices = sum(unit.size for unit in self.anatomy.units if unit.block != "norm")
         quantised = matrices if self.config.adapter == "qlora" else 0
-        return quantised * NF4_BYTES + (self.anatomy.size - quantised) * scalar + self.buffer_bytes
+        return quantised * NF4_BYTES + (self.anatomy.size - quantised + self.held) * scalar
 
     def summary(self) -> str:
         """What trains, in words."""
@@ -177,7 +177,7 @@ def adapter_selection(model_config: PretrainedConfig, config: AdapterConfig) -> 
         config=config,
         trained=frozenset(),
         added={name: p.numel() for name, p in model.named_parameters() if p.requires_grad},
-        buffer_bytes=sum(buffer.nbytes for name, buffer in model.named_buffers() if "osf" in name),
+        held=sum(buffer.numel() for name, buffer in model.named_buffers() if "osf" in name),
     )
 
 
