@@ -24,10 +24,14 @@ ifeq ($(NUM_GPUS),1)
 export CUDA_VISIBLE_DEVICES ?= 0
 endif
 
+# Adapters are small and their base is not sharded.
+ADAPTERS := $(basename $(notdir $(shell grep -l '^adapter:' recipes/methods/*.yaml)))
+
 ifeq ($(filter-out 0 1,$(NUM_GPUS)),)
 HFT := $(BIN)/hft
 else
-HFT := $(BIN)/accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes $(NUM_GPUS) -m hft
+HFT = $(BIN)/accelerate launch --config_file recipes/accelerate/$(if $(filter $(ADAPTERS),$*),ddp,fsdp2).yaml \
+	--num_processes $(NUM_GPUS) -m hft
 endif
 
 ifeq ($(NUM_GPUS),0)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_NAME
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -81,7 +82,8 @@ def claim_folder(out: Path, config: dict[str, Any], selection: Selection) -> Non
     """Write what this run is into its folder, once nothing more can refuse it."""
     (out / CONFIG_NAME).write_text(to_yaml(config))
     (out / RESULTS_NAME).unlink(missing_ok=True)
-    draw_selection(selection, config["run_name"]).savefig(out / PICTURE_NAME)
+    if not config.get("adapter"):
+        draw_selection(selection, config["run_name"]).savefig(out / PICTURE_NAME)
 
 
 def check_base(base: str) -> None:
@@ -131,7 +133,7 @@ def _clear(out: Path) -> None:
             say(f"removing {checkpoint} of an earlier run")
             shutil.rmtree(checkpoint)
     if (out / MANIFEST_NAME).exists():
-        for path in (*out.glob("model*.safetensors*"), out / MANIFEST_NAME, out / RESULTS_NAME):
+        for path in (*out.glob("model*.safetensors*"), *out.glob("adapter_*"), out / MANIFEST_NAME, out / RESULTS_NAME):
             path.unlink(missing_ok=True)
 
 
@@ -149,6 +151,8 @@ def verify_folder(out: Path, base: str | None = None) -> Verification:
         if base:
             raise
         folder, base_weights = out, None
+    if "adapter" in manifest.selection:
+        return verify_adapter(out, manifest, base_weights)
     against = min(str(folder), os.path.relpath(folder), key=len)
     masks = load_masks(out) if manifest.masks else {}
     if changed := [name for name, mask in masks.items() if mask.digest() != manifest.masks.get(name)]:
@@ -158,6 +162,22 @@ def verify_folder(out: Path, base: str | None = None) -> Verification:
 
 def _what_to_verify(out: Path, manifest: Manifest) -> tuple[Mapping[str, torch.Tensor], dict[str, str], list[str]]:
     return weights_of(out, [*manifest.frozen, *manifest.trained]), manifest.frozen, manifest.trained
+
+
+def verify_adapter(out: Path, manifest: Manifest, base: Mapping[str, torch.Tensor] | None) -> Verification:
+    """Hold an adapter's base against the checksums it was trained with: it is not in the folder, and must not change.
+
+    Raises:
+        HFTError: the base is gone, without which the adapter is nothing.
+    """
+    if base is None:
+        raise HFTError(f"the base of {out}, {manifest.base}, is gone; name it with --base")
+    found = verify(base, manifest.frozen, (), None)
+    moved, trained = set(manifest.moved), set(manifest.trained)
+    found.changed, found.unchanged = sorted(moved & trained), sorted(trained - moved)
+    found.broken |= dict.fromkeys(sorted(moved - trained), "changed in memory while the adapter was trained")
+    found.lost = [] if (out / ADAPTER_NAME).exists() else [ADAPTER_NAME]
+    return found
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ import sys
 import psutil
 import torch
 
+from hft.adapters import AdapterSelection
 from hft.errors import HFTError
 from hft.selection import Selection
 
@@ -27,6 +28,8 @@ def static_memory(selection: Selection, frozen_bytes: int = 2, shards: int = 1, 
         shards: devices that the model is sharded over (FSDP2); 1 under DDP and on one device.
         reference: whether there is a reference model: a copy of the trained half, or of all if it is sharded.
     """
+    if isinstance(selection, AdapterSelection):  # a reference is the base itself
+        return selection.trained_size * TRAINED_BYTES + selection.base_bytes(frozen_bytes)
     held, size = selection.held_size, selection.anatomy.size
     copied = (held if shards == 1 else size) if reference else 0
     kept = held - selection.trained_size  # of partly frozen tensors, the frozen values

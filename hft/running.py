@@ -21,11 +21,13 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from trl import DPOConfig, SFTConfig
 
 from hft import tracking
+from hft.adapters import AdapterConfig, adapter_selection, settle
 from hft.anatomy import anatomy_of, meta_model
 from hft.config import Parser, RunConfig, fill, resolve, to_yaml
 from hft.data import load_data, load_split, preference_rows, sft_rows
 from hft.errors import HFTError
 from hft.folders import (
+    ADAPTER_NAME,
     CONFIG_NAME,
     FINISHED,
     PICTURE_NAME,
@@ -39,13 +41,15 @@ from hft.freezing import Verification
 from hft.planning import GIB, check_fits, cpu_has_bfloat16, peak_memory, static_memory
 from hft.processes import indented, is_main, is_sharded, say, world_size
 from hft.selection import Manifest, Selection, SelectionConfig
-from hft.selection.importance import choose, planned, recalled, text_batches
+from hft.selection.importance import choose, recalled, text_batches
 from hft.selection.manifest import NAME as MANIFEST_NAME
 from hft.selection.manifest import rounds_so_far
 from hft.selection.masks import load_masks, save_masks
-from hft.selection.policies import describe_difference
-from hft.training import HFTDPOTrainer, HFTSFTTrainer
-from hft.training.mixin import HalfFineTuning, load_base
+from hft.selection.policies import DEFERRED, describe_difference, planned, select
+from hft.training import AdapterDPOTrainer, AdapterSFTTrainer, HFTDPOTrainer, HFTSFTTrainer
+from hft.training.adapters import check_possible
+from hft.training.mixin import load_base
+from hft.training.recorded import Recorded
 from hft.training.updates import UpdateConfig
 
 # Metrics whose held-out values a run ends with, before and after, where its stage logs them.
@@ -66,18 +70,20 @@ class Stage:
     Attributes:
         rows: brings a dataset, given with its name, into the form that the stage's trainer takes.
         pairs: whether rows are pairs of answers that are held against a reference model.
+        adapter_class: the trainer of the methods that train an adapter.
     """
 
     name: str
     config_class: type[TrainingArguments]
-    trainer_class: type[HalfFineTuning]
+    trainer_class: type[Recorded]
     rows: Callable[[Dataset, str], Dataset]
     pairs: bool
+    adapter_class: type[Recorded]
 
 
 STAGES = {
-    "sft": Stage("sft", SFTConfig, HFTSFTTrainer, sft_rows, pairs=False),
-    "dpo": Stage("dpo", DPOConfig, HFTDPOTrainer, preference_rows, pairs=True),
+    "sft": Stage("sft", SFTConfig, HFTSFTTrainer, sft_rows, pairs=False, adapter_class=AdapterSFTTrainer),
+    "dpo": Stage("dpo", DPOConfig, HFTDPOTrainer, preference_rows, pairs=True, adapter_class=AdapterDPOTrainer),
 }
 
 
@@ -104,14 +110,13 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
     say("resolved config", indented(to_yaml(config)))
 
     run_config = fill(RunConfig, config)
-    anatomy = anatomy_of(meta_model(load_model_config(run_config)))
-    selection = planned(anatomy, fill(SelectionConfig, config))
+    selection = what_trains(load_model_config(run_config), config)
     update = fill(UpdateConfig, config)
     shards = world_size() if is_sharded() or config.get("fsdp") else 1
     reference = stage.pairs and not config.get("precompute_ref_log_probs")
     memory = (static_memory(selection, shards=shards, reference=reference) + update.memory(selection)) / GIB
     say("selection", indented(f"{selection.summary()}\n{memory:.2f} GiB a device before activations\n"))
-    if selection.config.policy == "importance" and not run_config.importance_data:
+    if config.get("policy") == "importance" and not run_config.importance_data:
         raise HFTError("the importance policy scores the base on general text: give it with --importance_data")
     check_fits(selection, cpu_asked_for=bool(config.get("use_cpu")), shards=shards, reference=reference)
 
@@ -121,6 +126,8 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
     if args.n_gpu > 1:  # Trainer would wrap the model in DataParallel and multiply the batch
         raise HFTError("several GPUs are visible to one process: use `accelerate launch`, or CUDA_VISIBLE_DEVICES=0")
     update.check(args)
+    if config.get("adapter"):
+        check_possible(selection.config, args, pairs=stage.pairs)
     with args.main_process_first(desc="loading the data"):
         train, test = load_data(run_config, stage.rows, evaluate=args.eval_strategy != "no")
     say("plan", indented(plan(stage, args, train, test)))
@@ -130,19 +137,20 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
 
     # One process looks and decides for all, since it also writes to the folder the others would look at.
     out = Path(args.output_dir)
-    known = None if selection.config.policy == "importance" else selection
+    known = None if config.get("policy") in DEFERRED else selection
     [start] = broadcast_object_list([prepare_folder(out, config, known, update.record()) if is_main() else None])
     if start == FINISHED:
         say(f"{out} holds this run, finished; train anew with --resume_from_checkpoint none or another --output_dir")
         return conclude(json.loads((out / RESULTS_NAME).read_text()), out) if is_main() else 0
 
+    adapted = bool(config.get("adapter"))
     if known is None:
-        selection = scored(selection, run_config, args, tokenizer, start)
-    trainer = stage.trainer_class(
+        selection = chosen(selection, run_config, args, tokenizer, start)
+    method = {"adapter": selection.config} if adapted else {"selection": selection, "update": update}
+    trainer = (stage.adapter_class if adapted else stage.trainer_class)(
         run_config.model_name_or_path,
         args,
-        selection=selection,
-        update=update,
+        **method,
         train_dataset=train,
         eval_dataset=test,
         processing_class=tokenizer,
@@ -153,7 +161,7 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
         claim_folder(out, config, selection)
     tracked = is_main() and "wandb" in args.report_to
     if tracked:
-        say(tracking.start(args.run_name, config, selection, out / PICTURE_NAME), "")
+        say(tracking.start(args.run_name, config, selection, None if adapted else out / PICTURE_NAME), "")
     trainer.train(resume_from_checkpoint=start)
     trainer.save_model()
     if test is not None and not evaluated_at_the_end(trainer):
@@ -162,14 +170,16 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
     return conclude(measured(stage, trainer) | {"machine": machine}, out, tracked=tracked) if is_main() else 0
 
 
-def scored(
+def chosen(
     plan: Selection,
     run_config: RunConfig,
     args: TrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     checkpoint: str | None,
 ) -> Selection:
-    """The selection of the importance policy: made by the first process, taken over by the others and by a resume.
+    """The selection that `planned` stood in for.
+
+    That of the importance policy is made by the first process, and taken over by the others and by a resume.
 
     Raises:
         HFTError: there is no text to score on, or the checkpoint was trained with another selection.
@@ -182,6 +192,8 @@ def scored(
         return recalled(
             plan.anatomy, plan.config, manifest.trained_units, load_masks(checkpoint) if manifest.masks else {}
         )
+    if plan.config.policy == "random-element":
+        return select(plan.anatomy, plan.config)
     if is_main():
         model, _ = load_base(run_config.model_name_or_path, args)
         rows = load_split(run_config.importance_data, "train")
@@ -219,7 +231,8 @@ def with_defaults(stage: Stage, config: dict, flags: dict, files: Sequence[str])
     config = DEFAULTS | config
     if "model_name_or_path" in flags and "architecture" not in flags:
         config.pop("architecture", None)  # the recipe's is that of the recipe's model
-    if rounds := rounds_so_far(config["model_name_or_path"]):
+    config = settle(config, flags, stage.config_class.learning_rate)
+    if not config.get("adapter") and (rounds := rounds_so_far(config["model_name_or_path"])):
         config = {"round": rounds[-1]["selection"]["round"] + 1} | config
     if "output_dir" in flags and "run_name" not in flags:
         config["run_name"] = Path(flags["output_dir"]).name
@@ -232,6 +245,18 @@ def with_defaults(stage: Stage, config: dict, flags: dict, files: Sequence[str])
             name = name[:110] + "-" + hashlib.sha256(name.encode()).hexdigest()[:9]
         config["run_name"] = name
     return {"output_dir": f"runs/{config['run_name']}", **config}
+
+
+def what_trains(model_config: PretrainedConfig, config: dict[str, Any]) -> Selection:
+    """What trains: units of the model, or an adapter beside them.
+
+    Raises:
+        HFTError: the config holds keys of the other kind of method, or the selection cannot be made.
+    """
+    adapter = fill(AdapterConfig, config)
+    if adapter.adapter:
+        return adapter_selection(model_config, adapter)
+    return planned(anatomy_of(meta_model(model_config)), fill(SelectionConfig, config))
 
 
 def load_model_config(run_config: RunConfig) -> PretrainedConfig:
@@ -313,13 +338,13 @@ def batch_settings(stage: Stage, config: dict[str, Any]) -> dict[str, int]:
 
 def parser_of(stage: Stage) -> Parser:
     """The parser of a stage's config, which knows keys of other stages by name."""
-    classes = (RunConfig, SelectionConfig, UpdateConfig, stage.config_class)
+    classes = (RunConfig, SelectionConfig, UpdateConfig, AdapterConfig, stage.config_class)
     own = {f.name for cls in classes for f in fields(cls)}
     others = {f.name: s.name for s in STAGES.values() for f in fields(s.config_class) if f.name not in own}
     return Parser(*classes, elsewhere=others)
 
 
-def row_notes(trainer: HalfFineTuning, train: Dataset, test: Dataset | None) -> list[str]:
+def row_notes(trainer: Recorded, train: Dataset, test: Dataset | None) -> list[str]:
     """How many rows TRL dropped, since `max_length` left nothing of their answers.
 
     Raises:
@@ -350,12 +375,12 @@ def plan(stage: Stage, args: TrainingArguments, train: Dataset, test: Dataset | 
     )
 
 
-def evaluated_at_the_end(trainer: HalfFineTuning) -> bool:
+def evaluated_at_the_end(trainer: Recorded) -> bool:
     """Whether the model as it is has been evaluated."""
     return any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history)
 
 
-def measured(stage: Stage, trainer: HalfFineTuning) -> dict[str, Any]:
+def measured(stage: Stage, trainer: Recorded) -> dict[str, Any]:
     """What a run measured: steps, losses, speed, memory, and of each held-out metric the first and last value."""
     history = trainer.state.log_history
 
@@ -400,6 +425,14 @@ def summary(results: dict[str, Any], found: Verification, out: Path) -> str:
     changes = "\n".join(f"  {name:28} {' -> '.join(f'{value:.4f}' for value in values)}" for name, values in metrics)
     hft = sys.argv[0] if Path(sys.argv[0]).name == "hft" else "hft"  # as it was called, to be called again
     again = f"{hft} {results['stage']} --config {out}/{CONFIG_NAME}"
+    model = "model.safetensors       the model; loads in plain transformers"
+    picture = f"  {PICTURE_NAME}           the selection as a picture\n"
+    others = (
+        f"\n  {again} --output_dir NEW --selection_seed 1  # another half"
+        f"\n  {again} recipes/methods/fft.yaml --output_dir NEW  # everything trains"
+    )
+    if (out / ADAPTER_NAME).exists():
+        model, picture, others = f"{ADAPTER_NAME}  the adapter; loads in plain peft", "", ""
     return f"""\
 verify
 {indented(found.report())}
@@ -410,17 +443,14 @@ result
   {results["tokens_per_second"] or 0:,.0f} tokens/s, peak memory {results["peak_memory_gb"]} GB
 
 {out}/
-  model.safetensors       the model; loads in plain transformers
+  {model}
   {MANIFEST_NAME}       what was frozen, with checksums
-  {PICTURE_NAME}           the selection as a picture
-  {CONFIG_NAME}             the resolved config
+{picture}  {CONFIG_NAME}             the resolved config
   {RESULTS_NAME}            the numbers above
 
 try next
   {hft} verify {out}
-  {again} --output_dir NEW  # the same run again
-  {again} --output_dir NEW --selection_seed 1  # another half
-  {again} recipes/methods/fft.yaml --output_dir NEW  # everything trains"""
+  {again} --output_dir NEW  # the same run again{others}"""
 
 
 def _short(value: Any) -> str:

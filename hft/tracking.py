@@ -13,7 +13,7 @@ from hft.selection import Selection
 PROJECT = "hft"
 
 
-def start(name: str, config: dict[str, Any], selection: Selection, picture: Path) -> str:
+def start(name: str, config: dict[str, Any], selection: Selection, picture: Path | None) -> str:
     """Begin a wandb run with the resolved config and the selection; offline where no API key is found.
 
     Trainer's `WandbCallback` takes up the run that is already there.
@@ -34,7 +34,8 @@ def start(name: str, config: dict[str, Any], selection: Selection, picture: Path
     shares = {"layers": selection.share_of_layers, "model": selection.share_of_model}
     counts = {block: f"{trained}/{total}" for block, (trained, total) in selection.counts().items()}
     run.config.update({"trainable_share": shares, "trained_units": counts})
-    run.log({"selection": wandb.Image(str(picture))})
+    if picture:
+        run.log({"selection": wandb.Image(str(picture))})
     if run.offline:
         return f"wandb is offline ({why}); upload later with `wandb sync {Path(run.dir).parent}`"
     return f"wandb: {run.url}"

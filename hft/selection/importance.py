@@ -20,7 +20,7 @@ from hft.anatomy import Anatomy
 from hft.errors import HFTError
 from hft.ranking import largest
 from hft.selection.masks import Mask
-from hft.selection.policies import SCORES, Selection, SelectionConfig, category, select, selection_of
+from hft.selection.policies import SCORES, Selection, SelectionConfig, category, half_of_the_norms, selection_of
 
 REDUCTIONS = {
     "unit": torch.mean,
@@ -53,30 +53,11 @@ def choose(model: PreTrainedModel, anatomy: Anatomy, config: SelectionConfig, ba
         scores = unit_scores(model, anatomy, batches, score=config.score)
         worth = {name: -score if config.invert else score for name, score in scores.items()}
         return selection_of(anatomy, config, category(anatomy, config, worth))
-    norms = [unit for unit in category(anatomy, config) if unit.block == "norm"]
-    trained = [*norms, *(unit for unit in anatomy.units if unit.block != "norm")]
+    trained = half_of_the_norms(anatomy, config)
     settings = {"score": config.score, "granularity": config.granularity, "invert": config.invert}
     return selection_of(
         anatomy, config, (trained, masks(model, anatomy, batches, fraction=config.fraction, **settings))
     )
-
-
-def planned(anatomy: Anatomy, config: SelectionConfig) -> Selection:
-    """The selection as far as it is known before the base is loaded.
-
-    For the importance policy a stand-in of the same budget, whose counts and shares will hold; else the selection.
-    """
-    if config.policy != "importance":
-        return select(anatomy, config)
-    if config.granularity == "unit":
-        return selection_of(anatomy, config, category(anatomy, config))
-    norms = [unit for unit in category(anatomy, config) if unit.block == "norm"]
-    masks = {}
-    for part in (part for unit in anatomy.units for part in unit.parts if len(part.shape) == 2):
-        columns = part.shape[1]
-        masks[part.parameter] = (torch.arange(columns) < _count(config.fraction, columns)).view(1, -1)
-    trained = [*norms, *(unit for unit in anatomy.units if unit.block != "norm")]
-    return selection_of(anatomy, config, (trained, masks))
 
 
 def recalled(

@@ -33,6 +33,7 @@ class Manifest:
         update: how the trained weights moved, as `UpdateConfig.record` gives it.
         earlier: base, selection and frozen units of the rounds that led to the base, oldest first.
         versions: the packages that made it.
+        moved: parameters that an adapter's training changed in memory; the adapter's own, and none of the base.
     """
 
     base: str
@@ -46,6 +47,7 @@ class Manifest:
     revision: str | None = None
     masks: dict[str, str] = field(default_factory=dict)
     update: dict = field(default_factory=lambda: {"update": "plain"})
+    moved: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(
         default_factory=lambda: {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     )
@@ -111,6 +113,14 @@ class Manifest:
             other: the manifest of the checkpoint.
             folder: the checkpoint, for the message.
         """
+        ours, theirs = self.selection, other.selection
+        if ("adapter" in ours or "adapter" in theirs) and ours != theirs:
+            keys = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+            changes = [f"{key} {theirs.get(key, 'unset')} there, {ours.get(key, 'unset')} here" for key in keys]
+            raise HFTError(
+                f"cannot resume from {folder}: it was trained with another adapter ({', '.join(changes[:3])}); give "
+                "the same settings, another --output_dir, or --resume_from_checkpoint none"
+            )
         if any(getattr(self, n) != getattr(other, n) for n in ("frozen_units", "masks")) or (
             self.frozen.keys() != other.frozen.keys()
         ):

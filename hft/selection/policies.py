@@ -115,6 +115,9 @@ FRACTIONS = {block: f"{block}_fraction" for block in BLOCKS if block != "router"
 # Keys that mean something to one policy only.
 OWN_KEYS = {"category": tuple(FRACTIONS.values()), "importance": ("granularity", "score", "invert")}
 
+# Policies that choose among billions of scalars, or look at the base's weights: not before a run is sure to begin.
+DEFERRED = ("random-element", "importance")
+
 # What a policy returns: the units that train, and of some parameters which scalars, True where they train.
 Choice = Iterable[Unit] | tuple[Iterable[Unit], Mapping[str, torch.Tensor]]
 
@@ -291,6 +294,30 @@ def selection_of(anatomy: Anatomy, config: SelectionConfig, choice: Choice) -> S
     if config.freeze_router:
         trained -= {unit.name for unit in anatomy.units if unit.block == "router"}
     return Selection(anatomy, config, trained, {name: Mask.of(mask) for name, mask in masks.items()})
+
+
+def planned(anatomy: Anatomy, config: SelectionConfig) -> Selection:
+    """The selection as far as it is known cheaply, before the base is loaded: its counts and shares will hold.
+
+    For policies that choose scalars or look at weights it is a stand-in of the same budget; else it is the selection.
+    """
+    if config.policy not in DEFERRED:
+        return select(anatomy, config)
+    if config.granularity == "unit":
+        return selection_of(anatomy, config, category(anatomy, config))
+    masks = {}
+    for part in (part for unit in anatomy.units for part in unit.parts if len(part.shape) > 1):
+        columns = part.shape[-1]
+        trained = torch.arange(columns) < round(config.fraction * columns)
+        masks[part.parameter] = trained.view(*[1] * (len(part.shape) - 1), columns)
+    units = anatomy.units if config.policy == "random-element" else half_of_the_norms(anatomy, config)
+    return selection_of(anatomy, config, (units, masks))
+
+
+def half_of_the_norms(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
+    """All units but the norms that the category policy would freeze."""
+    norms = {unit.name for unit in category(anatomy, config) if unit.block == "norm"}
+    return [unit for unit in anatomy.units if unit.block != "norm" or unit.name in norms]
 
 
 def _load(policy: str) -> Callable[[Anatomy, SelectionConfig], Choice]:

@@ -11,17 +11,17 @@ from transformers import AutoConfig, PreTrainedModel, TrainerCallback, TrainingA
 
 from hft.anatomy import anatomy_of, architecture_of, meta_model
 from hft.errors import HFTError
-from hft.folders import CHECKPOINT, last_checkpoint
+from hft.folders import CHECKPOINT
 from hft.freezing import PartFreezer, freeze, upcast
-from hft.planning import peak_memory
 from hft.processes import is_main, is_sharded
 from hft.selection import Manifest, Selection, SelectionConfig, select
 from hft.selection.masks import save_masks
+from hft.training.recorded import Recorded
 from hft.training.updates import UpdateConfig, callbacks_of, starting_weights
 from hft.weights import Weights, cast_weights, checksum, local_folder, widest
 
 
-class HalfFineTuning:
+class HalfFineTuning(Recorded):
     """Mixin that makes a TRL trainer train one selection of the model's units and leave the rest as it was.
 
     To be listed before the trainer class. Everything else of the trainer stays TRL's: with nothing frozen, it takes
@@ -99,26 +99,6 @@ class HalfFineTuning:
             upcast(model, autocast=args.bf16 or args.fp16)
         return kwargs
 
-    def notes(self) -> list[str]:
-        """What is worth telling about the trainer before it starts, a line each."""
-        return []
-
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        """Train, from a checkpoint if one is given; `True` takes the last whole one of the output folder.
-
-        Raises:
-            HFTError: the checkpoint was trained with another selection or base.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        self.check_resumable(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-
-    def check_resumable(self, checkpoint: str | None) -> None:
-        """Refuse a checkpoint that was trained with another selection or base (`Manifest.check_resumable`)."""
-        if checkpoint and self.is_world_process_zero():
-            self.manifest.check_resumable(Manifest.load(checkpoint), checkpoint)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model with its manifest, the frozen tensors bit for bit those of the base.
 
@@ -139,11 +119,6 @@ class HalfFineTuning:
         config.save_pretrained(folder)
         self.manifest.save(folder)
         save_masks(folder, self.selection.frozen_masks)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the peak memory so far."""
-        logs["peak_memory_gb"] = round(peak_memory() / 1e9, 2)
-        super().log(logs, start_time)
 
     def _checksums(self, model: PreTrainedModel, stored: dict[str, torch.dtype]) -> dict[str, str]:
         if not is_main():
@@ -171,19 +146,20 @@ class PartFreezing(TrainerCallback):
         self.freezer.remove()
 
 
-def load_base(name: str, args: TrainingArguments) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
+def load_base(name: str, args: TrainingArguments, **more: Any) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
     """Load a base in the dtype that its weights are stored in, whatever its config says.
 
     Args:
         name: path or Hub id.
         args: `model_init_kwargs` go to `from_pretrained`; a `dtype` among them wins.
+        more: goes to `from_pretrained` too.
 
     Returns:
         The model, and the dtype on disk of each of its parameters. Tensors that are none, such as the fp32
         `rotary_emb.inv_freq` in Llama-2's files, have no say in it. Parameters that are stored in another form, such
         as experts one by one, have the widest dtype on disk.
     """
-    init_kwargs = dict(args.model_init_kwargs or {})
+    init_kwargs = (args.model_init_kwargs or {}) | more
     folder = local_folder(name, init_kwargs.get("revision"))
     config = AutoConfig.from_pretrained(folder)
     parameters = dict(meta_model(config).named_parameters())

@@ -1,0 +1,40 @@
+"""What every trainer here does with its manifest: hold a checkpoint against it before going on; and log memory."""
+
+from __future__ import annotations
+
+from hft.folders import last_checkpoint
+from hft.planning import peak_memory
+from hft.selection import Manifest
+
+
+class Recorded:
+    """Mixin of a TRL trainer with a `manifest` that tells what trains."""
+
+    manifest: Manifest
+    resumed_from: str | None = None
+
+    def notes(self) -> list[str]:
+        """What is worth telling about the trainer before it starts, a line each."""
+        return []
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Train, from a checkpoint if one is given; `True` takes the last whole one of the output folder.
+
+        Raises:
+            HFTError: the checkpoint was trained with another selection or base.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        self.check_resumable(resume_from_checkpoint)
+        self.resumed_from = resume_from_checkpoint or None
+        return super().train(resume_from_checkpoint=self.resumed_from, **kwargs)
+
+    def check_resumable(self, checkpoint: str | None) -> None:
+        """Refuse a checkpoint that was trained with another selection or base (`Manifest.check_resumable`)."""
+        if checkpoint and self.is_world_process_zero():
+            self.manifest.check_resumable(Manifest.load(checkpoint), checkpoint)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the peak memory so far."""
+        logs["peak_memory_gb"] = round(peak_memory() / 1e9, 2)
+        super().log(logs, start_time)
