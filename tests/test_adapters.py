@@ -288,13 +288,15 @@ def test_an_adapter_is_no_base(runs, tmp_path, sft, dpo, capsys):
         assert "is an adapter, not a model; merge it" in error_of(capsys)
 
 
-def test_training_anew_leaves_no_adapter_behind(runs, tmp_path, sft, dpo):
+def test_training_anew_leaves_no_adapter_behind(runs, tmp_path, sft, dpo, capsys):
     out = shutil.copytree(runs("lora"), tmp_path / "out")
     assert sft(out, *SMALL, "--max_steps", "2", "--resume_from_checkpoint", "none", method="hft") == 0
     assert not list(out.glob("adapter_*"))
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
     # Its manifest makes this base a round of a sequence, in which an adapter has no part.
+    capsys.readouterr()
     assert dpo(tmp_path / "dpo", "--dry_run", "true", method="lora", model=out) == 0
+    assert "round:" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
