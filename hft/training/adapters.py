@@ -82,6 +82,9 @@ class AdapterTuning(Recorded):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss, and in training AdaLoRA's orthogonality loss, which TRL leaves behind in `outputs.loss`."""
+        if self.adapter.adapter == "p-tuning" and "labels" in inputs:
+            # The first token would become the target of the last virtual one, and is not counted as a target.
+            inputs["labels"] = inputs["labels"].index_fill(1, inputs["labels"].new_zeros(1), -100)
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.adapter.adapter == "adalora" and self.model.training:
             # Where the loss is a mean over the tokens of the whole step, Trainer leaves the micro-batches to us.
