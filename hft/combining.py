@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from hft.anatomy import anatomy_of, meta_model
 from hft.config import Parser, fill, resolve, to_yaml
 from hft.errors import HFTError
-from hft.folders import CONFIG_NAME, PICTURE_NAME, verify_folder
+from hft.folders import CONFIG_NAME, PICTURE_NAME, check_base, verify_folder
 from hft.merging import LINE, Trim, drop, elect, slerp_factors, weighted_sum
 from hft.processes import indented, say
 from hft.selection import Manifest, SelectionConfig, select
@@ -109,7 +109,7 @@ def reset(arguments: Sequence[str]) -> int:
         The exit status: 0, or 1 if a reset tensor is not the base's.
 
     Raises:
-        HFTError: the models do not fit together, or the folder is not free.
+        HFTError: the models do not fit together, the base is not what its manifest says, or the folder is not free.
     """
     given, _, _ = resolve(Parser(ResetConfig, SelectionConfig), arguments)
     given = with_round(given)
@@ -119,6 +119,7 @@ def reset(arguments: Sequence[str]) -> int:
     out, tuned, base = Path(config.out), Checkpoint.open(config.tuned), Checkpoint.open(config.base)
     check_out(out, [tuned, base])
     check_alike(tuned, base)
+    check_base(config.base)
 
     selection = select(anatomy_of(meta_model(base.config)), fill(SelectionConfig, given))
     frozen, masks = selection.frozen_parameters, selection.frozen_masks
@@ -142,9 +143,10 @@ def reset(arguments: Sequence[str]) -> int:
 
     source = dict.fromkeys(tuned.specs, tuned) | dict.fromkeys(frozen, base)
     specs = {name: checkpoint.specs[name] for name, checkpoint in source.items()}
-    start = time.monotonic()
     with new_folder(out) as folder:
+        start = time.monotonic()
         written = write_model(folder, tuned, pieces, specs=specs, max_shard_size=config.max_shard_size)
+        say(speed([tuned, base], written, time.monotonic() - start))
         checksums = {name: checksum(base.weights[name]) for name in frozen}
         for name, mask in masks.items():
             checksums[name] = checksum(base.weights[name][mask.tensor().expand(base.specs[name].shape)])
@@ -152,7 +154,6 @@ def reset(arguments: Sequence[str]) -> int:
         save_masks(folder, masks)
         draw_selection(selection, "Half-Reset").savefig(folder / PICTURE_NAME)
         (folder / CONFIG_NAME).write_text(to_yaml(given))
-    say(speed([tuned, base], written, time.monotonic() - start))
     found = verify_folder(out)
     say("verify", indented(found.report()), "", str(out))
     return 0 if found.ok else 1

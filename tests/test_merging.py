@@ -512,10 +512,10 @@ def test_a_merge_needs_little_memory_and_a_killed_one_leaves_no_model(tmp_path, 
     assert process.returncode == -9
     assert not (tmp_path / "killed").exists()
     assert (tmp_path / ".killed.partial").exists()
-    models = [tmp_path / "S", tmp_path / "D"]
-    assert merge("ties", tmp_path / "killed", models, tmp_path / "P", "--trim", "global") == 0
+    assert merge("ties", tmp_path / "killed", [tuned], tiny) == 0
     assert not (tmp_path / ".killed.partial").exists()
-    assert same(tmp_path / "killed", dict(Weights(tmp_path / "big")))
+    assert same(tmp_path / "killed", tensors(tmp_path / "small"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "big").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("recipe", sorted(Path("recipes").glob("*/reset.yaml")), ids=str)
