@@ -12,11 +12,11 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hft.config import read_yaml, to_yaml
+from hft.config import fill, read_yaml, to_yaml
 from hft.errors import HFTError
 from hft.freezing import Verification, verify
 from hft.processes import say
-from hft.selection import Manifest, Selection
+from hft.selection import Manifest, ScheduleConfig, Selection
 from hft.selection.manifest import NAME as MANIFEST_NAME
 from hft.selection.picture import draw_selection
 from hft.weights import Weights, local_folder
@@ -58,7 +58,8 @@ def prepare_folder(out: Path, config: dict[str, Any], selection: Selection) -> s
         start = None
     if start not in (None, FINISHED):
         theirs = Manifest.load(start)
-        Manifest.of(selection, base, theirs.frozen).check_resumable(theirs, start)
+        ours = Manifest.of(selection, base, theirs.frozen, schedule=fill(ScheduleConfig, config))
+        ours.check_resumable(theirs, start)
         say(f"resuming from {start}", "")
     return start
 

@@ -12,13 +12,16 @@ from hft.errors import HFTError
 from hft.selection import Selection
 
 GIB = 2**30
-# Bytes a trained scalar costs: fp32 master, fp32 gradient and AdamW's two fp32 moments.
-TRAINED_BYTES = 4 + 4 + 8
+# Bytes a trained scalar costs: its fp32 master; and while it trains an fp32 gradient and AdamW's two fp32 moments.
+MASTER_BYTES = 4
+TRAINED_BYTES = 4 + 8
 # Above this many scalars a run on a CPU is a mistake unless it was asked for by name.
 CPU_MODEL_SIZE = 1_000_000_000
 
 
-def static_memory(selection: Selection, frozen_bytes: int = 2, shards: int = 1, *, reference: bool = False) -> float:
+def static_memory(
+    selection: Selection, frozen_bytes: int = 2, shards: int = 1, *, reference: bool = False, peak: int | None = None
+) -> float:
     """Bytes per device of weights, gradients and AdamW state; activations come on top.
 
     Args:
@@ -26,19 +29,24 @@ def static_memory(selection: Selection, frozen_bytes: int = 2, shards: int = 1, 
         frozen_bytes: bytes of a frozen scalar; it has neither gradient nor optimizer state.
         shards: devices that the model is sharded over (FSDP2); 1 under DDP and on one device.
         reference: whether there is a reference model: a copy of the trained half, or of all if it is sharded.
+        peak: the most scalars that train at once, where a schedule freezes some for a while; masters all have.
     """
+    peak = selection.trained_size if peak is None else peak
     frozen = selection.anatomy.size - selection.trained_size
     copied = (selection.trained_size if shards == 1 else selection.anatomy.size) if reference else 0
-    return (selection.trained_size * TRAINED_BYTES + (frozen + copied) * frozen_bytes) / shards
+    trained = selection.trained_size * MASTER_BYTES + peak * TRAINED_BYTES
+    return (trained + (frozen + copied) * frozen_bytes) / shards
 
 
-def check_fits(selection: Selection, *, cpu_asked_for: bool, shards: int, reference: bool) -> None:
+def check_fits(
+    selection: Selection, *, cpu_asked_for: bool, shards: int, reference: bool, peak: int | None = None
+) -> None:
     """Refuse a run that this machine cannot hold.
 
     Raises:
         HFTError: no accelerator and a large model, or less memory than weights, gradients and optimizer state take.
     """
-    need = static_memory(selection, shards=shards, reference=reference)
+    need = static_memory(selection, shards=shards, reference=reference, peak=peak)
     size = f"{selection.anatomy.size / 1e9:.1f}B parameters"
     if torch.accelerator.is_available() and not cpu_asked_for:
         if torch.cuda.is_available() and need > (have := torch.cuda.get_device_properties(0).total_memory):
@@ -48,13 +56,13 @@ def check_fits(selection: Selection, *, cpu_asked_for: bool, shards: int, refere
             )
         return
     if selection.anatomy.size > CPU_MODEL_SIZE and not cpu_asked_for:
-        eight = static_memory(selection, shards=8, reference=reference)
+        eight = static_memory(selection, shards=8, reference=reference, peak=peak)
         raise HFTError(
             f"{size} need a GPU and there is none here: {need / GIB:.1f} GiB before activations on one, "
             f"{eight / GIB:.1f} GiB each on 8 (--use_cpu true if you mean the CPU; MODEL=smollm2-135m runs on a laptop)"
         )
     have = psutil.virtual_memory().total
-    need = static_memory(selection, frozen_bytes=4, reference=reference)
+    need = static_memory(selection, frozen_bytes=4, reference=reference, peak=peak)
     if need > have:
         raise HFTError(f"{size} need {need / GIB:.1f} GiB before activations; this machine has {have / GIB:.1f} GiB")
 

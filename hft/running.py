@@ -38,9 +38,11 @@ from hft.folders import (
 from hft.freezing import Verification
 from hft.planning import GIB, check_fits, cpu_has_bfloat16, peak_memory, static_memory
 from hft.processes import indented, is_main, is_sharded, say, world_size
-from hft.selection import SelectionConfig, select
+from hft.selection import ScheduleConfig, SelectionConfig, select
 from hft.selection.manifest import NAME as MANIFEST_NAME
 from hft.selection.manifest import rounds_so_far
+from hft.selection.picture import draw_schedule
+from hft.selection.schedules import check_schedule, describe, peak_size
 from hft.training import HFTDPOTrainer, HFTSFTTrainer
 from hft.training.mixin import HalfFineTuning
 
@@ -102,11 +104,14 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
     run_config = fill(RunConfig, config)
     anatomy = anatomy_of(meta_model(load_model_config(run_config)))
     selection = select(anatomy, fill(SelectionConfig, config))
+    schedule = fill(ScheduleConfig, config)
+    check_schedule(selection, schedule)
     shards = world_size() if is_sharded() or config.get("fsdp") else 1
     reference = stage.pairs and not config.get("precompute_ref_log_probs")
-    memory = static_memory(selection, shards=shards, reference=reference) / GIB
+    peak = peak_size(selection, schedule)
+    memory = static_memory(selection, shards=shards, reference=reference, peak=peak) / GIB
     say("selection", indented(f"{selection.summary()}\n{memory:.2f} GiB a device before activations\n"))
-    check_fits(selection, cpu_asked_for=bool(config.get("use_cpu")), shards=shards, reference=reference)
+    check_fits(selection, cpu_asked_for=bool(config.get("use_cpu")), shards=shards, reference=reference, peak=peak)
 
     tokenizer = load_tokenizer(run_config, config.get("chat_template_path"))
     machine = for_this_machine(config)
@@ -116,6 +121,8 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
     with args.main_process_first(desc="loading the data"):
         train, test = load_data(run_config, stage.rows, evaluate=args.eval_strategy != "no")
     say("plan", indented(plan(stage, args, train, test)))
+    if schedule.schedule != "none":
+        say("schedule", indented(describe(selection, schedule, total_steps(args, train))))
     if run_config.dry_run:
         say(f"dry run: no weights were loaded, nothing was written to {args.output_dir}")
         return 0
@@ -131,6 +138,7 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
         run_config.model_name_or_path,
         args,
         selection=selection.config,
+        schedule=schedule,
         train_dataset=train,
         eval_dataset=test,
         processing_class=tokenizer,
@@ -147,6 +155,12 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
     if test is not None and not evaluated_at_the_end(trainer):
         trainer.evaluate()
     PartialState().wait_for_everyone()
+    if trainer.schedule is not None and is_main():
+        draw_schedule(selection, trainer.schedule.history, trainer.state.max_steps, args.run_name).savefig(
+            out / PICTURE_NAME
+        )
+        if tracked:
+            tracking.log_picture("schedule", out / PICTURE_NAME)
     return conclude(measured(stage, trainer) | {"machine": machine}, out, tracked=tracked) if is_main() else 0
 
 
@@ -267,7 +281,7 @@ def batch_settings(stage: Stage, config: dict[str, Any]) -> dict[str, int]:
 
 def parser_of(stage: Stage) -> Parser:
     """The parser of a stage's config, which knows keys of other stages by name."""
-    classes = (RunConfig, SelectionConfig, stage.config_class)
+    classes = (RunConfig, SelectionConfig, ScheduleConfig, stage.config_class)
     own = {f.name for cls in classes for f in fields(cls)}
     others = {f.name: s.name for s in STAGES.values() for f in fields(s.config_class) if f.name not in own}
     return Parser(*classes, elsewhere=others)
@@ -290,11 +304,22 @@ def row_notes(trainer: HalfFineTuning, train: Dataset, test: Dataset | None) -> 
     return notes
 
 
+def global_batch(args: TrainingArguments) -> int:
+    """Rows a step, over all processes."""
+    return args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+
+
+def total_steps(args: TrainingArguments, train: Dataset) -> int:
+    """Steps of the whole run."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * math.ceil(len(train) / global_batch(args)))
+
+
 def plan(stage: Stage, args: TrainingArguments, train: Dataset, test: Dataset | None) -> str:
     """Batch, steps and tokens in words."""
     accumulation, processes = args.gradient_accumulation_steps, args.world_size
-    batch = args.per_device_train_batch_size * processes * accumulation
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(len(train) / batch))
+    batch, steps = global_batch(args), total_steps(args, train)
     tokens = steps * batch * (args.max_length or 0) * (2 if stage.pairs else 1)
     rows = "pairs" if stage.pairs else "rows"
     return (
@@ -327,6 +352,7 @@ def measured(stage: Stage, trainer: HalfFineTuning) -> dict[str, Any]:
         "tokens_per_second": speeds[-1] if speeds else None,
         "peak_memory_gb": round(peak_memory() / 1e9, 2),
         "trainable_share": trainer.manifest.shares,
+        "schedule_shares": trainer.manifest_so_far().schedule.get("shares"),
         "versions": trainer.manifest.versions,
     }
 

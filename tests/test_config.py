@@ -112,7 +112,7 @@ def test_every_recipe_with_every_method_makes_a_config(tmp_path, recipe, method,
     args = fill(stage.config_class, config | for_this_machine(config) | batch_settings(stage, config))
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == config["global_batch_size"]
     assert recipe.stem == "dpo" or Path(config["chat_template_path"]).exists()
-    expected = 1.0 if method.stem == "fft" else 0.5
+    expected = 1.0 if config["policy"] == "all" else 0.5
     assert selection.share_of_layers == pytest.approx(expected, abs=0.1 if method.stem == "hft-model" else 1e-3)
 
 

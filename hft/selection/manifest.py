@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hft.errors import HFTError
 from hft.selection.policies import Selection, SelectionConfig, describe_difference
+from hft.selection.schedules import ScheduleConfig
 
 NAME = "hft_manifest.json"
 PACKAGES = ("hft", "torch", "transformers", "trl", "accelerate", "datasets")
@@ -29,6 +30,9 @@ class Manifest:
         frozen: SHA-256 of each frozen parameter, by name (see `hft.weights.checksum`).
         shares: trainable share of the layers and of the whole model.
         earlier: base, selection and frozen units of the rounds that led to the base, oldest first.
+        schedule: how the trained units changed within the round, if they did: `config`, and as soon as it has begun
+            `steps`, `shares` and `history` (see `hft.training.schedules.Schedule.record`). Units that trained at any
+            step count as trained; those that never did count as frozen once the round is over.
         versions: the packages that made it.
     """
 
@@ -41,12 +45,21 @@ class Manifest:
     shares: dict[str, float]
     earlier: list[dict] = field(default_factory=list)
     revision: str | None = None
+    schedule: dict = field(default_factory=dict)
     versions: dict[str, str] = field(
         default_factory=lambda: {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     )
 
     @classmethod
-    def of(cls, selection: Selection, base: str, checksums: dict[str, str], *, revision: str | None = None) -> Manifest:
+    def of(
+        cls,
+        selection: Selection,
+        base: str,
+        checksums: dict[str, str],
+        *,
+        revision: str | None = None,
+        schedule: ScheduleConfig | None = None,
+    ) -> Manifest:
         """The manifest of a selection, given the checksums of the frozen parameters.
 
         A base that has a manifest itself makes this one round more of a sequence.
@@ -62,6 +75,7 @@ class Manifest:
             frozen=checksums,
             shares={"layers": selection.share_of_layers, "model": selection.share_of_model},
             earlier=rounds_so_far(base),
+            schedule={"config": asdict(schedule)} if schedule and schedule.schedule != "none" else {},
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -101,6 +115,14 @@ class Manifest:
             difference = describe_difference(ours, theirs) or "another model"
             raise HFTError(
                 f"cannot resume from {folder}: it was trained with another selection ({difference}); give the same "
+                "settings, another --output_dir, or --resume_from_checkpoint none"
+            )
+        ours, theirs = (m.schedule.get("config", {"schedule": "none"}) for m in (self, other))
+        if ours != theirs:
+            keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+            difference = ", ".join(f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in keys)
+            raise HFTError(
+                f"cannot resume from {folder}: it was trained with another schedule ({difference}); give the same "
                 "settings, another --output_dir, or --resume_from_checkpoint none"
             )
         # With nothing frozen there are no checksums to tell two bases apart.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from hft.folders import CHECKPOINT, last_checkpoint
 from hft.freezing import freeze, upcast
 from hft.planning import peak_memory
 from hft.processes import is_main, is_sharded
-from hft.selection import Manifest, SelectionConfig, select
+from hft.selection import Manifest, ScheduleConfig, SelectionConfig, select
+from hft.selection.schedules import check_schedule
+from hft.training.schedules import Schedule, prepare
 from hft.weights import Weights, cast_weights, checksum, local_folder, widest
 
 
@@ -29,6 +32,7 @@ class HalfFineTuning:
         model: path or Hub id of the base, loaded in the dtype its weights are stored in, or a loaded model.
         args: the trainer's own config.
         selection: which units train; by default the paper's HFT.
+        schedule: how that changes while the run goes on; by default it does not.
         kwargs: whatever else the trainer takes.
 
     Raises:
@@ -36,11 +40,22 @@ class HalfFineTuning:
             model is quantised, of an unknown family, or sharded in a way that cannot hold a half-frozen layer.
     """
 
-    def __init__(self, model, args, *, selection: SelectionConfig | None = None, **kwargs):
+    def __init__(
+        self,
+        model,
+        args,
+        *,
+        selection: SelectionConfig | None = None,
+        schedule: ScheduleConfig | None = None,
+        **kwargs,
+    ):
         if kwargs.get("peft_config") is not None:
             raise HFTError("peft_config and half fine-tuning exclude each other: adapters freeze the whole base")
         if (kwargs.get("optimizers") or (None, None))[0] is not None:
             raise HFTError("give optimizer settings, not a built optimizer: it must be built after the freezing")
+        schedule = schedule or ScheduleConfig()
+        if schedule.schedule != "none":
+            prepare(args)
 
         if isinstance(model, str):
             model, stored = load_base(model, args)
@@ -50,10 +65,18 @@ class HalfFineTuning:
             raise HFTError("the model is quantised; half fine-tuning trains the weights themselves, give the original")
 
         self.selection = select(anatomy_of(model), selection or SelectionConfig())
+        check_schedule(self.selection, schedule)
         freeze(model, self.selection)
         revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
-        checksums = self._checksums(model, stored)
-        self.manifest = Manifest.of(self.selection, model.config._name_or_path, checksums, revision=revision)
+        checksums = self._checksums(model, stored, self.selection.frozen_parameters)
+        self.manifest = Manifest.of(
+            self.selection, model.config._name_or_path, checksums, revision=revision, schedule=schedule
+        )
+        self.schedule = Schedule(self.selection, schedule) if schedule.schedule != "none" else None
+        if self.schedule is not None:
+            # What the schedule never gets to is bit-identical to the base at the end, and can be proved to be.
+            self._base_checksums = self._checksums(model, stored, self.selection.trained_parameters)
+            kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self.schedule]
         self._stored_dtypes = stored
         self._config_dtype = model.dtype
         super().__init__(model=model, args=args, **self.with_masters(model, args, kwargs))
@@ -106,25 +129,46 @@ class HalfFineTuning:
         super().save_model(str(folder), _internal_call)
         if not self.args.should_save:
             return
-        dtypes = self._stored_dtypes
+        dtypes, manifest = self._stored_dtypes, self.manifest_so_far()
         if folder.parent == Path(self.args.output_dir) and CHECKPOINT.fullmatch(folder.name):
             dtypes = {name: dtypes[name] for name in self.manifest.frozen if name in dtypes}
+        elif self.schedule is not None:
+            manifest = self.finished_manifest(manifest)
         cast_weights(folder, dtypes)
         config = copy.deepcopy(self.model.config)
         config.dtype = self._config_dtype  # not that of the masters
         config.save_pretrained(folder)
-        self.manifest.save(folder)
+        manifest.save(folder)
+
+    def manifest_so_far(self) -> Manifest:
+        """The manifest, with what the schedule has done so far."""
+        if self.schedule is None:
+            return self.manifest
+        return replace(self.manifest, schedule=self.manifest.schedule | self.schedule.record())
+
+    def finished_manifest(self, manifest: Manifest) -> Manifest:
+        """A manifest that counts what the schedule never trained as frozen, with the checksums of the base."""
+        trained, units = self.schedule.ever_trained(), self.selection.anatomy.units
+        touched = {name for unit in units if unit.name in trained for name in unit.parameters} | trained
+        never = [name for name in manifest.trained if name not in touched]
+        names = [unit.name for unit in units]
+        return replace(
+            manifest,
+            trained_units=[name for name in names if name in trained],
+            frozen_units=[name for name in names if name not in trained],
+            trained=[name for name in manifest.trained if name in touched],
+            frozen=manifest.frozen | {name: self._base_checksums[name] for name in never},
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the peak memory so far."""
         logs["peak_memory_gb"] = round(peak_memory() / 1e9, 2)
         super().log(logs, start_time)
 
-    def _checksums(self, model: PreTrainedModel, stored: dict[str, torch.dtype]) -> dict[str, str]:
+    def _checksums(self, model: PreTrainedModel, stored: dict[str, torch.dtype], names: list[str]) -> dict[str, str]:
         if not is_main():
             return {}
         parameters = dict(model.named_parameters())
-        names = self.selection.frozen_parameters
         return {name: checksum(parameters[name].to(stored.get(name, model.dtype))) for name in names}
 
 
