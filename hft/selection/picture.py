@@ -71,6 +71,7 @@ def draw_schedule(selection: Selection, history: Sequence[dict[str, Any]], steps
     axes.invert_yaxis()
     axes.set_ylabel("layer")
     axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.tick_params(length=0)
     axes.set_frame_on(False)
     mean = mean_share(selection, begun, steps)

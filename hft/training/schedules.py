@@ -39,8 +39,8 @@ def prepare(args: TrainingArguments) -> None:
     """
     if is_sharded(args):
         raise HFTError(
-            "a schedule cannot run under FSDP: resuming there makes optimizer state for frozen parameters too; use "
-            "one GPU, or recipes/accelerate/ddp.yaml"
+            "a schedule is untested under FSDP, where a resume would make optimizer state for frozen parameters too; "
+            "use one GPU, or recipes/accelerate/ddp.yaml"
         )
     if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         raise HFTError("reentrant gradient checkpointing loses gradients under a schedule; set use_reentrant: false")
