@@ -43,8 +43,9 @@ BADAM_GOLDEN = [22, 28, 10, 20, 27, 18]
 FLAGS = {
     "dynamic": [],
     "lisa": ["--switch_every", "3"],
-    "badam": ["--switch_every", "3"],
-    "autofreeze": ["--intervals", "6"],
+    "badam": ["--switch_every", "3", "--schedule_seed", "2"],  # its second pass begins where the first ends
+    "autofreeze": [],
+    "smartfrz": ["--intervals", "4"],
 }
 
 
@@ -206,6 +207,21 @@ def test_autofreeze_freezes_a_prefix_and_the_embeddings_with_it(straight, tiny_s
     assert "model.embed_tokens.weight" in history[0]["outside"]
 
 
+def test_autofreeze_averages_the_l1_norms_of_the_steps(tiny, tiny_selection):
+    model = AutoModelForCausalLM.from_pretrained(tiny).float()
+    schedule = Schedule(tiny_selection, ScheduleConfig(schedule="autofreeze", intervals=2))
+    schedule.steps = 4
+    schedule.trained_at(0, model)
+    for factor in (1, 3):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, -factor)
+        schedule.on_pre_optimizer_step(None, None, None, model=model)
+    schedule.trained_at(2, model)
+    sizes = [sum(unit.size for unit in tiny_selection.anatomy.layer(layer)) for layer in range(4)]
+    assert schedule.measured["means"] == [2 * size for size in sizes]
+    assert schedule.measured["sums"] == [0] * 4
+
+
 def test_rows_read_back_as_what_was_written(llama2_7b):
     for schedule in ("dynamic", "lisa", "badam"):
         for stage in stages(llama2_7b, ScheduleConfig(schedule=schedule), 100):
@@ -277,7 +293,8 @@ def test_offloading_moves_the_moments_and_leaves_the_counters():
         ("lisa", ["--optimizer_state", "keep"], 9),  # between two: the switch is still to come
         ("lisa", ["--optimizer_state", "offload"], 10),
         ("badam", [], 15),
-        ("autofreeze", [], 12),
+        ("autofreeze", [], 11),
+        ("smartfrz", [], 13),
     ],
 )
 def test_a_killed_run_goes_on_exactly_where_it_was(tmp_path, straight, sft, method, flags, at):
@@ -317,10 +334,13 @@ def test_what_never_trained_counts_as_frozen_at_the_end(tmp_path, tiny, sft):
     [
         (["--policy", "category"], "schedule lisa decides itself which units train, so it goes with policy all"),
         (["--active_layers", "5"], "active_layers is 5, but the model has 4 layers"),
-        (["--intervals", "3"], "intervals belongs to the schedules dynamic and autofreeze, not to 'lisa'; remove it"),
-        (["--percentile", "3"], "percentile belongs to the schedules autofreeze, not to 'lisa'"),
+        (
+            ["--intervals", "3"],
+            "intervals is a key of schedule dynamic, autofreeze, smartfrz, not of 'lisa'; remove it",
+        ),
+        (["--percentile", "3"], "percentile is a key of schedule autofreeze, not of 'lisa'"),
         (["--switch_every", "0"], "switch_every must be at least 1, got 0"),
-        (["--schedule", "none"], "belongs to the schedules lisa, not to 'none'"),
+        (["--schedule", "none"], "is a key of schedule lisa, not of 'none'"),
         (["--optimizer_state", "lose"], "optimizer_state: invalid choice: 'lose'"),
         (["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], "set use_reentrant: false"),
         (["--restore_callback_states_from_checkpoint", "true"], "remove restore_callback_states_from_checkpoint"),

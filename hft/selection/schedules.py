@@ -19,9 +19,10 @@ TAKES: dict[str, dict[str, Any]] = {
     "lisa": {"switch_every": 20, "active_layers": 2, "optimizer_state": "reset", "schedule_seed": 0},
     "badam": {"switch_every": 50, "block_order": "random", "schedule_seed": 0},
     "autofreeze": {"intervals": 10, "percentile": 50.0},
+    "smartfrz": {"intervals": 10},
 }
 # Schedules that decide by what they measure; those of the others are known before the run.
-MEASURING = ("autofreeze",)
+MEASURING = ("autofreeze", "smartfrz")
 
 
 @dataclass
@@ -31,12 +32,12 @@ class ScheduleConfig:
     A key that is None takes its schedule's default, and must be None under a schedule that does not know it.
     """
 
-    schedule: Literal["none", "dynamic", "lisa", "badam", "autofreeze"] = field(
+    schedule: Literal["none", "dynamic", "lisa", "badam", "autofreeze", "smartfrz"] = field(
         default="none",
         metadata={
             "help": "none: the selection holds for the whole run; dynamic: more and more units are frozen; lisa: a few "
             "layers are drawn again and again; badam: one layer at a time; autofreeze: the first layers are frozen as "
-            "their gradients settle."
+            "their gradients settle; smartfrz: a trained predictor freezes layers by their recent weights."
         },
     )
     switch_every: int | None = field(
@@ -70,8 +71,8 @@ class ScheduleConfig:
             if getattr(self, key) is None:
                 setattr(self, key, takes.get(key))
             elif key not in takes:
-                owners = " and ".join(name for name, keys in TAKES.items() if key in keys)
-                raise HFTError(f"{key} belongs to the schedules {owners}, not to {self.schedule!r}; remove it")
+                owners = ", ".join(name for name, keys in TAKES.items() if key in keys)
+                raise HFTError(f"{key} is a key of schedule {owners}, not of {self.schedule!r}; remove it")
         for key in ("switch_every", "active_layers", "intervals"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise HFTError(f"{key} must be at least 1, got {getattr(self, key)}")

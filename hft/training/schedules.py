@@ -13,7 +13,6 @@ from hft.errors import HFTError
 from hft.processes import is_sharded
 from hft.selection import Selection
 from hft.selection.schedules import (
-    MEASURING,
     ScheduleConfig,
     from_row,
     interval_at,
@@ -25,6 +24,7 @@ from hft.selection.schedules import (
     to_row,
     trained_at,
 )
+from hft.training import smartfrz
 
 
 def prepare(args: TrainingArguments) -> None:
@@ -106,7 +106,7 @@ class Schedule(TrainerCallback, ExportableState):
 
     def on_step_begin(self, args, state, control, *, model, optimizer, **kwargs):
         """Freeze and thaw what the schedule says for the coming step."""
-        step, trained = state.global_step, self.trained_at(state.global_step)
+        step, trained = state.global_step, self.trained_at(state.global_step, model)
         if not self.history or trained != from_row(self.selection, self.history[-1])[1]:
             self.history.append(to_row(self.selection, step, trained))
         switches = step % self.config.switch_every == 0 if self.config.switch_every else False
@@ -114,11 +114,13 @@ class Schedule(TrainerCallback, ExportableState):
             self._trained = trained
             self.enforce(model, optimizer, clear=switches and self.config.schedule == "badam")
 
-    def trained_at(self, step: int) -> frozenset[str]:
+    def trained_at(self, step: int, model: nn.Module) -> frozenset[str]:
         """What trains at a step; measuring schedules decide it at the first step of an interval."""
-        if self.config.schedule not in MEASURING:
-            return trained_at(self.selection, self.config, self.steps, step)
-        return self._autofreeze(interval_at(self.config, self.steps, step))
+        if self.config.schedule == "autofreeze":
+            return self._autofreeze(interval_at(self.config, self.steps, step))
+        if self.config.schedule == "smartfrz":
+            return self._smartfrz(step, model)
+        return trained_at(self.selection, self.config, self.steps, step)
 
     def enforce(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, clear: bool) -> None:
         """Set `requires_grad` of every scheduled parameter, and see to the gradients and states of the frozen ones.
@@ -150,27 +152,61 @@ class Schedule(TrainerCallback, ExportableState):
                 units = self.selection.anatomy.layer(layer)
                 gradients = [parameters[name].grad for unit in units for name in unit.parameters]
                 norms = [torch.linalg.vector_norm(gradient, 1) for gradient in gradients if gradient is not None]
-                self.measured["now"][layer] += float(torch.stack(norms).sum()) if norms else 0.0
+                self.measured["sums"][layer] += float(torch.stack(norms).sum()) if norms else 0.0
+            self.measured["steps"] += 1
 
     def _autofreeze(self, interval: int) -> frozenset[str]:
         """All but the first layers, and with them the input embeddings: only then does the backward pass end early.
 
         The paper takes the L1 norm of the gradient summed over an interval, which needs another gradient's memory.
-        Here the L1 norms of each step are summed, which needs one number a layer; and where the original builds the
+        Here the L1 norms of each step are averaged, which needs one number a layer; and where the original builds the
         optimizer anew, here the layers that go on training keep their moments. A head that is tied to the embeddings
         freezes with them.
         """
         layers = self.selection.anatomy.num_layers
         seen = self.measured
         if not seen:
-            seen.update(interval=interval, start=0, before=None, now=[0.0] * layers)
+            seen.update(start=0, means=None)
         elif interval != seen["interval"]:
-            if seen["before"] is not None:
-                seen["start"] = next_start(seen["before"], seen["now"], seen["start"], self.config.percentile)
-            seen.update(interval=interval, before=seen["now"], now=[0.0] * layers)
-        first_embedding = next(iter(self.selection.anatomy.embeddings))  # in model order, so that of the input
-        ends = [name for name in self._outside if not (seen["start"] and name == first_embedding)]
-        return of_layers(self.selection, range(seen["start"], layers)).union(ends)
+            means = [total / seen["steps"] for total in seen["sums"]]
+            if seen["means"] is not None:
+                seen["start"] = next_start(seen["means"], means, seen["start"], self.config.percentile)
+            seen["means"] = means
+        if interval != seen.get("interval"):
+            seen.update(interval=interval, steps=0, sums=[0.0] * layers)
+        return of_layers(self.selection, range(seen["start"], layers)).union(self._ends(frozen=seen["start"] > 0))
+
+    def _smartfrz(self, step: int, model: nn.Module) -> frozenset[str]:
+        """All but the layers that the predictor of `hft.training.smartfrz` has frozen, wherever they are.
+
+        Ours: the input embeddings freeze with the first layer, as under AutoFreeze.
+        """
+        layers, seen = range(self.selection.anatomy.num_layers), self.measured
+        if not seen:
+            seen.update(interval=0, frozen=[], windows=[[] for _ in layers], largest=[0.0 for _ in layers])
+        recordings = self.config.intervals * smartfrz.RECORDINGS
+        if step == 0 or step * recordings // self.steps != (step - 1) * recordings // self.steps:
+            parameters = dict(model.named_parameters())
+            for layer in set(layers).difference(seen["frozen"]):
+                window = seen["windows"][layer]
+                window.append(smartfrz.sample(parameters, self.selection.anatomy.layer(layer)))
+                del window[: -smartfrz.WINDOW]
+                moved = smartfrz.step_norms(torch.tensor(window[-2:])).tolist()
+                seen["largest"][layer] = max([seen["largest"][layer], *moved])
+        interval = interval_at(self.config, self.steps, step)
+        if interval != seen["interval"]:
+            seen["interval"] = interval
+            windows = {layer: seen["windows"][layer] for layer in layers if layer not in seen["frozen"]}
+            found = smartfrz.layers_to_freeze(windows, dict(enumerate(seen["largest"])))
+            seen["frozen"] = sorted([*seen["frozen"], *found])
+            seen["windows"] = [[] if layer in seen["frozen"] else seen["windows"][layer] for layer in layers]
+        active = set(layers).difference(seen["frozen"])
+        return of_layers(self.selection, active).union(self._ends(frozen=0 not in active))
+
+    def _ends(self, *, frozen: bool) -> list[str]:
+        """What trains outside the layers, with or without the input embeddings."""
+        first = next(iter(self.selection.anatomy.embeddings))  # in model order, so that of the input
+        return [name for name in self._outside if not (frozen and name == first)]
 
 
 def move(state: dict[str, Any], device: torch.device) -> None:
