@@ -156,9 +156,8 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
         trainer.evaluate()
     PartialState().wait_for_everyone()
     if trainer.schedule is not None and is_main():
-        draw_schedule(selection, trainer.schedule.history, trainer.state.max_steps, args.run_name).savefig(
-            out / PICTURE_NAME
-        )
+        steps = trainer.state.global_step
+        draw_schedule(selection, trainer.schedule.history, steps, args.run_name).savefig(out / PICTURE_NAME)
         if tracked:
             tracking.log_picture("schedule", out / PICTURE_NAME)
     return conclude(measured(stage, trainer) | {"machine": machine}, out, tracked=tracked) if is_main() else 0
@@ -352,8 +351,8 @@ def measured(stage: Stage, trainer: HalfFineTuning) -> dict[str, Any]:
         "tokens_per_second": speeds[-1] if speeds else None,
         "peak_memory_gb": round(peak_memory() / 1e9, 2),
         "trainable_share": trainer.manifest.shares,
-        "schedule_shares": trainer.manifest_so_far().schedule.get("shares"),
         "versions": trainer.manifest.versions,
+        **({"schedule_shares": trainer.manifest_so_far().schedule["shares"]} if trainer.schedule else {}),
     }
 
 

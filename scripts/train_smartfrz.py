@@ -79,7 +79,7 @@ def representations(model: PreTrainedModel, probe: torch.Tensor) -> list[torch.T
 
 
 def examples(model: PreTrainedModel, rows: torch.Tensor, probe: torch.Tensor, **settings):
-    """Described windows at the end of each interval of a run, and whether each layer might have frozen there."""
+    """Described windows at the end of each interval of a run, whether each layer might have frozen there, and when."""
     anatomy = anatomy_of(model)
     layers = range(anatomy.num_layers)
     recorded: list[list[list[float]]] = [[] for _ in layers]
@@ -97,8 +97,9 @@ def examples(model: PreTrainedModel, rows: torch.Tensor, probe: torch.Tensor, **
                 windows.append(describe_window(so_far[:, -WINDOW:], step_norms(so_far).amax(1)))
     final = distances[-1]
     distance = torch.tensor([[1 - cka(now, end) for now, end in zip(then, final, strict=True)] for then in distances])
-    labels = (distance[1:] <= REMAINING * distance[0]).float()
-    return torch.cat(windows[:-1]), labels[:-1].flatten()  # at the end of the run everything may freeze
+    labels = (distance[1:] <= REMAINING * distance[0]).float()[:-1]  # at the end of the run everything may freeze
+    intervals = torch.arange(1, INTERVALS)[:, None].expand_as(labels)
+    return torch.cat(windows[:-1]), labels.flatten(), intervals.flatten()
 
 
 def fit(inputs: torch.Tensor, labels: torch.Tensor) -> Predictor:
@@ -121,7 +122,7 @@ def main() -> None:
     probe, rows = rows[:16], rows[16:]
     before, after = rows.split(len(rows) // 2 + 1)
 
-    groups: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    groups: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = []
     for number, (layers, width) in enumerate(SIZES):
         torch.manual_seed(number)
         config = LlamaConfig(
@@ -143,21 +144,25 @@ def main() -> None:
         )
 
     def joined(groups):
-        inputs, labels = zip(*(example for group in groups for example in group), strict=True)
-        return torch.cat(inputs), torch.cat(labels)
+        return [torch.cat(parts) for parts in zip(*(example for group in groups for example in group), strict=True)]
+
+    def right(freezes, labels):
+        return float((freezes == labels.bool()).float().mean())
 
     for held_out, (layers, _) in enumerate(SIZES):
-        predictor = fit(*joined(groups[:held_out] + groups[held_out + 1 :]))
-        inputs, labels = joined(groups[held_out : held_out + 1])
-        found = ((predictor(inputs) > 0) == labels.bool()).float().mean()
-        majority = max(labels.mean(), 1 - labels.mean())
+        inputs, labels, intervals = joined(groups[:held_out] + groups[held_out + 1 :])
+        predictor = fit(inputs, labels)
+        # What one gets without looking at a layer: to freeze everything after the best interval.
+        clock = max(range(INTERVALS), key=lambda interval: right(intervals > interval, labels))
+        inputs, labels, intervals = joined(groups[held_out : held_out + 1])
         print(
-            f"{layers} layers held out: {found:.1%} of {len(labels)} right; always the commoner label: {majority:.1%}"
+            f"{layers} layers held out: {right(predictor(inputs) > 0, labels):.1%} of {len(labels)} right; by the "
+            f"clock alone {right(intervals > clock, labels):.1%}, never freezing {right(intervals < 0, labels):.1%}"
         )
 
-    inputs, labels = joined(groups)
+    inputs, labels, _ = joined(groups)
     predictor = fit(inputs, labels)
-    print(f"all: {((predictor(inputs) > 0) == labels.bool()).float().mean():.1%} of {len(labels)} right")
+    print(f"all: {right(predictor(inputs) > 0, labels):.1%} of {len(labels)} right")
     save_file(predictor.state_dict(), WEIGHTS)
 
 

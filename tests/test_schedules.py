@@ -121,8 +121,12 @@ def test_a_run_keeps_to_the_pure_schedule(straight, tiny_selection, method):
         assert from_row(selection, row)[1] == trained_at(selection, config, 20, step)
 
 
-def test_dpo_trains_with_a_schedule_too(tmp_path, dpo):
-    assert dpo(tmp_path / "out", *SMALL, "--max_steps", "20", "--save_steps", "20", method="dynamic") == 0
+def test_dpo_trains_with_a_schedule_too_and_wandb_gets_its_picture(tmp_path, dpo, monkeypatch):
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    flags = ["--max_steps", "20", "--save_steps", "20", "--report_to", "wandb"]
+    assert dpo(tmp_path / "out", *SMALL, *flags, method="dynamic") == 0
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert list(run.glob("files/media/images/schedule*.png"))
     record = Manifest.load(tmp_path / "out").schedule
     assert [row["step"] for row in record["history"]] == list(range(0, 20, 2))
     assert record["shares"]["last"] < 0.2
@@ -326,7 +330,9 @@ def test_what_never_trained_counts_as_frozen_at_the_end(tmp_path, tiny, sft):
     assert set(manifest.trained) | manifest.frozen.keys() == base.keys()
     assert all(identical(tensors(out)[name], base[name]) for name in manifest.frozen)
     assert main(["verify", str(out)]) == 0
-    assert not Manifest.load(out / "checkpoint-2").frozen.keys() - {"model.embed_tokens.weight", "lm_head.weight"}
+    half_way = Manifest.load(out / "checkpoint-2")
+    assert half_way.schedule["shares"] == {"first": 0.25, "last": 0.25, "mean": 0.25}
+    assert not half_way.frozen.keys() - {"model.embed_tokens.weight", "lm_head.weight"}
 
 
 @pytest.mark.parametrize(

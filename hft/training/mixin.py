@@ -144,7 +144,7 @@ class HalfFineTuning:
         """The manifest, with what the schedule has done so far."""
         if self.schedule is None:
             return self.manifest
-        return replace(self.manifest, schedule=self.manifest.schedule | self.schedule.record())
+        return replace(self.manifest, schedule=self.manifest.schedule | self.schedule.record(self.state.global_step))
 
     def finished_manifest(self, manifest: Manifest) -> Manifest:
         """A manifest that counts what the schedule never trained as frozen, with the checksums of the base."""

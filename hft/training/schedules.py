@@ -40,7 +40,7 @@ def prepare(args: TrainingArguments) -> None:
     if is_sharded(args):
         raise HFTError(
             "a schedule is untested under FSDP, where a resume would make optimizer state for frozen parameters too; "
-            "use one GPU, or recipes/accelerate/ddp.yaml"
+            "use one GPU (make's NUM_GPUS=1), or recipes/accelerate/ddp.yaml"
         )
     if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         raise HFTError("reentrant gradient checkpointing loses gradients under a schedule; set use_reentrant: false")
@@ -76,13 +76,17 @@ class Schedule(TrainerCallback, ExportableState):
         """What a checkpoint's trainer state holds of the schedule."""
         return {"args": {}, "attributes": {"steps": self.steps, "history": self.history, "measured": self.measured}}
 
-    def record(self) -> dict[str, Any]:
-        """What the manifest holds besides the config: the stages, and the trainable shares of the layers over them."""
+    def record(self, step: int) -> dict[str, Any]:
+        """What the manifest holds besides the config: stages so far, and the trainable shares of the layers over them.
+
+        Args:
+            step: how many steps have been taken.
+        """
         if not self.history:
             return {}
         begun = [from_row(self.selection, row) for row in self.history]
         first, last = (share(self.selection.anatomy.units, begun[index][1]) for index in (0, -1))
-        shares = {"first": first, "last": last, "mean": mean_share(self.selection, begun, self.steps)}
+        shares = {"first": first, "last": last, "mean": mean_share(self.selection, begun, step)}
         return {"steps": self.steps, "shares": shares, "history": self.history}
 
     def ever_trained(self) -> frozenset[str]:
