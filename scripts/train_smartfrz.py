@@ -1,6 +1,6 @@
 """Train the predictor of the smartfrz schedule (`hft/training/smartfrz.py`) and write its weights into the package.
 
-    python scripts/train_smartfrz.py        # about five minutes on 2 CPU cores; the seeds are fixed
+    python scripts/train_smartfrz.py        # some minutes on 2 CPU cores; the seeds are fixed
 
 Random Llamas of 4 and 8 layers are trained on half of the demo data for a while, then fine-tuned in full on the other
 half, at several learning rates and under several schedules. A layer may freeze when the representation that it hands on

@@ -9,7 +9,7 @@ from hft.cli import main
 from hft.config import Parser, RunConfig, fill, resolve, split_arguments, to_yaml
 from hft.errors import HFTError
 from hft.running import STAGES, batch_settings, for_this_machine, load_model_config, parser_of, with_defaults
-from hft.selection import SelectionConfig, select
+from hft.selection import ScheduleConfig, SelectionConfig, select
 
 RECIPES = sorted(path for stage in STAGES for path in Path("recipes").glob(f"*/{stage}.yaml"))
 METHODS = sorted(Path("recipes/methods").glob("*.yaml"))
@@ -17,7 +17,7 @@ METHODS = sorted(Path("recipes/methods").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def parser():
-    return Parser(RunConfig, SelectionConfig, SFTConfig)
+    return Parser(RunConfig, SelectionConfig, ScheduleConfig, SFTConfig)
 
 
 def write(path, text):
