@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 # Imported where they are needed: torch and TRL take seconds to load.
 def _train(stage: str, arguments: Sequence[str]) -> int:
-    from hft.running import STAGES, run
+    from hft.running import run
+    from hft.stages import STAGES
 
     return run(STAGES[stage], arguments)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +25,7 @@ from hft.selection.manifest import rounds_so_far
 from hft.selection.masks import save_masks
 from hft.selection.picture import draw_selection
 from hft.streaming import PIECE, Checkpoint, check_alike, check_out, copy_companions, new_folder, together, write_model
-from hft.weights import checksum, local_folder
+from hft.weights import checksum, local_folder, widest
 
 Pieces = Callable[[str], Iterator[torch.Tensor]]
 
@@ -301,7 +301,10 @@ def merge_adapter(config: MergeConfig, given: dict[str, Any]) -> int:
     base = Checkpoint.open(config.base or peft_config.base_model_name_or_path)
     check_out(out, [base])
     try:
-        model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
+        # OSF takes its factors from the weights as they are stored; the others are added more exactly in fp32.
+        as_stored = peft_config.peft_type == PeftType.OSF
+        dtype = widest(base.weights.dtypes().values()) if as_stored else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype)
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError) as error:
         raise HFTError(f"cannot merge {adapter} into {base.name}: {str(error).partition(chr(10))[0]}") from error

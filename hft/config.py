@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -56,10 +56,17 @@ class RunConfig:
 class Parser(TrlParser):
     """`TrlParser` whose errors are one sentence and that accepts no abbreviated flags."""
 
-    def __init__(self, *dataclasses: type, elsewhere: dict[str, str] | None = None):
-        """Know the keys of some dataclasses, and of keys `elsewhere` the stage that they belong to."""
+    def __init__(self, *dataclasses: type, elsewhere: dict[str, str] | None = None, method_keys: Container[str] = ()):
+        """Know the keys of some dataclasses.
+
+        Args:
+            dataclasses: what is parsed.
+            elsewhere: of other keys, the stage that they belong to.
+            method_keys: keys that a file which names a `method` sets anew, all of them.
+        """
         super().__init__(list(dataclasses), allow_abbrev=False, prog="hft")
         self.elsewhere = elsewhere or {}
+        self.method_keys = method_keys
         self.types = {name: str(t) for cls in dataclasses for name, t in get_type_hints(cls).items()}
         self.keys = [f.name for cls in dataclasses for f in fields(cls) if f.init]
         # Without defaults, what parsing returns is what was given.
@@ -149,7 +156,10 @@ def resolve(parser: Parser, arguments: Sequence[str]) -> tuple[dict[str, Any], d
     files, words = split_arguments(arguments)
     config: dict[str, Any] = {}
     for path in files:
-        for key, value in read_yaml(path).items():
+        content = read_yaml(path)
+        if "method" in content:
+            config = {key: value for key, value in config.items() if key not in parser.method_keys}
+        for key, value in content.items():
             try:
                 config[key] = parser.typed(str(key), value)
             except HFTError as error:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_NAME
@@ -27,6 +27,9 @@ from hft.selection.masks import load_masks
 from hft.selection.picture import draw_selection
 from hft.weights import local_folder, weights_of
 
+if TYPE_CHECKING:
+    from hft.methods import Method
+
 CONFIG_NAME = "config.yaml"
 RESULTS_NAME = "results.json"
 PICTURE_NAME = "selection.png"
@@ -37,16 +40,13 @@ CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 RUN_KEYS = ("output_dir", "run_name", "report_to", "resume_from_checkpoint", "dry_run", "use_cpu", "bf16")
 
 
-def prepare_folder(
-    out: Path, config: dict[str, Any], selection: Selection | None, update: dict[str, Any] | None = None
-) -> str | None:
+def prepare_folder(out: Path, config: dict[str, Any], method: Method) -> str | None:
     """Make the output folder ready, and find out where to start.
 
     Args:
         out: the folder.
         config: the resolved config.
-        selection: what the run will train, if that is known before the base is loaded.
-        update: how its weights will move, as a manifest keeps it.
+        method: what the run will do.
 
     Returns:
         The checkpoint to resume from, `FINISHED`, or None to start from the base.
@@ -70,10 +70,13 @@ def prepare_folder(
     elif start in (None, "none", "false"):
         _clear(out)
         start = None
-    if start not in (None, FINISHED) and selection is not None:
-        theirs = Manifest.load(start)
-        Manifest.of(selection, base, theirs.frozen, update=update).check_resumable(theirs, start)
     if start not in (None, FINISHED):
+        if not method.is_deferred:
+            theirs = Manifest.load(start)
+            ours = Manifest.of(
+                method.selection, base, theirs.frozen, update=method.update.record(), schedule=method.schedule
+            )
+            ours.check_resumable(theirs, start)
         say(f"resuming from {start}", "")
     return start
 

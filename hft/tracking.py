@@ -41,6 +41,11 @@ def start(name: str, config: dict[str, Any], selection: Selection, picture: Path
     return f"wandb: {run.url}"
 
 
+def log_picture(name: str, picture: Path) -> None:
+    """Log a picture under a name."""
+    wandb.run.log({name: wandb.Image(str(picture))})
+
+
 def finish(manifest: Path, results: dict[str, Any]) -> None:
     """Add the manifest as an artifact and the results, verify's among them, to the summary, and end the run."""
     artifact = wandb.Artifact(f"manifest-{wandb.run.id}", type="manifest")

@@ -8,16 +8,10 @@ from hft.adapters import AdapterConfig
 from hft.cli import main
 from hft.config import Parser, RunConfig, fill, resolve, split_arguments, to_yaml
 from hft.errors import HFTError
-from hft.running import (
-    STAGES,
-    batch_settings,
-    for_this_machine,
-    load_model_config,
-    parser_of,
-    what_trains,
-    with_defaults,
-)
-from hft.selection import SelectionConfig
+from hft.methods import method_of
+from hft.selection import ScheduleConfig, SelectionConfig
+from hft.settings import batch_settings, for_this_machine, load_model_config, parser_of, with_defaults
+from hft.stages import STAGES
 
 RECIPES = sorted(path for stage in STAGES for path in Path("recipes").glob(f"*/{stage}.yaml"))
 METHODS = sorted(Path("recipes/methods").glob("*.yaml"))
@@ -25,7 +19,7 @@ METHODS = sorted(Path("recipes/methods").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def parser():
-    return Parser(RunConfig, SelectionConfig, SFTConfig)
+    return Parser(RunConfig, SelectionConfig, ScheduleConfig, SFTConfig)
 
 
 def write(path, text):
@@ -120,7 +114,7 @@ def test_every_recipe_with_every_method_makes_a_config(tmp_path, recipe, method,
     if config.get("adapter"):  # tests/test_adapters.py puts them on a model
         fill(AdapterConfig, config).peft_config()
         return
-    selection = what_trains(load_model_config(fill(RunConfig, config)), config)
+    selection = method_of(load_model_config(fill(RunConfig, config)), config).selection
     if method.stem == "hft-ratio":  # a third of what a layer mostly is
         assert 0.2 < selection.share_of_layers < 0.4
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hft.errors import HFTError
 from hft.selection.policies import Selection, SelectionConfig, describe_difference
+from hft.selection.schedules import ScheduleConfig
 
 NAME = "hft_manifest.json"
 PACKAGES = ("hft", "torch", "transformers", "trl", "accelerate", "datasets")
@@ -32,6 +33,9 @@ class Manifest:
         shares: trainable share of the layers and of the whole model.
         update: how the trained weights moved, as `UpdateConfig.record` gives it.
         earlier: base, selection and frozen units of the rounds that led to the base, oldest first.
+        schedule: how the trained units changed within the round, if they did: `config`, and as soon as it has begun
+            `steps`, `shares` and `history` (see `hft.training.schedules.Schedule.record`). Units that trained at any
+            step count as trained; those that never did count as frozen once the round is over.
         versions: the packages that made it.
         moved: parameters that an adapter's training changed in memory; the adapter's own, and none of the base.
     """
@@ -48,6 +52,7 @@ class Manifest:
     masks: dict[str, str] = field(default_factory=dict)
     update: dict = field(default_factory=lambda: {"update": "plain"})
     moved: list[str] = field(default_factory=list)
+    schedule: dict = field(default_factory=dict)
     versions: dict[str, str] = field(
         default_factory=lambda: {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     )
@@ -61,6 +66,7 @@ class Manifest:
         *,
         revision: str | None = None,
         update: dict | None = None,
+        schedule: ScheduleConfig | None = None,
     ) -> Manifest:
         """The manifest of a selection, given the checksums of the frozen parameters.
 
@@ -79,6 +85,7 @@ class Manifest:
             masks={name: mask.digest() for name, mask in selection.frozen_masks.items()},
             earlier=rounds_so_far(base),
             update=update or {"update": "plain"},
+            schedule={"config": asdict(schedule)} if schedule and schedule.schedule != "none" else {},
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -135,6 +142,14 @@ class Manifest:
             raise HFTError(
                 f"cannot resume from {folder}: its weights moved by another rule ({theirs} there, {ours} here); give "
                 "the same settings, another --output_dir, or --resume_from_checkpoint none"
+            )
+        ours, theirs = (m.schedule.get("config", {"schedule": "none"}) for m in (self, other))
+        if ours != theirs:
+            keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+            difference = ", ".join(f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in keys)
+            raise HFTError(
+                f"cannot resume from {folder}: it was trained with another schedule ({difference}); give the same "
+                "settings, another --output_dir, or --resume_from_checkpoint none"
             )
         # With nothing frozen there are no checksums to tell two bases apart.
         if self.frozen != other.frozen or (not self.frozen and self.base != other.base):

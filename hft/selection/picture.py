@@ -1,10 +1,14 @@
-"""A selection to look at: layers x units."""
+"""Selections and schedules to look at: layers x units, and layers x steps."""
+
+from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from hft.selection.policies import Selection
+from hft.selection.schedules import from_row, mean_share, share
 
 FROZEN, TRAINED = "#cfd8dc", "#e4572e"
 
@@ -41,5 +45,43 @@ def draw_selection(selection: Selection, title: str = "") -> Figure:
     axes.set_title(f"{title}{': ' if title else ''}{selection.share_of_layers:.1%} of the layers trains", loc="left")
     legend = [Patch(color=TRAINED, label="trains"), Patch(color=FROZEN, label="frozen")]
     figure.legend(handles=legend, loc="lower right", ncols=2, frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def draw_schedule(selection: Selection, history: Sequence[dict[str, Any]], steps: int, title: str = "") -> Figure:
+    """One row a layer, one column a stage, as wide as the stage is long; the colour is the layer's trained share.
+
+    The rows above and below the layers are the input embeddings and, unless it is tied to them, the head.
+
+    Args:
+        selection: what the schedule chose from.
+        history: the stages, as `hft.selection.schedules.to_row` writes them.
+        steps: steps of the whole run.
+        title: what stands before the mean share.
+    """
+    anatomy, begun = selection.anatomy, [from_row(selection, row) for row in history]
+    layers = [[share(anatomy.layer(layer), trained) for _, trained in begun] for layer in range(anatomy.num_layers)]
+    first, *last = [[float(name in trained) for _, trained in begun] for name in anatomy.embeddings]
+    grid = [first, *layers, *last]
+
+    figure = Figure(figsize=(8, 0.2 * len(grid) + 1.6), dpi=120)
+    axes = figure.add_subplot()
+    colours = LinearSegmentedColormap.from_list("share", [FROZEN, TRAINED])
+    edges = [step for step, _ in begun] + [steps]
+    drawn = axes.pcolormesh(edges, range(len(grid) + 1), grid, cmap=colours, vmin=0, vmax=1)
+    every = 1 if anatomy.num_layers <= 8 else 4
+    names = ["embeddings", *map(str, range(anatomy.num_layers)), *(["head"] if last else [])]
+    ticks = [0, *range(1, anatomy.num_layers + 1, every), *range(anatomy.num_layers + 1, len(grid))]
+    axes.set_yticks([tick + 0.5 for tick in ticks], [names[tick] for tick in ticks])
+    axes.invert_yaxis()
+    axes.set_ylabel("layer")
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.tick_params(length=0)
+    axes.set_frame_on(False)
+    mean = mean_share(selection, begun, steps)
+    axes.set_title(f"{title}{': ' if title else ''}{mean:.1%} of the layers trains on average", loc="left")
+    figure.colorbar(drawn, ax=axes, label="trained share", ticks=[0, 1], fraction=0.03, pad=0.02)
     figure.tight_layout()
     return figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from hft.errors import HFTError
 from hft.folders import CHECKPOINT
 from hft.freezing import PartFreezer, freeze, upcast
 from hft.processes import is_main, is_sharded
-from hft.selection import Manifest, Selection, SelectionConfig, select
+from hft.selection import Manifest, ScheduleConfig, Selection, SelectionConfig, select
 from hft.selection.masks import save_masks
+from hft.selection.schedules import check_schedule
 from hft.training.recorded import Recorded
+from hft.training.schedules import Schedule, prepare
 from hft.training.updates import UpdateConfig, callbacks_of, starting_weights
 from hft.weights import Weights, cast_weights, checksum, local_folder, widest
 
@@ -32,6 +35,7 @@ class HalfFineTuning(Recorded):
         args: the trainer's own config.
         selection: which units train, or the config to make it from; by default the paper's HFT.
         update: how the trained weights move; by default as the optimizer says.
+        schedule: how that changes while the run goes on; by default it does not.
         kwargs: whatever else the trainer takes.
 
     Raises:
@@ -46,12 +50,13 @@ class HalfFineTuning(Recorded):
         *,
         selection: Selection | SelectionConfig | None = None,
         update: UpdateConfig | None = None,
+        schedule: ScheduleConfig | None = None,
         **kwargs,
     ):
-        if kwargs.get("peft_config") is not None:
-            raise HFTError("peft_config and half fine-tuning exclude each other: adapters freeze the whole base")
-        if (kwargs.get("optimizers") or (None, None))[0] is not None:
-            raise HFTError("give optimizer settings, not a built optimizer: it must be built after the freezing")
+        check_arguments(kwargs)
+        schedule = schedule or ScheduleConfig()
+        if schedule.schedule != "none":
+            prepare(args)
 
         update = update or UpdateConfig()
         update.check(args)
@@ -65,13 +70,24 @@ class HalfFineTuning(Recorded):
 
         if not isinstance(selection, Selection):
             selection = select(anatomy_of(model), selection or SelectionConfig())
+        check_schedule(selection, schedule)
         self.selection = selection
-        freeze(model, self.selection)
+        freeze(model, selection)
         revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
-        checksums = self._checksums(model, stored)
+        checksums = self._checksums(model, stored, [*selection.frozen_parameters, *selection.frozen_masks])
         self.manifest = Manifest.of(
-            self.selection, model.config._name_or_path, checksums, revision=revision, update=update.record()
+            selection,
+            model.config._name_or_path,
+            checksums,
+            revision=revision,
+            update=update.record(),
+            schedule=schedule,
         )
+        self.schedule = Schedule(selection, schedule) if schedule.schedule != "none" else None
+        if self.schedule is not None:
+            # What the schedule never gets to is bit-identical to the base at the end, and can be proved to be.
+            self._base_checksums = self._checksums(model, stored, selection.trained_parameters)
+            kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self.schedule]
         self._stored_dtypes = stored
         self._config_dtype = model.dtype
         start = starting_weights(model, self.selection.anatomy, update)
@@ -109,25 +125,61 @@ class HalfFineTuning(Recorded):
         super().save_model(str(folder), _internal_call)
         if not self.args.should_save:
             return
-        dtypes, others = self._stored_dtypes, (self._config_dtype, self.model.state_dict().keys())
+        manifest, dtypes = self.manifest_so_far(), self._stored_dtypes
+        others = (self._config_dtype, self.model.state_dict().keys())
         if folder.parent == Path(self.args.output_dir) and CHECKPOINT.fullmatch(folder.name):
             whole = self.manifest.frozen.keys() - self.manifest.masks.keys()
             dtypes, others = {name: dtypes[name] for name in whole if name in dtypes}, None
+        elif self.schedule is not None:
+            manifest = self.finished_manifest(manifest)
         cast_weights(folder, dtypes, others)
         config = copy.deepcopy(self.model.config)
         config.dtype = self._config_dtype  # not that of the masters
         config.save_pretrained(folder)
-        self.manifest.save(folder)
+        manifest.save(folder)
         save_masks(folder, self.selection.frozen_masks)
 
-    def _checksums(self, model: PreTrainedModel, stored: dict[str, torch.dtype]) -> dict[str, str]:
+    def manifest_so_far(self) -> Manifest:
+        """The manifest, with what the schedule has done so far."""
+        if self.schedule is None:
+            return self.manifest
+        return replace(self.manifest, schedule=self.manifest.schedule | self.schedule.record(self.state.global_step))
+
+    def finished_manifest(self, manifest: Manifest) -> Manifest:
+        """A manifest that counts what the schedule never trained as frozen, with the checksums of the base."""
+        trained, units = self.schedule.ever_trained(), self.selection.anatomy.units
+        touched = {name for unit in units if unit.name in trained for name in unit.parameters} | trained
+        never = [name for name in manifest.trained if name not in touched]
+        names = [unit.name for unit in units]
+        return replace(
+            manifest,
+            trained_units=[name for name in names if name in trained],
+            frozen_units=[name for name in names if name not in trained],
+            trained=[name for name in manifest.trained if name in touched],
+            frozen=manifest.frozen | {name: self._base_checksums[name] for name in never},
+        )
+
+    def _checksums(self, model: PreTrainedModel, stored: dict[str, torch.dtype], names: list[str]) -> dict[str, str]:
         if not is_main():
             return {}
         parameters = dict(model.named_parameters())
-        frozen = {name: parameters[name] for name in self.selection.frozen_parameters}
+        values = {name: parameters[name] for name in names}
         for name, mask in self.selection.frozen_masks.items():
-            frozen[name] = parameters[name][mask.tensor().expand(parameters[name].shape)]
-        return {name: checksum(values.to(stored.get(name, model.dtype))) for name, values in frozen.items()}
+            if name in values:
+                values[name] = values[name][mask.tensor().expand(values[name].shape)]
+        return {name: checksum(value.to(stored.get(name, model.dtype))) for name, value in values.items()}
+
+
+def check_arguments(kwargs: dict[str, Any]) -> None:
+    """Refuse arguments of a trainer that would escape the selection.
+
+    Raises:
+        HFTError: an adapter's config, or an optimizer that is built already.
+    """
+    if kwargs.get("peft_config") is not None:
+        raise HFTError("peft_config and half fine-tuning exclude each other: adapters freeze the whole base")
+    if (kwargs.get("optimizers") or (None, None))[0] is not None:
+        raise HFTError("give optimizer settings, not a built optimizer: it must be built after the freezing")
 
 
 class PartFreezing(TrainerCallback):

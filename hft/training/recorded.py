@@ -5,12 +5,14 @@ from __future__ import annotations
 from hft.folders import last_checkpoint
 from hft.planning import peak_memory
 from hft.selection import Manifest
+from hft.training.schedules import Schedule
 
 
 class Recorded:
-    """Mixin of a TRL trainer with a `manifest` that tells what trains."""
+    """Mixin of a TRL trainer with a `manifest` that tells what trains, and the `schedule` by which that changes."""
 
     manifest: Manifest
+    schedule: Schedule | None = None
     resumed_from: str | None = None
 
     def notes(self) -> list[str]:
