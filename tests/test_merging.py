@@ -106,7 +106,7 @@ def test_reset_puts_back_what_hft_would_freeze_and_nothing_else(tmp_path, tuned,
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
 
 
-def test_a_reset_of_a_reset_verifies_and_counts_its_rounds(tmp_path, tuned, tiny):
+def test_a_reset_of_a_reset_verifies_and_counts_its_rounds(tmp_path, tuned, tiny, capsys):
     assert reset(tuned, tiny, tmp_path / "one") == 0
     assert reset(tmp_path / "one", tiny, tmp_path / "again", "--seed", "1") == 0
     assert main(["verify", str(tmp_path / "again")]) == 0
@@ -117,6 +117,10 @@ def test_a_reset_of_a_reset_verifies_and_counts_its_rounds(tmp_path, tuned, tiny
     assert manifest.selection["round"] == 2
     assert [earlier["selection"]["round"] for earlier in manifest.earlier] == [1]
     assert manifest.frozen_units != Manifest.load(tmp_path / "one").frozen_units
+    shutil.copy(tuned / "model.safetensors", tmp_path / "one")
+    capsys.readouterr()
+    assert reset(further, tmp_path / "one", tmp_path / "three") == 2
+    assert "does not match its hft_manifest.json" in error_of(capsys)
 
 
 def test_verify_finds_what_was_not_reset(tmp_path, tuned, tiny):
