@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -187,6 +188,15 @@ def test_rows_of_all_kinds_become_text(tokenizer):
     assert messages == parted == tokenizer.apply_chat_template(chat, return_dict=False)
     [cut] = text_batches(tokenizer, given[3:4], 6, count=9)
     assert cut["input_ids"].tolist() == [messages[:6]]
+
+
+def test_special_tokens_are_added_to_text_and_left_to_the_template_in_chats(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="X $A", special_tokens=[("X", 7)])
+    given = ["A fence.", {"messages": [{"role": "user", "content": "A fence."}]}]
+    text, chat = (batch["input_ids"][0].tolist() for batch in text_batches(tokenizer, given, 100, count=2))
+    assert text[0] == 7
+    assert 7 not in chat
 
 
 def test_chats_without_a_template_are_joined(tokenizer, tiny):
