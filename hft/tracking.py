@@ -53,3 +53,4 @@ def finish(manifest: Path, results: dict[str, Any]) -> None:
     wandb.run.log_artifact(artifact)
     wandb.run.summary.update({"results": results})
     wandb.finish()
+    wandb.teardown()  # its service has written all by then; and another run in this process reads the settings anew
