@@ -14,9 +14,16 @@ from tests.conftest import command, identical, tensors
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_one_gpu(tmp_path, tiny, data, pairs, stage):
-    words = command(stage, tmp_path / "out", model=tiny, data=data if stage == "sft" else pairs)
+@pytest.mark.parametrize(
+    ("stage", "method"),
+    [
+        ("sft", "hft"),
+        ("dpo", "hft"),
+        *(("sft", m) for m in ("random-element", "lisa", "mixout", "mofo", "gmt", "lora")),
+    ],
+)
+def test_one_gpu(tmp_path, tiny, data, pairs, stage, method):
+    words = command(stage, tmp_path / "out", method=method, model=tiny, data=data if stage == "sft" else pairs)
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "0"}
     run = subprocess.run([sys.executable, "-m", "hft", *words], env=environment, check=False)
     assert run.returncode == 0
@@ -25,11 +32,13 @@ def test_one_gpu(tmp_path, tiny, data, pairs, stage):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_fsdp2_keeps_the_frozen_half_and_saves_the_stored_dtype(tmp_path, tiny, data, pairs, stage):
+@pytest.mark.parametrize(("stage", "method"), [("sft", "hft"), ("dpo", "hft"), ("sft", "random-element")])
+def test_fsdp2_keeps_the_frozen_half_and_saves_the_stored_dtype(tmp_path, tiny, data, pairs, stage, method):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml"]
     settings = ["--global_batch_size", "8", "--per_device_train_batch_size", "4"]
-    words = command(stage, tmp_path / "out", *settings, model=tiny, data=data if stage == "sft" else pairs)
+    words = command(
+        stage, tmp_path / "out", *settings, method=method, model=tiny, data=data if stage == "sft" else pairs
+    )
     run = subprocess.run([*launch, "--num_processes", "2", "-m", "hft", *words], check=False)
     assert run.returncode == 0
     assert main(["verify", str(tmp_path / "out")]) == 0
