@@ -24,13 +24,13 @@ ifeq ($(NUM_GPUS),1)
 export CUDA_VISIBLE_DEVICES ?= 0
 endif
 
-# Adapters are small and their base is not sharded.
-ADAPTERS := $(basename $(notdir $(shell grep -l '^adapter:' recipes/methods/*.yaml)))
+# Methods that are not sharded: adapters are small, and schedules and updates are untested on shards.
+WHOLE := $(basename $(notdir $(shell grep -lE '^(adapter|schedule|update):' recipes/methods/*.yaml)))
 
 ifeq ($(filter-out 0 1,$(NUM_GPUS)),)
 HFT := $(BIN)/hft
 else
-HFT = $(BIN)/accelerate launch --config_file recipes/accelerate/$(if $(filter $(ADAPTERS),$*),ddp,fsdp2).yaml \
+HFT = $(BIN)/accelerate launch --config_file recipes/accelerate/$(if $(filter $(WHOLE),$*),ddp,fsdp2).yaml \
 	--num_processes $(NUM_GPUS) -m hft
 endif
 
@@ -41,10 +41,11 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 endif
 
-# What merge-* merges: P the pretrained, S the SFT, D the DPO model. A merge's name ends in those it takes.
-P ?= $(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' recipes/$(MODEL)/sft.yaml)
-S ?= runs/$(MODEL)-sft-fft
-D ?= runs/$(MODEL)-dpo-fft
+# What merge-* merges: P the pretrained, S the SFT, D the DPO model that started from S. A merge's name ends in those it
+# takes. `:=` and not `?=`, lest a variable of the environment be taken for a model.
+P := $(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' recipes/$(MODEL)/sft.yaml)
+S := runs/$(MODEL)-sft-fft
+D := runs/$(MODEL)-dpo-fft-from-$(notdir $(S))
 
 .PHONY: help install reset sweep-ratios lint test test-slow test-gpu clean
 .DELETE_ON_ERROR:
@@ -53,7 +54,7 @@ D ?= runs/$(MODEL)-dpo-fft
 help:
 	@echo "make sft-METHOD [MODEL=smollm2-135m] [ARGS='--key value ...'] [NUM_GPUS=n]"
 	@echo "make dpo-METHOD [MODEL=...] [FROM=runs/an-sft-run] [ARGS=...] [NUM_GPUS=n]"
-	@echo "make reset [MODEL=...] [ARGS=...]"
+	@echo "make reset [MODEL=$(firstword $(RESETS))|$(lastword $(RESETS))] [ARGS=...]"
 	@echo "make merge-MERGE [MODEL=...] [S=runs/an-sft-run] [D=runs/a-dpo-run] [ARGS=...]"
 	@echo "  METHOD  $(basename $(notdir $(wildcard recipes/methods/*.yaml)))"
 	@echo "  MODEL   $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/sft.yaml)))))"
@@ -89,7 +90,10 @@ sweep-ratios: $(INSTALLED) $(LOCAL_FILES)
 	@set -e; for ratio in $(RATIOS); do (set -x; $(HFT) sft --config recipes/$(MODEL)/sft.yaml recipes/methods/hft-ratio.yaml \
 		--attention_fraction $${ratio%:*} --mlp_fraction $${ratio#*:} $(ARGS)); done
 
+RESETS = $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/reset.yaml))))
+
 reset: $(INSTALLED) $(LOCAL_FILES)
+	@test -f recipes/$(MODEL)/reset.yaml || { echo "reset.yaml is there for: $(RESETS)"; exit 1; }
 	$(BIN)/hft reset --config recipes/$(MODEL)/reset.yaml --out runs/$(MODEL)-reset $(ARGS)
 
 merge-%: $(INSTALLED) $(LOCAL_FILES)

@@ -188,28 +188,18 @@ def hold_ranknum(model: PeftModel) -> None:
             parameter.requires_grad_(False)
 
 
-def settle(config: dict[str, Any], flags: dict[str, Any], default_rate: float) -> dict[str, Any]:
-    """A config whose learning rate is that of its adapter, where it has one.
-
-    Args:
-        config: recipe, method and flags, layered.
-        flags: those among them that were given as flags.
-        default_rate: the trainer's learning rate, for a recipe that states none.
+def check_keys(config: dict[str, Any]) -> None:
+    """Refuse keys that do not go with an adapter, and an adapter as the base.
 
     Raises:
         HFTError: the base is an adapter itself, or keys of a selection stand beside an adapter.
     """
     base = Path(config["model_name_or_path"])
     if (base / CONFIG_NAME).exists():
-        raise HFTError(f"{base} is an adapter, not a model; merge it into its base with `hft merge` first")
-    if not config.get("adapter"):
-        return config
-    if both := [f.name for f in fields(SelectionConfig) if f.name in config]:
+        raise HFTError(
+            f"{base} is an adapter, not a model; `hft merge --method adapter --models {base} --out NEW` makes one of it"
+        )
+    if config.get("adapter") and (both := [f.name for f in fields(SelectionConfig) if f.name in config]):
         raise HFTError(
             f"{both[0]} selects weights of the model, and adapter {config['adapter']!r} freezes it whole; remove one"
         )
-    config = dict(config)
-    factor = config.pop("learning_rate_factor", 1.0)
-    if "learning_rate" not in flags:
-        config["learning_rate"] = config.get("learning_rate", default_rate) * factor
-    return config

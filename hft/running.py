@@ -24,7 +24,15 @@ from hft.processes import indented, is_main, say, world_size
 from hft.results import conclude, evaluated_at_the_end, measured
 from hft.selection.picture import draw_schedule
 from hft.selection.schedules import describe
-from hft.settings import batch_settings, for_this_machine, load_model_config, load_tokenizer, parser_of, with_defaults
+from hft.settings import (
+    batch_settings,
+    for_this_machine,
+    load_model_config,
+    load_tokenizer,
+    parser_of,
+    rate_settings,
+    with_defaults,
+)
 from hft.stages import Stage
 from hft.training.recorded import Recorded
 
@@ -58,7 +66,8 @@ def _run(stage: Stage, arguments: Sequence[str]) -> int:
 
     tokenizer = load_tokenizer(run_config, config.get("chat_template_path"))
     machine = for_this_machine(config)
-    args = fill(stage.config_class, config | machine | batch_settings(stage, config))
+    derived = batch_settings(stage, config) | rate_settings(stage, config)
+    args = fill(stage.config_class, config | machine | derived)
     if args.n_gpu > 1:  # Trainer would wrap the model in DataParallel and multiply the batch
         raise HFTError("several GPUs are visible to one process: use `accelerate launch`, or CUDA_VISIBLE_DEVICES=0")
     method.check(args, pairs=stage.pairs)

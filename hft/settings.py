@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from hft import methods
-from hft.adapters import settle
+from hft.adapters import check_keys
 from hft.config import Parser, RunConfig, to_yaml
 from hft.errors import HFTError
 from hft.folders import RUN_KEYS
@@ -49,7 +49,9 @@ def with_defaults(stage: Stage, config: dict, flags: dict, files: Sequence[str])
     config = DEFAULTS | config
     if "model_name_or_path" in flags and "architecture" not in flags:
         config.pop("architecture", None)  # the recipe's is that of the recipe's model
-    config = settle(config, flags, stage.config_class.learning_rate)
+    check_keys(config)
+    if "learning_rate" in flags and "learning_rate_factor" in config:
+        config["learning_rate_factor"] = 1.0
     if not config.get("adapter") and (rounds := rounds_so_far(config["model_name_or_path"])):
         config = {"round": rounds[-1]["selection"]["round"] + 1} | config
     if "output_dir" in flags and "run_name" not in flags:
@@ -119,6 +121,16 @@ def for_this_machine(config: dict[str, Any]) -> dict[str, Any]:
     if settings:
         say("on this machine", indented(to_yaml(settings)))
     return settings
+
+
+def rate_settings(stage: Stage, config: dict[str, Any]) -> dict[str, float]:
+    """The learning rate of an adapter, whose method file gives it as a multiple of the recipe's."""
+    factor = config.get("learning_rate_factor", 1.0)
+    if factor == 1.0:
+        return {}
+    rate = config.get("learning_rate", stage.config_class.learning_rate)
+    say(f"learning rate {rate * factor:g}: {factor:g} times the recipe's {rate:g}", "")
+    return {"learning_rate": rate * factor}
 
 
 def batch_settings(stage: Stage, config: dict[str, Any]) -> dict[str, int]:
