@@ -49,7 +49,17 @@ for number, method in enumerate(plan):
     command = [sys.executable, "-m", "hft", "sft", "--config", "recipes/smollm2-135m/sft.yaml"]
     command += [f"recipes/methods/{method}.yaml", "--dataset_name", dataset, "--output_dir", str(folder)]
     command += ["--max_steps", "10", "--save_steps", "10", "--eval_steps", "10", "--eval_on_start", "false"]
-    command += ["--logging_steps", "1", "--global_batch_size", "8", "--report_to", "none", *SHORT.get(method, [])]
+    command += [
+        "--logging_steps",
+        "1",
+        "--global_batch_size",
+        "4",
+        "--eval_rows",
+        "16",
+        "--report_to",
+        "none",
+        *SHORT.get(method, []),
+    ]
     start = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
