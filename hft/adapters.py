@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 
 from hft.anatomy import anatomy_of, meta_model
 from hft.errors import HFTError
-from hft.selection import Selection, SelectionConfig
+from hft.selection import ScheduleConfig, Selection, SelectionConfig
 
 _LORA = {"rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "target_modules": "target_modules"}
 # Of each adapter PEFT's config class, and our keys that it takes with PEFT's names for them.
@@ -199,7 +199,8 @@ def check_keys(config: dict[str, Any]) -> None:
         raise HFTError(
             f"{base} is an adapter, not a model; `hft merge --method adapter --models {base} --out NEW` makes one of it"
         )
-    if config.get("adapter") and (both := [f.name for f in fields(SelectionConfig) if f.name in config]):
+    others = (f.name for cls in (SelectionConfig, ScheduleConfig) for f in fields(cls))
+    if config.get("adapter") and (both := [name for name in (*others, "update") if name in config]):
         raise HFTError(
-            f"{both[0]} selects weights of the model, and adapter {config['adapter']!r} freezes it whole; remove one"
+            f"{both[0]} is about weights of the model, and adapter {config['adapter']!r} freezes it whole; remove one"
         )

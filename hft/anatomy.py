@@ -120,7 +120,8 @@ class Anatomy:
     Attributes:
         units: every unit, layer by layer.
         num_layers: number of layers.
-        embeddings: scalars of each embedding and head parameter; a tied head is not listed twice.
+        embeddings: scalars of each embedding, of learned positions too, and of the head; a tied one is not listed
+            twice.
         others: scalars of the other parameters outside the layers: the final norm.
         towers: scalars of each parameter of a vision or audio tower and what joins it to the text; they never train.
     """
@@ -217,14 +218,14 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
         )
 
     inside = {name for unit in units for name in unit.parameters}
-    text = prefix.rpartition(".")[0]
-    ends = {
-        id(p) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end for p in end.parameters()
-    }
+    text = prefix.rpartition(".")[0] + "."
+    learned = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.startswith(text)]
+    ends = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
+    embedding = {id(parameter) for module in (*learned, *ends) for parameter in module.parameters()}
     embeddings, others, towers = {}, {}, {}
     for name, parameter in model.named_parameters():
         if name not in inside:
-            end = embeddings if id(parameter) in ends else others if name.startswith(f"{text}.") else towers
+            end = embeddings if id(parameter) in embedding else others if name.startswith(text) else towers
             end[name] = parameter.numel()
     return Anatomy(tuple(units), len(layers), embeddings, others, towers)
 

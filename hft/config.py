@@ -44,11 +44,6 @@ class RunConfig:
         default=None,
         metadata={"help": "Rows to evaluate on: the test split's first, or held out where there is no test split."},
     )
-    importance_data: str | None = field(
-        default=None,
-        metadata={"help": "General text that the importance policy scores the base on; given as dataset_name is."},
-    )
-    importance_rows: int = field(default=128, metadata={"help": "Rows of it that are used."})
     method: str | None = field(default=None, metadata={"help": "Name of the method, for the run's name."})
     dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop before anything is loaded."})
 

@@ -136,7 +136,13 @@ def _clear(out: Path) -> None:
             say(f"removing {checkpoint} of an earlier run")
             shutil.rmtree(checkpoint)
     if (out / MANIFEST_NAME).exists():
-        for path in (*out.glob("model*.safetensors*"), *out.glob("adapter_*"), out / MANIFEST_NAME, out / RESULTS_NAME):
+        for path in (
+            *out.glob("model*.safetensors*"),
+            *out.glob("adapter_*"),
+            out / MASKS_NAME,
+            out / MANIFEST_NAME,
+            out / RESULTS_NAME,
+        ):
             path.unlink(missing_ok=True)
 
 

@@ -185,6 +185,8 @@ def verify(
             result.broken[name] = "missing from the checkpoint"
         elif base is not None and name not in base:
             result.broken[name] = "missing from the base"
+        elif base is not None and checksum(frozen_values(base, name)) != frozen[name]:
+            result.broken[name] = "the base has another one than the manifest was written for"
         elif base is not None and not _same(ours := frozen_values(out, name), theirs := frozen_values(base, name)):
             result.broken[name] = _difference(ours, theirs)
         elif base is None and checksum(frozen_values(out, name)) != frozen[name]:

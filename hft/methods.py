@@ -14,22 +14,23 @@ from hft.anatomy import anatomy_of, meta_model
 from hft.config import RunConfig, fill
 from hft.data import load_split
 from hft.errors import HFTError
-from hft.planning import GIB, check_fits, static_memory
+from hft.planning import GIB, check_fits, forget_peak, static_memory
 from hft.processes import indented, is_main, is_sharded, say, world_size
 from hft.selection import Manifest, ScheduleConfig, Selection, SelectionConfig
-from hft.selection.importance import choose, recalled, text_batches
+from hft.selection.importance import check_linear, choose, recalled, text_batches
 from hft.selection.masks import load_masks, save_masks
 from hft.selection.policies import DEFERRED, describe_difference, planned, select
 from hft.selection.schedules import check_schedule, peak_size
 from hft.training.adapters import check_possible
+from hft.training.dpo import check_reference
 from hft.training.mixin import load_base
+from hft.training.schedules import prepare
 from hft.training.updates import UpdateConfig
 
 CONFIGS = (SelectionConfig, ScheduleConfig, UpdateConfig, AdapterConfig)
 
 # What a method file says, all of it: a later file takes none of an earlier one's over. Seed and round are the run's.
 KEYS = frozenset(f.name for cls in CONFIGS for f in fields(cls)) - {"selection_seed", "round"}
-KEYS |= {"importance_data", "importance_rows"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class Method:
         self.update.check(args)
         if self.adapter:
             check_possible(self.adapter, args, pairs=pairs)
+        if self.schedule.schedule != "none":
+            prepare(args)
+        if pairs and not self.adapter:
+            check_reference(args)
 
     def for_trainer(self) -> dict[str, Any]:
         """The arguments that a trainer takes of it."""
@@ -83,11 +88,16 @@ def method_of(model_config: PretrainedConfig, config: dict[str, Any]) -> Method:
     if adapter.adapter:
         selection = adapter_selection(model_config, adapter)
     else:
-        selection = planned(anatomy_of(meta_model(model_config)), fill(SelectionConfig, config))
+        model = meta_model(model_config)
+        selection = planned(anatomy_of(model), fill(SelectionConfig, config))
+        if config.get("policy") == "importance" or config.get("update") == "mixout":
+            check_linear(model, selection.anatomy)
     method = Method(selection, fill(UpdateConfig, config), fill(ScheduleConfig, config))
     check_schedule(selection, method.schedule)
-    if config.get("policy") == "importance" and not config.get("importance_data"):
-        raise HFTError("the importance policy scores the base on general text: give it with --importance_data")
+    if config.get("policy") == "importance" and not (config.get("importance_data") and config.get("importance_rows")):
+        raise HFTError(
+            "the importance policy scores the base on general text: give --importance_data, --importance_rows"
+        )
     return method
 
 
@@ -101,11 +111,13 @@ def check_memory(method: Method, config: dict[str, Any], *, pairs: bool) -> str:
         HFTError: this machine does not have it.
     """
     shards = world_size() if is_sharded() or config.get("fsdp") else 1
+    # DDP keeps all gradients a second time, in the buckets that it sends.
+    buckets = 4 * method.selection.held_size if world_size() > shards and not method.adapter else 0
     needs = {
         "shards": shards,
         "reference": pairs and not config.get("precompute_ref_log_probs"),
         "peak": peak_size(method.selection, method.schedule),
-        "more": method.update.memory(method.selection),
+        "more": method.update.memory(method.selection) + buckets,
     }
     check_fits(method.selection, cpu_asked_for=bool(config.get("use_cpu")), **needs)
     return f"{static_memory(method.selection, **needs) / GIB:.2f} GiB a device before activations"
@@ -128,6 +140,8 @@ def chosen(
     out, made = Path(args.output_dir), None
     if checkpoint:
         manifest = Manifest.load(checkpoint)
+        if "adapter" in manifest.selection:
+            raise HFTError(f"cannot resume from {checkpoint}: it trained an adapter; choose another --output_dir")
         if difference := describe_difference(plan.config, SelectionConfig(**manifest.selection)):
             raise HFTError(f"cannot resume from {checkpoint}: it was trained with another selection ({difference})")
         return recalled(
@@ -137,13 +151,15 @@ def chosen(
         return select(plan.anatomy, plan.config)
     if is_main():
         model, _ = load_base(run_config.model_name_or_path, args)
-        rows = load_split(run_config.importance_data, "train")
-        batches = list(text_batches(tokenizer, rows, args.max_length, run_config.importance_rows))
+        rows = load_split(plan.config.importance_data, "train")
+        batches = list(text_batches(tokenizer, rows, args.max_length, plan.config.importance_rows))
         made = choose(model.to(args.device), plan.anatomy, plan.config, batches)
+        del model
+        forget_peak()
         save_masks(out, made.frozen_masks)
     [trained] = broadcast_object_list([sorted(made.trained) if made else None])
     say(
         "selection",
-        indented(f"{plan.config.score} on {run_config.importance_rows} rows of {run_config.importance_data}"),
+        indented(f"{plan.config.score} on {plan.config.importance_rows} rows of {plan.config.importance_data}"),
     )
     return made or recalled(plan.anatomy, plan.config, trained, load_masks(out) if plan.frozen_masks else {})

@@ -257,8 +257,10 @@ def test_the_learning_rate_is_a_multiple_of_the_recipes_unless_a_flag_gives_it(t
 @pytest.mark.parametrize(
     ("flags", "method", "message"),
     [
-        (["--fraction", "0.5"], "lora", "fraction selects weights of the model, and adapter 'lora' freezes it whole"),
-        (["--round", "2"], "osf", "round selects weights of the model"),
+        (["--fraction", "0.5"], "lora", "fraction is about weights of the model, and adapter 'lora' freezes it whole"),
+        (["--round", "2"], "osf", "round is about weights of the model"),
+        (["--update", "gmt", "--top_fraction", "0.1"], "lora", "update is about weights of the model"),
+        (["--schedule", "lisa"], "lora", "schedule is about weights of the model"),
         (["--rank", "8"], "hft", "rank belongs to an adapter"),
         (["--learning_rate_factor", "8"], "fft", "learning_rate_factor belongs to an adapter"),
         (["--num_virtual_tokens", "8"], "lora", "num_virtual_tokens is no key of adapter 'lora'"),
@@ -287,7 +289,7 @@ def test_prompts_cannot_do_dpo_and_nothing_is_sharded(tmp_path, dpo, capsys, mon
 def test_an_adapter_is_no_base(runs, tmp_path, sft, dpo, capsys):
     for method in ("lora", "hft"):
         assert dpo(tmp_path / "out", method=method, model=runs("lora")) == 2
-        assert "is an adapter, not a model; merge it" in error_of(capsys)
+        assert f"is an adapter, not a model; `hft merge --method adapter --models {runs('lora')}" in error_of(capsys)
 
 
 def test_training_anew_leaves_no_adapter_behind(runs, tmp_path, sft, dpo, capsys):

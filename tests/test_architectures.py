@@ -10,8 +10,10 @@ from trl import SFTConfig
 
 from hft.anatomy import anatomy_of, architecture_of, meta_model
 from hft.data import load_split
+from hft.errors import HFTError
 from hft.folders import verify_folder
-from hft.selection import SelectionConfig, select
+from hft.selection import ScheduleConfig, SelectionConfig, select
+from hft.selection.schedules import check_schedule
 from hft.training import HFTSFTTrainer
 from hft.weights import weights_of
 
@@ -217,6 +219,19 @@ def test_experts_are_drawn_matrix_by_matrix_in_every_layer():
     name = "model.layers.0.mlp.experts.gate_up_proj"
     assert selection.frozen_masks[name].shape == (4, 32, 1)  # one bit a row of an expert, not one a scalar
     assert select(anatomy, SelectionConfig(experts_fraction=0)).counts()["experts"] == (0, 48)
+
+
+def test_learned_positions_are_embeddings():
+    embeddings = anatomy_of(meta_model(config_of("gpt2"))).embeddings
+    assert list(embeddings) == ["transformer.wte.weight", "transformer.wpe.weight"]
+
+
+def test_a_schedule_refuses_frozen_routers():
+    selection = select(anatomy_of(meta_model(config_of("mixtral"))), SelectionConfig(policy="all", freeze_router=True))
+    with pytest.raises(HFTError, match="leave freeze_router out"):
+        check_schedule(selection, ScheduleConfig(schedule="lisa"))
+    with pytest.raises(HFTError, match="freeze_router freezes routers"):
+        select(selection.anatomy, SelectionConfig(freeze=["gate"]))
 
 
 def test_vision_towers_never_train_though_their_layers_are_as_many():

@@ -260,3 +260,9 @@ def test_single_bad_pairs_are_dropped_and_counted(capsys):
     dataset = preference_rows(Dataset.from_list(rows), "x")
     assert [row["rejected"][0]["content"] for row in dataset] == ["b", "c"]
     assert "dataset x: dropped 2 with equal answers, 1 with an empty answer, of 5 pairs" in capsys.readouterr().out
+
+
+def test_a_reference_that_follows_the_policy_is_refused(tmp_path, dpo, capsys):
+    assert dpo(tmp_path / "out", "--sync_ref_model", "true") == 2
+    assert "sync_ref_model would move the frozen half" in error_of(capsys)
+    assert not (tmp_path / "out").exists()

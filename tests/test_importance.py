@@ -19,7 +19,7 @@ from hft.selection.importance import (
     text_batches,
     unit_scores,
 )
-from tests.conftest import error_of, identical, tensors
+from tests.conftest import error_of, identical, losses, tensors
 from tests.test_architectures import small
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -229,9 +229,9 @@ def test_what_matters_most_is_frozen_and_a_killed_run_takes_the_same_selection_u
     tmp_path, tiny, data, sft, capsys, granularity, score, invert
 ):
     flags = ["--granularity", granularity, "--score", score, "--invert", invert, "--importance_rows", "8"]
-    flags += ["--importance_data", str(data), "--lr_scheduler_type", "constant"]
+    flags += ["--importance_data", str(data), "--lr_scheduler_type", "constant", "--save_steps", "10"]
     straight, cut = tmp_path / "straight", tmp_path / "cut"
-    assert sft(straight, *flags, method="importance") == 0
+    assert sft(straight, *flags, "--max_steps", "20", method="importance") == 0
     printed = capsys.readouterr().out
     assert f"{score} on 8 rows" in printed
     shares = set(re.findall(r"trainable share ([\d.]+)% of the layers", printed))
@@ -249,12 +249,14 @@ def test_what_matters_most_is_frozen_and_a_killed_run_takes_the_same_selection_u
     half = select(anatomy, SelectionConfig())
     assert chosen.counts() == (half.counts() if granularity == "unit" else chosen.counts())
 
-    assert sft(cut, *flags, "--max_steps", "2", method="importance") == 0
+    assert sft(cut, *flags, "--max_steps", "10", method="importance") == 0
     (cut / "results.json").unlink()
     capsys.readouterr()
     assert sft(cut, *flags, "--fraction", "0.4", method="importance") == 2
     assert "another selection (fraction 0.5 there, 0.4 here)" in error_of(capsys)
-    assert sft(cut, *flags, method="importance") == 0
+    assert sft(cut, *flags, "--max_steps", "20", method="importance") == 0
+    logged = losses(cut / "checkpoint-20")
+    assert sum(logged[-4:]) < sum(logged[:4]) - 0.8
     ours, theirs = tensors(cut), tensors(straight)
     assert all(identical(ours[name], theirs[name]) for name in theirs)
 
@@ -281,4 +283,4 @@ def test_importance_is_refused_where_it_cannot_be_measured(tmp_path, sft, capsys
         choose(fused, anatomy_of(fused), config, [])
     flags = ["--policy", "importance", "--granularity", "unit", "--score", "wanda"]
     assert sft(tmp_path / "out", *flags) == 2
-    assert "give it with --importance_data" in error_of(capsys)
+    assert "give --importance_data" in error_of(capsys)

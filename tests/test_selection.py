@@ -187,6 +187,11 @@ def test_table_23_freezes_the_same_two_of_attention_in_every_layer(request, meth
     assert selection.trained & mlp == usual.trained & mlp
 
 
+def test_naming_more_than_the_fraction_leaves_frozen_is_refused(llama2_7b):
+    with pytest.raises(HFTError, match="more is named there than its fraction leaves frozen; lower the fraction"):
+        select(llama2_7b, SelectionConfig(freeze=["q_proj", "k_proj", "v_proj"]))
+
+
 def test_all_trains_everything_and_embeddings_can_be_frozen(llama2_7b):
     assert select(llama2_7b, SelectionConfig(policy="all")).frozen_parameters == []
     config = SelectionConfig(policy="all", freeze_embeddings=True)
@@ -206,6 +211,7 @@ def test_all_trains_everything_and_embeddings_can_be_frozen(llama2_7b):
         ({"policy": "catgory"}, "is none of ours, did you mean category"),
         ({"policy": "importance"}, "needs a granularity"),
         ({"score": "wanda"}, "score belongs to the importance policy"),
+        ({"policy": "model", "mlp_fraction": 0.0}, "belongs to the category policy"),
         ({"policy_options": {"a": 1}}, "a policy of your own"),
         ({"round": 0}, "round counts from 1"),
     ],
@@ -242,7 +248,7 @@ def test_the_code_in_the_document_is_the_example():
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ("nowhere.py:choose", "cannot read nowhere.py"),
+        ("nowhere.py:choose", "there is no file nowhere.py"),
         ("docs/examples/outer_layers.py:inner_layers", "has no function inner_layers"),
     ],
 )
@@ -253,8 +259,14 @@ def test_a_policy_that_cannot_be_loaded_is_refused(tmp_path, sft, capsys, policy
 
 def test_what_a_policy_returns_is_checked(tmp_path, sft, capsys):
     file = tmp_path / "mine.py"
-    file.write_text("def names(anatomy, config): return ['a']\ndef masks(anatomy, config): return [], {'w': None}\n")
-    assert sft(tmp_path / "out", "--policy", f"{file}:names") == 2
-    assert "must return units of the anatomy" in error_of(capsys)
-    assert sft(tmp_path / "out", "--policy", f"{file}:masks") == 2
-    assert "chose w, which the model does not have" in error_of(capsys)
+    head = "import torch\ndef choose(anatomy, config): return "
+    name = "model.layers.0.mlp.up_proj.weight"
+    for returned, message in {
+        "['a']": "must return units of the anatomy",
+        "anatomy.units, {'w': torch.ones(1).bool()}": "chose w, which the model does not have in its layers",
+        f"anatomy.units, {{'{name}': torch.ones(352, 128)}}": f"must give a bool tensor for {name}",
+        f"anatomy.units, {{'{name}': torch.ones(1, 5).bool()}}": "a mask of shape (1, 5); each dimension",
+    }.items():
+        file.write_text(head + returned)
+        assert sft(tmp_path / "out", "--policy", f"{file}:choose") == 2
+        assert message in error_of(capsys)

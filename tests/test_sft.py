@@ -180,9 +180,13 @@ def test_a_base_in_bin_files_is_half_fine_tuned_too(tmp_path, tiny, sft):
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
-@pytest.mark.parametrize("method", ["hft-layer", "hft-model", "hft-ratio", "hft-freeze-io", "freeze-qk", "freeze-ov"])
+@pytest.mark.parametrize(
+    "method", ["hft", "hft-layer", "hft-model", "fft", "hft-ratio", "hft-freeze-io", "freeze-qk", "freeze-ov"]
+)
 def test_the_other_methods_train_and_verify(tmp_path, sft, method):
-    assert sft(tmp_path / "out", method=method) == 0
+    assert sft(tmp_path / "out", "--max_steps", "20", "--save_steps", "20", method=method) == 0
+    logged = losses(tmp_path / "out" / "checkpoint-20")
+    assert sum(logged[-4:]) < sum(logged[:4]) - 0.8
 
 
 @pytest.mark.parametrize("reentrant", ["true", "false"])

@@ -48,7 +48,7 @@ def choose(model: PreTrainedModel, anatomy: Anatomy, config: SelectionConfig, ba
     Raises:
         HFTError: the model has matrices that are no linear layer of their own: experts, fused projections, or Conv1D.
     """
-    _check_linear(model, anatomy)
+    check_linear(model, anatomy)
     if config.granularity == "unit":
         scores = unit_scores(model, anatomy, batches, score=config.score)
         worth = {name: -score if config.invert else score for name, score in scores.items()}
@@ -68,11 +68,18 @@ def recalled(
     return Selection(anatomy, config, frozenset(trained_units), trained)
 
 
-def _check_linear(model: nn.Module, anatomy: Anatomy) -> None:
+def check_linear(model: nn.Module, anatomy: Anatomy) -> None:
+    """Refuse models whose matrices are no linear layers of their own; the model may be on `meta`.
+
+    Raises:
+        HFTError: one is fused with others, an expert among others, or a Conv1D.
+    """
     modules = dict(model.named_modules())
     for unit in anatomy.units:
         if unit.block != "norm" and not isinstance(modules.get(unit.name), nn.Linear):
-            raise HFTError(f"importance is measured on linear layers, and {unit.name} is none; use the category policy")
+            raise HFTError(
+                f"importance and mixout work on linear layers, and {unit.name} is none; choose another method"
+            )
 
 
 def masks(

@@ -10,6 +10,7 @@ import runpy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,11 @@ class SelectionConfig:
     invert: bool = field(
         default=False, metadata={"help": "Freeze what matters least instead of most (importance policy)."}
     )
+    importance_data: str | None = field(
+        default=None,
+        metadata={"help": "General text that the importance policy scores the base on; given as dataset_name is."},
+    )
+    importance_rows: int | None = field(default=None, metadata={"help": "Rows of it that are used."})
     policy_options: dict[str, Any] | None = field(
         default=None, metadata={"help": "Arguments of your own policy, by name."}
     )
@@ -94,7 +100,8 @@ class SelectionConfig:
                 raise HFTError(f"{name} must lie in 0..1, got {value}")
         for policy, names in OWN_KEYS.items():
             for name in names:
-                if self.policy != policy and getattr(self, name) not in (None, False):
+                value = getattr(self, name)
+                if self.policy != policy and value is not None and value is not False:
                     raise HFTError(f"{name} belongs to the {policy} policy, not to {self.policy!r}; remove it")
         if (self.policy == "explicit" and not self.freeze) or (
             self.freeze and self.policy not in ("explicit", "category")
@@ -113,13 +120,16 @@ class SelectionConfig:
 
 FRACTIONS = {block: f"{block}_fraction" for block in BLOCKS if block != "router"}
 # Keys that mean something to one policy only.
-OWN_KEYS = {"category": tuple(FRACTIONS.values()), "importance": ("granularity", "score", "invert")}
+OWN_KEYS = {
+    "category": tuple(FRACTIONS.values()),
+    "importance": ("granularity", "score", "invert", "importance_data", "importance_rows"),
+}
 
 # Policies that choose among billions of scalars, or look at the base's weights: not before a run is sure to begin.
 DEFERRED = ("random-element", "importance")
 
 # What a policy returns: the units that train, and of some parameters which scalars, True where they train.
-Choice = Iterable[Unit] | tuple[Iterable[Unit], Mapping[str, torch.Tensor]]
+Choice = Iterable[Unit] | tuple[Iterable[Unit], Mapping[str, torch.Tensor | Mask]]
 
 
 @dataclass(frozen=True)
@@ -271,7 +281,7 @@ def select(anatomy: Anatomy, config: SelectionConfig) -> Selection:
         "random-element": _random_element,
     }
     if config.policy == "importance":
-        raise HFTError("the importance policy looks at the base's weights: call hft.selection.importance.choose")
+        raise HFTError("the importance policy looks at the base's weights, so only a training run can take it")
     return selection_of(anatomy, config, (policies.get(config.policy) or _load(config.policy))(anatomy, config))
 
 
@@ -281,19 +291,34 @@ def selection_of(anatomy: Anatomy, config: SelectionConfig, choice: Choice) -> S
     Raises:
         HFTError: the choice names something that the model does not have.
     """
-    units, masks = (
-        choice if isinstance(choice, tuple) and len(choice) == 2 and isinstance(choice[1], Mapping) else (choice, {})
-    )
+    units, masks = choice if isinstance(choice, tuple) and isinstance(choice[-1], Mapping) else (choice, {})
     known = {unit.name: unit for unit in anatomy.units}
+    shapes = {part.parameter: part.shape for unit in anatomy.units for part in unit.parts}
     try:
         trained = frozenset(unit.name for unit in units)
     except (TypeError, AttributeError) as error:
         raise HFTError(f"policy {config.policy} must return units of the anatomy: {error}") from error
-    if strange := [*(trained - known.keys()), *(masks.keys() - {p for u in known.values() for p in u.parameters})]:
-        raise HFTError(f"policy {config.policy} chose {strange[0]}, which the model does not have")
+    if strange := [*(trained - known.keys()), *(masks.keys() - shapes.keys())]:
+        raise HFTError(f"policy {config.policy} chose {strange[0]}, which the model does not have in its layers")
+    masks = {name: mask if isinstance(mask, Mask) else _packed(config, name, mask) for name, mask in masks.items()}
+    for name, mask in masks.items():
+        if len(mask.shape) != len(shapes[name]) or any(
+            m not in (1, s) for m, s in zip(mask.shape, shapes[name], strict=True)
+        ):
+            raise HFTError(
+                f"policy {config.policy} gives {name}, of shape {shapes[name]}, a mask of shape {mask.shape}; each "
+                "dimension must be as long or 1"
+            )
     if config.freeze_router:
         trained -= {unit.name for unit in anatomy.units if unit.block == "router"}
-    return Selection(anatomy, config, trained, {name: Mask.of(mask) for name, mask in masks.items()})
+    return Selection(anatomy, config, trained, masks)
+
+
+def _packed(config: SelectionConfig, name: str, mask: object) -> Mask:
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise HFTError(f"policy {config.policy} must give a bool tensor for {name}, True where it trains; got {kind}")
+    return Mask.of(mask)
 
 
 def planned(anatomy: Anatomy, config: SelectionConfig) -> Selection:
@@ -323,12 +348,11 @@ def half_of_the_norms(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
 def _load(policy: str) -> Callable[[Anatomy, SelectionConfig], Choice]:
     """A policy of the user's own, `FILE.py:FUNCTION`, with `policy_options` as its further arguments."""
     path, _, name = policy.rpartition(":")
-    try:
-        function = runpy.run_path(path)[name]
-    except OSError as error:
-        raise HFTError(f"policy {policy}: cannot read {path}: {error.strerror}") from error
-    except KeyError:
-        raise HFTError(f"policy {policy}: {path} has no function {name}") from None
+    if not Path(path).is_file():
+        raise HFTError(f"policy {policy}: there is no file {path}")
+    function = runpy.run_path(path).get(name)
+    if not callable(function):
+        raise HFTError(f"policy {policy}: {path} has no function {name}")
     return lambda anatomy, config: function(anatomy, config, **(config.policy_options or {}))
 
 
@@ -396,6 +420,10 @@ def category(anatomy: Anatomy, config: SelectionConfig, worth: Mapping[str, floa
                 names.sort(key=worth.get)
             drawn = set(sorted(names, key=frozen_first.__contains__)[:count])
             trained += [unit for unit in members if unit.name in drawn]
+    if left := [unit.name for unit in trained if unit.name in frozen_first]:
+        routers = any(unit.name == left[0] and unit.block == "router" for unit in trained)
+        hint = "freeze_router freezes routers" if routers else "lower the fraction, or take the explicit policy"
+        raise HFTError(f"freeze names {left[0]}, but more is named there than its fraction leaves frozen; {hint}")
     return trained
 
 
@@ -454,7 +482,7 @@ def _random_element(anatomy: Anatomy, config: SelectionConfig) -> Choice:
         trained = np.zeros(size, dtype=bool)
         count = round(config.fraction * size)
         trained[np.argpartition(numbers, count - 1)[:count] if count else []] = True
-        masks[name] = torch.from_numpy(trained).view(shape)
+        masks[name] = Mask.of(torch.from_numpy(trained).view(shape))
     return anatomy.units, masks
 
 

@@ -93,6 +93,8 @@ def check_schedule(selection: Selection, config: ScheduleConfig) -> None:
             f"schedule {config.schedule} decides itself which units train, so it goes with policy all, not with "
             f"{selection.config.policy}"
         )
+    if selection.config.freeze_router:
+        raise HFTError(f"schedule {config.schedule} switches whole layers, their routers too; leave freeze_router out")
     layers = selection.anatomy.num_layers
     if (config.active_layers or 0) > layers:
         raise HFTError(f"active_layers is {config.active_layers}, but the model has {layers} layers")
@@ -144,7 +146,7 @@ def _dynamic(selection: Selection, config: ScheduleConfig, interval: int) -> Ite
     by_name = {units[0].name: units for units in groups.values()}
     target, size = selection.anatomy.layers_size * interval / config.intervals, 0
     trained = outside(selection)
-    for name in draw(by_name, len(by_name), "dynamic", config.schedule_seed):
+    for name in draw(by_name, len(by_name), "dynamic", config.schedule_seed, selection.config.round):
         group_size = sum(unit.size for unit in by_name[name])
         if size + group_size / 2 > target:
             trained += [unit.name for unit in by_name[name]]
@@ -155,7 +157,7 @@ def _dynamic(selection: Selection, config: ScheduleConfig, interval: int) -> Ite
 def _lisa(selection: Selection, config: ScheduleConfig, interval: int) -> Iterable[str]:
     """LISA (arXiv 2403.17919): a few layers, drawn uniformly in each interval; what is outside always trains."""
     names = map(str, range(selection.anatomy.num_layers))
-    layers = map(int, draw(names, config.active_layers, "lisa", config.schedule_seed, interval))
+    layers = map(int, draw(names, config.active_layers, "lisa", config.schedule_seed, selection.config.round, interval))
     return of_layers(selection, layers).union(outside(selection))
 
 
@@ -167,7 +169,7 @@ def _badam(selection: Selection, config: ScheduleConfig, interval: int) -> Itera
     blocks = selection.anatomy.num_layers + (not selection.config.freeze_embeddings)
     turn, position = divmod(interval, blocks)
     if config.block_order == "random":
-        names = draw(map(str, range(blocks)), blocks, "badam", config.schedule_seed, turn)
+        names = draw(map(str, range(blocks)), blocks, "badam", config.schedule_seed, selection.config.round, turn)
         block = int(names[position])
     else:
         block = position if config.block_order == "ascending" else blocks - 1 - position

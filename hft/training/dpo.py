@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from trl import DPOTrainer
 
+from hft.errors import HFTError
 from hft.freezing import HALF_PRECISION
 from hft.processes import is_sharded
 from hft.training.mixin import HalfFineTuning
@@ -26,6 +27,7 @@ class HFTDPOTrainer(HalfFineTuning, DPOTrainer):
 
     def with_masters(self, model: PreTrainedModel, args: TrainingArguments, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Also make the reference, while the policy is still in the dtype it was loaded in."""
+        check_reference(args)
         if kwargs.get("ref_model") is None and not is_sharded(args) and not args.precompute_ref_log_probs:
             kwargs = kwargs | {"ref_model": shared_reference(model, autocast=args.bf16 or args.fp16)}
         return super().with_masters(model, args, kwargs)
@@ -41,6 +43,16 @@ class HFTDPOTrainer(HalfFineTuning, DPOTrainer):
             f"reference: shares the frozen half with the policy; {reference_bytes(self) / 1e9:.2f} GB of its own "
             f"instead of {full / 1e9:.2f} GB"
         ]
+
+
+def check_reference(args: TrainingArguments) -> None:
+    """Refuse a reference that follows the policy: TRL updates it in place, and the policy's frozen half is part of it.
+
+    Raises:
+        HFTError: `sync_ref_model` is set.
+    """
+    if args.sync_ref_model:
+        raise HFTError("sync_ref_model would move the frozen half, which policy and reference share; leave it out")
 
 
 def shared_reference(policy: PreTrainedModel, *, autocast: bool) -> PreTrainedModel:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from hft.errors import HFTError
-from hft.processes import is_sharded
+from hft.processes import is_sharded, world_size
 from hft.selection import Selection
 from hft.selection.schedules import (
     ScheduleConfig,
@@ -44,6 +45,8 @@ def prepare(args: TrainingArguments) -> None:
         )
     if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         raise HFTError("reentrant gradient checkpointing loses gradients under a schedule; set use_reentrant: false")
+    if args.fp16:
+        raise HFTError("a schedule is untested with fp16, whose scaler skips steps; set bf16")
     if args.restore_callback_states_from_checkpoint:
         raise HFTError("a schedule restores its own state; remove restore_callback_states_from_checkpoint")
     args.ddp_find_unused_parameters = True
@@ -174,7 +177,7 @@ class Schedule(TrainerCallback, ExportableState):
         elif interval != seen["interval"]:
             means = [total / seen["steps"] for total in seen["sums"]]
             if seen["means"] is not None:
-                seen["start"] = next_start(seen["means"], means, seen["start"], self.config.percentile)
+                seen["start"] = agreed(next_start(seen["means"], means, seen["start"], self.config.percentile))
             seen["means"] = means
         if interval != seen.get("interval"):
             seen.update(interval=interval, steps=0, sums=[0.0] * layers)
@@ -201,7 +204,7 @@ class Schedule(TrainerCallback, ExportableState):
         if interval != seen["interval"]:
             seen["interval"] = interval
             windows = {layer: seen["windows"][layer] for layer in layers if layer not in seen["frozen"]}
-            found = smartfrz.layers_to_freeze(windows, dict(enumerate(seen["largest"])))
+            found = agreed(smartfrz.layers_to_freeze(windows, dict(enumerate(seen["largest"]))))
             seen["frozen"] = sorted([*seen["frozen"], *found])
             seen["windows"] = [[] if layer in seen["frozen"] else seen["windows"][layer] for layer in layers]
         active = set(layers).difference(seen["frozen"])
@@ -211,6 +214,11 @@ class Schedule(TrainerCallback, ExportableState):
         """What trains outside the layers, with or without the input embeddings."""
         first = next(iter(self.selection.anatomy.embeddings))  # in model order, so that of the input
         return [name for name in self._outside if not (frozen and name == first)]
+
+
+def agreed(decision: Any) -> Any:
+    """The first process's decision: others may have rounded what it hangs on otherwise."""
+    return broadcast_object_list([decision])[0] if world_size() > 1 else decision
 
 
 def move(state: dict[str, Any], device: torch.device) -> None:

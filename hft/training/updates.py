@@ -17,6 +17,7 @@ from hft.errors import HFTError
 from hft.processes import is_sharded
 from hft.ranking import largest
 from hft.selection import Selection
+from hft.selection.importance import check_linear
 
 KEYS = {"mixout": "mixout_p", "l2sp": "l2sp_strength", "mofo": "top_fraction", "gmt": "top_fraction"}
 
@@ -69,7 +70,7 @@ class UpdateConfig:
     def memory(self, selection: Selection) -> int:
         """Bytes that it takes beside weights, gradients and optimizer state: a copy of what moves, and GMT's mask."""
         each = {"plain": 0, "mixout": 2, "l2sp": 2, "mofo": 4, "gmt": 5}[self.update]
-        return each * (selection.trained_layers_size if self.update == "mixout" else selection.trained_size)
+        return each * (selection.trained_layers_size if self.update == "mixout" else selection.held_size)
 
     def check(self, args: TrainingArguments) -> None:
         """Refuse what would change the method in silence.
@@ -80,6 +81,8 @@ class UpdateConfig:
         """
         if self.update == "plain":
             return
+        if args.fp16 and self.update == "gmt":
+            raise HFTError("gmt would hide infinite gradients from fp16's loss scaler; set bf16")
         if is_sharded(args):
             raise HFTError(
                 f"update {self.update!r} has not been tried on the shards of FSDP; run on one GPU, or on several with "
@@ -103,17 +106,15 @@ def starting_weights(model: nn.Module, anatomy: Anatomy, config: UpdateConfig) -
         A copy of each trained parameter that the method needs, by name.
 
     Raises:
-        HFTError: mixout, and a layer holds a trained matrix that belongs to no linear module.
+        HFTError: mixout, and a matrix of a layer is no linear layer of its own.
     """
     if config.update not in ("mixout", "l2sp"):
         return {}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if config.update == "mixout":
         inside = {name for unit in anatomy.units for name in unit.parameters}
-        linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        check_linear(model, anatomy)
         matrices = {name: p for name, p in trained.items() if name in inside and p.ndim > 1}
-        if others := [name for name in matrices if name not in linear]:
-            raise HFTError(f"mixout mixes the columns of linear layers, and {others[0]} is none; use another update")
         trained = matrices
     return {name: parameter.detach().clone() for name, parameter in trained.items()}
 
@@ -199,6 +200,8 @@ class PullToStart(TrainerCallback):
         names = {parameter: name for name, parameter in model.named_parameters()}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
+                if parameter.grad is None:  # a schedule has frozen it for now
+                    continue
                 start = self.start[names[parameter]]
                 parameter.sub_(group["lr"] * self.strength * (parameter - start))
 

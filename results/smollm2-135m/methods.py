@@ -1,18 +1,19 @@
-"""Ten steps of every method, one after the other: python methods.py DATASET OUT [METHOD ...].
+"""Ten steps of every method, one after the other in one process: python methods.py DATASET OUT [METHOD ...].
 
-Prints a table row each: seconds a step, bytes of optimizer state, trainable share and losses. FFT comes first, in the
-middle and last, which shows how much the machine itself varies.
+Writes OUT.md, a row each: seconds a step, bytes of optimizer state, trainable share and training losses, which all
+methods take on the same rows. FFT comes first, in the middle and last, which shows how much the machine itself varies.
 """
 
 import itertools
 import json
+import shutil
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
+
+from hft.cli import main
 
 dataset, out = sys.argv[1], Path(sys.argv[2])
 methods = sys.argv[3:] or sorted(path.stem for path in Path("recipes/methods").glob("*.yaml") if path.stem != "fft")
@@ -41,40 +42,22 @@ def state_bytes(path: Path) -> int:
 
 
 HEAD = ("method", "s a step", "of FFT", "optimizer state, MB", "trains, % of layers", "of model", "first loss", "last")
-print("| " + " | ".join([*HEAD, "held-out"]) + " |")
-print("| --- |" + " --- |" * 8, flush=True)
-rows = []
+table = "| " + " | ".join(HEAD) + " |\n| --- |" + " --- |" * (len(HEAD) - 1) + "\n"
+usual: list[float] = []
 for number, method in enumerate(plan):
     folder = out / f"{number}-{method}"
-    command = [sys.executable, "-m", "hft", "sft", "--config", "recipes/smollm2-135m/sft.yaml"]
-    command += [f"recipes/methods/{method}.yaml", "--dataset_name", dataset, "--output_dir", str(folder)]
-    command += ["--max_steps", "10", "--save_steps", "10", "--eval_steps", "10", "--eval_on_start", "false"]
-    command += [
-        "--logging_steps",
-        "1",
-        "--global_batch_size",
-        "4",
-        "--eval_rows",
-        "16",
-        "--report_to",
-        "none",
-        *SHORT.get(method, []),
-    ]
-    start = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{method}: {done.stderr[-2000:]}")
+    words = ["sft", "--config", "recipes/smollm2-135m/sft.yaml", f"recipes/methods/{method}.yaml"]
+    words += ["--dataset_name", dataset, "--output_dir", str(folder), "--report_to", "none", "--logging_steps", "1"]
+    words += ["--max_steps", "10", "--save_steps", "10", "--eval_strategy", "no", "--eval_on_start", "false"]
+    assert main([*words, "--global_batch_size", "4", *SHORT.get(method, [])]) == 0
     results = json.loads((folder / "results.json").read_text())
-    checkpoint = folder / "checkpoint-10"
-    share = results["trainable_share"] | {
-        "layers": results.get("schedule_shares", {}).get("mean") or results["trainable_share"]["layers"]
-    }
-    rows.append((method, seconds_a_step(checkpoint / "trainer_state.json"), state_bytes(checkpoint / "optimizer.pt")))
-    usual = statistics.median(seconds for name, seconds, _ in rows if name == "fft")
-    print(
-        f"| {method} | {rows[-1][1]:.2f} | {rows[-1][1] / usual:.2f} | {rows[-1][2] / 1e6:.1f} | {share['layers']:.1%} "
-        f"| {share['model']:.1%} | {results['first_loss']:.4f} | {results['last_loss']:.4f} "
-        f"| {results['held_out']['loss'][-1]:.4f} |",
-        flush=True,
+    layers = results.get("schedule_shares", {}).get("mean") or results["trainable_share"]["layers"]
+    seconds = seconds_a_step(folder / "checkpoint-10" / "trainer_state.json")
+    usual += [seconds] if method == "fft" else []
+    table += (
+        f"| {method} | {seconds:.2f} | {seconds / statistics.median(usual):.2f} "
+        f"| {state_bytes(folder / 'checkpoint-10' / 'optimizer.pt') / 1e6:.1f} | {layers:.1%} "
+        f"| {results['trainable_share']['model']:.1%} | {results['first_loss']:.4f} | {results['last_loss']:.4f} |\n"
     )
-    print(f"{method}: {time.monotonic() - start:.0f} s in all", file=sys.stderr)
+    Path(f"{out}.md").write_text(table)
+    shutil.rmtree(folder)
