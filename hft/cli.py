@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -19,7 +20,7 @@ usage: hft COMMAND ...
   hft verify OUT [--base BASE]
                             hold a model's frozen half against its base, bit by bit
   hft reset --tuned TUNED --base BASE --out OUT [--policy category] [--seed 0] [--key value ...]
-                            Half-Reset: put what would be frozen back to the base
+                            Half-Reset: put what would be frozen back to the base; --fraction stays tuned
   hft merge --method METHOD --models MODEL ... [--base BASE] --out OUT [--key value ...]
                             merge by average, ties, dare, dare-ties, slerp or wise-ft, or an adapter into its base
   hft diff START MODEL ... [--out FOLDER] [--group LAYERS]
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # TRL's own default uses this key, which transformers is renaming.
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
+    # On many processors it warns of a kernel that it lacks, whether or not anything is quantised.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     from hft.errors import HFTError
 

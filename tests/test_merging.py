@@ -83,7 +83,7 @@ def same(ours: Path, theirs: dict[str, torch.Tensor]) -> bool:
     "flags",
     [[], ["--policy", "layer"], ["--policy", "model", "--seed", "3"], ["--policy", "explicit", "--freeze", "q_proj"]],
 )
-def test_reset_puts_back_what_hft_would_freeze_and_nothing_else(tmp_path, tuned, tiny, flags):
+def test_reset_puts_back_what_hft_would_freeze_and_nothing_else(tmp_path, tuned, tiny, capsys, flags):
     assert reset(tuned, tiny, tmp_path / "out", *flags) == 0
     given = dict(zip([flag.lstrip("-") for flag in flags[::2]], flags[1::2], strict=True))
     config = SelectionConfig(
@@ -98,8 +98,13 @@ def test_reset_puts_back_what_hft_would_freeze_and_nothing_else(tmp_path, tuned,
         assert identical(tensor, base[name] if name in frozen else before[name]), name
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}.isdisjoint(frozen)
 
+    capsys.readouterr()
     assert main(["verify", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert f"reset: {len(frozen)} of {len(frozen)} tensors bit-identical" in text
+    assert f"tuned: {39 - len(frozen)} of {39 - len(frozen)} tensors bit-identical" in text
     manifest = Manifest.load(tmp_path / "out")
+    assert manifest.tuned == str(tuned)
     assert (manifest.base, list(manifest.frozen)) == (str(tiny), frozen)
     assert (tmp_path / "out" / "selection.png").stat().st_size > 1000
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -127,6 +132,50 @@ def test_verify_finds_what_was_not_reset(tmp_path, tuned, tiny):
     assert reset(tuned, tiny, tmp_path / "out") == 0
     shutil.copy(tuned / "model.safetensors", tmp_path / "out")
     assert main(["verify", str(tmp_path / "out")]) == 1
+
+
+def test_verify_finds_what_did_not_stay_tuned(tmp_path, tuned, tiny, capsys):
+    own = shutil.copytree(tuned, tmp_path / "own")
+    assert reset(own, tiny, tmp_path / "out") == 0
+    text = capsys.readouterr().out
+    assert "units stay tuned, the others go back; embeddings and head stay tuned" in text
+    assert "train" not in text
+    content = tensors(tmp_path / "out")
+    content["model.norm.weight"][0] += 1
+    save_file(content, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    assert main(["verify", str(tmp_path / "out")]) == 1
+    assert "MISMATCH model.norm.weight" in capsys.readouterr().out
+    shutil.rmtree(own)
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert f"tuned: not compared, {own} is not at hand" in capsys.readouterr().out
+
+
+def test_a_reset_that_would_change_nothing_is_refused(tmp_path, tuned, tiny, capsys):
+    assert reset(tuned, tiny, tmp_path / "one") == 0
+    assert reset(tmp_path / "one", tiny, tmp_path / "again") == 2
+    assert "already has the base's values there: nothing would be reset" in error_of(capsys)
+    assert reset(shutil.copytree(tiny, tmp_path / "same"), tiny, tmp_path / "again") == 2
+    assert "already has the base's values there" in error_of(capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "same"]
+
+
+def test_flags_win_over_a_resets_recipe_under_either_name_of_the_seed(tmp_path, tuned, tiny, capsys):
+    files = ["--config", "recipes/smollm2-135m/reset.yaml", "recipes/methods/hft-layer.yaml"]
+    given = tmp_path / "seed.yaml"
+    given.write_text("selection_seed: 3\n")
+    assert reset(tuned, tiny, tmp_path / "one", *files, str(given), "--seed", "1") == 0
+    selection = Manifest.load(tmp_path / "one").selection
+    assert (selection["policy"], selection["selection_seed"]) == ("layer", 1)
+    assert reset(tuned, tiny, tmp_path / "two", "--policy", "importance") == 2
+    assert "the importance policy needs a training run" in error_of(capsys)
+
+
+def test_an_empty_folder_behind_a_link_is_written_to(tmp_path, tuned, tiny):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    assert reset(tuned, tiny, tmp_path / "link") == 0
+    assert (tmp_path / "there" / "model.safetensors").exists()
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_reset_tensors_keep_the_bases_dtype(tmp_path, tuned, tiny, capsys):
@@ -196,7 +245,7 @@ def test_average_slerp_and_wise_ft_are_their_formulas(tmp_path, trio, tiny, caps
     assert merge("wise-ft", tmp_path / "wise", trio[1:2], trio[0], "--alpha", "0.3") == 0
     assert merge("slerp", tmp_path / "line", trio[:2], None, "--t", "0.3") == 0
     assert "slerp: 30 tensors along the arc, 9 along the line" in capsys.readouterr().out
-    assert merge("slerp", tmp_path / "arc", [trio[0], far], None, "--t", "0.3") == 0
+    assert merge("slerp", tmp_path / "arc", [trio[0], far], trio[2], "--t", "0.3") == 0  # a base changes nothing
     assert "slerp: 39 tensors along the arc, 0 along the line" in capsys.readouterr().out
     for name in p:
         a, b = p[name].double().numpy(), f[name].double().numpy()
@@ -317,6 +366,16 @@ def test_bin_files_are_read_and_tensors_that_are_no_parameters_are_the_first_mod
     assert same(tmp_path / "out", tensors(tmp_path / "plain") | extra)
 
 
+def test_tensors_that_are_no_parameters_may_be_integers(tmp_path, tuned, tiny):
+    extra = {"mask": torch.tensor([0, 255], dtype=torch.uint8), "flags": torch.tensor([True, False])}
+    old = shutil.copytree(tuned, tmp_path / "old")
+    save_file(tensors(tuned) | extra, old / "model.safetensors", metadata={"format": "pt"})
+    assert merge("average", tmp_path / "out", [old, tiny]) == 0
+    content = tensors(tmp_path / "out")
+    assert all(identical(content[name], extra[name]) for name in extra)
+    assert len(content) == 41
+
+
 def test_an_adapter_becomes_a_plain_model(tmp_path, tiny, capsys):
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     torch.manual_seed(0)
@@ -348,7 +407,6 @@ def test_an_adapter_becomes_a_plain_model(tmp_path, tiny, capsys):
     ("words", "message"),
     [
         (["--method", "ties", "--models", "S", "--out", "O"], "ties needs --base"),
-        (["--method", "average", "--models", "S", "D", "--base", "P", "--out", "O"], "average takes no base"),
         (["--method", "average", "--models", "S", "--out", "O"], "average takes 2 models or more, got 1"),
         (["--method", "slerp", "--models", "P", "S", "D", "--out", "O"], "slerp takes 2 models, got 3"),
         (["--method", "wise-ft", "--models", "S", "D", "--base", "P", "--out", "O"], "wise-ft takes 1 model, got 2"),
@@ -360,6 +418,10 @@ def test_an_adapter_becomes_a_plain_model(tmp_path, tiny, capsys):
         (["--method", "dare", "--models", "S", "--base", "P", "--out", "O", "--drop", "1"], "drop must be less than 1"),
         (["--method", "wise-ft", "--models", "S", "--base", "P", "--out", "O", "--alpha", "-1"], "alpha must lie in"),
         (["--method", "average", "--models", "S", "D", "--out", "O", "--weights", "1"], "weights must be 2"),
+        (["--method", "average", "--models", "S", "D", "--out", "O", "--weights", "1", "-1"], "which must not be 0"),
+        (["--method", "dare", "--models", "S", "--base", "P", "--out", "O", "--weights", "nan"], "weights must be 1"),
+        (["--method", "average", "--models", "S", "D", "--out", "O", "--max_shard_size", "huge"], "such as 5GB"),
+        (["--method", "average", "--models", "S", "D", "--out", "."], "is the current folder"),
         (["--method", "average", "--models", "S", "D", "--out", "O", "--weigths", "1"], "did you mean 'weights'"),
         (["--method", "mean", "--models", "S", "D", "--out", "O"], "method: invalid choice"),
         (["--models", "S", "D", "--out", "O"], "method, models and out are needed"),
@@ -370,11 +432,12 @@ def test_an_adapter_becomes_a_plain_model(tmp_path, tiny, capsys):
         (["--method", "average", "--models", "S", "gone", "--out", "O"], "there is no folder"),
     ],
 )
-def test_what_a_method_does_not_take_is_refused(tmp_path, trio, capsys, words, message):
+def test_what_a_method_does_not_take_is_refused(tmp_path, trio, capsys, monkeypatch, words, message):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note.txt").write_text("mine")
     places = {letter: str(folder) for letter, folder in zip("PSD", trio, strict=True)}
     places |= {name: str(tmp_path / name) for name in ("O", "full", "gone")}
+    monkeypatch.chdir(tmp_path)
     assert main(["merge", *(places.get(word, word) for word in words)]) == 2
     assert message in error_of(capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
@@ -396,6 +459,9 @@ def test_models_that_do_not_fit_are_refused_with_the_first_difference(tmp_path, 
     refused(tuned, "are the same model")
     refused(other("vocab", vocab_size=2049), "vocab_size is 2048 in the one and 2049 in the other")
     refused(other("tied", tie_word_embeddings=True), "tie_word_embeddings is False in the one and True in the other")
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    refused(other("rope", rope_parameters=rope), "rope_parameters is {'rope_theta': 10000.0, 'rope_type': 'default'}")
+    refused(other("gelu", hidden_act="gelu"), "hidden_act is silu in the one and gelu in the other")
     refused(other("deep", num_hidden_layers=5), "only the other has model.layers.4.self_attn.q_proj.weight")
     refused(other("wide", intermediate_size=360), "has shape [352, 128] in the one and [360, 128] in the other")
     qwen = AutoConfig.for_model("qwen2", vocab_size=2048, hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
@@ -414,6 +480,9 @@ def test_models_that_do_not_fit_are_refused_with_the_first_difference(tmp_path, 
     assert "model.layers.1.mlp.up_proj.weight would hold NaN or infinity" in error_of(capsys)
     assert reset(tuned, tiny, tmp_path / "out", "--policy", "all") == 2
     assert "nothing would be reset" in error_of(capsys)
+    assert merge("average", tmp_path / "merge", [tuned, tiny]) == 0
+    assert main(["verify", str(tmp_path / "merge")]) == 2
+    assert "there is nothing to verify: it is a merge" in error_of(capsys)
     assert reset(tuned, tiny, tmp_path / "out", "--seed", "1", "--selection_seed", "2") == 2
     assert "here they differ" in error_of(capsys)
     assert not list(tmp_path.glob(".out*"))
@@ -570,4 +639,6 @@ def test_models_stored_expert_by_expert_are_refused(tmp_path, capsys):
     small("mixtral").save_pretrained(tmp_path / "a")
     words = ["merge", "--method", "average", "--models", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out"]
     assert main(list(map(str, words))) == 2
-    assert "models that are stored in another form, as experts are, cannot be combined" in error_of(capsys)
+    message = error_of(capsys)
+    assert "where transformers computes with model.layers.0.mlp." in message
+    assert "only models stored as they are computed can be combined" in message
