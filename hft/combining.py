@@ -405,8 +405,6 @@ def base_of(adapter: PeftConfig, config: MergeConfig) -> Checkpoint:
 
 def speed(inputs: Sequence[Checkpoint], written: int, seconds: float) -> str:
     """Bytes read and written, and how fast, in words."""
-    read = sum(checkpoint.bytes_read for checkpoint in inputs)
-    return (
-        f"read {read / 1e9:.2f} GB, wrote {written / 1e9:.2f} GB in {seconds:.1f} s: "
-        f"{(read + written) / 1e9 / seconds:.2f} GB/s"
-    )
+    read, size = sum(checkpoint.bytes_read for checkpoint in inputs), tqdm.format_sizeof
+    rate = size((read + written) / seconds, "B/s")
+    return f"read {size(read, 'B')}, wrote {size(written, 'B')} in {seconds:.1f} s: {rate}"

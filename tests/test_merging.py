@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -401,6 +401,90 @@ def test_an_adapter_becomes_a_plain_model(tmp_path, tiny, capsys):
     assert "learned prompts are no weights to merge" in error_of(capsys)
     assert merge("adapter", tmp_path / "no", [tiny]) == 2
     assert "holds no adapter that PEFT saved" in error_of(capsys)
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "osf"])
+def test_an_adapter_that_was_trained_merges_into_what_peft_computes(tmp_path, trio, sft, capsys, method):
+    small = ["--per_device_train_batch_size", "4", "--global_batch_size", "4", "--max_length", "64"]
+    tiny = trio[0]  # in fp32, so that the merged weights are not rounded
+    assert sft(tmp_path / "adapter", *small, "--max_steps", "2", method=method, model=tiny) == 0
+    capsys.readouterr()
+    assert merge("adapter", tmp_path / "out", [tmp_path / "adapter"]) == 0
+    assert "read 5.31MB, wrote 5.31MB" in capsys.readouterr().out
+    plain = AutoModelForCausalLM.from_pretrained(tiny)
+    words = torch.arange(40, 60)[None]
+    with torch.no_grad():
+        start = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)(words).logits
+        adapted = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval().float()(words).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(words).logits
+    assert (adapted - start).abs().max() > 1e-3
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path, tiny, capsys):
+    def refused(message: str, *flags: str) -> None:
+        assert (
+            main(["merge", "--method", "adapter", "--models", str(adapter), "--out", str(tmp_path / "out"), *flags])
+            == 2
+        )
+        assert message in error_of(capsys)
+        assert not (tmp_path / "out").exists()
+
+    def named(base: str | None) -> None:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+
+    adapter, config = tmp_path / "adapter", AutoConfig.from_pretrained(tiny)
+    config.tie_word_embeddings = True
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tied")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
+    lora = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(base, lora)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.add_(1)
+    model.save_pretrained(adapter)
+    tied = ["--base", str(tmp_path / "tied")]
+    refused("changes the head, which", *tied)
+
+    for nothing in (None, ""):
+        named(nothing)
+        refused("name its base with --base")
+    named(str(tmp_path / "gone"))
+    refused("there is no folder")
+    named(str(tmp_path / "tied"))
+    whole = (adapter / "adapter_model.safetensors").read_bytes()
+    (adapter / "adapter_model.safetensors").write_bytes(whole[:-100])
+    refused("cannot merge")
+    (adapter / "adapter_model.safetensors").unlink()
+    refused("cannot merge")
+    assert reset(adapter, tiny, tmp_path / "out") == 2
+    assert "is an adapter; `hft merge --method adapter" in error_of(capsys)
+
+
+def test_an_adapters_folder_gives_its_tokenizer_and_not_its_config(tmp_path, tiny):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=4, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "config.json").write_text("{}")
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("mine")
+    assert merge("adapter", tmp_path / "out", [tmp_path / "adapter"], tiny) == 0
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "mine"
+    assert (tmp_path / "out" / "config.json").read_text() == (tiny / "config.json").read_text()
+
+
+def test_make_names_the_models_of_a_reset_and_of_merges():
+    targets = ["reset", "merge-ties-sd", "merge-average-sd"]
+    command = ["make", "-n", *targets, "MODEL=llama2-7b"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout.replace("\\\n", " ")
+    lines = [
+        line.split("hft ", 1)[1].split() for line in text.splitlines() if "hft reset" in line or "hft merge" in line
+    ]
+    both = ["--models", "runs/llama2-7b-sft-fft", "runs/llama2-7b-dpo-fft"]
+    reset, ties, average = lines
+    assert reset == ["reset", "--config", "recipes/llama2-7b/reset.yaml", "--out", "runs/llama2-7b-reset"]
+    assert ties[:6] == ["merge", "--config", "recipes/merges/ties-sd.yaml", *both]
+    assert ties[6:] == ["--base", "meta-llama/Llama-2-7b-hf", "--out", "runs/llama2-7b-merge-ties-sd"]
+    assert average[:6] == ["merge", "--config", "recipes/merges/average-sd.yaml", *both]
+    assert average[-2:] == ["--out", "runs/llama2-7b-merge-average-sd"]
 
 
 @pytest.mark.parametrize(
