@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from hft.anatomy import meta_model, some
 from hft.errors import HFTError
@@ -69,7 +68,7 @@ class Checkpoint:
                 is an adapter.
         """
         folder = local_folder(name, revision)
-        if (folder / ADAPTER_CONFIG).exists():
+        if (folder / ADAPTER_CONFIG_NAME).exists():
             raise HFTError(
                 f"{name} is an adapter; `hft merge --method adapter --models {name} --out MODEL` makes a model of it"
             )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -471,6 +472,20 @@ def test_an_adapters_folder_gives_its_tokenizer_and_not_its_config(tmp_path, tin
     assert (tmp_path / "out" / "config.json").read_text() == (tiny / "config.json").read_text()
 
 
+def test_an_adapters_base_is_taken_at_its_revision(tmp_path, tiny, tuned, monkeypatch):
+    for revision, model in {"main": tiny, "second": tuned}.items():
+        shutil.copytree(model, tmp_path / "models--some--model" / "snapshots" / (revision * 40)[:40])
+        (tmp_path / "models--some--model" / "refs").mkdir(exist_ok=True)
+        (tmp_path / "models--some--model" / "refs" / revision).write_text((revision * 40)[:40])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=4, target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = "some/model"
+    model.peft_config["default"].revision = "second"
+    model.save_pretrained(tmp_path / "adapter")  # adds nothing yet
+    assert merge("adapter", tmp_path / "out", [tmp_path / "adapter"]) == 0
+    assert same(tmp_path / "out", tensors(tuned))
+
+
 def test_make_names_the_models_of_a_reset_and_of_merges():
     targets = ["reset", "merge-ties-sd", "merge-average-sd"]
     command = ["make", "-n", *targets, "MODEL=llama2-7b"]
@@ -615,13 +630,18 @@ def test_a_full_disk_leaves_nothing(tmp_path, tuned, tiny, capsys, monkeypatch):
 
 SCRIPT = """
 import os, re, signal, sys
-from hft import streaming
 from hft.cli import main
 
 def anonymous():  # pages of mapped files count as resident too, but the kernel takes them back when it needs them
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
-folder, pieces, peak = sys.argv[1], streaming.Checkpoint.pieces, 0
+folder, peak = sys.argv[1], 0
+words = ["merge", "--method", "ties", "--base"]
+small = [sys.argv[2], "--models", sys.argv[3], "--out", f"{folder}/small"]
+assert main([*words, *small]) == 0  # loads what is loaded at the first use
+
+from hft import streaming
+pieces = streaming.Checkpoint.pieces
 
 def watched(self, name):
     global peak
@@ -630,9 +650,6 @@ def watched(self, name):
         peak = max(peak, anonymous())
 
 streaming.Checkpoint.pieces = watched
-words = ["merge", "--method", "ties", "--base"]
-small = [sys.argv[2], "--models", sys.argv[3], "--out", f"{folder}/small"]
-assert main([*words, *small]) == 0  # loads what is loaded at the first use
 before, peak = anonymous(), 0
 words += [f"{folder}/P", "--models", f"{folder}/S", f"{folder}/D"]
 assert main([*words, "--out", f"{folder}/big", "--trim", "global", "--max_shard_size", "40MB"]) == 0
@@ -666,6 +683,7 @@ def test_a_merge_needs_little_memory_and_a_killed_one_leaves_no_model(tmp_path, 
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     peak = int(process.stdout.partition("peak ")[2].split()[0])
     assert peak < 4 * largest, process.stderr
+    assert "gemm_4bit" not in process.stderr  # of bitsandbytes, which peft imports
     assert process.returncode == -9
     assert not (tmp_path / "killed").exists()
     assert (tmp_path / ".killed.partial").exists()
