@@ -18,11 +18,12 @@ from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hft import streaming
+from hft import combining, streaming
 from hft.anatomy import anatomy_of, meta_model
 from hft.cli import main
 from hft.combining import METHODS, MergeConfig, ResetConfig, check_method
 from hft.config import Parser, fill, resolve
+from hft.errors import HFTError
 from hft.merging import Trim, drop, elect, slerp_factors
 from hft.selection import Manifest, SelectionConfig, select
 from hft.weights import Weights
@@ -625,7 +626,23 @@ def test_a_full_disk_leaves_nothing(tmp_path, tuned, tiny, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
     assert reset(tuned, tiny, tmp_path / "out") == 2
     assert "has 0.0 GB free" in error_of(capsys)
+    monkeypatch.setattr(combining, "Trim", None)  # its passes would take long
+    assert merge("ties", tmp_path / "out", [tuned], tiny, "--trim", "global") == 2
+    assert "has 0.0 GB free" in error_of(capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_read_is_not_said_to_be_unwritable(tmp_path):
+    with (
+        pytest.raises(HFTError, match=f"^cannot read {tmp_path / 'gone'}: No such file"),
+        streaming.new_folder(tmp_path / "out"),
+    ):
+        (tmp_path / "gone").read_text()
+    with (
+        pytest.raises(HFTError, match=f"^cannot write {tmp_path / 'out'}: No such file"),
+        streaming.new_folder(tmp_path / "out") as folder,
+    ):
+        (folder / "gone" / "model.safetensors").write_text("")
 
 
 SCRIPT = """
