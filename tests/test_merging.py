@@ -164,10 +164,11 @@ def test_a_reset_that_would_change_nothing_is_refused(tmp_path, tuned, tiny, cap
 def test_flags_win_over_a_resets_recipe_under_either_name_of_the_seed(tmp_path, tuned, tiny, capsys):
     files = ["--config", "recipes/smollm2-135m/reset.yaml", "recipes/methods/hft-layer.yaml"]
     given = tmp_path / "seed.yaml"
-    given.write_text("selection_seed: 3\n")
-    assert reset(tuned, tiny, tmp_path / "one", *files, str(given), "--seed", "1") == 0
-    selection = Manifest.load(tmp_path / "one").selection
-    assert (selection["policy"], selection["selection_seed"]) == ("layer", 1)
+    for theirs, ours in (("selection_seed: 3", "--seed"), ("selection_seed: 2\nseed: 3", "--selection_seed")):
+        given.write_text(theirs)
+        assert reset(tuned, tiny, tmp_path / ours, *files, str(given), ours, "1") == 0
+        selection = Manifest.load(tmp_path / ours).selection
+        assert (selection["policy"], selection["selection_seed"]) == ("layer", 1)
     assert reset(tuned, tiny, tmp_path / "two", "--policy", "importance") == 2
     assert "the importance policy needs a training run" in error_of(capsys)
 
