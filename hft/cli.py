@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -19,14 +20,18 @@ usage: hft COMMAND ...
   hft verify OUT [--base BASE]
                             hold a model's frozen half against its base, bit by bit
   hft reset --tuned TUNED --base BASE --out OUT [--policy category] [--seed 0] [--key value ...]
-                            Half-Reset: put what would be frozen back to the base
+                            Half-Reset: put what would be frozen back to the base; --fraction stays tuned
   hft merge --method METHOD --models MODEL ... [--base BASE] --out OUT [--key value ...]
                             merge by average, ties, dare, dare-ties, slerp or wise-ft, or an adapter into its base
-  hft diff START MODEL ... [--out FOLDER] [--json FILE]
+  hft diff START MODEL ... [--out FOLDER] [--group LAYERS]
                             how far models have moved from where they started, by layer, block and rounds trained
   hft fetch MODEL [FOLDER]  make smollm2-135m or tiny, by default in models/MODEL
   hft demo [FOLDER]         write the demo data, by default to data/
 """
+
+HELP = ("-h", "--help")
+# Commands whose settings are so many that they have a help of their own.
+PARSED = ("sft", "dpo", "plan", "reset", "merge")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,10 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # TRL's own default uses this key, which transformers is renaming.
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
+    # On many processors it warns of a kernel that it lacks, whether or not anything is quantised.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     from hft.errors import HFTError
 
+    asked = command in HELP or (command not in PARSED and any(word in HELP for word in rest))
     try:
+        if asked:
+            print(USAGE, end="")
+            return 0
         if command in ("sft", "dpo"):
             return _train(command, rest)
         if command == "plan" and rest[:1] in (["sft"], ["dpo"]):
@@ -57,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fetch(*rest)
         if command == "demo" and len(rest) <= 1:
             return _demo(*rest)
-        print(USAGE, end="", file=sys.stdout if command in ("-h", "--help") else sys.stderr)
-        return 0 if command in ("-h", "--help") else 2
+        print(USAGE, end="", file=sys.stderr)
+        return 2
     except HFTError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"hft: {error}", file=sys.stderr)

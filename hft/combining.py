@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -20,11 +23,21 @@ from hft.errors import HFTError
 from hft.folders import CONFIG_NAME, PICTURE_NAME, check_base, verify_folder
 from hft.merging import LINE, Trim, drop, elect, slerp_factors, weighted_sum
 from hft.processes import indented, say
-from hft.selection import Manifest, SelectionConfig, select
+from hft.selection import Manifest, Selection, SelectionConfig, select
 from hft.selection.manifest import rounds_so_far
 from hft.selection.masks import save_masks
 from hft.selection.picture import draw_selection
-from hft.streaming import PIECE, Checkpoint, check_alike, check_out, copy_companions, new_folder, together, write_model
+from hft.streaming import (
+    PIECE,
+    TOKENIZER,
+    Checkpoint,
+    check_alike,
+    check_out,
+    copy_companions,
+    new_folder,
+    together,
+    write_model,
+)
 from hft.weights import checksum, local_folder, widest
 
 Pieces = Callable[[str], Iterator[torch.Tensor]]
@@ -38,6 +51,7 @@ class ResetConfig:
     base: str | None = field(default=None, metadata={"help": "The model that it was tuned from."})
     out: str | None = field(default=None, metadata={"help": "Folder for the result."})
     seed: int | None = field(default=None, metadata={"help": "Short for selection_seed."})
+    method: str | None = field(default=None, metadata={"help": "Of no effect, so that a method's file can be given."})
     max_shard_size: str = field(default="5GB", metadata={"help": "Largest size of a file."})
 
 
@@ -46,13 +60,22 @@ class MergeConfig:
     """How `hft merge` merges what."""
 
     method: Literal["average", "ties", "dare", "dare-ties", "slerp", "wise-ft", "adapter"] | None = field(
-        default=None, metadata={"help": "See hft/merging.py."}
+        default=None,
+        metadata={
+            "help": "average: the mean of the weights; ties: the largest deltas, by the sign that wins; dare: random "
+            "deltas, rescaled; dare-ties: those, by the sign that wins; slerp: on the arc between two models; wise-ft: "
+            "on the line from base to model; adapter: an adapter of PEFT's added to its base."
+        },
     )
     models: list[str] | None = field(default=None, metadata={"help": "Models to merge: folders or Hub ids."})
     base: str | None = field(default=None, metadata={"help": "The model that they were all tuned from."})
     out: str | None = field(default=None, metadata={"help": "Folder for the result."})
     weights: list[float] | None = field(
-        default=None, metadata={"help": "A weight a model; by default equal ones that sum to 1 (average, dare)."}
+        default=None,
+        metadata={
+            "help": "A weight a model, by default equal ones that sum to 1; average divides them by their sum, dare "
+            "takes them as they are."
+        },
     )
     density: float = field(default=0.2, metadata={"help": "Share of each model's deltas to keep (ties)."})
     trim: Literal["tensor", "global"] = field(
@@ -79,21 +102,21 @@ class Method:
 
     Attributes:
         models: fewest and most models.
-        base: whether it takes a base; None where it may.
+        base: whether it needs a base; None where one may be given, which average and slerp make no use of.
         keys: which of `MergeConfig`'s settings it has.
     """
 
     models: tuple[int, int | None]
-    base: bool | None
+    base: Literal[True] | None
     keys: tuple[str, ...]
 
 
 METHODS = {
-    "average": Method((2, None), False, ("weights",)),
+    "average": Method((2, None), None, ("weights",)),
     "ties": Method((1, None), True, ("density", "trim", "scale")),
     "dare": Method((1, None), True, ("drop", "seed", "weights", "scale")),
     "dare-ties": Method((1, None), True, ("drop", "seed", "scale")),
-    "slerp": Method((2, 2), False, ("t",)),
+    "slerp": Method((2, 2), None, ("t",)),
     "wise-ft": Method((1, 1), True, ("alpha",)),
     "adapter": Method((1, 1), None, ()),
 }
@@ -111,9 +134,11 @@ def reset(arguments: Sequence[str]) -> int:
     Raises:
         HFTError: the models do not fit together, the base is not what its manifest says, or the folder is not free.
     """
-    given, _, _ = resolve(Parser(ResetConfig, SelectionConfig), arguments)
-    given = with_round(given)
+    given, flags, _ = resolve(Parser(ResetConfig, SelectionConfig), arguments)
+    given = with_round(with_seed(given, flags))
     config = fill(ResetConfig, given)
+    if given.get("policy") == "importance":
+        raise HFTError("a reset draws units, and the importance policy needs a training run; choose another policy")
     if not (config.tuned and config.base and config.out):
         raise HFTError("tuned, base and out are needed: give --tuned T --base B --out O, or a recipe with --config")
     out, tuned, base = Path(config.out), Checkpoint.open(config.tuned), Checkpoint.open(config.base)
@@ -125,7 +150,7 @@ def reset(arguments: Sequence[str]) -> int:
     frozen, masks = selection.frozen_parameters, selection.frozen_masks
     if not frozen and not masks:
         raise HFTError(f"the {selection.config.policy} policy freezes nothing here, so nothing would be reset")
-    say(f"resetting what would be frozen under this selection to {base.name}", indented(selection.summary()))
+    say(f"resetting what would be frozen under this selection to {base.name}", indented(in_words(selection)))
     if recast := [name for name in frozen if base.specs[name].dtype != tuned.specs[name].dtype]:
         a, b = base.specs[recast[0]].dtype, tuned.specs[recast[0]].dtype
         say(f"NOTE: reset tensors stay in the base's {a}, the others in {b}; load in a dtype that holds both")
@@ -133,37 +158,63 @@ def reset(arguments: Sequence[str]) -> int:
     if recast := [name for name in masks if base.specs[name].dtype != tuned.specs[name].dtype]:
         raise HFTError(f"part of {recast[0]} would be reset, but the two are stored in different dtypes; save one anew")
 
+    differs = False
+
     def pieces(name: str) -> Iterator[torch.Tensor]:
-        if name not in masks:
+        nonlocal differs
+        if name not in masks and (differs or name not in frozen):
             yield from source[name].pieces(name)
             return
-        frozen_here = masks[name].tensor().expand(tuned.specs[name].shape).reshape(-1).split(PIECE)
-        for mask, ours, theirs in zip(frozen_here, tuned.pieces(name), base.pieces(name), strict=True):
-            yield torch.where(mask, theirs, ours)
+        mask = masks[name].tensor() if name in masks else torch.ones((), dtype=torch.bool)
+        frozen_here = mask.expand(tuned.specs[name].shape).reshape(-1).split(PIECE)
+        for here, ours, theirs in zip(frozen_here, tuned.pieces(name), base.pieces(name), strict=True):
+            differs = differs or bool((here & (ours != theirs)).any())
+            yield torch.where(here, theirs, ours.to(theirs.dtype))
 
     source = dict.fromkeys(tuned.specs, tuned) | dict.fromkeys(frozen, base)
     specs = {name: checkpoint.specs[name] for name, checkpoint in source.items()}
     with new_folder(out) as folder:
         start = time.monotonic()
         written = write_model(folder, tuned, pieces, specs=specs, max_shard_size=config.max_shard_size)
+        if not differs:
+            raise HFTError(f"{tuned.name} already has the base's values there: nothing would be reset")
         say(speed([tuned, base], written, time.monotonic() - start))
         checksums = {name: checksum(base.weights[name]) for name in frozen}
         for name, mask in masks.items():
             checksums[name] = checksum(base.weights[name][mask.tensor().expand(base.specs[name].shape)])
-        Manifest.of(selection, config.base, checksums).save(folder)
+        Manifest.of(selection, config.base, checksums, tuned=config.tuned).save(folder)
         save_masks(folder, masks)
-        draw_selection(selection, "Half-Reset").savefig(folder / PICTURE_NAME)
+        draw_selection(selection, "Half-Reset", ("stay tuned", "go back")).savefig(folder / PICTURE_NAME)
         (folder / CONFIG_NAME).write_text(to_yaml(given))
     found = verify_folder(out)
     say("verify", indented(found.report()), "", str(out))
     return 0 if found.ok else 1
 
 
-def with_round(given: dict[str, Any]) -> dict[str, Any]:
-    """The keys given, with `seed` under its long name, and the round that follows the base's."""
-    if "seed" in given and given.get("selection_seed", given["seed"]) != given["seed"]:
+def in_words(selection: Selection) -> str:
+    """What a reset does by a selection: for each block how many units stay, and the shares."""
+    config = selection.config
+    counts = ", ".join(f"{block} {kept}/{total}" for block, (kept, total) in selection.counts().items())
+    ends = "go back" if config.freeze_embeddings else "stay tuned"
+    parts = f"of {len(selection.frozen_masks)} tensors a part goes back\n" if selection.frozen_masks else ""
+    return (
+        f"{config.policy} policy, seed {config.selection_seed}, round {config.round}: {counts} units stay tuned, the "
+        f"others go back; embeddings and head {ends}\n{parts}{selection.share_of_layers:.1%} of the layers and "
+        f"{selection.share_of_model:.1%} of the whole model stay tuned"
+    )
+
+
+def with_seed(given: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """The keys given, with `seed` under its long name; a flag wins over the files, whichever name each uses."""
+    if "seed" in flags and flags.get("selection_seed", flags["seed"]) != flags["seed"]:
         raise HFTError("seed is short for selection_seed, and here they differ; give one of them")
-    given = {"selection_seed" if key == "seed" else key: value for key, value in given.items()}
+    seeds = [layer[key] for layer in (flags, given) for key in reversed(layer) if key in ("seed", "selection_seed")]
+    rest = {key: value for key, value in given.items() if key not in ("seed", "selection_seed")}
+    return rest | ({"selection_seed": seeds[0]} if seeds else {})
+
+
+def with_round(given: dict[str, Any]) -> dict[str, Any]:
+    """The keys given, and the round that follows the base's."""
     rounds = rounds_so_far(given.get("base") or "")
     return ({"round": rounds[-1]["selection"]["round"] + 1} if rounds else {}) | given
 
@@ -186,7 +237,7 @@ def merge(arguments: Sequence[str]) -> int:
     if config.method == "adapter":
         return merge_adapter(config, given)
     out, models = Path(config.out), [Checkpoint.open(name) for name in config.models]
-    base = Checkpoint.open(config.base) if config.base else None
+    base = Checkpoint.open(config.base) if METHODS[config.method].base else None
     inputs = [*models, *([base] if base else [])]
     check_out(out, inputs)
     check_alike(*inputs)
@@ -216,15 +267,16 @@ def check_method(config: MergeConfig, given: dict[str, Any]) -> None:
     if count < fewest or (most and count > most):
         wanted = f"{fewest} model{'s' if fewest > 1 else ''}" + ("" if most else " or more")
         raise HFTError(f"{config.method} takes {wanted}, got {count}")
-    if method.base is not None and method.base != bool(config.base):
-        takes = "needs --base, the model that they were tuned from" if method.base else "takes no base"
-        raise HFTError(f"{config.method} {takes}")
+    if method.base and not config.base:
+        raise HFTError(f"{config.method} needs --base, the model that they were tuned from")
     settings = {key for other in METHODS.values() for key in other.keys}
     if wrong := [key for key in given if key in settings and key not in method.keys]:
         takes = f"only {', '.join(method.keys)}" if method.keys else "no settings"
         raise HFTError(f"{wrong[0]} is no setting of {config.method}, which takes {takes}")
-    if config.weights and (len(config.weights) != count or not sum(config.weights)):
-        raise HFTError(f"weights must be {count}, one a model, and not sum to 0, got {config.weights}")
+    if config.weights and (len(config.weights) != count or not all(map(math.isfinite, config.weights))):
+        raise HFTError(f"weights must be {count} numbers, one a model, got {config.weights}")
+    if config.weights and config.method == "average" and not sum(config.weights):
+        raise HFTError(f"average divides weights by their sum, which must not be 0, got {config.weights}")
 
 
 def interpolated(config: MergeConfig, models: Sequence[Checkpoint], branches: Counter[str]) -> Pieces:
@@ -262,10 +314,17 @@ def with_deltas(config: MergeConfig, models: Sequence[Checkpoint], base: Checkpo
     def trims(names: Sequence[str]) -> list[Trim]:
         return [Trim(lambda model=model: deltas_of(model, base, names), config.density) for model in models]
 
-    trimmed_together = trims(base.parameters) if config.method == "ties" and config.trim == "global" else None
+    @functools.cache  # when the first tensor is written, and all that is cheap has been checked
+    def trims_together() -> list[Trim]:
+        return trims(base.parameters)
+
+    def trims_of(name: str) -> list[Trim] | None:
+        if config.method != "ties":
+            return None
+        return trims_together() if config.trim == "global" else trims([name])
 
     def merged(name: str) -> Iterator[torch.Tensor]:
-        trimmed = trimmed_together or (trims([name]) if config.method == "ties" else None)
+        trimmed = trims_of(name)
         for place, (start, *pieces) in enumerate(together([base, *models], name)):
             deltas = [piece - start for piece in pieces]
             if trimmed:
@@ -294,11 +353,11 @@ def merge_adapter(config: MergeConfig, given: dict[str, Any]) -> int:
     out, adapter, start = Path(config.out), config.models[0], time.monotonic()
     try:
         peft_config = PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise HFTError(f"{adapter} holds no adapter that PEFT saved: {str(error).partition(chr(10))[0]}") from error
     if peft_config.is_prompt_learning:
         raise HFTError(f"{adapter} is {peft_config.peft_type.value}: learned prompts are no weights to merge")
-    base = Checkpoint.open(config.base or peft_config.base_model_name_or_path)
+    base = base_of(peft_config, config)
     check_out(out, [base])
     try:
         # OSF takes its factors from the weights as they are stored; the others are added more exactly in fp32.
@@ -306,26 +365,46 @@ def merge_adapter(config: MergeConfig, given: dict[str, Any]) -> int:
         dtype = widest(base.weights.dtypes().values()) if as_stored else torch.float32
         model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype)
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise HFTError(f"cannot merge {adapter} into {base.name}: {str(error).partition(chr(10))[0]}") from error
     state = model.state_dict()
+    if any(not torch.equal(state[key], state[owner]) for key, owner in base.tied.items()):
+        raise HFTError(
+            f"{adapter} changes the head, which {base.name} ties to its embeddings; save the base untied first"
+        )
     if wrong := [key for key in base.parameters if state[key].shape != base.specs[key].shape]:
         raise HFTError(f"{adapter} changes the shape of {wrong[0]}; only adapters that keep all shapes can be merged")
 
+    base.bytes_read = sum(spec.nbytes for spec in base.specs.values())
     with new_folder(out) as folder:
         written = write_model(
             folder, base, lambda key: state[key].reshape(-1).split(PIECE), max_shard_size=config.max_shard_size
         )
-        copy_companions(local_folder(adapter), folder)
+        copy_companions(local_folder(adapter), folder, TOKENIZER)
         (folder / CONFIG_NAME).write_text(to_yaml(given))
     say(speed([base], written, time.monotonic() - start), "", str(out))
     return 0
 
 
+def base_of(adapter: PeftConfig, config: MergeConfig) -> Checkpoint:
+    """The base of an adapter, by --base or by what the adapter says.
+
+    Raises:
+        HFTError: neither names a model that is there.
+    """
+    if config.base:
+        return Checkpoint.open(config.base)
+    name, hint = adapter.base_model_name_or_path, "name its base with --base"
+    if not name:
+        raise HFTError(f"{config.models[0]} does not say what it was trained on; {hint}")
+    try:
+        return Checkpoint.open(name, adapter.revision)
+    except HFTError as error:
+        raise HFTError(f"the base of {config.models[0]} cannot be read: {error}; {hint}") from error
+
+
 def speed(inputs: Sequence[Checkpoint], written: int, seconds: float) -> str:
     """Bytes read and written, and how fast, in words."""
-    read = sum(checkpoint.bytes_read for checkpoint in inputs)
-    return (
-        f"read {read / 1e9:.2f} GB, wrote {written / 1e9:.2f} GB in {seconds:.1f} s: "
-        f"{(read + written) / 1e9 / seconds:.2f} GB/s"
-    )
+    read, size = sum(checkpoint.bytes_read for checkpoint in inputs), tqdm.format_sizeof
+    rate = size((read + written) / seconds, "B/s")
+    return f"read {size(read, 'B')}, wrote {size(written, 'B')} in {seconds:.1f} s: {rate}"

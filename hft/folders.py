@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hft.config import read_yaml, to_yaml
 from hft.errors import HFTError
-from hft.freezing import Verification, verify
+from hft.freezing import ResetVerification, Verification, verify
 from hft.processes import say
 from hft.selection import Manifest, Selection
 from hft.selection.manifest import NAME as MANIFEST_NAME
@@ -146,8 +146,10 @@ def _clear(out: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def verify_folder(out: Path, base: str | None = None) -> Verification:
+def verify_folder(out: Path, base: str | None = None) -> Verification | ResetVerification:
     """Hold an output folder's frozen half against its base; against the manifest's checksums if that is gone.
+
+    Of a Half-Reset the other half is held against the tuned model, where that is at hand.
 
     Raises:
         HFTError: the folder or a base given by name cannot be read.
@@ -162,11 +164,25 @@ def verify_folder(out: Path, base: str | None = None) -> Verification:
         folder, base_weights = out, None
     if "adapter" in manifest.selection:
         return verify_adapter(out, manifest, base_weights)
-    against = min(str(folder), os.path.relpath(folder), key=len)
     masks = load_masks(out) if manifest.masks else {}
     if changed := [name for name, mask in masks.items() if mask.digest() != manifest.masks.get(name)]:
         raise HFTError(f"{out / MASKS_NAME} is not the one that the manifest was written with: {changed[0]} differs")
-    return verify(*_what_to_verify(out, manifest), base_weights, masks=masks, against=against)
+    ours, frozen, trained = _what_to_verify(out, manifest)
+    if not manifest.tuned:
+        return verify(ours, frozen, trained, base_weights, masks=masks, against=_short(folder))
+    back = verify(ours, frozen, (), base_weights, masks=masks, against=_short(folder))
+    try:
+        folder = local_folder(manifest.tuned)
+        tuned = weights_of(folder, trained)
+    except HFTError:
+        return ResetVerification(back, None, manifest.tuned)
+    others = {name: ~mask for name, mask in masks.items()}
+    kept = verify(ours, dict.fromkeys(trained, ""), (), tuned, masks=others, against=_short(folder))
+    return ResetVerification(back, kept, manifest.tuned)
+
+
+def _short(folder: Path) -> str:
+    return min(str(folder), os.path.relpath(folder), key=len)
 
 
 def _what_to_verify(out: Path, manifest: Manifest) -> tuple[Mapping[str, torch.Tensor], dict[str, str], list[str]]:

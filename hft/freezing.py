@@ -133,12 +133,22 @@ class Verification:
     def ok(self) -> bool:
         return not (self.broken or self.lost)
 
+    def count(self, part: str = "part") -> str:
+        """How many of the frozen tensors are identical, in words."""
+        parts = f", {len(self.parts)} of them {part} of a tensor" if self.parts else ""
+        total = len(self.identical) + len(self.broken)
+        return f"{len(self.identical)} of {total} tensors bit-identical to {self.against}{parts}"
+
+    def differences(self) -> list[str]:
+        """A line for each of the first tensors that should not differ."""
+        broken = [f"  MISMATCH {name}: {reason}" for name, reason in list(self.broken.items())[:10]]
+        return broken + [f"  MISSING {name}" for name in self.lost[:10]]
+
     def report(self) -> str:
         """The result in words, a line a finding."""
-        frozen, trained = len(self.identical) + len(self.broken), len(self.changed) + len(self.unchanged)
+        trained = len(self.changed) + len(self.unchanged)
         lines = [
-            f"frozen:  {len(self.identical)} of {frozen} tensors bit-identical to {self.against}"
-            + (f", {len(self.parts)} of them the frozen part of a tensor" if self.parts else ""),
+            "frozen:  " + self.count("the frozen part"),
             f"trained: {len(self.changed)} of {trained} tensors changed"
             if trained
             else "trained: not compared, the base is not at hand",
@@ -147,9 +157,37 @@ class Verification:
             lines.append(f"  bit-identical to the base though trained: {some(self.unchanged, most=3)}")
         if self.unchanged and not self.changed:
             lines.append("  WARNING: nothing has moved; is the learning rate too low for the dtype?")
-        lines += [f"  MISMATCH {name}: {reason}" for name, reason in list(self.broken.items())[:10]]
-        lines += [f"  MISSING {name}" for name in self.lost[:10]]
+        lines += self.differences()
         wrong = len(self.broken) + len(self.lost)
+        lines.append("verify passed" if self.ok else f"verify FAILED: {wrong} tensors differ or are missing")
+        return "\n".join(lines)
+
+
+@dataclass
+class ResetVerification:
+    """What `verify` found of a Half-Reset, in which nothing has trained.
+
+    Attributes:
+        back: what went back to the base, held against it.
+        kept: what stayed, held against the tuned model; None where that is not at hand.
+        tuned: the tuned model in words.
+    """
+
+    back: Verification
+    kept: Verification | None
+    tuned: str
+
+    @property
+    def ok(self) -> bool:
+        return self.back.ok and (self.kept is None or self.kept.ok)
+
+    def report(self) -> str:
+        """The result in words, a line a finding."""
+        lines = ["reset: " + self.back.count()]
+        lines += [f"tuned: {self.kept.count()}" if self.kept else f"tuned: not compared, {self.tuned} is not at hand"]
+        halves = [self.back, *([self.kept] if self.kept else [])]
+        lines += [line for half in halves for line in half.differences()]
+        wrong = sum(len(half.broken) + len(half.lost) for half in halves)
         lines.append("verify passed" if self.ok else f"verify FAILED: {wrong} tensors differ or are missing")
         return "\n".join(lines)
 

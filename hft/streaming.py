@@ -14,19 +14,23 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from hft.anatomy import meta_model, some
 from hft.errors import HFTError
-from hft.weights import DTYPES, Weights, as_bytes, local_folder
+from hft.weights import DTYPES, INTEGERS, Weights, as_bytes, local_folder
 
 # Scalars in a piece. DARE draws one mask a piece, so that another length makes another (equally valid) merge.
 # This many stay in a processor's cache; four times as many take twice as long a scalar.
 PIECE = 2**18
 
 # What a model folder holds beside its weights that belongs to the model and not to the run that made it.
-COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
-COMPANIONS += ("vocab*", "merges.txt", "*.model", "*.jinja", "LICENSE*", "USE_POLICY*")
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja")
+COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER, "LICENSE*", "USE_POLICY*")
+
+# Where two configs must be the same, since the weights mean something else under another value. Sizes show in shapes.
+SAME = ("model_type", "vocab_size", "tie_word_embeddings", "head_dim", "num_attention_heads", "num_key_value_heads")
+SAME += ("rope_parameters", "hidden_act", "hidden_activation", "activation_function")
 
 
 @dataclass
@@ -41,6 +45,7 @@ class Checkpoint:
         specs: shape and dtype of each stored tensor, on `meta`: the model's parameters in model order, then what else
             is stored, such as the `rotary_emb.inv_freq` of older Llamas. A tied head is left out.
         parameters: names of the model's parameters, a tied head not listed twice.
+        tied: names of tied parameters, and the parameter that each is tied to.
         bytes_read: how much of it has been read so far.
     """
 
@@ -50,17 +55,23 @@ class Checkpoint:
     weights: Weights
     specs: dict[str, torch.Tensor]
     parameters: list[str]
+    tied: dict[str, str]
     bytes_read: int = 0
 
     @classmethod
-    def open(cls, name: str) -> Checkpoint:
-        """Open a folder, or a model of the Hub.
+    def open(cls, name: str, revision: str | None = None) -> Checkpoint:
+        """Open a folder, or a model of the Hub at some revision.
 
         Raises:
             HFTError: it is no whole model: no config, a missing or truncated file, parameters that are missing or of
-                another shape than the config has them, or a stored head that is not the embeddings it is tied to.
+                another shape than the config has them, or a stored head that is not the embeddings it is tied to; or it
+                is an adapter.
         """
-        folder = local_folder(name)
+        folder = local_folder(name, revision)
+        if (folder / ADAPTER_CONFIG_NAME).exists():
+            raise HFTError(
+                f"{name} is an adapter; `hft merge --method adapter --models {name} --out MODEL` makes a model of it"
+            )
         try:
             config = AutoConfig.from_pretrained(folder)
         except (OSError, ValueError) as error:
@@ -72,12 +83,12 @@ class Checkpoint:
         parameters = dict(model.named_parameters())
         stored = weights.specs()
         if missing := [key for key in parameters if key not in stored]:
-            hint = ""
             if others := set(stored) - model.state_dict().keys():
-                hint = (
-                    f", but {min(others)}: models that are stored in another form, as experts are, cannot be combined"
+                raise HFTError(
+                    f"{name} stores {min(others)} where transformers computes with {missing[0]}; only models stored as "
+                    "they are computed can be combined (not mixtures of experts, GPT-NeoX)"
                 )
-            raise HFTError(f"{name} lacks {some(missing, most=3)}, which its config has{hint}")
+            raise HFTError(f"{name} lacks {some(missing, most=3)}, which its config has")
         if wrong := [key for key, p in parameters.items() if stored[key].shape != p.shape]:
             raise HFTError(
                 f"in {name} {wrong[0]} has shape {list(stored[wrong[0]].shape)}, by its config "
@@ -90,7 +101,7 @@ class Checkpoint:
             if key in stored and not torch.equal(as_bytes(weights[key]), as_bytes(weights[owner])):
                 raise HFTError(f"{name} stores a {key} of its own, though its config ties it to {owner}")
         names = [*parameters, *(key for key in stored if key not in parameters and key not in tied)]
-        return cls(str(name), folder, config, weights, {key: stored[key] for key in names}, list(parameters))
+        return cls(str(name), folder, config, weights, {key: stored[key] for key in names}, list(parameters), tied)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """A tensor as stored, flattened, `PIECE` scalars at a time."""
@@ -113,7 +124,7 @@ def check_alike(first: Checkpoint, *others: Checkpoint) -> None:
     """Refuse models that cannot be combined tensor by tensor.
 
     Raises:
-        HFTError: two of them are one folder, or differ in architecture, vocabulary, tying, names or shapes.
+        HFTError: two of them are one folder, or differ in a setting of `SAME`, in names or in shapes.
     """
     for a, b in combinations([first, *others], 2):
         if a.folder.resolve() == b.folder.resolve():
@@ -121,9 +132,9 @@ def check_alike(first: Checkpoint, *others: Checkpoint) -> None:
     for other in others:
         both = f"{first.name} and {other.name} do not fit together:"
         ours, theirs = first.config.get_text_config(), other.config.get_text_config()
-        for key in ("model_type", "vocab_size", "tie_word_embeddings"):
+        for key in SAME:
             a, b = getattr(ours, key, None), getattr(theirs, key, None)
-            if a != b:
+            if a != b and None not in (a, b):
                 raise HFTError(f"{both} {key} is {a} in the one and {b} in the other")
         if different := [key for key in first.parameters if key not in other.parameters]:
             raise HFTError(f"{both} only the one has {some(different, most=3)}")
@@ -139,8 +150,10 @@ def check_out(out: Path, inputs: Sequence[Checkpoint]) -> None:
     """Refuse to write where something is already.
 
     Raises:
-        HFTError: the folder is one of the inputs, inside one or around one, or is not empty.
+        HFTError: the folder is one of the inputs, inside one or around one, the current one, or not empty.
     """
+    if out.resolve() == Path.cwd():
+        raise HFTError(f"out {out} is the current folder; name another, which will be made")
     for checkpoint in inputs:
         ours, theirs = out.resolve(), checkpoint.folder.resolve()
         if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
@@ -154,18 +167,22 @@ def new_folder(out: Path) -> Iterator[Path]:
     """A folder to write in that becomes `out` at the end, whole or not at all.
 
     Until then it is `.NAME.partial` beside the target, and any exception removes it. What a killed process leaves of
-    it, the next one with the same target replaces.
+    it, the next one with the same target replaces. Where `out` is a link, that is what it leads to.
 
     Raises:
-        HFTError: it cannot be written, for want of space or of permission.
+        HFTError: it cannot be written, for want of space or of permission, or a file elsewhere cannot be read.
     """
-    partial = out.parent / f".{out.name}.partial"
+    target = out.resolve()
+    partial = target.parent / f".{target.name}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        partial.replace(out)
+        partial.replace(target)
     except OSError as error:
+        place = Path(error.filename).absolute() if isinstance(error.filename, str | Path) else partial
+        if not (place.is_relative_to(partial) or partial.is_relative_to(place)):
+            raise HFTError(f"cannot read {error.filename}: {error.strerror or error}") from error
         raise HFTError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -196,20 +213,23 @@ def write_model(
         Bytes of tensors written.
 
     Raises:
-        HFTError: a tensor would hold NaN or infinity, or there is too little space.
+        HFTError: a tensor would hold NaN or infinity, there is too little space, or the size of a file is none.
     """
-    specs = dict(specs or like.specs)
+    specs, parameters = dict(specs or like.specs), set(like.parameters)
     for name, spec in specs.items():
-        if spec.dtype not in DTYPES.values():
+        if spec.dtype not in (DTYPES if name in parameters else DTYPES | INTEGERS).values():
             raise HFTError(f"{name} is stored in {spec.dtype}, which cannot be merged")
     # As safetensors' own writer does, wide dtypes come first, so that every tensor is aligned.
     specs = dict(sorted(specs.items(), key=lambda item: -item[1].itemsize))
-    parameters, size = set(like.parameters), sum(spec.nbytes for spec in specs.values())
+    size = sum(spec.nbytes for spec in specs.values())
     free = shutil.disk_usage(folder).free
     if free < size:
         raise HFTError(f"{folder.parent} has {free / 1e9:.1f} GB free and the model takes {size / 1e9:.1f} GB")
+    try:
+        split = split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise HFTError(f"max_shard_size must be a number and a unit, such as 5GB, got {max_shard_size!r}") from error
     copy_companions(like.folder, folder)
-    split = split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
     with tqdm(total=size, desc="writing", unit="B", unit_scale=True, leave=False) as bar:
         for filename, names in split.filename_to_tensors.items():
             with (folder / filename).open("wb") as file:
@@ -238,7 +258,7 @@ def _finite(piece: torch.Tensor) -> bool:
 
 def _header(specs: Mapping[str, torch.Tensor]) -> bytes:
     """The start of a safetensors file: length of the header, then names, dtypes, shapes and offsets as JSON."""
-    codes = {dtype: code for code, dtype in DTYPES.items()}
+    codes = {dtype: code for code, dtype in (DTYPES | INTEGERS).items()}
     content: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, spec in specs.items():
@@ -249,9 +269,9 @@ def _header(specs: Mapping[str, torch.Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy config, tokenizer, chat template and licence of a model folder into another."""
-    for pattern in COMPANIONS:
+def copy_companions(source: Path, target: Path, patterns: Sequence[str] = COMPANIONS) -> None:
+    """Copy config, tokenizer, chat template and licence of a model folder into another, or what else is named."""
+    for pattern in patterns:
         for path in source.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, target / path.name)

@@ -23,6 +23,12 @@ from hft.errors import HFTError
 
 # safetensors' names of the dtypes that a model's weights come in; others are read to be known.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Of tensors that are no parameters, such as masks and counters.
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+INTEGERS |= {"BOOL": torch.bool}
+
+# How names start that can only be meant as folders.
+PLACES = ("./", "../", "runs/", "models/")
 
 
 class Weights(Mapping):
@@ -123,12 +129,15 @@ def weight_files(folder: Path) -> list[Path]:
     """The weights files of a checkpoint folder: one, or those its index names; safetensors before .bin.
 
     Raises:
-        HFTError: there are none.
+        HFTError: there are none, or the index cannot be read.
     """
     for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if (folder / index).exists():
-            shards = json.loads((folder / index).read_text())["weight_map"].values()
-            return [folder / name for name in sorted(set(shards))]
+            try:
+                shards = set(json.loads((folder / index).read_text())["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise HFTError(f"{folder / index} is not a whole index of weights; fetch or save it again") from error
+            return [folder / name for name in sorted(shards)]
         if (folder / single).exists():
             return [folder / single]
     raise HFTError(f"{folder} holds no weights: neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}, whole or in shards")
@@ -142,9 +151,10 @@ def local_folder(model: str | Path, revision: str | None = None) -> Path:
     """
     if model and Path(model).is_dir():
         return Path(model)
-    if Path(model).is_absolute():
+    # The Hub's ids are NAME or OWNER/NAME.
+    if Path(model).is_absolute() or str(model).startswith(PLACES) or str(model).count("/") > 1:
         raise HFTError(f"there is no folder {model}")
-    small = ["*.json", "*.jinja", "tokenizer*"]
+    small = ["*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab*", "*.model", "LICENSE*", "USE_POLICY*"]
     try:
         for weights in ("*.safetensors", "*.bin"):
             folder = Path(snapshot_download(str(model), revision=revision, allow_patterns=[*small, weights]))

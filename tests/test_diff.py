@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from hft.cli import main
-from hft.comparing import compare
+from hft.comparing import compare, table
 from hft.selection import Manifest
 from hft.streaming import Checkpoint
 from tests.conftest import error_of, tensors
+from tests.test_architectures import small
 
 
 def nudged(source: Path, folder: Path, by: float) -> Path:
@@ -47,10 +48,9 @@ def rounds(tmp_path_factory, start) -> tuple[Path, Path]:
 
 
 def test_changes_grow_with_the_rounds_in_which_a_unit_trained(start, rounds, tmp_path, capsys):
-    words = ["diff", str(start), *map(str, rounds), "--out", str(tmp_path / "out"), "--json", str(tmp_path / "d.json")]
+    words = ["diff", str(start), *map(str, rounds), "--out", str(tmp_path / "out")]
     assert main(words) == 0
-    found = json.loads((tmp_path / "d.json").read_text())
-    assert found == json.loads((tmp_path / "out" / "diff.json").read_text())
+    found = json.loads((tmp_path / "out" / "diff.json").read_text())
     assert list(found["rounds"]) == ["hft3"]
     rows = found["rounds"]["hft3"]
     assert [row["what"] for row in rows] == ["0", "1", "2", "3"]
@@ -105,15 +105,50 @@ def test_a_block_is_the_mean_over_its_scalars(start, tmp_path):
         (["S", "gone"], "there is no folder"),
         (["S", "M", "--group", "0"], "group is a number of layers"),
         (["S", "M", "--ot", "x"], "unknown key 'ot', did you mean 'out'?"),
-        (["S", "M", "--json", "gone/x.json"], "cannot write"),
+        (["S", "M", "--out", "full"], "cannot write"),
+        (["--group", "0", "S", "M"], "group is a number of layers"),
+        (["S", "nan"], "model.norm.weight holds NaN or infinity in"),
     ],
 )
 def test_what_cannot_be_compared_is_told_in_a_sentence(start, tmp_path, capsys, words, message):
-    places = {"S": start, "gone": tmp_path / "gone", "gone/x.json": tmp_path / "gone" / "x.json"}
+    places = {"S": start, "gone": tmp_path / "gone", "full": tmp_path / "full", "nan": tmp_path / "nan"}
+    places["full"].write_text("a file")
+    if "nan" in words:
+        content = tensors(nudged(start, tmp_path / "nan", 0.125))
+        content["model.norm.weight"][3] = torch.nan
+        save_file(content, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
     if "M" in words:
         places["M"] = nudged(start, tmp_path / "M", 0.125)
     assert main(["diff", *(str(places.get(word, word)) for word in words)]) == 2
     assert message in error_of(capsys)
+
+
+def test_ranges_of_a_fused_tensor_count_with_their_own_unit(tmp_path):
+    """In phi3 a tensor holds q, k and v, of which some may be back at the start and some not."""
+    model = small("phi3")
+    model.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    model.save_pretrained(tmp_path / "tuned")
+    words = ["--tuned", tmp_path / "tuned", "--base", tmp_path / "start", "--out", tmp_path / "hft"]
+    assert main(["reset", *map(str, words)]) == 0
+    start, hft = Checkpoint.open(str(tmp_path / "start")), Checkpoint.open(str(tmp_path / "hft"))
+    found = compare(start, [hft])
+    assert [row.change["hft"] for row in found.rounds["hft"]] == [0, pytest.approx(1, abs=1e-6)]
+    assert sum(row.scalars for row in found.rounds["hft"]) == sum(row.scalars for row in found.layers)
+
+    manifest = Manifest.load(tmp_path / "hft")
+    manifest.selection |= {"policy": "random-element"}
+    manifest.save(tmp_path / "hft")
+    found = compare(start, [hft])
+    assert not found.rounds
+    assert "rounds of hft are left out: the random-element policy trained its units in part" in table(found)
+
+
+def test_diff_prints_the_usage_when_asked(capsys):
+    assert main(["diff", "-h"]) == 0
+    assert "hft diff START MODEL" in capsys.readouterr().out
 
 
 def test_twins_by_name_keep_their_paths(start, tmp_path):

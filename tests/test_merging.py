@@ -8,20 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hft import streaming
+from hft import combining, streaming
 from hft.anatomy import anatomy_of, meta_model
 from hft.cli import main
 from hft.combining import METHODS, MergeConfig, ResetConfig, check_method
 from hft.config import Parser, fill, resolve
+from hft.errors import HFTError
 from hft.merging import Trim, drop, elect, slerp_factors
 from hft.selection import Manifest, SelectionConfig, select
 from hft.weights import Weights
@@ -83,7 +85,7 @@ def same(ours: Path, theirs: dict[str, torch.Tensor]) -> bool:
     "flags",
     [[], ["--policy", "layer"], ["--policy", "model", "--seed", "3"], ["--policy", "explicit", "--freeze", "q_proj"]],
 )
-def test_reset_puts_back_what_hft_would_freeze_and_nothing_else(tmp_path, tuned, tiny, flags):
+def test_reset_puts_back_what_hft_would_freeze_and_nothing_else(tmp_path, tuned, tiny, capsys, flags):
     assert reset(tuned, tiny, tmp_path / "out", *flags) == 0
     given = dict(zip([flag.lstrip("-") for flag in flags[::2]], flags[1::2], strict=True))
     config = SelectionConfig(
@@ -98,8 +100,13 @@ def test_reset_puts_back_what_hft_would_freeze_and_nothing_else(tmp_path, tuned,
         assert identical(tensor, base[name] if name in frozen else before[name]), name
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}.isdisjoint(frozen)
 
+    capsys.readouterr()
     assert main(["verify", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert f"reset: {len(frozen)} of {len(frozen)} tensors bit-identical" in text
+    assert f"tuned: {39 - len(frozen)} of {39 - len(frozen)} tensors bit-identical" in text
     manifest = Manifest.load(tmp_path / "out")
+    assert manifest.tuned == str(tuned)
     assert (manifest.base, list(manifest.frozen)) == (str(tiny), frozen)
     assert (tmp_path / "out" / "selection.png").stat().st_size > 1000
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -127,6 +134,51 @@ def test_verify_finds_what_was_not_reset(tmp_path, tuned, tiny):
     assert reset(tuned, tiny, tmp_path / "out") == 0
     shutil.copy(tuned / "model.safetensors", tmp_path / "out")
     assert main(["verify", str(tmp_path / "out")]) == 1
+
+
+def test_verify_finds_what_did_not_stay_tuned(tmp_path, tuned, tiny, capsys):
+    own = shutil.copytree(tuned, tmp_path / "own")
+    assert reset(own, tiny, tmp_path / "out") == 0
+    text = capsys.readouterr().out
+    assert "units stay tuned, the others go back; embeddings and head stay tuned" in text
+    assert "train" not in text
+    content = tensors(tmp_path / "out")
+    content["model.norm.weight"][0] += 1
+    save_file(content, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    assert main(["verify", str(tmp_path / "out")]) == 1
+    assert "MISMATCH model.norm.weight" in capsys.readouterr().out
+    shutil.rmtree(own)
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert f"tuned: not compared, {own} is not at hand" in capsys.readouterr().out
+
+
+def test_a_reset_that_would_change_nothing_is_refused(tmp_path, tuned, tiny, capsys):
+    assert reset(tuned, tiny, tmp_path / "one") == 0
+    assert reset(tmp_path / "one", tiny, tmp_path / "again") == 2
+    assert "already has the base's values there: nothing would be reset" in error_of(capsys)
+    assert reset(shutil.copytree(tiny, tmp_path / "same"), tiny, tmp_path / "again") == 2
+    assert "already has the base's values there" in error_of(capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "same"]
+
+
+def test_flags_win_over_a_resets_recipe_under_either_name_of_the_seed(tmp_path, tuned, tiny, capsys):
+    files = ["--config", "recipes/smollm2-135m/reset.yaml", "recipes/methods/hft-layer.yaml"]
+    given = tmp_path / "seed.yaml"
+    for theirs, ours in (("selection_seed: 3", "--seed"), ("selection_seed: 2\nseed: 3", "--selection_seed")):
+        given.write_text(theirs)
+        assert reset(tuned, tiny, tmp_path / ours, *files, str(given), ours, "1") == 0
+        selection = Manifest.load(tmp_path / ours).selection
+        assert (selection["policy"], selection["selection_seed"]) == ("layer", 1)
+    assert reset(tuned, tiny, tmp_path / "two", "--policy", "importance") == 2
+    assert "the importance policy needs a training run" in error_of(capsys)
+
+
+def test_an_empty_folder_behind_a_link_is_written_to(tmp_path, tuned, tiny):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    assert reset(tuned, tiny, tmp_path / "link") == 0
+    assert (tmp_path / "there" / "model.safetensors").exists()
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_reset_tensors_keep_the_bases_dtype(tmp_path, tuned, tiny, capsys):
@@ -196,7 +248,7 @@ def test_average_slerp_and_wise_ft_are_their_formulas(tmp_path, trio, tiny, caps
     assert merge("wise-ft", tmp_path / "wise", trio[1:2], trio[0], "--alpha", "0.3") == 0
     assert merge("slerp", tmp_path / "line", trio[:2], None, "--t", "0.3") == 0
     assert "slerp: 30 tensors along the arc, 9 along the line" in capsys.readouterr().out
-    assert merge("slerp", tmp_path / "arc", [trio[0], far], None, "--t", "0.3") == 0
+    assert merge("slerp", tmp_path / "arc", [trio[0], far], trio[2], "--t", "0.3") == 0  # a base changes nothing
     assert "slerp: 39 tensors along the arc, 0 along the line" in capsys.readouterr().out
     for name in p:
         a, b = p[name].double().numpy(), f[name].double().numpy()
@@ -317,6 +369,16 @@ def test_bin_files_are_read_and_tensors_that_are_no_parameters_are_the_first_mod
     assert same(tmp_path / "out", tensors(tmp_path / "plain") | extra)
 
 
+def test_tensors_that_are_no_parameters_may_be_integers(tmp_path, tuned, tiny):
+    extra = {"mask": torch.tensor([0, 255], dtype=torch.uint8), "flags": torch.tensor([True, False])}
+    old = shutil.copytree(tuned, tmp_path / "old")
+    save_file(tensors(tuned) | extra, old / "model.safetensors", metadata={"format": "pt"})
+    assert merge("average", tmp_path / "out", [old, tiny]) == 0
+    content = tensors(tmp_path / "out")
+    assert all(identical(content[name], extra[name]) for name in extra)
+    assert len(content) == 41
+
+
 def test_an_adapter_becomes_a_plain_model(tmp_path, tiny, capsys):
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     torch.manual_seed(0)
@@ -344,11 +406,108 @@ def test_an_adapter_becomes_a_plain_model(tmp_path, tiny, capsys):
     assert "holds no adapter that PEFT saved" in error_of(capsys)
 
 
+@pytest.mark.parametrize("method", ["lora", "adalora", "osf"])
+def test_an_adapter_that_was_trained_merges_into_what_peft_computes(tmp_path, trio, sft, capsys, method):
+    small = ["--per_device_train_batch_size", "4", "--global_batch_size", "4", "--max_length", "64"]
+    tiny = trio[0]  # in fp32, so that the merged weights are not rounded
+    assert sft(tmp_path / "adapter", *small, "--max_steps", "2", method=method, model=tiny) == 0
+    capsys.readouterr()
+    assert merge("adapter", tmp_path / "out", [tmp_path / "adapter"]) == 0
+    assert "read 5.31MB, wrote 5.31MB" in capsys.readouterr().out
+    plain = AutoModelForCausalLM.from_pretrained(tiny)
+    words = torch.arange(40, 60)[None]
+    with torch.no_grad():
+        start = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)(words).logits
+        adapted = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval().float()(words).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(words).logits
+    assert (adapted - start).abs().max() > 1e-3
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path, tiny, capsys):
+    def refused(message: str, *flags: str) -> None:
+        assert (
+            main(["merge", "--method", "adapter", "--models", str(adapter), "--out", str(tmp_path / "out"), *flags])
+            == 2
+        )
+        assert message in error_of(capsys)
+        assert not (tmp_path / "out").exists()
+
+    def named(base: str | None) -> None:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+
+    adapter, config = tmp_path / "adapter", AutoConfig.from_pretrained(tiny)
+    config.tie_word_embeddings = True
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tied")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
+    lora = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(base, lora)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.add_(1)
+    model.save_pretrained(adapter)
+    tied = ["--base", str(tmp_path / "tied")]
+    refused("changes the head, which", *tied)
+
+    for nothing in (None, ""):
+        named(nothing)
+        refused("name its base with --base")
+    named(str(tmp_path / "gone"))
+    refused("there is no folder")
+    named(str(tmp_path / "tied"))
+    whole = (adapter / "adapter_model.safetensors").read_bytes()
+    (adapter / "adapter_model.safetensors").write_bytes(whole[:-100])
+    refused("cannot merge")
+    (adapter / "adapter_model.safetensors").unlink()
+    refused("cannot merge")
+    assert reset(adapter, tiny, tmp_path / "out") == 2
+    assert "is an adapter; `hft merge --method adapter" in error_of(capsys)
+
+
+def test_an_adapters_folder_gives_its_tokenizer_and_not_its_config(tmp_path, tiny):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=4, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "config.json").write_text("{}")
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("mine")
+    assert merge("adapter", tmp_path / "out", [tmp_path / "adapter"], tiny) == 0
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "mine"
+    assert (tmp_path / "out" / "config.json").read_text() == (tiny / "config.json").read_text()
+
+
+def test_an_adapters_base_is_taken_at_its_revision(tmp_path, tiny, tuned, monkeypatch):
+    for revision, model in {"main": tiny, "second": tuned}.items():
+        shutil.copytree(model, tmp_path / "models--some--model" / "snapshots" / (revision * 40)[:40])
+        (tmp_path / "models--some--model" / "refs").mkdir(exist_ok=True)
+        (tmp_path / "models--some--model" / "refs" / revision).write_text((revision * 40)[:40])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=4, target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = "some/model"
+    model.peft_config["default"].revision = "second"
+    model.save_pretrained(tmp_path / "adapter")  # adds nothing yet
+    assert merge("adapter", tmp_path / "out", [tmp_path / "adapter"]) == 0
+    assert same(tmp_path / "out", tensors(tuned))
+
+
+def test_make_names_the_models_of_a_reset_and_of_merges():
+    targets = ["reset", "merge-ties-sd", "merge-average-sd"]
+    command = ["make", "-n", *targets, "MODEL=llama2-7b"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout.replace("\\\n", " ")
+    lines = [
+        line.split("hft ", 1)[1].split() for line in text.splitlines() if "hft reset" in line or "hft merge" in line
+    ]
+    both = ["--models", "runs/llama2-7b-sft-fft", "runs/llama2-7b-dpo-fft"]
+    reset, ties, average = lines
+    assert reset == ["reset", "--config", "recipes/llama2-7b/reset.yaml", "--out", "runs/llama2-7b-reset"]
+    assert ties[:6] == ["merge", "--config", "recipes/merges/ties-sd.yaml", *both]
+    assert ties[6:] == ["--base", "meta-llama/Llama-2-7b-hf", "--out", "runs/llama2-7b-merge-ties-sd"]
+    assert average[:6] == ["merge", "--config", "recipes/merges/average-sd.yaml", *both]
+    assert average[-2:] == ["--out", "runs/llama2-7b-merge-average-sd"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--method", "ties", "--models", "S", "--out", "O"], "ties needs --base"),
-        (["--method", "average", "--models", "S", "D", "--base", "P", "--out", "O"], "average takes no base"),
         (["--method", "average", "--models", "S", "--out", "O"], "average takes 2 models or more, got 1"),
         (["--method", "slerp", "--models", "P", "S", "D", "--out", "O"], "slerp takes 2 models, got 3"),
         (["--method", "wise-ft", "--models", "S", "D", "--base", "P", "--out", "O"], "wise-ft takes 1 model, got 2"),
@@ -360,6 +519,10 @@ def test_an_adapter_becomes_a_plain_model(tmp_path, tiny, capsys):
         (["--method", "dare", "--models", "S", "--base", "P", "--out", "O", "--drop", "1"], "drop must be less than 1"),
         (["--method", "wise-ft", "--models", "S", "--base", "P", "--out", "O", "--alpha", "-1"], "alpha must lie in"),
         (["--method", "average", "--models", "S", "D", "--out", "O", "--weights", "1"], "weights must be 2"),
+        (["--method", "average", "--models", "S", "D", "--out", "O", "--weights", "1", "-1"], "which must not be 0"),
+        (["--method", "dare", "--models", "S", "--base", "P", "--out", "O", "--weights", "nan"], "weights must be 1"),
+        (["--method", "average", "--models", "S", "D", "--out", "O", "--max_shard_size", "huge"], "such as 5GB"),
+        (["--method", "average", "--models", "S", "D", "--out", "."], "is the current folder"),
         (["--method", "average", "--models", "S", "D", "--out", "O", "--weigths", "1"], "did you mean 'weights'"),
         (["--method", "mean", "--models", "S", "D", "--out", "O"], "method: invalid choice"),
         (["--models", "S", "D", "--out", "O"], "method, models and out are needed"),
@@ -370,11 +533,12 @@ def test_an_adapter_becomes_a_plain_model(tmp_path, tiny, capsys):
         (["--method", "average", "--models", "S", "gone", "--out", "O"], "there is no folder"),
     ],
 )
-def test_what_a_method_does_not_take_is_refused(tmp_path, trio, capsys, words, message):
+def test_what_a_method_does_not_take_is_refused(tmp_path, trio, capsys, monkeypatch, words, message):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note.txt").write_text("mine")
     places = {letter: str(folder) for letter, folder in zip("PSD", trio, strict=True)}
     places |= {name: str(tmp_path / name) for name in ("O", "full", "gone")}
+    monkeypatch.chdir(tmp_path)
     assert main(["merge", *(places.get(word, word) for word in words)]) == 2
     assert message in error_of(capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
@@ -396,6 +560,9 @@ def test_models_that_do_not_fit_are_refused_with_the_first_difference(tmp_path, 
     refused(tuned, "are the same model")
     refused(other("vocab", vocab_size=2049), "vocab_size is 2048 in the one and 2049 in the other")
     refused(other("tied", tie_word_embeddings=True), "tie_word_embeddings is False in the one and True in the other")
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    refused(other("rope", rope_parameters=rope), "rope_parameters is {'rope_theta': 10000.0, 'rope_type': 'default'}")
+    refused(other("gelu", hidden_act="gelu"), "hidden_act is silu in the one and gelu in the other")
     refused(other("deep", num_hidden_layers=5), "only the other has model.layers.4.self_attn.q_proj.weight")
     refused(other("wide", intermediate_size=360), "has shape [352, 128] in the one and [360, 128] in the other")
     qwen = AutoConfig.for_model("qwen2", vocab_size=2048, hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
@@ -414,6 +581,9 @@ def test_models_that_do_not_fit_are_refused_with_the_first_difference(tmp_path, 
     assert "model.layers.1.mlp.up_proj.weight would hold NaN or infinity" in error_of(capsys)
     assert reset(tuned, tiny, tmp_path / "out", "--policy", "all") == 2
     assert "nothing would be reset" in error_of(capsys)
+    assert merge("average", tmp_path / "merge", [tuned, tiny]) == 0
+    assert main(["verify", str(tmp_path / "merge")]) == 2
+    assert "there is nothing to verify: it is a merge" in error_of(capsys)
     assert reset(tuned, tiny, tmp_path / "out", "--seed", "1", "--selection_seed", "2") == 2
     assert "here they differ" in error_of(capsys)
     assert not list(tmp_path.glob(".out*"))
@@ -457,18 +627,39 @@ def test_a_full_disk_leaves_nothing(tmp_path, tuned, tiny, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
     assert reset(tuned, tiny, tmp_path / "out") == 2
     assert "has 0.0 GB free" in error_of(capsys)
+    monkeypatch.setattr(combining, "Trim", None)  # its passes would take long
+    assert merge("ties", tmp_path / "out", [tuned], tiny, "--trim", "global") == 2
+    assert "has 0.0 GB free" in error_of(capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_read_is_not_said_to_be_unwritable(tmp_path):
+    with (
+        pytest.raises(HFTError, match=f"^cannot read {tmp_path / 'gone'}: No such file"),
+        streaming.new_folder(tmp_path / "out"),
+    ):
+        (tmp_path / "gone").read_text()
+    with (
+        pytest.raises(HFTError, match=f"^cannot write {tmp_path / 'out'}: No such file"),
+        streaming.new_folder(tmp_path / "out") as folder,
+    ):
+        (folder / "gone" / "model.safetensors").write_text("")
 
 
 SCRIPT = """
 import os, re, signal, sys
-from hft import streaming
 from hft.cli import main
 
 def anonymous():  # pages of mapped files count as resident too, but the kernel takes them back when it needs them
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
-folder, pieces, peak = sys.argv[1], streaming.Checkpoint.pieces, 0
+folder, peak = sys.argv[1], 0
+words = ["merge", "--method", "ties", "--base"]
+small = [sys.argv[2], "--models", sys.argv[3], "--out", f"{folder}/small"]
+assert main([*words, *small]) == 0  # loads what is loaded at the first use
+
+from hft import streaming
+pieces = streaming.Checkpoint.pieces
 
 def watched(self, name):
     global peak
@@ -477,9 +668,6 @@ def watched(self, name):
         peak = max(peak, anonymous())
 
 streaming.Checkpoint.pieces = watched
-words = ["merge", "--method", "ties", "--base"]
-small = [sys.argv[2], "--models", sys.argv[3], "--out", f"{folder}/small"]
-assert main([*words, *small]) == 0  # loads what is loaded at the first use
 before, peak = anonymous(), 0
 words += [f"{folder}/P", "--models", f"{folder}/S", f"{folder}/D"]
 assert main([*words, "--out", f"{folder}/big", "--trim", "global", "--max_shard_size", "40MB"]) == 0
@@ -513,6 +701,7 @@ def test_a_merge_needs_little_memory_and_a_killed_one_leaves_no_model(tmp_path, 
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     peak = int(process.stdout.partition("peak ")[2].split()[0])
     assert peak < 4 * largest, process.stderr
+    assert "gemm_4bit" not in process.stderr  # of bitsandbytes, which peft imports
     assert process.returncode == -9
     assert not (tmp_path / "killed").exists()
     assert (tmp_path / ".killed.partial").exists()
@@ -570,4 +759,6 @@ def test_models_stored_expert_by_expert_are_refused(tmp_path, capsys):
     small("mixtral").save_pretrained(tmp_path / "a")
     words = ["merge", "--method", "average", "--models", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out"]
     assert main(list(map(str, words))) == 2
-    assert "models that are stored in another form, as experts are, cannot be combined" in error_of(capsys)
+    message = error_of(capsys)
+    assert "where transformers computes with model.layers.0.mlp." in message
+    assert "only models stored as they are computed can be combined" in message

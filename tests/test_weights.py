@@ -50,10 +50,17 @@ def test_a_truncated_or_missing_file_is_told_in_a_sentence(tiny, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(HFTError, match=r"model-00001-of-00002\.safetensors"):
         Weights(tmp_path)
+    for index in ('{"weight_map": {"a"', '{"metadata": {}}', "[]"):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(HFTError, match="is not a whole index of weights"):
+            Weights(tmp_path)
     with pytest.raises(HFTError, match="holds no weights"):
         Weights(tmp_path.parent)
     with pytest.raises(HFTError, match="there is no folder"):
         local_folder(tmp_path / "nowhere")
+    for name in ("runs/x", "./x", "models/x", "some/where/else"):
+        with pytest.raises(HFTError, match=f"^there is no folder {name}$"):
+            local_folder(name)
     with pytest.raises(HFTError, match="neither a folder nor to be had from the Hub"):
         local_folder("some/where")
 

@@ -37,6 +37,7 @@ class Manifest:
             `steps`, `shares` and `history` (see `hft.training.schedules.Schedule.record`). Units that trained at any
             step count as trained; those that never did count as frozen once the round is over.
         versions: the packages that made it.
+        tuned: of a Half-Reset, the model that was reset: its tensors are those among `trained`, unchanged.
         moved: parameters that an adapter's training changed in memory; the adapter's own, and none of the base.
     """
 
@@ -52,6 +53,7 @@ class Manifest:
     masks: dict[str, str] = field(default_factory=dict)
     update: dict = field(default_factory=lambda: {"update": "plain"})
     moved: list[str] = field(default_factory=list)
+    tuned: str | None = None
     schedule: dict = field(default_factory=dict)
     versions: dict[str, str] = field(
         default_factory=lambda: {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
@@ -64,6 +66,7 @@ class Manifest:
         base: str,
         checksums: dict[str, str],
         *,
+        tuned: str | None = None,
         revision: str | None = None,
         update: dict | None = None,
         schedule: ScheduleConfig | None = None,
@@ -74,7 +77,8 @@ class Manifest:
         """
         units = selection.anatomy.units
         return cls(
-            base=str(Path(base).resolve()) if base and Path(base).is_dir() else base,
+            base=_lasting(base),
+            tuned=tuned and _lasting(tuned),
             revision=revision,
             selection=asdict(selection.config),
             trained_units=[unit.name for unit in units if selection.trains(unit)],
@@ -106,7 +110,9 @@ class Manifest:
         try:
             return cls(**json.loads(path.read_text()))
         except FileNotFoundError:
-            raise HFTError(f"{folder} has no {NAME}, so it is no folder that hft wrote") from None
+            raise HFTError(
+                f"{folder} has no {NAME}, so there is nothing to verify: it is a merge, or no folder that hft trained"
+            ) from None
         except (TypeError, ValueError) as error:
             raise HFTError(f"{path} is no manifest: {error}") from error
 
@@ -167,3 +173,8 @@ def rounds_so_far(base: str | Path) -> list[dict]:
     manifest = Manifest.load(base)
     last = {name: getattr(manifest, name) for name in ("base", "selection", "frozen_units")}
     return [*manifest.earlier, last]
+
+
+def _lasting(model: str) -> str:
+    """A model's name as it holds wherever it is read: an absolute path or a Hub id."""
+    return str(Path(model).resolve()) if model and Path(model).is_dir() else model

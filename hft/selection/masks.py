@@ -43,6 +43,9 @@ class Mask:
         flat = (self.bits[:, None] >> shifts) & 1
         return flat.reshape(-1)[: torch.Size(self.shape).numel()].view(self.shape).bool()
 
+    def __invert__(self) -> Mask:
+        return Mask.of(~self.tensor())
+
     def to(self, device: torch.device) -> Mask:
         return Mask(self.bits.to(device), self.shape)
 

@@ -13,11 +13,11 @@ from hft.selection.schedules import from_row, mean_share, share
 FROZEN, TRAINED = "#cfd8dc", "#e4572e"
 
 
-def draw_selection(selection: Selection, title: str = "") -> Figure:
+def draw_selection(selection: Selection, title: str = "", words: tuple[str, str] = ("trains", "frozen")) -> Figure:
     """One column a layer, one row a unit; trained units are coloured, frozen ones grey.
 
     A unit that trains in part, and experts of which some train, are coloured in between. A unit that some layers lack
-    is left white there.
+    is left white there. `words` say of the coloured and of the grey what becomes of them.
     """
     units = selection.anatomy.units
     kinds = list(dict.fromkeys((unit.block, unit.kind) for unit in sorted(units, key=lambda u: u.block)))
@@ -42,8 +42,10 @@ def draw_selection(selection: Selection, title: str = "") -> Figure:
     axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.set_frame_on(False)
-    axes.set_title(f"{title}{': ' if title else ''}{selection.share_of_layers:.1%} of the layers trains", loc="left")
-    legend = [Patch(color=TRAINED, label="trains"), Patch(color=FROZEN, label="frozen")]
+    axes.set_title(
+        f"{title}{': ' if title else ''}{selection.share_of_layers:.1%} of the layers {words[0]}", loc="left"
+    )
+    legend = [Patch(color=colour, label=word) for colour, word in zip((TRAINED, FROZEN), words, strict=True)]
     figure.legend(handles=legend, loc="lower right", ncols=2, frameon=False)
     figure.tight_layout()
     return figure

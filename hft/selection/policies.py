@@ -40,7 +40,11 @@ class SelectionConfig:
         },
     )
     fraction: float = field(
-        default=0.5, metadata={"help": "Fraction that trains, of each block's units, of the layers or of all units."}
+        default=0.5,
+        metadata={
+            "help": "Fraction that trains (in a reset: stays tuned), of each block's units, of the layers or of all "
+            "units."
+        },
     )
     attention_fraction: float | None = field(
         default=None, metadata={"help": "Fraction of the attention units, where it differs (category policy)."}
