@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -491,11 +492,12 @@ def test_an_adapters_base_is_taken_at_its_revision(tmp_path, tiny, tuned, monkey
 def test_make_names_the_models_of_a_reset_and_of_merges():
     targets = ["reset", "merge-ties-sd", "merge-average-sd"]
     command = ["make", "-n", *targets, "MODEL=llama2-7b"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout.replace("\\\n", " ")
+    environment = os.environ | {"S": "no/model", "P": "nor/this"}
+    text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.replace("\\\n", " ")
     lines = [
         line.split("hft ", 1)[1].split() for line in text.splitlines() if "hft reset" in line or "hft merge" in line
     ]
-    both = ["--models", "runs/llama2-7b-sft-fft", "runs/llama2-7b-dpo-fft"]
+    both = ["--models", "runs/llama2-7b-sft-fft", "runs/llama2-7b-dpo-fft-from-llama2-7b-sft-fft"]
     reset, ties, average = lines
     assert reset == ["reset", "--config", "recipes/llama2-7b/reset.yaml", "--out", "runs/llama2-7b-reset"]
     assert ties[:6] == ["merge", "--config", "recipes/merges/ties-sd.yaml", *both]
