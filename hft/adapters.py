@@ -143,6 +143,10 @@ class AdapterSelection(Selection):
     def trained_size(self) -> int:
         return sum(self.added.values())
 
+    @property
+    def held_size(self) -> int:
+        return self.trained_size
+
     def base_bytes(self, scalar: int) -> float:
         """Bytes of all that is frozen, with that many a scalar where it is not quantised."""
         matrices = sum(unit.size for unit in self.anatomy.units if unit.block != "norm")

@@ -205,7 +205,8 @@ def verify(
 
     Args:
         out: the fine-tuned checkpoint.
-        frozen: checksum of each wholly or partly frozen tensor, as the manifest holds it.
+        frozen: checksum of each wholly or partly frozen tensor, as the manifest holds it; empty where it holds none,
+            and only the base is there to compare with.
         trained: names of the tensors that train wholly or in part, as the manifest holds them.
         base: the checkpoint it started from; without it the frozen tensors are held against the checksums alone.
         masks: of each partly frozen tensor, which scalars are frozen.
@@ -223,7 +224,7 @@ def verify(
             result.broken[name] = "missing from the checkpoint"
         elif base is not None and name not in base:
             result.broken[name] = "missing from the base"
-        elif base is not None and checksum(frozen_values(base, name)) != frozen[name]:
+        elif base is not None and frozen[name] and checksum(frozen_values(base, name)) != frozen[name]:
             result.broken[name] = "the base has another one than the manifest was written for"
         elif base is not None and not _same(ours := frozen_values(out, name), theirs := frozen_values(base, name)):
             result.broken[name] = _difference(ours, theirs)

@@ -112,7 +112,7 @@ def check_memory(method: Method, config: dict[str, Any], *, pairs: bool) -> str:
     """
     shards = world_size() if is_sharded() or config.get("fsdp") else 1
     # DDP keeps all gradients a second time, in the buckets that it sends.
-    buckets = 4 * method.selection.held_size if world_size() > shards and not method.adapter else 0
+    buckets = 4 * method.selection.held_size if world_size() > shards else 0
     needs = {
         "shards": shards,
         "reference": pairs and not config.get("precompute_ref_log_probs"),

@@ -493,7 +493,9 @@ def test_make_names_the_models_of_a_reset_and_of_merges():
     targets = ["reset", "merge-ties-sd", "merge-average-sd"]
     command = ["make", "-n", *targets, "MODEL=llama2-7b"]
     environment = os.environ | {"S": "no/model", "P": "nor/this"}
-    text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.replace("\\\n", " ")
+    text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.replace(
+        "\\\n", " "
+    )
     lines = [
         line.split("hft ", 1)[1].split() for line in text.splitlines() if "hft reset" in line or "hft merge" in line
     ]

@@ -287,7 +287,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path, sft, capsys, flags, method, m
 
 def test_fsdp_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    args = SimpleNamespace(fsdp=None)
+    args = SimpleNamespace(fsdp=None, fp16=False)
     UpdateConfig().check(args)
     with pytest.raises(HFTError, match="has not been tried on the shards of FSDP"):
         UpdateConfig("mofo", top_fraction=0.1).check(args)
