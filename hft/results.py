@@ -13,7 +13,9 @@ from hft.folders import ADAPTER_NAME, CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, v
 from hft.freezing import Verification
 from hft.planning import peak_memory
 from hft.processes import indented, say
+from hft.selection import Manifest
 from hft.selection.manifest import NAME as MANIFEST_NAME
+from hft.selection.policies import DRAWN
 from hft.stages import Stage
 from hft.training.recorded import Recorded
 
@@ -74,12 +76,12 @@ def summary(results: dict[str, Any], found: Verification, out: Path) -> str:
     again = f"{hft} {results['stage']} --config {out}/{CONFIG_NAME}"
     model = "model.safetensors       the model; loads in plain transformers"
     picture = f"  {PICTURE_NAME}           the selection as a picture\n"
-    others = (
-        f"\n  {again} --output_dir NEW --selection_seed 1  # another half"
-        f"\n  {again} recipes/methods/fft.yaml --output_dir NEW  # everything trains"
-    )
+    others = f"\n  {again} recipes/methods/fft.yaml --output_dir NEW  # everything trains"
+    if Manifest.load(out).selection.get("policy") in DRAWN:
+        others = f"\n  {again} --output_dir NEW --selection_seed 1  # another half{others}"
     if (out / ADAPTER_NAME).exists():
-        model, picture, others = f"{ADAPTER_NAME}  the adapter; loads in plain peft", "", ""
+        model, picture = f"{ADAPTER_NAME}  the adapter; loads in plain peft", ""
+        others += f"\n  {hft} merge --method adapter --models {out} --out NEW  # a plain model"
     return f"""\
 verify
 {indented(found.report())}

@@ -132,6 +132,9 @@ OWN_KEYS = {
 # Policies that choose among billions of scalars, or look at the base's weights: not before a run is sure to begin.
 DEFERRED = ("random-element", "importance")
 
+# Policies that another seed makes another selection of.
+DRAWN = ("category", "layer", "model", "random-element")
+
 # What a policy returns: the units that train, and of some parameters which scalars, True where they train.
 Choice = Iterable[Unit] | tuple[Iterable[Unit], Mapping[str, torch.Tensor | Mask]]
 
