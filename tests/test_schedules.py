@@ -388,7 +388,7 @@ def test_the_plan_tells_what_will_train(tmp_path, sft, capsys, llama2_7b):
     assert "lisa schedule, seed 0: 4 stages, in which 18 of 36 units train" in out
     assert "trainable share of the layers 50.0% at first, 50.0% at last, 50.0% on average" in out
     dynamic = ScheduleConfig(schedule="dynamic")
-    assert "100.0% at first, 10.2% at last, 55.0% on average" in describe(llama2_7b, dynamic, 5098)
+    assert "100.0% at first, 10.0% at last, 55.0% on average" in describe(llama2_7b, dynamic, 5098)
     # LISA keeps a master of everything, but gradient and moments of two layers, embeddings, head and norm only.
     lisa = ScheduleConfig(schedule="lisa")
     ends = llama2_7b.trained_size - llama2_7b.trained_layers_size

@@ -42,8 +42,7 @@ def state_bytes(path: Path) -> int:
 
 
 HEAD = ("method", "s a step", "of FFT", "optimizer state, MB", "trains, % of layers", "of model", "first loss", "last")
-table = "| " + " | ".join(HEAD) + " |\n| --- |" + " --- |" * (len(HEAD) - 1) + "\n"
-usual: list[float] = []
+rows: list[tuple[str, float, str]] = []
 for number, method in enumerate(plan):
     folder = out / f"{number}-{method}"
     words = ["sft", "--config", "recipes/smollm2-135m/sft.yaml", f"recipes/methods/{method}.yaml"]
@@ -53,11 +52,13 @@ for number, method in enumerate(plan):
     results = json.loads((folder / "results.json").read_text())
     layers = results.get("schedule_shares", {}).get("mean") or results["trainable_share"]["layers"]
     seconds = seconds_a_step(folder / "checkpoint-10" / "trainer_state.json")
-    usual += [seconds] if method == "fft" else []
-    table += (
-        f"| {method} | {seconds:.2f} | {seconds / statistics.median(usual):.2f} "
-        f"| {state_bytes(folder / 'checkpoint-10' / 'optimizer.pt') / 1e6:.1f} | {layers:.1%} "
-        f"| {results['trainable_share']['model']:.1%} | {results['first_loss']:.4f} | {results['last_loss']:.4f} |\n"
+    others = (
+        f"{state_bytes(folder / 'checkpoint-10' / 'optimizer.pt') / 1e6:.1f} | {layers:.1%} "
+        f"| {results['trainable_share']['model']:.1%} | {results['first_loss']:.4f} | {results['last_loss']:.4f}"
     )
-    Path(f"{out}.md").write_text(table)
+    rows.append((method, seconds, others))
+    usual = statistics.median(seconds for name, seconds, _ in rows if name == "fft")
+    table = ["| " + " | ".join(HEAD) + " |", "| --- |" + " --- |" * (len(HEAD) - 1)]
+    table += [f"| {name} | {took:.2f} | {took / usual:.2f} | {rest} |" for name, took, rest in rows]
+    Path(f"{out}.md").write_text("\n".join(table) + "\n")
     shutil.rmtree(folder)
