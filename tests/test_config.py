@@ -173,3 +173,12 @@ def test_a_7b_without_a_gpu_is_refused_before_anything_is_fetched(capsys, monkey
     assert "trainable share 50.0% of the layers" in out
     assert "6.7B parameters need a GPU" in err
     assert "7.3 GiB each on 8" in err
+
+
+def test_a_later_method_file_replaces_all_of_an_earlier_one(tiny):
+    parser = parser_of(STAGES["sft"])
+    files = ["--config", "recipes/tiny/sft.yaml", "recipes/methods/mofo.yaml", "recipes/methods/lisa.yaml"]
+    config, _, _ = resolve(parser, [*files, "recipes/methods/hft.yaml", "--round", "2"])
+    assert (config["method"], config["policy"], config["round"]) == ("hft", "category", 2)
+    assert not {"update", "top_fraction", "schedule", "switch_every"} & config.keys()
+    assert config["learning_rate"] == 1e-3  # the recipe's
