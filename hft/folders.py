@@ -20,7 +20,7 @@ from hft.config import read_yaml, to_yaml
 from hft.errors import HFTError
 from hft.freezing import ResetVerification, Verification, verify
 from hft.processes import say
-from hft.selection import Manifest, Selection
+from hft.selection import Manifest, Mask, Selection
 from hft.selection.manifest import NAME as MANIFEST_NAME
 from hft.selection.masks import FILE_NAME as MASKS_NAME
 from hft.selection.masks import load_masks
@@ -98,9 +98,7 @@ def check_base(base: str) -> None:
     if not (Path(base) / MANIFEST_NAME).exists():
         return
     manifest = Manifest.load(base)
-    found = verify(
-        *_what_to_verify(Path(base), manifest), base=None, masks=load_masks(base) if manifest.masks else None
-    )
+    found = verify(*_what_to_verify(Path(base), manifest), base=None, masks=_masks_of(Path(base), manifest))
     if not found.ok:
         wrong = [*found.broken, *found.lost][0]
         raise HFTError(
@@ -164,9 +162,7 @@ def verify_folder(out: Path, base: str | None = None) -> Verification | ResetVer
         folder, base_weights = out, None
     if "adapter" in manifest.selection:
         return verify_adapter(out, manifest, base_weights)
-    masks = load_masks(out) if manifest.masks else {}
-    if changed := [name for name, mask in masks.items() if mask.digest() != manifest.masks.get(name)]:
-        raise HFTError(f"{out / MASKS_NAME} is not the one that the manifest was written with: {changed[0]} differs")
+    masks = _masks_of(out, manifest)
     ours, frozen, trained = _what_to_verify(out, manifest)
     if not manifest.tuned:
         return verify(ours, frozen, trained, base_weights, masks=masks, against=_short(folder))
@@ -183,6 +179,19 @@ def verify_folder(out: Path, base: str | None = None) -> Verification | ResetVer
 
 def _short(folder: Path) -> str:
     return min(str(folder), os.path.relpath(folder), key=len)
+
+
+def _masks_of(folder: Path, manifest: Manifest) -> dict[str, Mask]:
+    """The masks of a folder's partly frozen tensors, none if there are none.
+
+    Raises:
+        HFTError: they are missing, or not those that its manifest was written with.
+    """
+    masks = load_masks(folder) if manifest.masks else {}
+    for name, digest in manifest.masks.items():
+        if name not in masks or masks[name].digest() != digest:
+            raise HFTError(f"{folder / MASKS_NAME} is not the one that the manifest was written with: {name} differs")
+    return masks
 
 
 def _what_to_verify(out: Path, manifest: Manifest) -> tuple[Mapping[str, torch.Tensor], dict[str, str], list[str]]:

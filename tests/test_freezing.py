@@ -107,6 +107,9 @@ def test_verify_finds_a_frozen_scalar_that_moved_and_a_mask_that_was_changed(tmp
     save_file(bits, out / "hft_masks.safetensors", metadata=metadata)
     assert main(["verify", str(out)]) == 2
     assert "is not the one that the manifest was written with" in error_of(capsys)
+    # As a base it is refused by the same check.
+    assert sft(tmp_path / "next", method="hft", model=out) == 2
+    assert "is not the one that the manifest was written with" in error_of(capsys)
 
 
 def test_partly_frozen_runs_resume_exactly_and_refuse_other_masks(tmp_path, sft, capsys):

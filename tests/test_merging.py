@@ -505,7 +505,7 @@ def test_make_names_the_models_of_a_reset_and_of_merges():
     assert ties[:6] == ["merge", "--config", "recipes/merges/ties-sd.yaml", *both]
     assert ties[6:] == ["--base", "meta-llama/Llama-2-7b-hf", "--out", "runs/llama2-7b-merge-ties-sd"]
     assert average[:6] == ["merge", "--config", "recipes/merges/average-sd.yaml", *both]
-    assert average[-2:] == ["--out", "runs/llama2-7b-merge-average-sd"]
+    assert average[6:] == ["--out", "runs/llama2-7b-merge-average-sd"]
 
 
 @pytest.mark.parametrize(

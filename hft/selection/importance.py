@@ -1,8 +1,8 @@
 """Scores how much each matrix, input column or weight matters to general text; masks that freeze what matters most.
 
-The family of SSU (2512.04844): by magnitude, by Wanda, or by Fisher information. Only the matrices of the
-layers are scored, those with weights of shape (out, in). Norms and biases get neither score nor mask: a caller leaves
-norms to the draw of the category policy, and biases train.
+The family of SSU (2512.04844): by magnitude, by Wanda, or by Fisher information. Only the matrices of the layers are
+scored, those with weights of shape (out, in). Norms and biases get neither score nor mask: `choose` draws half of the
+norms as the category policy does, and biases train.
 """
 
 from __future__ import annotations
@@ -64,8 +64,7 @@ def recalled(
     anatomy: Anatomy, config: SelectionConfig, trained_units: Iterable[str], frozen_masks: Mapping[str, Mask]
 ) -> Selection:
     """The selection that was made before, by another process or before a run was killed."""
-    trained = {name: Mask.of(~mask.tensor()) for name, mask in frozen_masks.items()}
-    return Selection(anatomy, config, frozenset(trained_units), trained)
+    return Selection(anatomy, config, frozenset(trained_units), {name: ~mask for name, mask in frozen_masks.items()})
 
 
 def check_linear(model: nn.Module, anatomy: Anatomy) -> None:
