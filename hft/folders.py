@@ -153,14 +153,15 @@ def verify_folder(out: Path, base: str | None = None) -> Verification | ResetVer
         HFTError: the folder or a base given by name cannot be read.
     """
     manifest = Manifest.load(out)
+    adapted = "adapter" in manifest.selection  # then what trained is not among the base's weights
     try:
         folder = local_folder(base) if base else local_folder(manifest.base, manifest.revision)
-        base_weights = weights_of(folder, [*manifest.frozen, *manifest.trained])
+        base_weights = weights_of(folder, [*manifest.frozen, *([] if adapted else manifest.trained)])
     except HFTError:
         if base:
             raise
         folder, base_weights = out, None
-    if "adapter" in manifest.selection:
+    if adapted:
         return verify_adapter(out, manifest, base_weights)
     masks = _masks_of(out, manifest)
     ours, frozen, trained = _what_to_verify(out, manifest)

@@ -23,6 +23,7 @@ from hft.selection import Manifest
 from hft.training import AdapterDPOTrainer, AdapterSFTTrainer
 from hft.training.adapters import check_possible, orthogonality
 from tests.conftest import error_of, identical, losses, tensors
+from tests.test_architectures import small
 
 METHODS = ("lora", "qlora", "adalora", "p-tuning", "p-tuning-v2", "osf")
 # Small steps: what is tested does not need large ones.
@@ -314,3 +315,12 @@ def test_the_base_keeps_its_dtype_and_adapters_are_fp32(tmp_path, tiny, data, me
     stored = torch.bfloat16 if autocast else torch.float32
     assert frozen == ({stored, torch.uint8} if method == "qlora" else {stored})
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_a_base_that_is_stored_expert_by_expert_takes_an_adapter(tmp_path, tiny, sft):
+    base = tmp_path / "mixtral"
+    small("mixtral").save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(base)
+    assert sft(tmp_path / "out", *SMALL, "--max_steps", "2", method="lora", model=base) == 0
+    assert any(name.endswith("experts.gate_up_proj") for name in Manifest.load(tmp_path / "out").frozen)
+    assert main(["verify", str(tmp_path / "out")]) == 0

@@ -23,7 +23,7 @@ from hft.processes import is_main, is_sharded
 from hft.selection import Manifest
 from hft.training.mixin import load_base
 from hft.training.recorded import Recorded
-from hft.weights import Weights, checksum, local_folder
+from hft.weights import checksum, local_folder, weights_of
 
 # In a checkpoint, beside PEFT's own files: all that trains, and AdaLoRA's importance scores.
 STATE_NAME = "training_state.safetensors"
@@ -221,7 +221,7 @@ def keep_quantised_weights(model: nn.Module) -> None:
 
 def checksums_on_disk(folder: Path, names: dict[str, torch.dtype]) -> dict[str, str]:
     """Checksums of the base's tensors as its files have them, whatever they become in memory."""
-    weights = Weights(folder)
+    weights = weights_of(folder, names)
     return {name: checksum(weights[name]) for name in tqdm(names, desc="hashing the base", leave=False)}
 
 

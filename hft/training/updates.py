@@ -114,8 +114,7 @@ def starting_weights(model: nn.Module, anatomy: Anatomy, config: UpdateConfig) -
     if config.update == "mixout":
         inside = {name for unit in anatomy.units for name in unit.parameters}
         check_linear(model, anatomy)
-        matrices = {name: p for name, p in trained.items() if name in inside and p.ndim > 1}
-        trained = matrices
+        trained = {name: p for name, p in trained.items() if name in inside and p.ndim > 1}
     return {name: parameter.detach().clone() for name, parameter in trained.items()}
 
 
