@@ -78,8 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 # Imported where they are needed: torch and TRL take seconds to load.
 def _train(stage: str, arguments: Sequence[str]) -> int:
-    from hft.running import run
-    from hft.stages import STAGES
+    from hft.runs.run import run
+    from hft.runs.stages import STAGES
 
     return run(STAGES[stage], arguments)
 
@@ -88,7 +88,7 @@ def _verify(arguments: Sequence[str]) -> int:
     from pathlib import Path
 
     from hft.errors import HFTError
-    from hft.folders import verify_folder
+    from hft.runs.folder import verify_folder
 
     match arguments:
         case [out]:
@@ -102,19 +102,19 @@ def _verify(arguments: Sequence[str]) -> int:
 
 
 def _combine(command: str, arguments: Sequence[str]) -> int:
-    from hft import combining
+    from hft.merging import merge as combining
 
     return combining.reset(arguments) if command == "reset" else combining.merge(arguments)
 
 
 def _diff(arguments: Sequence[str]) -> int:
-    from hft.comparing import diff
+    from hft.merging.diff import diff
 
     return diff(arguments)
 
 
 def _fetch(name: str, folder: str | None = None) -> int:
-    from hft.models import fetch
+    from hft.demo.models import fetch
 
     folder = folder or f"models/{name}"
     fetch(name, folder)
@@ -123,7 +123,7 @@ def _fetch(name: str, folder: str | None = None) -> int:
 
 
 def _demo(folder: str = "data") -> int:
-    from hft.demo import write_demo_data
+    from hft.demo.data import write_demo_data
 
     rows = write_demo_data(folder)
     for name, count in rows.items():

@@ -12,7 +12,7 @@ from trl import extract_prompt, maybe_convert_to_chatml
 
 from hft.config import RunConfig
 from hft.errors import HFTError
-from hft.processes import say
+from hft.machine import say
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 

@@ -11,11 +11,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from hft.anatomy import some
 from hft.errors import HFTError
+from hft.model.anatomy import some
+from hft.model.weights import as_bytes, checksum
 from hft.selection.masks import Mask
 from hft.selection.policies import Selection
-from hft.weights import as_bytes, checksum
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 

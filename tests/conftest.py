@@ -16,9 +16,9 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from hft.cli import main
-from hft.demo import docstring_chats, docstring_pairs
-from hft.models import make_tiny
-from hft.weights import as_bytes
+from hft.demo.data import docstring_chats, docstring_pairs
+from hft.demo.models import make_tiny
+from hft.model.weights import as_bytes
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,14 +4,15 @@ import pytest
 import yaml
 from trl import SFTConfig
 
-from hft.adapters import AdapterConfig
 from hft.cli import main
 from hft.config import Parser, RunConfig, fill, resolve, split_arguments, to_yaml
 from hft.errors import HFTError
-from hft.methods import method_of
-from hft.selection import ScheduleConfig, SelectionConfig
-from hft.settings import batch_settings, for_this_machine, load_model_config, parser_of, with_defaults
-from hft.stages import STAGES
+from hft.methods.adapter import AdapterConfig
+from hft.methods.schedule import ScheduleConfig
+from hft.runs.method import method_of
+from hft.runs.settings import batch_settings, for_this_machine, load_model_config, parser_of, with_defaults
+from hft.runs.stages import STAGES
+from hft.selection import SelectionConfig
 
 RECIPES = sorted(path for stage in STAGES for path in Path("recipes").glob(f"*/{stage}.yaml"))
 METHODS = sorted(Path("recipes/methods").glob("*.yaml"))

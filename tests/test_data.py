@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from hft.config import RunConfig
 from hft.data import load_data, load_split, sft_rows
-from hft.demo import docstring_chats, write_demo_data
+from hft.demo.data import docstring_chats, write_demo_data
 from hft.errors import HFTError
 from tests.conftest import write_jsonl
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hft.cli import main
-from hft.models import fetch
+from hft.demo.models import fetch
 
 pytestmark = pytest.mark.slow
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from hft.anatomy import Anatomy, Unit
 from hft.errors import HFTError
+from hft.model.anatomy import Anatomy, Unit
 from hft.selection import SelectionConfig
 
 

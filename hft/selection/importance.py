@@ -16,11 +16,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hft.anatomy import Anatomy
 from hft.errors import HFTError
-from hft.ranking import largest
+from hft.model.anatomy import Anatomy
 from hft.selection.masks import Mask
 from hft.selection.policies import SCORES, Selection, SelectionConfig, category, half_of_the_norms, selection_of
+from hft.selection.ranking import largest
 
 REDUCTIONS = {
     "unit": torch.mean,

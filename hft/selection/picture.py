@@ -7,8 +7,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from hft.methods.schedule import from_row, mean_share, share
 from hft.selection.policies import Selection
-from hft.selection.schedules import from_row, mean_share, share
 
 FROZEN, TRAINED = "#cfd8dc", "#e4572e"
 
@@ -58,7 +58,7 @@ def draw_schedule(selection: Selection, history: Sequence[dict[str, Any]], steps
 
     Args:
         selection: what the schedule chose from.
-        history: the stages, as `hft.selection.schedules.to_row` writes them.
+        history: the stages, as `hft.methods.schedule.to_row` writes them.
         steps: steps of the whole run.
         title: what stands before the mean share.
     """

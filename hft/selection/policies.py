@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hft.anatomy import BLOCKS, Anatomy, Part, Unit
 from hft.errors import HFTError
+from hft.model.anatomy import BLOCKS, Anatomy, Part, Unit
 from hft.selection.masks import Mask
 
 POLICIES = ("category", "layer", "model", "explicit", "all", "random-element", "importance")

@@ -15,15 +15,15 @@ from transformers import BitsAndBytesConfig, TrainerCallback, TrainingArguments
 from transformers.utils import is_bitsandbytes_available
 from trl import DPOTrainer, SFTTrainer
 
-from hft.adapters import PROMPT_LEARNING, AdapterConfig, adapter_selection, hold_ranknum
 from hft.errors import HFTError
-from hft.folders import CHECKPOINT
 from hft.freezing import upcast
-from hft.processes import is_main, is_sharded
-from hft.selection import Manifest
+from hft.machine import is_main, is_sharded
+from hft.methods.adapter import PROMPT_LEARNING, AdapterConfig, adapter_selection, hold_ranknum
+from hft.model.weights import checksum, local_folder, weights_of
+from hft.record.manifest import Manifest
+from hft.runs.folder import CHECKPOINT
 from hft.training.mixin import load_base
 from hft.training.recorded import Recorded
-from hft.weights import checksum, local_folder, weights_of
 
 # In a checkpoint, beside PEFT's own files: all that trains, and AdaLoRA's importance scores.
 STATE_NAME = "training_state.safetensors"

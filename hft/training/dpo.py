@@ -11,7 +11,7 @@ from trl import DPOTrainer
 
 from hft.errors import HFTError
 from hft.freezing import HALF_PRECISION
-from hft.processes import is_sharded
+from hft.machine import is_sharded
 from hft.training.mixin import HalfFineTuning
 
 

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 
-from hft.anatomy import anatomy_of, architecture_of, meta_model
 from hft.errors import HFTError
-from hft.folders import CHECKPOINT
 from hft.freezing import PartFreezer, freeze, upcast
-from hft.processes import is_main, is_sharded
-from hft.selection import Manifest, ScheduleConfig, Selection, SelectionConfig, select
+from hft.machine import is_main, is_sharded
+from hft.methods.callback import Schedule, prepare
+from hft.methods.schedule import ScheduleConfig, check_schedule
+from hft.methods.updates import UpdateConfig, callbacks_of, starting_weights
+from hft.model.anatomy import anatomy_of, architecture_of, meta_model
+from hft.model.weights import Weights, cast_weights, checksum, local_folder, widest
+from hft.record.manifest import Manifest
+from hft.runs.folder import CHECKPOINT
+from hft.selection import Selection, SelectionConfig, select
 from hft.selection.masks import save_masks
-from hft.selection.schedules import check_schedule
 from hft.training.recorded import Recorded
-from hft.training.schedules import Schedule, prepare
-from hft.training.updates import UpdateConfig, callbacks_of, starting_weights
-from hft.weights import Weights, cast_weights, checksum, local_folder, widest
 
 
 class HalfFineTuning(Recorded):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hft.folders import last_checkpoint
-from hft.planning import peak_memory
-from hft.selection import Manifest
-from hft.training.schedules import Schedule
+from hft.methods.callback import Schedule
+from hft.planning.memory import peak_memory
+from hft.record.manifest import Manifest
+from hft.runs.folder import last_checkpoint
 
 
 class Recorded:

@@ -1,0 +1,1 @@
+"""Data and models that need no Hub."""

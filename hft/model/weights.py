@@ -1,0 +1,213 @@
+"""The tensors of a checkpoint folder, read one at a time and never all at once."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Container, Iterable, Iterator, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from hft.errors import HFTError
+from hft.model.anatomy import architecture_of, meta_model
+
+# safetensors' names of the dtypes that a model's weights come in; others are read to be known.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Of tensors that are no parameters, such as masks and counters.
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+INTEGERS |= {"BOOL": torch.bool}
+
+# How names start that can only be meant as folders.
+PLACES = ("./", "../", "runs/", "models/")
+
+
+class Weights(Mapping):
+    """Tensor names of a checkpoint folder, safetensors or .bin, each read from disk when it is asked for.
+
+    Raises:
+        HFTError: the folder holds no weights, or a file is missing or truncated.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._files: dict[str, SafetensorsFile | TorchFile] = {}
+        for path in weight_files(self.folder):
+            try:
+                file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+            except (SafetensorError, OSError, RuntimeError, UnpicklingError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise HFTError(f"{path} is not a whole weights file ({reason}); fetch or save it again") from error
+            self._files.update(dict.fromkeys(file.names(), file))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._files[name].tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype of every tensor on disk, from the headers."""
+        return {name: file.dtype(name) for name, file in self._files.items()}
+
+    def specs(self) -> dict[str, torch.Tensor]:
+        """Every tensor on the `meta` device: its shape and dtype on disk, without its values."""
+        dtypes = self.dtypes()
+        return {name: torch.empty(f.shape(name), dtype=dtypes[name], device="meta") for name, f in self._files.items()}
+
+
+def weights_of(folder: str | Path, names: Iterable[str]) -> Mapping[str, torch.Tensor]:
+    """The tensors of a checkpoint folder under the names that the model has for them.
+
+    Where the files name all of them, they are read one at a time. Some families are stored in another form than
+    they are computed in: mixtures of experts one expert at a time, vision-language models under older names. Those
+    are loaded whole by transformers, in the widest dtype they are stored in, which is exact.
+    """
+    stored = Weights(folder)
+    if all(name in stored for name in names):
+        return stored
+    config = AutoConfig.from_pretrained(folder)
+    architecture = architecture_of(config)
+    if set(stored) <= meta_model(config).state_dict().keys():
+        return stored  # the same form, with tensors missing
+    dtype = widest(stored.dtypes().values())
+    model, info = architecture.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    return {name: p.detach() for name, p in model.named_parameters() if name not in info["missing_keys"]}
+
+
+class SafetensorsFile:
+    """One safetensors file."""
+
+    def __init__(self, path: Path):
+        self._file = safe_open(path, framework="pt")
+
+    def names(self) -> Iterable[str]:
+        return self._file.keys()
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES.get(self._file.get_slice(name).get_dtype()) or self.tensor(name).dtype
+
+    def shape(self, name: str) -> list[int]:
+        return self._file.get_slice(name).get_shape()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._file.get_tensor(name)
+
+
+class TorchFile:
+    """One .bin file, mapped into memory: some older models, such as allenai/tulu-2-7b, come in no other form."""
+
+    def __init__(self, path: Path):
+        self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+    def names(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def shape(self, name: str) -> torch.Size:
+        return self._tensors[name].shape
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weights files of a checkpoint folder: one, or those its index names; safetensors before .bin.
+
+    Raises:
+        HFTError: there are none, or the index cannot be read.
+    """
+    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        if (folder / index).exists():
+            try:
+                shards = set(json.loads((folder / index).read_text())["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise HFTError(f"{folder / index} is not a whole index of weights; fetch or save it again") from error
+            return [folder / name for name in sorted(shards)]
+        if (folder / single).exists():
+            return [folder / single]
+    raise HFTError(f"{folder} holds no weights: neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}, whole or in shards")
+
+
+def local_folder(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: the path itself, or where the Hub's files lie once they are downloaded.
+
+    Raises:
+        HFTError: the model is neither a folder nor reachable on the Hub.
+    """
+    if model and Path(model).is_dir():
+        return Path(model)
+    # The Hub's ids are NAME or OWNER/NAME.
+    if Path(model).is_absolute() or str(model).startswith(PLACES) or str(model).count("/") > 1:
+        raise HFTError(f"there is no folder {model}")
+    small = ["*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab*", "*.model", "LICENSE*", "USE_POLICY*"]
+    try:
+        for weights in ("*.safetensors", "*.bin"):
+            folder = Path(snapshot_download(str(model), revision=revision, allow_patterns=[*small, weights]))
+            if any(folder.glob(weights)):
+                break
+        return folder
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise HFTError(f"{model} is neither a folder nor to be had from the Hub: {reason}") from error
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes."""
+    tensor = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(as_bytes(tensor).numpy())
+    return digest.hexdigest()
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's bytes, to compare bit by bit: unlike `==` it tells -0.0 from 0.0 and finds NaN equal to itself."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype that holds values of all the given ones exactly."""
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def cast_weights(
+    folder: str | Path, dtypes: Mapping[str, torch.dtype], others: tuple[torch.dtype, Container[str]] | None = None
+) -> None:
+    """Rewrite the safetensors files of a folder so that each tensor has the dtype given for its name, if any.
+
+    Args:
+        folder: holds the files.
+        dtypes: by name.
+        others: a dtype for all names that are not in a given set: those of tensors stored in another form than the
+            model has them in.
+
+    Files that are right already are left alone. The rest are replaced in one step: a reader sees the old or the new
+    one, never half of it.
+    """
+    for path in tqdm(weight_files(Path(folder)), desc="casting the saved weights", leave=False):
+        file = SafetensorsFile(path)
+        wanted = {name: dtypes.get(name, file.dtype(name)) for name in file.names()}
+        if others is not None:
+            dtype, known = others
+            wanted |= {name: dtype for name in wanted if name not in known and file.dtype(name).is_floating_point}
+        if all(wanted[name] == file.dtype(name) for name in wanted):
+            continue
+        tensors = {name: tensor.to(wanted[name]) for name, tensor in load_file(path).items()}
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.chmod(path.stat().st_mode)
+        temporary.replace(path)

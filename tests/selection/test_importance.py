@@ -1,0 +1,287 @@
+import re
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hft.data import load_split
+from hft.errors import HFTError
+from hft.model.anatomy import anatomy_of
+from hft.record.manifest import Manifest
+from hft.selection import SelectionConfig, select
+from hft.selection.importance import (
+    REDUCTIONS,
+    choose,
+    fisher,
+    input_norms,
+    masks,
+    text_batches,
+    unit_scores,
+)
+from tests.conftest import error_of, identical, losses, tensors
+from tests.model.test_architectures import small
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def model(tiny):
+    return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).train()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return AutoTokenizer.from_pretrained(tiny)
+
+
+@pytest.fixture(scope="module")
+def batches(tokenizer, rows):
+    return list(text_batches(tokenizer, rows, max_length=40, count=5))
+
+
+@pytest.fixture
+def matrices(model):
+    """The matrices of the layers, found without the anatomy."""
+    return {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }
+
+
+def inputs_of(model, batches, names):
+    """All rows that each linear layer is applied to, on all samples, (tokens, in)."""
+    seen = {name: [] for name in names}
+    modules = {model.get_submodule(name.removesuffix(".weight")): rows for name, rows in seen.items()}
+    handles = [m.register_forward_hook(lambda m, args, out: modules[m].append(args[0].detach()[0])) for m in modules]
+    with torch.no_grad():
+        for batch in batches:
+            model.eval()(input_ids=batch["input_ids"])
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(rows) for name, rows in seen.items()}
+
+
+def squared_gradients(model, batches, matrices):
+    """The mean over samples of the squared gradient, by autograd, matrix by matrix."""
+    model.eval()
+    total = {name: torch.zeros_like(weight) for name, weight in matrices.items()}
+    for batch in batches:
+        loss = model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+        for name, gradient in zip(matrices, torch.autograd.grad(loss, list(matrices.values())), strict=True):
+            total[name] += gradient**2 / len(batches)
+    return total
+
+
+def brute_force(score, model, batches, matrices):
+    if score == "fisher":
+        return squared_gradients(model, batches, matrices)
+    scores = {name: weight.detach().abs() for name, weight in matrices.items()}
+    if score == "wanda":
+        inputs = inputs_of(model, batches, matrices)
+        scores = {name: s * inputs[name].norm(dim=0) for name, s in scores.items()}
+    return scores
+
+
+def test_input_norms_are_those_of_all_tokens(model, batches, matrices):
+    norms = input_norms(model, matrices, batches)
+    assert norms.keys() == matrices.keys()
+    for name, inputs in inputs_of(model, batches, matrices).items():
+        torch.testing.assert_close(norms[name], inputs.norm(dim=0))
+    first = model.model.layers[0].input_layernorm
+    embedded = torch.cat([first(model.model.embed_tokens(batch["input_ids"]))[0] for batch in batches])
+    torch.testing.assert_close(norms[Q_PROJ], embedded.norm(dim=0))
+
+
+def test_fisher_squares_the_gradient_of_each_sample_by_itself(model, batches, matrices):
+    expected = squared_gradients(model, batches, matrices)
+    for reduction in REDUCTIONS.values():
+        found = fisher(model, matrices, batches, reduction)
+        for name in matrices:
+            torch.testing.assert_close(found[name], reduction(expected[name]), rtol=1e-4, atol=1e-12)
+
+
+def test_padding_and_batching_change_nothing(model, batches, matrices):
+    longest = max(batch["input_ids"].shape[1] for batch in batches) + 3
+    padded = {"input_ids": torch.full((len(batches), longest), 7), "attention_mask": torch.zeros(len(batches), longest)}
+    for index, batch in enumerate(batches):  # some on the left, some on the right
+        length = batch["input_ids"].shape[1]
+        place = slice(0, length) if index % 2 else slice(longest - length, longest)
+        padded["input_ids"][index, place] = batch["input_ids"][0]
+        padded["attention_mask"][index, place] = 1
+    for measure in (input_norms, lambda *given: fisher(*given, REDUCTIONS["column"])):
+        one, many = measure(model, matrices, batches), measure(model, matrices, [padded])
+        assert all(torch.equal(one[name], many[name]) for name in matrices)
+
+
+@pytest.mark.parametrize("score", ["magnitude", "wanda", "fisher"])
+@pytest.mark.parametrize("granularity", ["column", "element"])
+def test_the_masks_freeze_what_scores_highest(model, batches, matrices, score, granularity):
+    scores = brute_force(score, model, batches, matrices)
+    anatomy = anatomy_of(model)
+    found = masks(model, anatomy, batches, score=score, granularity=granularity, fraction=0.3)
+    inverse = masks(model, anatomy, batches, score=score, granularity=granularity, fraction=0.7, invert=True)
+    assert list(found) == list(matrices)
+    for name, mask in found.items():
+        expected = scores[name].sum(dim=0, keepdim=True) if granularity == "column" else scores[name]
+        assert mask.shape == expected.shape
+        assert int(mask.sum()) == round(0.3 * mask.numel())
+        lowest_frozen, highest_trained = expected[~mask].min(), expected[mask].max()
+        assert lowest_frozen >= highest_trained * (1 - 1e-4)
+        # What scores highest is the complement of what scores lowest, but for rounding in the scores.
+        assert (mask != ~inverse[name]).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("score", ["magnitude", "wanda", "fisher"])
+def test_a_units_score_is_the_mean_over_its_matrix(model, batches, matrices, score):
+    expected = brute_force(score, model, batches, matrices)
+    found = unit_scores(model, anatomy_of(model), batches, score=score)
+    assert found == {
+        name.removesuffix(".weight"): pytest.approx(float(scores.mean()), rel=1e-4) for name, scores in expected.items()
+    }
+
+
+def test_of_equal_scores_the_first_are_frozen(model):
+    with torch.no_grad():
+        model.get_parameter(Q_PROJ).fill_(0.5)
+    kept = {g: masks(model, anatomy_of(model), [], score="magnitude", granularity=g) for g in ("column", "element")}
+    for mask in (each[Q_PROJ].view(-1) for each in kept.values()):
+        assert not mask[: len(mask) // 2].any()
+        assert mask[len(mask) // 2 :].all()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_all_or_nothing_can_train(model, fraction):
+    found = masks(model, anatomy_of(model), [], score="magnitude", fraction=fraction)
+    assert all(bool(mask.all()) == bool(mask.any()) == (fraction == 1) for mask in found.values())
+
+
+def test_scoring_leaves_the_model_as_it_was(model, tiny, batches):
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    for score in ("wanda", "fisher"):
+        masks(model, anatomy_of(model), batches, score=score)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert all(p.grad is None for p in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    base = tensors(tiny)
+    assert all(torch.equal(p, base[name].float()) for name, p in model.named_parameters())
+
+
+def test_half_precision_is_scored_in_fp32(tiny, batches):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    assert model.dtype == torch.bfloat16
+    names = [Q_PROJ]
+    assert input_norms(model, names, batches)[Q_PROJ].dtype == torch.float32
+    assert fisher(model, names, batches, REDUCTIONS["element"])[Q_PROJ].dtype == torch.float32
+
+
+def test_rows_of_all_kinds_become_text(tokenizer):
+    chat = [{"role": "user", "content": "What is a fence?"}, {"role": "assistant", "content": "A thing to lean on."}]
+    given = ["A fence.", {"text": "A fence."}, {"text": ""}, {"messages": chat}]
+    given += [{"prompt": chat[:1], "completion": chat[1:]}, "never reached"]
+    plain, text, messages, parted = (b["input_ids"][0].tolist() for b in text_batches(tokenizer, given, 100, count=4))
+    assert plain == text == tokenizer("A fence.")["input_ids"]
+    assert messages == parted == tokenizer.apply_chat_template(chat, return_dict=False)
+    [cut] = text_batches(tokenizer, given[3:4], 6, count=9)
+    assert cut["input_ids"].tolist() == [messages[:6]]
+
+
+def test_special_tokens_are_added_to_text_and_left_to_the_template_in_chats(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="X $A", special_tokens=[("X", 7)])
+    given = ["A fence.", {"messages": [{"role": "user", "content": "A fence."}]}]
+    text, chat = (batch["input_ids"][0].tolist() for batch in text_batches(tokenizer, given, 100, count=2))
+    assert text[0] == 7
+    assert 7 not in chat
+
+
+def test_chats_without_a_template_are_joined(tokenizer, tiny):
+    bare = AutoTokenizer.from_pretrained(tiny)
+    bare.chat_template = None
+    [batch] = text_batches(bare, [{"messages": [{"content": "One."}, {"content": "Two."}]}], 100, count=1)
+    assert batch["input_ids"][0].tolist() == tokenizer("One.\n\nTwo.")["input_ids"]
+
+
+def test_what_cannot_be_scored_is_refused_in_a_sentence(model, tokenizer):
+    anatomy = anatomy_of(model)
+    with pytest.raises(HFTError, match="score must be one of magnitude, wanda, fisher, got 'wand'"):
+        unit_scores(model, anatomy, [], score="wand")
+    with pytest.raises(HFTError, match="granularity must be column or element"):
+        masks(model, anatomy, [], granularity="row")
+    with pytest.raises(HFTError, match=r"fraction must lie in 0\.\.1"):
+        masks(model, anatomy, [], score="magnitude", fraction=1.5)
+    for score in ("wanda", "fisher"):
+        with pytest.raises(HFTError, match="no text to score by"):
+            masks(model, anatomy, [], score=score)
+    with pytest.raises(HFTError, match=r"got \['chosen', 'rejected'\]"):
+        list(text_batches(tokenizer, [{"chosen": [], "rejected": []}], 10, count=1))
+
+
+ARMS = [("column", "wanda", "false"), ("unit", "magnitude", "false"), ("element", "fisher", "true")]
+
+
+@pytest.mark.parametrize(("granularity", "score", "invert"), ARMS)
+def test_what_matters_most_is_frozen_and_a_killed_run_takes_the_same_selection_up(
+    tmp_path, tiny, data, sft, capsys, granularity, score, invert
+):
+    flags = ["--granularity", granularity, "--score", score, "--invert", invert, "--importance_rows", "8"]
+    flags += ["--importance_data", str(data), "--lr_scheduler_type", "constant", "--save_steps", "10"]
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    assert sft(straight, *flags, "--max_steps", "20", method="importance") == 0
+    printed = capsys.readouterr().out
+    assert f"{score} on 8 rows" in printed
+    shares = set(re.findall(r"trainable share ([\d.]+)% of the layers", printed))
+    manifest = Manifest.load(straight)
+    assert shares == {f"{100 * manifest.shares['layers']:.1f}"}  # as planned before the base was loaded
+    assert manifest.shares["layers"] == pytest.approx(0.5, abs=5e-3)
+
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    anatomy, tokenizer = anatomy_of(model), AutoTokenizer.from_pretrained(tiny)
+    config = SelectionConfig(**manifest.selection)
+    texts = list(text_batches(tokenizer, load_split(str(data), "train"), 256, 8))
+    chosen = choose(model, anatomy, config, texts)
+    assert sorted(chosen.trained) == sorted(manifest.trained_units)
+    assert {name: mask.digest() for name, mask in chosen.frozen_masks.items()} == manifest.masks
+    half = select(anatomy, SelectionConfig())
+    assert chosen.counts() == (half.counts() if granularity == "unit" else chosen.counts())
+
+    assert sft(cut, *flags, "--max_steps", "10", method="importance") == 0
+    (cut / "results.json").unlink()
+    capsys.readouterr()
+    assert sft(cut, *flags, "--fraction", "0.4", method="importance") == 2
+    assert "another selection (fraction 0.5 there, 0.4 here)" in error_of(capsys)
+    assert sft(cut, *flags, "--max_steps", "20", method="importance") == 0
+    logged = losses(cut / "checkpoint-20")
+    assert sum(logged[-4:]) < sum(logged[:4]) - 0.8
+    ours, theirs = tensors(cut), tensors(straight)
+    assert all(identical(ours[name], theirs[name]) for name in theirs)
+
+
+def test_units_that_matter_most_to_the_base_are_the_frozen_ones_of_their_pool(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    anatomy = anatomy_of(model)
+    with torch.no_grad():
+        for unit in anatomy.units:
+            if unit.kind in ("k_proj", "o_proj", "up_proj"):
+                model.get_parameter(f"{unit.name}.weight").mul_(10)
+    settings = {"policy": "importance", "granularity": "unit", "score": "magnitude"}
+    for invert in (False, True):
+        selection = choose(model, anatomy, SelectionConfig(**settings, invert=invert), [])
+        trained = {unit.kind for unit in anatomy.layer(0, "attention") if selection.trains(unit)}
+        assert trained == ({"k_proj", "o_proj"} if invert else {"q_proj", "v_proj"})
+        ups = [unit for unit in anatomy.units if unit.kind == "up_proj"]
+        assert all(selection.trains(unit) == invert for unit in ups)
+
+
+def test_importance_is_refused_where_it_cannot_be_measured(tmp_path, sft, capsys):
+    fused, config = small("gpt2"), SelectionConfig(policy="importance", granularity="column", score="wanda")
+    with pytest.raises(HFTError, match=r"and transformer\.h\.0\.attn\.c_attn\.q_proj is none"):
+        choose(fused, anatomy_of(fused), config, [])
+    flags = ["--policy", "importance", "--granularity", "unit", "--score", "wanda"]
+    assert sft(tmp_path / "out", *flags) == 2
+    assert "give --importance_data" in error_of(capsys)

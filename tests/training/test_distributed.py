@@ -1,0 +1,33 @@
+"""Two processes on one machine, over gloo."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hft.cli import main
+from hft.record.manifest import Manifest
+from tests.conftest import command, identical, losses, tensors
+
+
+@pytest.mark.parametrize(("stage", "method"), [("sft", "hft"), ("dpo", "hft"), ("sft", "random-element")])
+def test_two_processes_agree_with_one_at_the_same_global_batch(tmp_path, tiny, data, pairs, stage, method):
+    settings = ["--bf16", "false", "--per_device_train_batch_size", "4", "--global_batch_size", "8"]
+    inputs = {"method": method, "model": tiny, "data": data if stage == "sft" else pairs}
+    assert main(command(stage, tmp_path / "one", *settings, **inputs)) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hft"]
+    words = [*launch, *command(stage, tmp_path / "two", *settings, **inputs)]
+    run = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("verify passed") == 1
+    assert "x 2 processes x 1 accumulation" in run.stdout
+
+    one, two = Manifest.load(tmp_path / "one"), Manifest.load(tmp_path / "two")
+    assert one.frozen == two.frozen
+    checkpoints = [tmp_path / name / "checkpoint-4" for name in ("one", "two")]
+    assert losses(checkpoints[1]) == pytest.approx(losses(checkpoints[0]), rel=1e-4)
+    ours, theirs = map(tensors, checkpoints)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5)
+        assert name not in one.frozen or name in one.masks or identical(ours[name], tensor)

@@ -1,0 +1,192 @@
+"""Frozen scalars of a partly frozen parameter stay as they are, bit for bit, whatever the optimizer does."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hft.cli import main
+from hft.freezing import PartFreezer, verify
+from hft.model.anatomy import Part, anatomy_of, meta_model
+from hft.model.weights import checksum
+from hft.record.manifest import Manifest
+from hft.selection import Mask, SelectionConfig, select
+from hft.selection.masks import load_masks
+from tests.conftest import error_of, identical, losses, tensors
+from tests.model.test_architectures import config_of
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (8, 8), (1, 17), (4, 6, 1), (1,), (2, 3, 7)])
+def test_a_packed_mask_unpacks_to_itself_at_a_bit_a_scalar(shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    packed = Mask.of(mask)
+    assert torch.equal(packed.tensor(), mask)
+    assert packed.bits.numel() == -(-mask.numel() // 8)
+    assert packed.digest() == Mask.of(mask.clone()).digest()
+    assert packed.digest() != Mask.of(~mask).digest()
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("mask", ["rows", "columns", "elements"])
+def test_frozen_scalars_stay_under_weight_decay_and_warm_momentum(optimizer, mask):
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(7, 9)
+    step = OPTIMIZERS[optimizer](layer.parameters())
+
+    def train(steps: int, after=lambda: None) -> None:
+        for _ in range(steps):
+            layer(torch.randn(4, 7, generator=generator)).square().mean().backward()
+            step.step()
+            after()
+            step.zero_grad()
+
+    train(3)  # every scalar has a moment now
+    shape = {"rows": (9, 1), "columns": (1, 7), "elements": (9, 7)}[mask]
+    frozen = torch.rand(shape, generator=generator) < 0.5
+    before = layer.weight.detach().clone()
+    freezer = PartFreezer(layer, {"weight": Mask.of(frozen)})
+    train(5, after=freezer.restore)
+    where = frozen.expand(9, 7)
+    assert identical(layer.weight.detach()[where], before[where])
+    assert (layer.weight.detach()[~where] != before[~where]).all()
+
+    layer(torch.randn(4, 7, generator=generator)).square().mean().backward()
+    assert (layer.weight.grad[where] == 0).all()
+    assert (layer.weight.grad[~where] != 0).all()
+    # A masked gradient alone would not do.
+    step.step()
+    assert not torch.equal(layer.weight.detach()[where], before[where])
+    freezer.restore()
+    assert identical(layer.weight.detach()[where], before[where])
+    freezer.remove()
+    train(1, after=freezer.restore)
+    assert (layer.weight.detach()[where] != before[where]).all()
+
+
+def test_random_elements_train_and_the_others_do_not(tmp_path, tiny, sft, capsys):
+    out = tmp_path / "out"
+    assert sft(out, "--weight_decay", "0.1", method="random-element") == 0
+    printed = capsys.readouterr().out
+    assert "28 tensors train in part" in printed
+    assert "28 of 28 tensors bit-identical" in printed
+    base, ours, masks = tensors(tiny), tensors(out / "checkpoint-4"), load_masks(out)
+    assert masks.keys() == {name for name in base if "proj" in name}
+    for name, mask in masks.items():
+        frozen = mask.tensor()
+        assert frozen.sum() == frozen.numel() // 2
+        assert torch.equal(base[name].float()[frozen], ours[name][frozen])
+        assert (base[name].float()[~frozen] != ours[name][~frozen]).float().mean() > 0.99
+    assert Manifest.load(out).shares["layers"] == pytest.approx(0.5, abs=2e-3)  # the norms train whole
+
+
+def test_verify_finds_a_frozen_scalar_that_moved_and_a_mask_that_was_changed(tmp_path, sft, capsys):
+    out = tmp_path / "out"
+    assert sft(out, method="random-element") == 0
+    name, mask = next(iter(load_masks(out).items()))
+    for where, status in ((mask.tensor(), 1), (~mask.tensor(), 0)):
+        content = tensors(out)
+        broken = {key: tensor.clone() for key, tensor in content.items()}
+        broken[name][tuple(where.nonzero()[0])] += 1
+        save_file(broken, out / "model.safetensors", metadata={"format": "pt"})
+        assert main(["verify", str(out)]) == status
+        save_file(content, out / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    with safe_open(out / "hft_masks.safetensors", "pt") as file:
+        metadata = file.metadata()
+    bits = load_file(out / "hft_masks.safetensors")
+    bits[name][0] ^= 1
+    save_file(bits, out / "hft_masks.safetensors", metadata=metadata)
+    assert main(["verify", str(out)]) == 2
+    assert "is not the one that the manifest was written with" in error_of(capsys)
+    # As a base it is refused by the same check.
+    assert sft(tmp_path / "next", method="hft", model=out) == 2
+    assert "is not the one that the manifest was written with" in error_of(capsys)
+
+
+def test_partly_frozen_runs_resume_exactly_and_refuse_other_masks(tmp_path, sft, capsys):
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    flags = ["--lr_scheduler_type", "constant", "--save_steps", "10"]
+    assert sft(cut, *flags, "--max_steps", "10", method="random-element") == 0
+    (cut / "results.json").unlink()
+    capsys.readouterr()
+    assert sft(cut, "--selection_seed", "1", method="random-element") == 2
+    assert "another selection (selection_seed 0 there, 1 here)" in error_of(capsys)
+    assert sft(straight, *flags, "--max_steps", "20", method="random-element") == 0
+    assert sft(cut, *flags, "--max_steps", "20", method="random-element") == 0
+    ours, theirs = tensors(cut), tensors(straight)
+    assert all(identical(ours[name], theirs[name]) for name in theirs)
+    assert losses(cut / "checkpoint-20") == losses(straight / "checkpoint-20")
+
+
+def test_a_random_draw_of_scalars_is_the_same_on_any_machine():
+    anatomy = anatomy_of(meta_model(config_of("llama")))
+    masks = select(anatomy, SelectionConfig(policy="random-element", selection_seed=7)).frozen_masks
+    assert masks["model.layers.2.mlp.up_proj.weight"].digest()[:16] == "75d000a8c916a1bd"
+    again = select(anatomy, SelectionConfig(policy="random-element", selection_seed=7, round=2)).frozen_masks
+    shared = masks["model.layers.2.mlp.up_proj.weight"].tensor() & again["model.layers.2.mlp.up_proj.weight"].tensor()
+    assert 0.2 < shared.float().mean() < 0.3
+
+
+SHARDED = """
+import sys, torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from hft.freezing import PartFreezer
+from hft.selection import Mask
+
+dist.init_process_group("gloo")
+for rows in (5, 1):  # of two processes the second one's shard is smaller, or empty
+    for shape in ((rows, 1), (1, 4), (rows, 4)):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, rows, bias=False)
+        frozen = torch.rand(shape) < 0.5
+        before = model.weight.detach().clone()
+        fully_shard(model)
+        freezer = PartFreezer(model, {"weight": Mask.of(frozen)})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+        for _ in range(4):
+            model(torch.randn(3, 4)).square().sum().backward()
+            optimizer.step()
+            freezer.restore()
+            optimizer.zero_grad()
+        after, where = model.weight.full_tensor().detach(), frozen.expand(rows, 4)
+        assert torch.equal(after[where], before[where]) and (after[~where] != before[~where]).all()
+print("held")
+dist.destroy_process_group()
+"""
+
+
+def test_parts_of_sharded_tensors_stay_too(tmp_path):
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run([*launch, str(tmp_path / "sharded.py")], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("held") == 2
+
+
+def test_a_base_that_was_written_over_is_found(tiny):
+    """Compared with itself it would be identical; the manifest's checksum is of what it was."""
+    weights = tensors(tiny)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert verify(weights, {name: checksum(weights[name])}, [], weights).ok
+    found = verify(weights, {name: checksum(weights[name] + 1)}, [], weights)
+    assert found.broken == {name: "the base has another one than the manifest was written for"}
+
+
+def test_a_part_marks_its_boxes_only():
+    part = Part("w", (4, 6, 5), (((1, 2), (0, 3)), ((3, 4), (3, 6))))
+    mask = torch.zeros(4, 6, 1, dtype=torch.bool)
+    part.mark(mask, True)
+    assert mask.expand(4, 6, 5).sum() == part.size == 30
+    assert mask[1, :3].all()
+    assert mask[3, 3:].all()
