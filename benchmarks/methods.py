@@ -1,6 +1,6 @@
 """Ten steps of every method, one after the other in one process: python methods.py DATASET OUT [METHOD ...].
 
-Writes OUT.md, a row each: seconds a step, bytes of optimizer state, trainable share and training losses, which all
+Writes OUT.md, a row each: seconds a step, bytes of optimizer state, trainable fraction and training losses, which all
 methods take on the same rows. FFT comes first, in the middle and last, which shows how much the machine itself varies.
 """
 
@@ -50,11 +50,11 @@ for number, method in enumerate(plan):
     words += ["--max_steps", "10", "--save_steps", "10", "--eval_strategy", "no", "--eval_on_start", "false"]
     assert main([*words, "--global_batch_size", "4", *SHORT.get(method, [])]) == 0
     results = json.loads((folder / "results.json").read_text())
-    layers = results.get("schedule_shares", {}).get("mean") or results["trainable_share"]["layers"]
+    layers = results.get("schedule_fractions", {}).get("mean") or results["trainable_fraction"]["layers"]
     seconds = seconds_a_step(folder / "checkpoint-10" / "trainer_state.json")
     others = (
         f"{state_bytes(folder / 'checkpoint-10' / 'optimizer.pt') / 1e6:.1f} | {layers:.1%} "
-        f"| {results['trainable_share']['model']:.1%} | {results['first_loss']:.4f} | {results['last_loss']:.4f}"
+        f"| {results['trainable_fraction']['model']:.1%} | {results['first_loss']:.4f} | {results['last_loss']:.4f}"
     )
     rows.append((method, seconds, others))
     usual = statistics.median(seconds for name, seconds, _ in rows if name == "fft")

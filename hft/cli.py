@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # TRL's own default uses this key, which transformers is renaming.
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
-    # On many processors it warns of a kernel that it lacks, whether or not anything is quantised.
+    # On many processors it warns of a kernel that it lacks, whether or not anything is quantized.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     from hft.errors import HFTError

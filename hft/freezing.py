@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from hft.errors import HFTError
-from hft.model.anatomy import some
+from hft.model.anatomy import shorten
 from hft.model.weights import as_bytes, checksum
 from hft.selection.masks import Mask
 from hft.selection.policies import Selection
@@ -154,7 +154,7 @@ class Verification:
             else "trained: not compared, the base is not at hand",
         ]
         if self.unchanged:
-            lines.append(f"  bit-identical to the base though trained: {some(self.unchanged, most=3)}")
+            lines.append(f"  bit-identical to the base though trained: {shorten(self.unchanged, most=3)}")
         if self.unchanged and not self.changed:
             lines.append("  WARNING: nothing has moved; is the learning rate too low for the dtype?")
         lines += self.differences()

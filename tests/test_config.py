@@ -117,10 +117,10 @@ def test_every_recipe_with_every_method_makes_a_config(tmp_path, recipe, method,
         return
     selection = method_of(load_model_config(fill(RunConfig, config)), config).selection
     if method.stem == "hft-ratio":  # a third of what a layer mostly is
-        assert 0.2 < selection.share_of_layers < 0.4
+        assert 0.2 < selection.fraction_of_layers < 0.4
         return
     expected = 1.0 if config["policy"] == "all" else 0.5
-    assert selection.share_of_layers == pytest.approx(expected, abs=0.1 if method.stem == "hft-model" else 1e-3)
+    assert selection.fraction_of_layers == pytest.approx(expected, abs=0.1 if method.stem == "hft-model" else 1e-3)
 
 
 def test_the_tulu_recipe_holds_the_papers_values():
@@ -171,7 +171,7 @@ def test_a_7b_without_a_gpu_is_refused_before_anything_is_fetched(capsys, monkey
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     assert main(["sft", "--config", "recipes/llama2-7b/sft.yaml", "recipes/methods/hft.yaml"]) == 2
     out, err = capsys.readouterr()
-    assert "trainable share 50.0% of the layers" in out
+    assert "trainable fraction 50.0% of the layers" in out
     assert "6.7B parameters need a GPU" in err
     assert "7.3 GiB each on 8" in err
 

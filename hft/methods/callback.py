@@ -17,7 +17,7 @@ from hft.methods.schedule import (
     ScheduleConfig,
     from_row,
     interval_at,
-    mean_share,
+    mean_fraction,
     next_start,
     of_layers,
     outside,
@@ -80,7 +80,7 @@ class Schedule(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"steps": self.steps, "history": self.history, "measured": self.measured}}
 
     def record(self, step: int) -> dict[str, Any]:
-        """What the manifest holds besides the config: stages so far, and the trainable shares of the layers over them.
+        """What the manifest holds besides the config: stages so far, and the trainable fractions over them.
 
         Args:
             step: how many steps have been taken.
@@ -89,7 +89,7 @@ class Schedule(TrainerCallback, ExportableState):
             return {}
         begun = [from_row(self.selection, row) for row in self.history]
         first, last = (share(self.selection.anatomy.units, begun[index][1]) for index in (0, -1))
-        shares = {"first": first, "last": last, "mean": mean_share(self.selection, begun, step)}
+        shares = {"first": first, "last": last, "mean": mean_fraction(self.selection, begun, step)}
         return {"steps": self.steps, "shares": shares, "history": self.history}
 
     def ever_trained(self) -> frozenset[str]:
@@ -177,7 +177,9 @@ class Schedule(TrainerCallback, ExportableState):
         elif interval != seen["interval"]:
             means = [total / seen["steps"] for total in seen["sums"]]
             if seen["means"] is not None:
-                seen["start"] = agreed(next_start(seen["means"], means, seen["start"], self.config.percentile))
+                seen["start"] = broadcast_decision(
+                    next_start(seen["means"], means, seen["start"], self.config.percentile)
+                )
             seen["means"] = means
         if interval != seen.get("interval"):
             seen.update(interval=interval, steps=0, sums=[0.0] * layers)
@@ -204,7 +206,7 @@ class Schedule(TrainerCallback, ExportableState):
         if interval != seen["interval"]:
             seen["interval"] = interval
             windows = {layer: seen["windows"][layer] for layer in layers if layer not in seen["frozen"]}
-            found = agreed(smartfrz.layers_to_freeze(windows, dict(enumerate(seen["largest"]))))
+            found = broadcast_decision(smartfrz.layers_to_freeze(windows, dict(enumerate(seen["largest"]))))
             seen["frozen"] = sorted([*seen["frozen"], *found])
             seen["windows"] = [[] if layer in seen["frozen"] else seen["windows"][layer] for layer in layers]
         active = set(layers).difference(seen["frozen"])
@@ -216,7 +218,7 @@ class Schedule(TrainerCallback, ExportableState):
         return [name for name in self._outside if not (frozen and name == first)]
 
 
-def agreed(decision: Any) -> Any:
+def broadcast_decision(decision: Any) -> Any:
     """The first process's decision: others may have rounded what it hangs on otherwise."""
     return broadcast_object_list([decision])[0] if world_size() > 1 else decision
 

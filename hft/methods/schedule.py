@@ -10,7 +10,7 @@ import numpy as np
 
 from hft.errors import HFTError
 from hft.model.anatomy import Unit
-from hft.selection.policies import Selection, draw
+from hft.selection.policies import Selection, sample_names
 
 # The keys that each schedule takes, with their defaults.
 TAKES: dict[str, dict[str, Any]] = {
@@ -144,10 +144,10 @@ def _dynamic(selection: Selection, config: ScheduleConfig, interval: int) -> Ite
     for unit in selection.anatomy.units:
         groups.setdefault(unit.parameters, []).append(unit)
     by_name = {units[0].name: units for units in groups.values()}
-    target, size = selection.anatomy.layers_size * interval / config.intervals, 0
+    target, size = selection.anatomy.numel_in_layers * interval / config.intervals, 0
     trained = outside(selection)
-    for name in draw(by_name, len(by_name), "dynamic", config.schedule_seed, selection.config.round):
-        group_size = sum(unit.size for unit in by_name[name])
+    for name in sample_names(by_name, len(by_name), "dynamic", config.schedule_seed, selection.config.round):
+        group_size = sum(unit.numel for unit in by_name[name])
         if size + group_size / 2 > target:
             trained += [unit.name for unit in by_name[name]]
         size += group_size
@@ -157,7 +157,9 @@ def _dynamic(selection: Selection, config: ScheduleConfig, interval: int) -> Ite
 def _lisa(selection: Selection, config: ScheduleConfig, interval: int) -> Iterable[str]:
     """LISA (arXiv 2403.17919): a few layers, drawn uniformly in each interval; what is outside always trains."""
     names = map(str, range(selection.anatomy.num_layers))
-    layers = map(int, draw(names, config.active_layers, "lisa", config.schedule_seed, selection.config.round, interval))
+    layers = map(
+        int, sample_names(names, config.active_layers, "lisa", config.schedule_seed, selection.config.round, interval)
+    )
     return of_layers(selection, layers).union(outside(selection))
 
 
@@ -169,7 +171,9 @@ def _badam(selection: Selection, config: ScheduleConfig, interval: int) -> Itera
     blocks = selection.anatomy.num_layers + (not selection.config.freeze_embeddings)
     turn, position = divmod(interval, blocks)
     if config.block_order == "random":
-        names = draw(map(str, range(blocks)), blocks, "badam", config.schedule_seed, selection.config.round, turn)
+        names = sample_names(
+            map(str, range(blocks)), blocks, "badam", config.schedule_seed, selection.config.round, turn
+        )
         block = int(names[position])
     else:
         block = position if config.block_order == "ascending" else blocks - 1 - position
@@ -203,29 +207,29 @@ def stages(selection: Selection, config: ScheduleConfig, steps: int) -> list[tup
 def share(units: Iterable[Unit], trained: frozenset[str]) -> float:
     """Scalars in the units that train / scalars in all of them."""
     units = list(units)
-    return sum(unit.size for unit in units if unit.name in trained) / sum(unit.size for unit in units)
+    return sum(unit.numel for unit in units if unit.name in trained) / sum(unit.numel for unit in units)
 
 
-def mean_share(selection: Selection, begun: Sequence[tuple[int, frozenset[str]]], steps: int) -> float:
+def mean_fraction(selection: Selection, begun: Sequence[tuple[int, frozenset[str]]], steps: int) -> float:
     """Trainable share of the layers, averaged over the steps, given the stages by their first steps."""
     ends = [step for step, _ in begun[1:]] + [steps]
     units = selection.anatomy.units
     return sum(share(units, names) * (end - step) for (step, names), end in zip(begun, ends, strict=True)) / steps
 
 
-def peak_size(selection: Selection, config: ScheduleConfig) -> int:
+def peak_numel(selection: Selection, config: ScheduleConfig) -> int:
     """The most scalars that have a gradient or optimizer state at once."""
     anatomy = selection.anatomy
     at_once = {"lisa": config.active_layers, "badam": 1}.get(config.schedule)
     if at_once is None or config.optimizer_state == "keep":
-        return selection.trained_size
-    layers = sorted(sum(unit.size for unit in anatomy.layer(layer)) for layer in range(anatomy.num_layers))
-    ends = selection.trained_size - selection.trained_layers_size
+        return selection.num_trained
+    layers = sorted(sum(unit.numel for unit in anatomy.layer(layer)) for layer in range(anatomy.num_layers))
+    ends = selection.num_trained - selection.num_trained_in_layers
     return sum(layers[-at_once:]) + ends if config.schedule == "lisa" else max(layers[-1], ends)
 
 
 def describe(selection: Selection, config: ScheduleConfig, steps: int) -> str:
-    """Two lines for people: what trains in which stage, and the trainable shares."""
+    """Two lines for people: what trains in which stage, and the trainable fractions."""
     units, layers = selection.anatomy.units, selection.anatomy.num_layers
     if config.schedule in MEASURING:
         return (
@@ -241,8 +245,8 @@ def describe(selection: Selection, config: ScheduleConfig, steps: int) -> str:
     return (
         f"{config.schedule} schedule, seed {config.schedule_seed}: {len(begun)} stages, in which "
         f"{', '.join(map(str, counts))} of {len(units)} units train; {ever_layers} of {layers} layers train at some "
-        f"stage\ntrainable share of the layers {first:.1%} at first, {last:.1%} at last, "
-        f"{mean_share(selection, begun, steps):.1%} on average\n"
+        f"stage\ntrainable fraction of the layers {first:.1%} at first, {last:.1%} at last, "
+        f"{mean_fraction(selection, begun, steps):.1%} on average\n"
     )
 
 

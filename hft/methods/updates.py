@@ -70,7 +70,9 @@ class UpdateConfig:
     def memory(self, selection: Selection) -> int:
         """Bytes that it takes beside weights, gradients and optimizer state: a copy of what moves, and GMT's mask."""
         each = {"plain": 0, "mixout": 2, "l2sp": 2, "mofo": 4, "gmt": 5}[self.update]
-        return each * (selection.trained_layers_size if self.update == "mixout" else selection.held_size)
+        return each * (
+            selection.num_trained_in_layers if self.update == "mixout" else selection.num_with_optimizer_state
+        )
 
     def check(self, args: TrainingArguments) -> None:
         """Refuse what would change the method in silence.
@@ -124,9 +126,9 @@ def callbacks_of(config: UpdateConfig, start: dict[str, torch.Tensor]) -> list[T
         case "mixout":
             return [Mixout(start, config.mixout_p)]
         case "l2sp":
-            return [PullToStart(start, config.l2sp_strength)]
+            return [L2SP(start, config.l2sp_strength)]
         case "mofo" | "gmt":
-            return [TopEntries(config.top_fraction, by_gradient=config.update == "gmt")]
+            return [TopK(config.top_fraction, by_gradient=config.update == "gmt")]
     return []
 
 
@@ -180,7 +182,7 @@ def mix(weight: torch.Tensor, start: torch.Tensor, p: float, kept: torch.Tensor)
     return start + (weight - start) * (kept / (1 - p)).to(weight.dtype)
 
 
-class PullToStart(TrainerCallback):
+class L2SP(TrainerCallback):
     """After each step every trained weight goes back towards the start: W <- W - lr * strength * (W - W0).
 
     L2-SP (1802.01483), decoupled from the gradient as AdamW decouples weight decay.
@@ -205,7 +207,7 @@ class PullToStart(TrainerCallback):
                 parameter.sub_(group["lr"] * self.strength * (parameter - start))
 
 
-class TopEntries(TrainerCallback):
+class TopK(TrainerCallback):
     """In each step only the entries of each tensor with the largest momentum (MoFO) or gradient (GMT) move.
 
     The others keep their bits, whatever the optimizer does with its momentum and weight decay. That takes a copy of

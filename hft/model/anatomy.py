@@ -70,8 +70,8 @@ class Part:
     boxes: tuple[Box, ...] = ()
 
     @property
-    def size(self) -> int:
-        """Scalars in it."""
+    def numel(self) -> int:
+        """Number of elements in it."""
         return sum(
             math.prod(stop - start for start, stop in box) * math.prod(self.shape[len(box) :])
             for box in self.boxes or ((),)
@@ -108,9 +108,9 @@ class Unit:
         return tuple(part.parameter for part in self.parts)
 
     @property
-    def size(self) -> int:
-        """Number of scalars."""
-        return sum(part.size for part in self.parts)
+    def numel(self) -> int:
+        """Number of parameters."""
+        return sum(part.numel for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -147,18 +147,18 @@ class Anatomy:
     @property
     def grouped_query(self) -> bool:
         """Whether keys and values are narrower than queries."""
-        sizes = {unit.kind: unit.size for unit in self.units if unit.block == "attention"}
-        return sizes.get("k_proj") != sizes.get("q_proj")
+        numels = {unit.kind: unit.numel for unit in self.units if unit.block == "attention"}
+        return numels.get("k_proj") != numels.get("q_proj")
 
     @property
-    def layers_size(self) -> int:
+    def numel_in_layers(self) -> int:
         """Scalars in the layers: the denominator of the paper's ratios (section 1, footnote 1)."""
-        return sum(unit.size for unit in self.units)
+        return sum(unit.numel for unit in self.units)
 
     @property
-    def size(self) -> int:
+    def numel(self) -> int:
         """Scalars in the whole model, tied parameters counted once."""
-        return self.layers_size + sum(
+        return self.numel_in_layers + sum(
             itertools.chain(*(d.values() for d in (self.embeddings, self.others, self.towers)))
         )
 
@@ -194,7 +194,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
 
     Raises:
         HFTError: the model has no list of layers, or a layer holds modules that are no known unit; their paths are
-            named, since freezing only what is recognised would train the rest in silence.
+            named, since freezing only what is recognized would train the rest in silence.
     """
     config = model.config.get_text_config()
     prefix, layers = _find_layers(model, config.num_hidden_layers)
@@ -213,7 +213,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
                 units.append(Unit(name + suffix, index, block, kind, whole))
     if unknown:
         raise HFTError(
-            f"{type(model).__name__} has modules in its layers that are no known unit: {some(unknown)}; "
+            f"{type(model).__name__} has modules in its layers that are no known unit: {shorten(unknown)}; "
             f"known are {', '.join([*ROLES, *OTHER_NAMES])}, fused and stacked ones of these, routers and norms"
         )
 
@@ -323,7 +323,7 @@ def _find_layers(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleList
     return prefix + name, layers
 
 
-def some(names: Sequence[str], most: int = 8) -> str:
+def shorten(names: Sequence[str], most: int = 8) -> str:
     """The first names of a list, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

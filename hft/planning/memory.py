@@ -41,10 +41,10 @@ def static_memory(
         more: bytes that the method itself keeps.
     """
     if isinstance(selection, AdapterSelection):  # a reference is the base itself
-        return selection.trained_size * (MASTER_BYTES + TRAINED_BYTES) + selection.base_bytes(frozen_bytes) + more
-    held, size = selection.held_size, selection.anatomy.size
+        return selection.num_trained * (MASTER_BYTES + TRAINED_BYTES) + selection.base_bytes(frozen_bytes) + more
+    held, size = selection.num_with_optimizer_state, selection.anatomy.numel
     copied = (held if shards == 1 else size) if reference else 0
-    kept = held - selection.trained_size  # of partly frozen tensors, the frozen values
+    kept = held - selection.num_trained  # of partly frozen tensors, the frozen values
     trained = held * MASTER_BYTES + (held if peak is None else peak) * TRAINED_BYTES
     return (trained + (size - held + kept + copied) * frozen_bytes) / shards + more
 
@@ -61,7 +61,7 @@ def check_fits(selection: Selection, *, cpu_asked_for: bool, **needs: Any) -> No
         HFTError: no accelerator and a large model, or less memory than weights, gradients and optimizer state take.
     """
     need = static_memory(selection, **needs)
-    size = f"{selection.anatomy.size / 1e9:.1f}B parameters"
+    size = f"{selection.anatomy.numel / 1e9:.1f}B parameters"
     if torch.accelerator.is_available() and not cpu_asked_for:
         if torch.cuda.is_available() and need > (have := torch.cuda.get_device_properties(0).total_memory):
             raise HFTError(
@@ -69,7 +69,7 @@ def check_fits(selection: Selection, *, cpu_asked_for: bool, **needs: Any) -> No
                 "use more GPUs with recipes/accelerate/fsdp2.yaml"
             )
         return
-    if selection.anatomy.size > CPU_MODEL_SIZE and not cpu_asked_for:
+    if selection.anatomy.numel > CPU_MODEL_SIZE and not cpu_asked_for:
         eight = static_memory(selection, **(needs | {"shards": 8}))
         raise HFTError(
             f"{size} need a GPU and there is none here: {need / GIB:.1f} GiB before activations on one, "
@@ -95,7 +95,7 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def forget_peak() -> None:
+def reset_peak_memory() -> None:
     """Let a GPU's peak begin anew, with what was freed given back; a process's cannot."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

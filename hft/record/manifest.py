@@ -13,6 +13,8 @@ from hft.methods.schedule import ScheduleConfig
 from hft.selection.policies import Selection, SelectionConfig, describe_difference
 
 NAME = "hft_manifest.json"
+# Keys that earlier versions wrote under another name.
+OLD_KEYS = {"trained": "trained_parameters", "frozen": "frozen_checksums", "shares": "trainable_fraction"}
 PACKAGES = ("hft", "torch", "transformers", "trl", "accelerate", "datasets")
 
 
@@ -26,15 +28,15 @@ class Manifest:
         selection: the config that the selection was made from, with seed and round.
         trained_units: names of the trained units, in model order.
         frozen_units: names of the frozen units, in model order.
-        trained: names of the trained parameters, those outside the layers included.
-        frozen: SHA-256 of each frozen parameter, by name (`hft.model.weights.checksum`); of a partly frozen one, which
-            is among `trained` too, of its frozen scalars.
+        trained_parameters: names of the trained parameters, those outside the layers included.
+        frozen_checksums: SHA-256 of each frozen parameter, by name (`hft.model.weights.checksum`). A partly frozen one
+            is among the trained parameters too; its checksum is that of its frozen elements.
         masks: SHA-256 of the mask of each partly frozen parameter; the masks are in `hft_masks.safetensors`.
-        shares: trainable share of the layers and of the whole model.
+        trainable_fraction: that of the layers and of the whole model.
         update: how the trained weights moved, as `UpdateConfig.record` gives it.
         earlier: base, selection and frozen units of the rounds that led to the base, oldest first.
         schedule: how the trained units changed within the round, if they did: `config`, and as soon as it has begun
-            `steps`, `shares` and `history` (see `hft.methods.callback.Schedule.record`). Units that trained at any
+            `steps`, `fractions` and `history` (see `hft.methods.callback.Schedule.record`). Units that trained at any
             step count as trained; those that never did count as frozen once the round is over.
         versions: the packages that made it.
         tuned: of a Half-Reset, the model that was reset: its tensors are those among `trained`, unchanged.
@@ -45,9 +47,9 @@ class Manifest:
     selection: dict
     trained_units: list[str]
     frozen_units: list[str]
-    trained: list[str]
-    frozen: dict[str, str]
-    shares: dict[str, float]
+    trained_parameters: list[str]
+    frozen_checksums: dict[str, str]
+    trainable_fraction: dict[str, float]
     earlier: list[dict] = field(default_factory=list)
     revision: str | None = None
     masks: dict[str, str] = field(default_factory=dict)
@@ -77,15 +79,15 @@ class Manifest:
         """
         units = selection.anatomy.units
         return cls(
-            base=_lasting(base),
-            tuned=tuned and _lasting(tuned),
+            base=absolute_or_hub_id(base),
+            tuned=tuned and absolute_or_hub_id(tuned),
             revision=revision,
             selection=asdict(selection.config),
             trained_units=[unit.name for unit in units if selection.trains(unit)],
             frozen_units=[unit.name for unit in units if not selection.trains(unit)],
-            trained=selection.trained_parameters,
-            frozen=checksums,
-            shares={"layers": selection.share_of_layers, "model": selection.share_of_model},
+            trained_parameters=selection.trained_parameters,
+            frozen_checksums=checksums,
+            trainable_fraction={"layers": selection.fraction_of_layers, "model": selection.fraction_of_model},
             masks={name: mask.digest() for name, mask in selection.frozen_masks.items()},
             earlier=rounds_so_far(base),
             update=update or {"update": "plain"},
@@ -108,12 +110,13 @@ class Manifest:
         """
         path = Path(folder) / NAME
         try:
-            return cls(**json.loads(path.read_text()))
+            content = json.loads(path.read_text())
+            return cls(**{OLD_KEYS.get(key, key): value for key, value in content.items()})
         except FileNotFoundError:
             raise HFTError(
                 f"{folder} has no {NAME}, so there is nothing to verify: it is a merge, or no folder that hft trained"
             ) from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise HFTError(f"{path} is no manifest: {error}") from error
 
     def check_resumable(self, other: Manifest, folder: str | Path) -> None:
@@ -135,7 +138,7 @@ class Manifest:
                 "the same settings, another --output_dir, or --resume_from_checkpoint none"
             )
         if any(getattr(self, n) != getattr(other, n) for n in ("frozen_units", "masks")) or (
-            self.frozen.keys() != other.frozen.keys()
+            self.frozen_checksums.keys() != other.frozen_checksums.keys()
         ):
             ours, theirs = SelectionConfig(**self.selection), SelectionConfig(**other.selection)
             difference = describe_difference(ours, theirs) or "another model"
@@ -158,8 +161,11 @@ class Manifest:
                 "settings, another --output_dir, or --resume_from_checkpoint none"
             )
         # With nothing frozen there are no checksums to tell two bases apart.
-        if self.frozen != other.frozen or (not self.frozen and self.base != other.base):
-            different = next((name for name in self.frozen if self.frozen[name] != other.frozen[name]), "path")
+        if self.frozen_checksums != other.frozen_checksums or (not self.frozen_checksums and self.base != other.base):
+            different = next(
+                (name for name in self.frozen_checksums if self.frozen_checksums[name] != other.frozen_checksums[name]),
+                "path",
+            )
             raise HFTError(
                 f"cannot resume from {folder}: its base was {other.base}, whose {different} differs from that of "
                 f"{self.base}; give the same base, another --output_dir, or --resume_from_checkpoint none"
@@ -175,6 +181,6 @@ def rounds_so_far(base: str | Path) -> list[dict]:
     return [*manifest.earlier, last]
 
 
-def _lasting(model: str) -> str:
+def absolute_or_hub_id(model: str) -> str:
     """A model's name as it holds wherever it is read: an absolute path or a Hub id."""
     return str(Path(model).resolve()) if model and Path(model).is_dir() else model

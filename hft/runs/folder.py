@@ -75,7 +75,7 @@ def prepare_folder(out: Path, config: dict[str, Any], method: Method) -> str | N
         if not method.is_deferred:
             theirs = Manifest.load(start)
             ours = Manifest.of(
-                method.selection, base, theirs.frozen, update=method.update.record(), schedule=method.schedule
+                method.selection, base, theirs.frozen_checksums, update=method.update.record(), schedule=method.schedule
             )
             ours.check_resumable(theirs, start)
         say(f"resuming from {start}", "")
@@ -157,7 +157,9 @@ def verify_folder(out: Path, base: str | None = None) -> Verification | ResetVer
     adapted = "adapter" in manifest.selection  # then what trained is not among the base's weights
     try:
         folder = local_folder(base) if base else local_folder(manifest.base, manifest.revision)
-        base_weights = weights_of(folder, [*manifest.frozen, *([] if adapted else manifest.trained)])
+        base_weights = weights_of(
+            folder, [*manifest.frozen_checksums, *([] if adapted else manifest.trained_parameters)]
+        )
     except HFTError:
         if base:
             raise
@@ -197,7 +199,11 @@ def _masks_of(folder: Path, manifest: Manifest) -> dict[str, Mask]:
 
 
 def _what_to_verify(out: Path, manifest: Manifest) -> tuple[Mapping[str, torch.Tensor], dict[str, str], list[str]]:
-    return weights_of(out, [*manifest.frozen, *manifest.trained]), manifest.frozen, manifest.trained
+    return (
+        weights_of(out, [*manifest.frozen_checksums, *manifest.trained_parameters]),
+        manifest.frozen_checksums,
+        manifest.trained_parameters,
+    )
 
 
 def verify_adapter(out: Path, manifest: Manifest, base: Mapping[str, torch.Tensor] | None) -> Verification:
@@ -208,8 +214,8 @@ def verify_adapter(out: Path, manifest: Manifest, base: Mapping[str, torch.Tenso
     """
     if base is None:
         raise HFTError(f"the base of {out}, {manifest.base}, is gone; name it with --base")
-    found = verify(base, manifest.frozen, (), None)
-    moved, trained = set(manifest.moved), set(manifest.trained)
+    found = verify(base, manifest.frozen_checksums, (), None)
+    moved, trained = set(manifest.moved), set(manifest.trained_parameters)
     found.changed, found.unchanged = sorted(moved & trained), sorted(trained - moved)
     found.broken |= dict.fromkeys(sorted(moved - trained), "changed in memory while the adapter was trained")
     found.lost = [] if (out / ADAPTER_NAME).exists() else [ADAPTER_NAME]

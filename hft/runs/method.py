@@ -15,15 +15,15 @@ from hft.errors import HFTError
 from hft.machine import indented, is_main, is_sharded, say, world_size
 from hft.methods.adapter import AdapterConfig, adapter_selection
 from hft.methods.callback import prepare
-from hft.methods.schedule import ScheduleConfig, check_schedule, peak_size
+from hft.methods.schedule import ScheduleConfig, check_schedule, peak_numel
 from hft.methods.updates import UpdateConfig
 from hft.model.anatomy import anatomy_of, meta_model
-from hft.planning.memory import GIB, check_fits, forget_peak, static_memory
+from hft.planning.memory import GIB, check_fits, reset_peak_memory, static_memory
 from hft.record.manifest import Manifest
 from hft.selection import Selection, SelectionConfig
-from hft.selection.importance import check_linear, choose, recalled, text_batches
+from hft.selection.importance import check_linear, select_by_importance, selection_from_masks, text_batches
 from hft.selection.masks import load_masks, save_masks
-from hft.selection.policies import DEFERRED, describe_difference, planned, select
+from hft.selection.policies import DEFERRED, describe_difference, placeholder_selection, select
 from hft.training.adapters import check_possible
 from hft.training.dpo import check_reference
 from hft.training.mixin import load_base
@@ -39,7 +39,7 @@ class Method:
     """How parameters change, as far as it is known before the base is loaded.
 
     Attributes:
-        selection: what trains, or a stand-in of its size (`hft.selection.policies.planned`).
+        selection: what trains, or a stand-in of its size (`hft.selection.policies.placeholder_selection`).
         update: how the trained weights move.
         schedule: how the selection changes while the run goes on.
     """
@@ -90,7 +90,7 @@ def method_of(model_config: PretrainedConfig, config: dict[str, Any]) -> Method:
         selection = adapter_selection(model_config, adapter)
     else:
         model = meta_model(model_config)
-        selection = planned(anatomy_of(model), fill(SelectionConfig, config))
+        selection = placeholder_selection(anatomy_of(model), fill(SelectionConfig, config))
         if config.get("policy") == "importance" or config.get("update") == "mixout":
             check_linear(model, selection.anatomy)
     method = Method(selection, fill(UpdateConfig, config), fill(ScheduleConfig, config))
@@ -113,11 +113,11 @@ def check_memory(method: Method, config: dict[str, Any], *, pairs: bool) -> str:
     """
     shards = world_size() if is_sharded() or config.get("fsdp") else 1
     # DDP keeps all gradients a second time, in the buckets that it sends.
-    buckets = 4 * method.selection.held_size if world_size() > shards else 0
+    buckets = 4 * method.selection.num_with_optimizer_state if world_size() > shards else 0
     needs = {
         "shards": shards,
         "reference": pairs and not config.get("precompute_ref_log_probs"),
-        "peak": peak_size(method.selection, method.schedule),
+        "peak": peak_numel(method.selection, method.schedule),
         "more": method.update.memory(method.selection) + buckets,
     }
     check_fits(method.selection, cpu_asked_for=bool(config.get("use_cpu")), **needs)
@@ -131,7 +131,7 @@ def chosen(
     tokenizer: PreTrainedTokenizerBase,
     checkpoint: str | None,
 ) -> Selection:
-    """The selection that `planned` stood in for.
+    """The selection that `placeholder_selection` stood in for.
 
     That of the importance policy is made by the first process, and taken over by the others and by a resume.
 
@@ -145,7 +145,7 @@ def chosen(
             raise HFTError(f"cannot resume from {checkpoint}: it trained an adapter; choose another --output_dir")
         if difference := describe_difference(plan.config, SelectionConfig(**manifest.selection)):
             raise HFTError(f"cannot resume from {checkpoint}: it was trained with another selection ({difference})")
-        return recalled(
+        return selection_from_masks(
             plan.anatomy, plan.config, manifest.trained_units, load_masks(checkpoint) if manifest.masks else {}
         )
     if plan.config.policy == "random-element":
@@ -154,13 +154,15 @@ def chosen(
         model, _ = load_base(run_config.model_name_or_path, args)
         rows = load_split(plan.config.importance_data, "train")
         batches = list(text_batches(tokenizer, rows, args.max_length, plan.config.importance_rows))
-        made = choose(model.to(args.device), plan.anatomy, plan.config, batches)
+        made = select_by_importance(model.to(args.device), plan.anatomy, plan.config, batches)
         del model
-        forget_peak()
+        reset_peak_memory()
         save_masks(out, made.frozen_masks)
-    [trained] = broadcast_object_list([sorted(made.trained) if made else None])
+    [trained] = broadcast_object_list([sorted(made.trained_units) if made else None])
     say(
         "selection",
         indented(f"{plan.config.score} on {plan.config.importance_rows} rows of {plan.config.importance_data}"),
     )
-    return made or recalled(plan.anatomy, plan.config, trained, load_masks(out) if plan.frozen_masks else {})
+    return made or selection_from_masks(
+        plan.anatomy, plan.config, trained, load_masks(out) if plan.frozen_masks else {}
+    )

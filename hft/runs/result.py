@@ -45,9 +45,9 @@ def measured(stage: Stage, trainer: Recorded) -> dict[str, Any]:
         "held_out": {name: values[:1] + values[1:][-1:] for name, values in evals.items() if values},
         "tokens_per_second": speeds[-1] if speeds else None,
         "peak_memory_gb": round(peak_memory() / 1e9, 2),
-        "trainable_share": trainer.manifest.shares,
+        "trainable_fraction": trainer.manifest.trainable_fraction,
         "versions": trainer.manifest.versions,
-        **({"schedule_shares": trainer.manifest_so_far().schedule["shares"]} if trainer.schedule else {}),
+        **({"schedule_fractions": trainer.manifest_so_far().schedule["shares"]} if trainer.schedule else {}),
     }
 
 

@@ -71,7 +71,7 @@ def load_model_config(run_config: RunConfig) -> PretrainedConfig:
     """The base's config, from the recipe's `architecture` folder where it has one.
 
     Raises:
-        HFTError: it cannot be had, or the model is quantised.
+        HFTError: it cannot be had, or the model is quantized.
     """
     source = run_config.model_name_or_path
     if run_config.architecture and not Path(source).is_dir():
@@ -83,7 +83,7 @@ def load_model_config(run_config: RunConfig) -> PretrainedConfig:
         reason = str(error).strip().partition("\n")[0]
         raise HFTError(f"cannot read the config of {source}: {reason}{hint}") from error
     if getattr(config, "quantization_config", None) is not None:
-        raise HFTError(f"{source} is quantised; half fine-tuning trains the weights themselves, give the original")
+        raise HFTError(f"{source} is quantized; half fine-tuning trains the weights themselves, give the original")
     return config
 
 

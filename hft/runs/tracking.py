@@ -31,9 +31,9 @@ def start(name: str, config: dict[str, Any], selection: Selection, picture: Path
     except wandb.Error as error:
         why = f"it cannot be reached: {' '.join(str(error).split())}"
         run = wandb.init(**settings, mode="offline", settings=wandb.Settings(quiet=True))
-    shares = {"layers": selection.share_of_layers, "model": selection.share_of_model}
+    shares = {"layers": selection.fraction_of_layers, "model": selection.fraction_of_model}
     counts = {block: f"{trained}/{total}" for block, (trained, total) in selection.counts().items()}
-    run.config.update({"trainable_share": shares, "trained_units": counts})
+    run.config.update({"trainable_fraction": shares, "trained_units": counts})
     if picture:
         run.log({"selection": wandb.Image(str(picture))})
     if run.offline:

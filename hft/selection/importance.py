@@ -1,8 +1,8 @@
 """Scores how much each matrix, input column or weight matters to general text; masks that freeze what matters most.
 
 The family of SSU (2512.04844): by magnitude, by Wanda, or by Fisher information. Only the matrices of the layers are
-scored, those with weights of shape (out, in). Norms and biases get neither score nor mask: `choose` draws half of the
-norms as the category policy does, and biases train.
+scored, those with weights of shape (out, in). Norms and biases get neither score nor mask: `select_by_importance` draws
+half of the norms as the category policy does, and biases train.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hft.errors import HFTError
 from hft.model.anatomy import Anatomy
 from hft.selection.masks import Mask
-from hft.selection.policies import SCORES, Selection, SelectionConfig, category, half_of_the_norms, selection_of
+from hft.selection.policies import SCORES, Selection, SelectionConfig, build_selection, category, half_of_the_norms
 from hft.selection.ranking import largest
 
 REDUCTIONS = {
@@ -32,7 +32,9 @@ Batches = Iterable[Mapping[str, torch.Tensor]]
 Reduction = Callable[[torch.Tensor], torch.Tensor]
 
 
-def choose(model: PreTrainedModel, anatomy: Anatomy, config: SelectionConfig, batches: Batches) -> Selection:
+def select_by_importance(
+    model: PreTrainedModel, anatomy: Anatomy, config: SelectionConfig, batches: Batches
+) -> Selection:
     """Make the selection of the importance policy: freeze what matters most to the base, or least with `invert`.
 
     At unit granularity the budget and the pools are the category policy's, so that it differs from HFT in nothing but
@@ -51,16 +53,16 @@ def choose(model: PreTrainedModel, anatomy: Anatomy, config: SelectionConfig, ba
     check_linear(model, anatomy)
     if config.granularity == "unit":
         scores = unit_scores(model, anatomy, batches, score=config.score)
-        worth = {name: -score if config.invert else score for name, score in scores.items()}
-        return selection_of(anatomy, config, category(anatomy, config, worth))
+        importance = {name: -score if config.invert else score for name, score in scores.items()}
+        return build_selection(anatomy, config, category(anatomy, config, importance))
     trained = half_of_the_norms(anatomy, config)
     settings = {"score": config.score, "granularity": config.granularity, "invert": config.invert}
-    return selection_of(
+    return build_selection(
         anatomy, config, (trained, masks(model, anatomy, batches, fraction=config.fraction, **settings))
     )
 
 
-def recalled(
+def selection_from_masks(
     anatomy: Anatomy, config: SelectionConfig, trained_units: Iterable[str], frozen_masks: Mapping[str, Mask]
 ) -> Selection:
     """The selection that was made before, by another process or before a run was killed."""
@@ -205,7 +207,7 @@ def fisher(
 def text_batches(
     tokenizer: PreTrainedTokenizerBase, rows: Iterable[str | Mapping[str, Any]], max_length: int, count: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Tokenise the first rows of general text, each a batch of its own, without padding.
+    """Tokenize the first rows of general text, each a batch of its own, without padding.
 
     Args:
         tokenizer: the base's. Chats are rendered with its chat template, or else their contents are joined.

@@ -7,24 +7,24 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from hft.methods.schedule import from_row, mean_share, share
+from hft.methods.schedule import from_row, mean_fraction, share
 from hft.selection.policies import Selection
 
 FROZEN, TRAINED = "#cfd8dc", "#e4572e"
 
 
 def draw_selection(selection: Selection, title: str = "", words: tuple[str, str] = ("trains", "frozen")) -> Figure:
-    """One column a layer, one row a unit; trained units are coloured, frozen ones grey.
+    """One column a layer, one row a unit; trained units are colored, frozen ones grey.
 
-    A unit that trains in part, and experts of which some train, are coloured in between. A unit that some layers lack
-    is left white there. `words` say of the coloured and of the grey what becomes of them.
+    A unit that trains in part, and experts of which some train, are colored in between. A unit that some layers lack
+    is left white there. `words` say of the colored and of the grey what becomes of them.
     """
     units = selection.anatomy.units
     kinds = list(dict.fromkeys((unit.block, unit.kind) for unit in sorted(units, key=lambda u: u.block)))
     rows = {kind: row for row, kind in enumerate(kinds)}
     cells: dict[tuple[int, int], list[float]] = {}
     for unit in units:
-        cells.setdefault((rows[unit.block, unit.kind], unit.layer), []).append(selection.share_of(unit))
+        cells.setdefault((rows[unit.block, unit.kind], unit.layer), []).append(selection.trained_fraction(unit))
     grid = [[float("nan")] * selection.anatomy.num_layers for _ in kinds]
     for (row, layer), shares in cells.items():
         grid[row][layer] = sum(shares) / len(shares)
@@ -43,16 +43,16 @@ def draw_selection(selection: Selection, title: str = "", words: tuple[str, str]
     axes.tick_params(length=0)
     axes.set_frame_on(False)
     axes.set_title(
-        f"{title}{': ' if title else ''}{selection.share_of_layers:.1%} of the layers {words[0]}", loc="left"
+        f"{title}{': ' if title else ''}{selection.fraction_of_layers:.1%} of the layers {words[0]}", loc="left"
     )
-    legend = [Patch(color=colour, label=word) for colour, word in zip((TRAINED, FROZEN), words, strict=True)]
+    legend = [Patch(color=color, label=word) for color, word in zip((TRAINED, FROZEN), words, strict=True)]
     figure.legend(handles=legend, loc="lower right", ncols=2, frameon=False)
     figure.tight_layout()
     return figure
 
 
 def draw_schedule(selection: Selection, history: Sequence[dict[str, Any]], steps: int, title: str = "") -> Figure:
-    """One row a layer, one column a stage, as wide as the stage is long; the colour is the layer's trained share.
+    """One row a layer, one column a stage, as wide as the stage is long; the color is the layer's trained share.
 
     The rows above and below the layers are the input embeddings and, unless it is tied to them, the head.
 
@@ -69,9 +69,9 @@ def draw_schedule(selection: Selection, history: Sequence[dict[str, Any]], steps
 
     figure = Figure(figsize=(8, 0.2 * len(grid) + 1.6), dpi=120)
     axes = figure.add_subplot()
-    colours = LinearSegmentedColormap.from_list("share", [FROZEN, TRAINED])
+    colors = LinearSegmentedColormap.from_list("share", [FROZEN, TRAINED])
     edges = [step for step, _ in begun] + [steps]
-    drawn = axes.pcolormesh(edges, range(len(grid) + 1), grid, cmap=colours, vmin=0, vmax=1)
+    drawn = axes.pcolormesh(edges, range(len(grid) + 1), grid, cmap=colors, vmin=0, vmax=1)
     every = 1 if anatomy.num_layers <= 8 else 4
     names = ["embeddings", *map(str, range(anatomy.num_layers)), *(["head"] if last else [])]
     ticks = [0, *range(1, anatomy.num_layers + 1, every), *range(anatomy.num_layers + 1, len(grid))]
@@ -82,7 +82,7 @@ def draw_schedule(selection: Selection, history: Sequence[dict[str, Any]], steps
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.tick_params(length=0)
     axes.set_frame_on(False)
-    mean = mean_share(selection, begun, steps)
+    mean = mean_fraction(selection, begun, steps)
     axes.set_title(f"{title}{': ' if title else ''}{mean:.1%} of the layers trains on average", loc="left")
     figure.colorbar(drawn, ax=axes, label="trained share", ticks=[0, 1], fraction=0.03, pad=0.02)
     figure.tight_layout()

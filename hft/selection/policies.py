@@ -144,20 +144,20 @@ class Selection:
     """Which units train in this round, by name, and the anatomy and config it was made from.
 
     Attributes:
-        trained: names of the units that train, wholly or in part.
+        trained_units: names of the units that train, wholly or in part.
         trained_masks: of parameters that train in part by the policy's choice, which scalars do. Parameters that
             several units share need no entry here.
     """
 
     anatomy: Anatomy
     config: SelectionConfig
-    trained: frozenset[str]
+    trained_units: frozenset[str]
     trained_masks: Mapping[str, Mask] = field(default_factory=dict)
 
     def trains(self, unit: Unit) -> bool:
-        return unit.name in self.trained
+        return unit.name in self.trained_units
 
-    def share_of(self, unit: Unit) -> float:
+    def trained_fraction(self, unit: Unit) -> float:
         """Trained scalars of a unit / all of its scalars."""
         if not self.trains(unit) or not self.trained_masks.keys() & set(unit.parameters):
             return float(self.trains(unit))
@@ -167,7 +167,7 @@ class Selection:
             inside = torch.zeros(part.shape, dtype=torch.bool)
             part.mark(inside, True)
             trained += (inside & ~frozen.tensor() if frozen else inside).sum().item()
-        return trained / unit.size
+        return trained / unit.numel
 
     @functools.cached_property
     def _trained_of(self) -> dict[str, list[tuple[Part, bool]]]:
@@ -214,23 +214,23 @@ class Selection:
         return masks
 
     @functools.cached_property
-    def trained_layers_size(self) -> int:
+    def num_trained_in_layers(self) -> int:
         """Trained scalars in the layers."""
-        whole = sum(p.size for parts in self._trained_of.values() for p, trains in parts if trains)
+        whole = sum(p.numel for parts in self._trained_of.values() for p, trains in parts if trains)
         for name in self.trained_masks.keys() & self.frozen_masks.keys():
             parts = self._trained_of[name]
             mask, shape = self.frozen_masks[name], parts[0][0].shape
             trained = (~mask.tensor()).sum().item() * (math.prod(shape) // math.prod(mask.shape))
-            whole += trained - sum(part.size for part, trains in parts if trains)
+            whole += trained - sum(part.numel for part, trains in parts if trains)
         return whole
 
     @property
-    def trained_size(self) -> int:
+    def num_trained(self) -> int:
         """Trained scalars in the whole model."""
-        return self.trained_layers_size + self._trained_outside
+        return self.num_trained_in_layers + self._trained_outside
 
     @property
-    def held_size(self) -> int:
+    def num_with_optimizer_state(self) -> int:
         """Scalars that have a master, a gradient and optimizer state: partly frozen parameters have them whole."""
         trained = (parts[0][0].shape for parts in self._trained_of.values() if any(trains for _, trains in parts))
         return sum(map(math.prod, trained)) + self._trained_outside
@@ -241,14 +241,14 @@ class Selection:
         return sum(self.anatomy.others.values()) + embeddings
 
     @property
-    def share_of_layers(self) -> float:
+    def fraction_of_layers(self) -> float:
         """The paper's ratio: trained scalars / scalars in the layers."""
-        return self.trained_layers_size / self.anatomy.layers_size
+        return self.num_trained_in_layers / self.anatomy.numel_in_layers
 
     @property
-    def share_of_model(self) -> float:
+    def fraction_of_model(self) -> float:
         """Trained scalars / all scalars."""
-        return self.trained_size / self.anatomy.size
+        return self.num_trained / self.anatomy.numel
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """For each block, how many of its units train, wholly or in part, and how many there are."""
@@ -266,9 +266,9 @@ class Selection:
         parts = f"{len(self.frozen_masks)} tensors train in part\n" if self.frozen_masks else ""
         return (
             f"{c.policy} policy, seed {c.selection_seed}, round {c.round}: {counts} units train; embeddings and head "
-            f"{ends}\n{parts}trainable share {self.share_of_layers:.1%} of the layers "
-            f"({self.trained_layers_size:,} of {self.anatomy.layers_size:,}), {self.share_of_model:.1%} of the whole "
-            f"model ({self.trained_size:,} of {self.anatomy.size:,})"
+            f"{ends}\n{parts}trainable fraction {self.fraction_of_layers:.1%} of the layers "
+            f"({self.num_trained_in_layers:,} of {self.anatomy.numel_in_layers:,}), {self.fraction_of_model:.1%} of the "
+            f"whole model ({self.num_trained:,} of {self.anatomy.numel:,})"
         )
 
 
@@ -289,10 +289,10 @@ def select(anatomy: Anatomy, config: SelectionConfig) -> Selection:
     }
     if config.policy == "importance":
         raise HFTError("the importance policy looks at the base's weights, so only a training run can take it")
-    return selection_of(anatomy, config, (policies.get(config.policy) or _load(config.policy))(anatomy, config))
+    return build_selection(anatomy, config, (policies.get(config.policy) or _load(config.policy))(anatomy, config))
 
 
-def selection_of(anatomy: Anatomy, config: SelectionConfig, choice: Choice) -> Selection:
+def build_selection(anatomy: Anatomy, config: SelectionConfig, choice: Choice) -> Selection:
     """The selection that a policy's choice amounts to.
 
     Raises:
@@ -328,7 +328,7 @@ def _packed(config: SelectionConfig, name: str, mask: object) -> Mask:
     return Mask.of(mask)
 
 
-def planned(anatomy: Anatomy, config: SelectionConfig) -> Selection:
+def placeholder_selection(anatomy: Anatomy, config: SelectionConfig) -> Selection:
     """The selection as far as it is known cheaply, before the base is loaded: its counts and shares will hold.
 
     For policies that choose scalars or look at weights it is a stand-in of the same budget; else it is the selection.
@@ -336,14 +336,14 @@ def planned(anatomy: Anatomy, config: SelectionConfig) -> Selection:
     if config.policy not in DEFERRED:
         return select(anatomy, config)
     if config.granularity == "unit":
-        return selection_of(anatomy, config, category(anatomy, config))
+        return build_selection(anatomy, config, category(anatomy, config))
     masks = {}
     for part in (part for unit in anatomy.units for part in unit.parts if len(part.shape) > 1):
         columns = part.shape[-1]
         trained = torch.arange(columns) < round(config.fraction * columns)
         masks[part.parameter] = trained.view(*[1] * (len(part.shape) - 1), columns)
     units = anatomy.units if config.policy == "random-element" else half_of_the_norms(anatomy, config)
-    return selection_of(anatomy, config, (units, masks))
+    return build_selection(anatomy, config, (units, masks))
 
 
 def half_of_the_norms(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
@@ -363,7 +363,7 @@ def _load(policy: str) -> Callable[[Anatomy, SelectionConfig], Choice]:
     return lambda anatomy, config: function(anatomy, config, **(config.policy_options or {}))
 
 
-def draw(names: Iterable[str], count: int, *key: object) -> list[str]:
+def sample_names(names: Iterable[str], count: int, *key: object) -> list[str]:
     """Draw `count` of `names` without replacement, uniformly, as a pure function of the names and the key.
 
     The names with the smallest SHA-256 of key and name are drawn. Unlike `random.sample` this hangs on neither the
@@ -393,7 +393,7 @@ def pools(anatomy: Anatomy, layer: int) -> dict[str, list[Unit]]:
     return found
 
 
-def category(anatomy: Anatomy, config: SelectionConfig, worth: Mapping[str, float] | None = None) -> list[Unit]:
+def category(anatomy: Anatomy, config: SelectionConfig, importance: Mapping[str, float] | None = None) -> list[Unit]:
     """Algorithm 1: of each block in each layer a random fraction trains.
 
     A fraction that is not whole in a layer is met over the layers: half of three MLP matrices is one in half of the
@@ -405,7 +405,7 @@ def category(anatomy: Anatomy, config: SelectionConfig, worth: Mapping[str, floa
     Args:
         anatomy: of the model.
         config: fractions, seed and round.
-        worth: by unit name. Where every unit of a pool has one, those worth least train instead of those drawn.
+        importance: by unit name. Where every unit of a pool has one, the least important ones train.
     """
     key = ("category", config.selection_seed, config.round)
     frozen_first = {unit.name for unit in _named(anatomy, config.freeze or ())}
@@ -422,9 +422,9 @@ def category(anatomy: Anatomy, config: SelectionConfig, worth: Mapping[str, floa
         fraction = config.fraction if block_fraction is None else block_fraction
         counts = _spread(round(fraction * sum(map(len, units))), units, (*key, pool))
         for members, count in zip(units, counts, strict=True):
-            names = draw((unit.name for unit in members), len(members), *key)
-            if worth is not None and all(name in worth for name in names):
-                names.sort(key=worth.get)
+            names = sample_names((unit.name for unit in members), len(members), *key)
+            if importance is not None and all(name in importance for name in names):
+                names.sort(key=importance.get)
             drawn = set(sorted(names, key=frozen_first.__contains__)[:count])
             trained += [unit for unit in members if unit.name in drawn]
     if left := [unit.name for unit in trained if unit.name in frozen_first]:
@@ -436,14 +436,14 @@ def category(anatomy: Anatomy, config: SelectionConfig, worth: Mapping[str, floa
 
 def _spread(total: int, units: Sequence[Sequence[Unit]], key: tuple) -> list[int]:
     whole, left_over = divmod(total, len(units))
-    one_more = draw(map(str, range(len(units))), left_over, *key, "layers that round up")
+    one_more = sample_names(map(str, range(len(units))), left_over, *key, "layers that round up")
     return [whole + (str(layer) in one_more) for layer in range(len(units))]
 
 
 def _layer(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
     """Layer-level selection (section 4.3): evenly spaced whole layers, every other one at one half."""
     total, count = round(config.fraction * anatomy.num_layers), anatomy.num_layers
-    offset = int(draw(map(str, range(count)), 1, "layer", config.selection_seed, config.round)[0])
+    offset = int(sample_names(map(str, range(count)), 1, "layer", config.selection_seed, config.round)[0])
     trained = {layer for layer in range(count) if (layer + offset) * total % count < total}
     return [unit for unit in anatomy.units if unit.layer in trained]
 
@@ -451,7 +451,7 @@ def _layer(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
 def _model(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
     """Model-level selection (section 4.3): a fraction of all units, so of the scalars only about that fraction."""
     count = round(config.fraction * len(anatomy.units))
-    drawn = set(draw((u.name for u in anatomy.units), count, "model", config.selection_seed, config.round))
+    drawn = set(sample_names((u.name for u in anatomy.units), count, "model", config.selection_seed, config.round))
     return [unit for unit in anatomy.units if unit.name in drawn]
 
 

@@ -18,7 +18,7 @@ from trl import DPOTrainer, SFTTrainer
 from hft.errors import HFTError
 from hft.freezing import upcast
 from hft.machine import is_main, is_sharded
-from hft.methods.adapter import PROMPT_LEARNING, AdapterConfig, adapter_selection, hold_ranknum
+from hft.methods.adapter import PROMPT_LEARNING, AdapterConfig, adapter_selection, freeze_ranknum
 from hft.model.weights import checksum, local_folder, weights_of
 from hft.record.manifest import Manifest
 from hft.runs.folder import CHECKPOINT
@@ -50,7 +50,7 @@ class AdapterTuning(Recorded):
         if self._checkpointing_lost:
             args.gradient_checkpointing = args.activation_checkpointing = False  # transformers is renaming it
 
-        base, stored = load_base(model, args, **(quantised(args) if adapter.adapter == "qlora" else {}))
+        base, stored = load_base(model, args, **(quantized(args) if adapter.adapter == "qlora" else {}))
         keep_quantised_weights(base)
         base.requires_grad_(False)
         if adapter.adapter != "osf":  # its factors are taken from the weights as stored, and again when it is loaded
@@ -62,7 +62,7 @@ class AdapterTuning(Recorded):
         super().__init__(model=base, args=args, peft_config=adapter.peft_config(), **kwargs)
         if self.is_deepspeed_enabled:
             raise HFTError("DeepSpeed is not supported; adapters train on one device or under DDP")
-        hold_ranknum(self.model)
+        freeze_ranknum(self.model)
         upcast(self.model, autocast=args.bf16 or args.fp16)  # TRL gives QLoRA's adapters bf16
         self._peft_config.base_model_name_or_path = self.manifest.base
         self._peft_config.revision = revision
@@ -196,8 +196,8 @@ def check_possible(adapter: AdapterConfig, args: TrainingArguments, *, pairs: bo
         raise HFTError("qlora needs bitsandbytes: pip install bitsandbytes")
 
 
-def quantised(args: TrainingArguments) -> dict[str, Any]:
-    """How `from_pretrained` loads a base for QLoRA: nf4 with double quantisation (QLoRA, arXiv 2305.14314)."""
+def quantized(args: TrainingArguments) -> dict[str, Any]:
+    """How `from_pretrained` loads a base for QLoRA: nf4 with double quantization (QLoRA, arXiv 2305.14314)."""
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -226,7 +226,7 @@ def checksums_on_disk(folder: Path, names: dict[str, torch.dtype]) -> dict[str, 
 
 
 def orthogonality(model: PeftModel) -> torch.Tensor:
-    """AdaLoRA's regulariser, as PEFT takes it: the mean of ||P^T P - I|| over all P and Q (arXiv 2303.10512)."""
+    """AdaLoRA's regularizer, as PEFT takes it: the mean of ||P^T P - I|| over all P and Q (arXiv 2303.10512)."""
     norms = []
     for name, p in model.named_parameters():
         if p.requires_grad and ("lora_A" in name or "lora_B" in name):

@@ -41,7 +41,7 @@ class HalfFineTuning(Recorded):
 
     Raises:
         HFTError: `peft_config` or a ready-made optimizer is given, since both would escape the selection, or the
-            model is quantised, of an unknown family, or sharded in a way that cannot hold a half-frozen layer.
+            model is quantized, of an unknown family, or sharded in a way that cannot hold a half-frozen layer.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class HalfFineTuning(Recorded):
         else:
             stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
         if getattr(model.config, "quantization_config", None) is not None:
-            raise HFTError("the model is quantised; half fine-tuning trains the weights themselves, give the original")
+            raise HFTError("the model is quantized; half fine-tuning trains the weights themselves, give the original")
 
         if not isinstance(selection, Selection):
             selection = select(anatomy_of(model), selection or SelectionConfig())
@@ -129,7 +129,7 @@ class HalfFineTuning(Recorded):
         manifest, dtypes = self.manifest_so_far(), self._stored_dtypes
         others = (self._config_dtype, self.model.state_dict().keys())
         if folder.parent == Path(self.args.output_dir) and CHECKPOINT.fullmatch(folder.name):
-            whole = self.manifest.frozen.keys() - self.manifest.masks.keys()
+            whole = self.manifest.frozen_checksums.keys() - self.manifest.masks.keys()
             dtypes, others = {name: dtypes[name] for name in whole if name in dtypes}, None
         elif self.schedule is not None:
             manifest = self.finished_manifest(manifest)
@@ -150,14 +150,14 @@ class HalfFineTuning(Recorded):
         """A manifest that counts what the schedule never trained as frozen, with the checksums of the base."""
         trained, units = self.schedule.ever_trained(), self.selection.anatomy.units
         touched = {name for unit in units if unit.name in trained for name in unit.parameters} | trained
-        never = [name for name in manifest.trained if name not in touched]
+        never = [name for name in manifest.trained_parameters if name not in touched]
         names = [unit.name for unit in units]
         return replace(
             manifest,
             trained_units=[name for name in names if name in trained],
             frozen_units=[name for name in names if name not in trained],
-            trained=[name for name in manifest.trained if name in touched],
-            frozen=manifest.frozen | {name: self._base_checksums[name] for name in never},
+            trained_parameters=[name for name in manifest.trained_parameters if name in touched],
+            frozen_checksums=manifest.frozen_checksums | {name: self._base_checksums[name] for name in never},
         )
 
     def _checksums(self, model: PreTrainedModel, stored: dict[str, torch.dtype], names: list[str]) -> dict[str, str]:

@@ -110,7 +110,7 @@ def test_reset_puts_back_what_hft_would_freeze_and_nothing_else(tmp_path, tuned,
     assert f"tuned: {39 - len(frozen)} of {39 - len(frozen)} tensors bit-identical" in text
     manifest = Manifest.load(tmp_path / "out")
     assert manifest.tuned == str(tuned)
-    assert (manifest.base, list(manifest.frozen)) == (str(tiny), frozen)
+    assert (manifest.base, list(manifest.frozen_checksums)) == (str(tiny), frozen)
     assert (tmp_path / "out" / "selection.png").stat().st_size > 1000
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
@@ -188,7 +188,7 @@ def test_reset_tensors_keep_the_bases_dtype(tmp_path, tuned, tiny, capsys):
     half = changed_copy(tiny, tmp_path / "half", lambda _, tensor: tensor.half(), "float16")
     assert reset(tuned, half, tmp_path / "out") == 0
     assert "NOTE: reset tensors stay in the base's torch.float16" in capsys.readouterr().out
-    frozen = Manifest.load(tmp_path / "out").frozen
+    frozen = Manifest.load(tmp_path / "out").frozen_checksums
     dtypes = {name: tensor.dtype for name, tensor in tensors(tmp_path / "out").items()}
     assert all((dtype == torch.float16) == (name in frozen) for name, dtype in dtypes.items())
 

@@ -82,7 +82,7 @@ def test_every_adapter_learns_and_leaves_the_base_as_it_was(runs, tiny, method):
     assert not (out / "selection.png").exists()
     manifest = Manifest.load(out)
     assert (manifest.selection["adapter"], manifest.trained_units) == (method, [])
-    assert 0 < results["trainable_share"]["model"] < 0.6
+    assert 0 < results["trainable_fraction"]["model"] < 0.6
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -322,5 +322,5 @@ def test_a_base_that_is_stored_expert_by_expert_takes_an_adapter(tmp_path, tiny,
     small("mixtral").save_pretrained(base)
     AutoTokenizer.from_pretrained(tiny).save_pretrained(base)
     assert sft(tmp_path / "out", *SMALL, "--max_steps", "2", method="lora", model=base) == 0
-    assert any(name.endswith("experts.gate_up_proj") for name in Manifest.load(tmp_path / "out").frozen)
+    assert any(name.endswith("experts.gate_up_proj") for name in Manifest.load(tmp_path / "out").frozen_checksums)
     assert main(["verify", str(tmp_path / "out")]) == 0

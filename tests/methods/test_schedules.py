@@ -24,7 +24,7 @@ from hft.methods.schedule import (
     next_start,
     of_layers,
     outside,
-    peak_size,
+    peak_numel,
     stages,
     to_row,
     trained_at,
@@ -106,7 +106,7 @@ def test_exactly_what_the_schedule_says_moves_at_each_step(straight, tiny, tiny_
         before = after
     assert main(["verify", str(out)]) == 0
     assert (out / "selection.png").stat().st_size > 1000
-    shares = json.loads((out / "results.json").read_text())["schedule_shares"]
+    shares = json.loads((out / "results.json").read_text())["schedule_fractions"]
     assert shares == record["shares"]
     assert 0 < shares["mean"] < 1
 
@@ -138,9 +138,9 @@ def test_dynamic_freezes_a_tenth_after_each_tenth(llama2_7b):
     begun = stages(llama2_7b, ScheduleConfig(schedule="dynamic"), 5098)
     assert [step for step, _ in begun] == [0, 510, 1020, 1530, 2040, 2549, 3059, 3569, 4079, 4589]
     ends = set(outside(llama2_7b))
-    sizes = {unit.name: unit.size for unit in llama2_7b.anatomy.units}
+    sizes = {unit.name: unit.numel for unit in llama2_7b.anatomy.units}
     for tenth, (_, names) in enumerate(begun):
-        trained = sum(size for name, size in sizes.items() if name in names) / llama2_7b.anatomy.layers_size
+        trained = sum(size for name, size in sizes.items() if name in names) / llama2_7b.anatomy.numel_in_layers
         assert trained == pytest.approx(1 - tenth / 10, abs=0.005)
         assert ends <= names
         assert not tenth or names < begun[tenth - 1][1]
@@ -223,7 +223,7 @@ def test_autofreeze_averages_the_l1_norms_of_the_steps(tiny, tiny_selection):
             parameter.grad = torch.full_like(parameter, -factor)
         schedule.on_pre_optimizer_step(None, None, None, model=model)
     schedule.trained_at(2, model)
-    sizes = [sum(unit.size for unit in tiny_selection.anatomy.layer(layer)) for layer in range(4)]
+    sizes = [sum(unit.numel for unit in tiny_selection.anatomy.layer(layer)) for layer in range(4)]
     assert schedule.measured["means"] == [2 * size for size in sizes]
     assert schedule.measured["sums"] == [0] * 4
 
@@ -242,7 +242,7 @@ def optimizer_state(checkpoint):
 def test_a_frozen_layer_loses_or_keeps_its_optimizer_state(straight, tiny_selection, policy):
     out = straight("lisa", *([] if policy == "reset" else ["--optimizer_state", policy]))
     config = ScheduleConfig(schedule="lisa", switch_every=3)
-    sizes = {unit.name: unit.size for unit in tiny_selection.anatomy.units}
+    sizes = {unit.name: unit.numel for unit in tiny_selection.anatomy.units}
     sizes |= tiny_selection.anatomy.embeddings | tiny_selection.anatomy.others
     for step in (0, 5, 6, 11):
         counted = range(step + 1) if policy != "reset" else [step]
@@ -328,13 +328,13 @@ def test_what_never_trained_counts_as_frozen_at_the_end(tmp_path, tiny, sft):
     assert len(manifest.trained_units) == len(manifest.frozen_units) == 18
     assert {name.split(".")[2] for name in manifest.frozen_units} == {"0", "1"}
     ends = {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
-    assert ends <= manifest.frozen.keys()
-    assert set(manifest.trained) | manifest.frozen.keys() == base.keys()
-    assert all(identical(tensors(out)[name], base[name]) for name in manifest.frozen)
+    assert ends <= manifest.frozen_checksums.keys()
+    assert set(manifest.trained_parameters) | manifest.frozen_checksums.keys() == base.keys()
+    assert all(identical(tensors(out)[name], base[name]) for name in manifest.frozen_checksums)
     assert main(["verify", str(out)]) == 0
     half_way = Manifest.load(out / "checkpoint-2")
     assert half_way.schedule["shares"] == {"first": 0.25, "last": 0.25, "mean": 0.25}
-    assert not half_way.frozen.keys() - {"model.embed_tokens.weight", "lm_head.weight"}
+    assert not half_way.frozen_checksums.keys() - {"model.embed_tokens.weight", "lm_head.weight"}
 
 
 @pytest.mark.parametrize(
@@ -388,17 +388,17 @@ def test_the_plan_tells_what_will_train(tmp_path, sft, capsys, llama2_7b):
     assert sft(tmp_path / "out", *SMALL, "--dry_run", "true", "--switch_every", "1", method="lisa") == 0
     out = capsys.readouterr().out
     assert "lisa schedule, seed 0: 4 stages, in which 18 of 36 units train" in out
-    assert "trainable share of the layers 50.0% at first, 50.0% at last, 50.0% on average" in out
+    assert "trainable fraction of the layers 50.0% at first, 50.0% at last, 50.0% on average" in out
     dynamic = ScheduleConfig(schedule="dynamic")
     assert "100.0% at first, 10.0% at last, 55.0% on average" in describe(llama2_7b, dynamic, 5098)
     # LISA keeps a master of everything, but gradient and moments of two layers, embeddings, head and norm only.
     lisa = ScheduleConfig(schedule="lisa")
-    ends = llama2_7b.trained_size - llama2_7b.trained_layers_size
-    assert peak_size(llama2_7b, lisa) == ends + llama2_7b.anatomy.layers_size // 16
-    assert peak_size(llama2_7b, ScheduleConfig(schedule="lisa", optimizer_state="keep")) == llama2_7b.trained_size
-    expected = 4 * llama2_7b.trained_size + 12 * peak_size(llama2_7b, lisa)
-    assert static_memory(llama2_7b, peak=peak_size(llama2_7b, lisa)) == expected
-    assert static_memory(llama2_7b) == static_memory(llama2_7b, peak=peak_size(llama2_7b, dynamic))
+    ends = llama2_7b.num_trained - llama2_7b.num_trained_in_layers
+    assert peak_numel(llama2_7b, lisa) == ends + llama2_7b.anatomy.numel_in_layers // 16
+    assert peak_numel(llama2_7b, ScheduleConfig(schedule="lisa", optimizer_state="keep")) == llama2_7b.num_trained
+    expected = 4 * llama2_7b.num_trained + 12 * peak_numel(llama2_7b, lisa)
+    assert static_memory(llama2_7b, peak=peak_numel(llama2_7b, lisa)) == expected
+    assert static_memory(llama2_7b) == static_memory(llama2_7b, peak=peak_numel(llama2_7b, dynamic))
 
 
 def test_old_manifests_load_and_none_needs_no_policy(straight, tmp_path):

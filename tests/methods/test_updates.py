@@ -13,7 +13,7 @@ from trl import SFTConfig
 from hft.cli import main
 from hft.data import load_split
 from hft.errors import HFTError
-from hft.methods.updates import Mixout, PullToStart, UpdateConfig, callbacks_of, mix, starting_weights
+from hft.methods.updates import L2SP, Mixout, UpdateConfig, callbacks_of, mix, starting_weights
 from hft.model.anatomy import anatomy_of
 from hft.record.manifest import Manifest
 from hft.selection import SelectionConfig
@@ -218,7 +218,7 @@ def test_each_method_learns_with_plain_names_in_every_checkpoint(finished, tiny)
 
 def test_a_frozen_half_stays_frozen(finished, tiny):
     out, _ = finished
-    frozen = Manifest.load(out).frozen
+    frozen = Manifest.load(out).frozen_checksums
     assert len(frozen) == 18
     base, saved = tensors(tiny), tensors(out)
     assert all(identical(base[name], saved[name]) for name in frozen)
@@ -303,6 +303,6 @@ def test_a_trainer_takes_an_update_from_python(tmp_path, tiny, data):
     )
     trainer.train()
     assert trainer.manifest.update == {"update": "l2sp", "l2sp_strength": 1.0}
-    [pull] = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, PullToStart)]
+    [pull] = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, L2SP)]
     assert {start.dtype for start in pull.start.values()} == {torch.bfloat16}  # as stored, not as the masters
     assert sum(start.nbytes for start in pull.start.values()) == update.memory(trainer.selection)

@@ -40,7 +40,7 @@ def test_every_parameter_of_a_layer_belongs_to_one_unit(family):
     everything = [*owned, *anatomy.embeddings, *anatomy.others]
     assert sorted(everything) == sorted(name for name, _ in model.named_parameters())
     assert all(parameter.is_meta for parameter in model.parameters())
-    assert anatomy.size == sum(parameter.numel() for parameter in model.parameters())
+    assert anatomy.numel == sum(parameter.numel() for parameter in model.parameters())
     for layer in range(3):
         kinds = {unit.kind for unit in anatomy.layer(layer)}
         assert kinds == PROJECTIONS | FAMILIES[family]
@@ -53,7 +53,7 @@ def test_a_bias_belongs_to_its_matrix():
     units = {unit.name: unit for unit in anatomy_of(small("qwen2")).units}
     q = units["model.layers.0.self_attn.q_proj"]
     assert q.parameters == ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.bias")
-    assert q.size == 32 * 32 + 32
+    assert q.numel == 32 * 32 + 32
 
 
 def test_embeddings_head_and_final_norm_lie_outside_the_layers():

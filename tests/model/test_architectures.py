@@ -98,11 +98,11 @@ def test_every_scalar_of_a_layer_belongs_to_exactly_one_unit(family):
         for part in unit.parts:
             own = torch.zeros(part.shape, dtype=torch.bool)
             part.mark(own, True)
-            assert own.sum() == part.size
+            assert own.sum() == part.numel
             times[part.parameter] += own
     outside = anatomy.embeddings | anatomy.others | anatomy.towers
     assert all((count == (0 if name in outside else 1)).all() for name, count in times.items())
-    assert anatomy.size == sum(p.numel() for p in model.parameters())
+    assert anatomy.numel == sum(p.numel() for p in model.parameters())
     assert len({unit.name for unit in anatomy.units}) == len(anatomy.units)
 
 
@@ -111,12 +111,12 @@ def test_half_of_the_layers_trains(family):
     anatomy = anatomy_of(meta_model(config_of(family)))
     for seed in range(5):
         selection = select(anatomy, SelectionConfig(selection_seed=seed))
-        routers = sum(unit.size for unit in anatomy.units if unit.block == "router")
-        half = (anatomy.layers_size - routers) / 2 + routers
-        largest = max(unit.size for unit in anatomy.units)
-        assert abs(selection.trained_layers_size - half) <= (0 if family in EXACT else largest)
+        routers = sum(unit.numel for unit in anatomy.units if unit.block == "router")
+        half = (anatomy.numel_in_layers - routers) / 2 + routers
+        largest = max(unit.numel for unit in anatomy.units)
+        assert abs(selection.num_trained_in_layers - half) <= (0 if family in EXACT else largest)
         frozen = select(anatomy, SelectionConfig(selection_seed=seed, freeze_router=True))
-        assert frozen.trained_layers_size == selection.trained_layers_size - routers
+        assert frozen.num_trained_in_layers == selection.num_trained_in_layers - routers
         for block, (trained, total) in selection.counts().items():
             assert trained == total if block == "router" else abs(trained - total / 2) <= 1
 
@@ -241,7 +241,7 @@ def test_vision_towers_never_train_though_their_layers_are_as_many():
     assert any("multi_modal_projector" in name for name in anatomy.towers)
     everything = select(anatomy, SelectionConfig(policy="all"))
     assert everything.frozen_parameters == list(anatomy.towers)
-    assert everything.share_of_layers == 1
+    assert everything.fraction_of_layers == 1
 
 
 def test_a_mixture_stored_expert_by_expert_is_told_to_have_broken(tmp_path, tiny, data):
@@ -264,4 +264,4 @@ def test_a_mixture_stored_expert_by_expert_is_told_to_have_broken(tmp_path, tiny
     trainer.save_model()
     found = verify_folder(tmp_path / "out")
     assert list(found.broken) == ["model.layers.1.mlp.experts.down_proj"]
-    assert math.isclose(manifest["shares"]["layers"], trainer.selection.share_of_layers)
+    assert math.isclose(manifest["trainable_fraction"]["layers"], trainer.selection.fraction_of_layers)

@@ -13,10 +13,10 @@ from hft.record.manifest import Manifest
 from hft.selection import SelectionConfig, select
 from hft.selection.importance import (
     REDUCTIONS,
-    choose,
     fisher,
     input_norms,
     masks,
+    select_by_importance,
     text_batches,
     unit_scores,
 )
@@ -235,17 +235,17 @@ def test_what_matters_most_is_frozen_and_a_killed_run_takes_the_same_selection_u
     assert sft(straight, *flags, "--max_steps", "20", method="importance") == 0
     printed = capsys.readouterr().out
     assert f"{score} on 8 rows" in printed
-    shares = set(re.findall(r"trainable share ([\d.]+)% of the layers", printed))
+    shares = set(re.findall(r"trainable fraction ([\d.]+)% of the layers", printed))
     manifest = Manifest.load(straight)
-    assert shares == {f"{100 * manifest.shares['layers']:.1f}"}  # as planned before the base was loaded
-    assert manifest.shares["layers"] == pytest.approx(0.5, abs=5e-3)
+    assert shares == {f"{100 * manifest.trainable_fraction['layers']:.1f}"}  # as planned before the base was loaded
+    assert manifest.trainable_fraction["layers"] == pytest.approx(0.5, abs=5e-3)
 
     model = AutoModelForCausalLM.from_pretrained(tiny)
     anatomy, tokenizer = anatomy_of(model), AutoTokenizer.from_pretrained(tiny)
     config = SelectionConfig(**manifest.selection)
     texts = list(text_batches(tokenizer, load_split(str(data), "train"), 256, 8))
-    chosen = choose(model, anatomy, config, texts)
-    assert sorted(chosen.trained) == sorted(manifest.trained_units)
+    chosen = select_by_importance(model, anatomy, config, texts)
+    assert sorted(chosen.trained_units) == sorted(manifest.trained_units)
     assert {name: mask.digest() for name, mask in chosen.frozen_masks.items()} == manifest.masks
     half = select(anatomy, SelectionConfig())
     assert chosen.counts() == (half.counts() if granularity == "unit" else chosen.counts())
@@ -271,7 +271,7 @@ def test_units_that_matter_most_to_the_base_are_the_frozen_ones_of_their_pool(ti
                 model.get_parameter(f"{unit.name}.weight").mul_(10)
     settings = {"policy": "importance", "granularity": "unit", "score": "magnitude"}
     for invert in (False, True):
-        selection = choose(model, anatomy, SelectionConfig(**settings, invert=invert), [])
+        selection = select_by_importance(model, anatomy, SelectionConfig(**settings, invert=invert), [])
         trained = {unit.kind for unit in anatomy.layer(0, "attention") if selection.trains(unit)}
         assert trained == ({"k_proj", "o_proj"} if invert else {"q_proj", "v_proj"})
         ups = [unit for unit in anatomy.units if unit.kind == "up_proj"]
@@ -281,7 +281,7 @@ def test_units_that_matter_most_to_the_base_are_the_frozen_ones_of_their_pool(ti
 def test_importance_is_refused_where_it_cannot_be_measured(tmp_path, sft, capsys):
     fused, config = small("gpt2"), SelectionConfig(policy="importance", granularity="column", score="wanda")
     with pytest.raises(HFTError, match=r"and transformer\.h\.0\.attn\.c_attn\.q_proj is none"):
-        choose(fused, anatomy_of(fused), config, [])
+        select_by_importance(fused, anatomy_of(fused), config, [])
     flags = ["--policy", "importance", "--granularity", "unit", "--score", "wanda"]
     assert sft(tmp_path / "out", *flags) == 2
     assert "give --importance_data" in error_of(capsys)

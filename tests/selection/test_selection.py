@@ -52,7 +52,7 @@ def trained_kinds(selection, layer, block):
 def test_the_ten_ratios_of_table_10(llama2_7b, percent, attention, mlp):
     config = SelectionConfig(attention_fraction=attention / 4, mlp_fraction=mlp / 3)
     selection = select(llama2_7b, config)
-    assert 100 * selection.share_of_layers == pytest.approx(percent, abs=0.1)
+    assert 100 * selection.fraction_of_layers == pytest.approx(percent, abs=0.1)
     for layer in range(32):
         assert len(trained_kinds(selection, layer, "attention")) == attention
         assert len(trained_kinds(selection, layer, "mlp")) in {int(mlp), int(mlp + 0.5)}
@@ -60,10 +60,10 @@ def test_the_ten_ratios_of_table_10(llama2_7b, percent, attention, mlp):
 
 def test_algorithm_1_on_llama2_7b(llama2_7b):
     selection = select(llama2_7b, SelectionConfig())
-    assert llama2_7b.layers_size == 6_476_267_520
-    assert llama2_7b.size == 6_738_415_616
-    assert selection.trained_layers_size * 2 == llama2_7b.layers_size
-    assert selection.share_of_model == pytest.approx(0.519, abs=5e-4)
+    assert llama2_7b.numel_in_layers == 6_476_267_520
+    assert llama2_7b.numel == 6_738_415_616
+    assert selection.num_trained_in_layers * 2 == llama2_7b.numel_in_layers
+    assert selection.fraction_of_model == pytest.approx(0.519, abs=5e-4)
     mlp = Counter(len(trained_kinds(selection, layer, "mlp")) for layer in range(32))
     assert mlp == {1: 16, 2: 16}
     assert all(len(trained_kinds(selection, layer, "norm")) == 1 for layer in range(32))
@@ -77,25 +77,25 @@ def test_grouped_queries_draw_one_of_q_and_o_and_one_of_k_and_v():
     for layer in range(32):
         kinds = set(trained_kinds(selection, layer, "attention"))
         assert len(kinds & {"q_proj", "o_proj"}) == len(kinds & {"k_proj", "v_proj"}) == 1
-    assert selection.trained_layers_size * 2 == anatomy.layers_size
-    assert selection.share_of_model == pytest.approx(0.565, abs=5e-4)
+    assert selection.num_trained_in_layers * 2 == anatomy.numel_in_layers
+    assert selection.fraction_of_model == pytest.approx(0.565, abs=5e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_of_every_family_trains(family):
     anatomy = anatomy_of(small(family, num_hidden_layers=4))
     selection = select(anatomy, SelectionConfig())
-    largest = max(unit.size for unit in anatomy.units)
-    assert abs(selection.trained_layers_size - anatomy.layers_size / 2) < largest
+    largest = max(unit.numel for unit in anatomy.units)
+    assert abs(selection.num_trained_in_layers - anatomy.numel_in_layers / 2) < largest
     for trained, total in selection.counts().values():
         assert trained * 2 == total
 
 
 def test_seed_and_round_draw_anew_and_nothing_else_does(llama2_7b):
     first = select(llama2_7b, SelectionConfig())
-    assert first.trained == select(llama2_7b, SelectionConfig()).trained
+    assert first.trained_units == select(llama2_7b, SelectionConfig()).trained_units
     others = [SelectionConfig(selection_seed=1), SelectionConfig(round=2), SelectionConfig(round=3)]
-    drawn = [first.trained, *(select(llama2_7b, config).trained for config in others)]
+    drawn = [first.trained_units, *(select(llama2_7b, config).trained_units for config in others)]
     assert len(set(drawn)) == 4
     for a in drawn:
         for b in drawn:
@@ -105,7 +105,7 @@ def test_seed_and_round_draw_anew_and_nothing_else_does(llama2_7b):
 
 def test_the_draw_is_even(llama2_7b):
     rounds = 40
-    times = Counter(u for r in range(1, rounds + 1) for u in select(llama2_7b, SelectionConfig(round=r)).trained)
+    times = Counter(u for r in range(1, rounds + 1) for u in select(llama2_7b, SelectionConfig(round=r)).trained_units)
     shares = [times[unit.name] / rounds for unit in llama2_7b.units]
     # 288 units, binomial with sd 0.079 (attention, norms): five of them are the bound.
     assert 0.1 < min(shares) <= max(shares) < 0.9
@@ -113,14 +113,15 @@ def test_the_draw_is_even(llama2_7b):
 
 def test_a_selection_is_the_same_on_any_machine(llama2_7b):
     """Pinned: a change here breaks every manifest and every published seed."""
-    names = "\n".join(sorted(select(llama2_7b, SelectionConfig(selection_seed=7, round=3)).trained))
+    names = "\n".join(sorted(select(llama2_7b, SelectionConfig(selection_seed=7, round=3)).trained_units))
     assert hashlib.sha256(names.encode()).hexdigest()[:16] == "d416ade0fb2c3b17"
 
 
 def test_a_selection_does_not_depend_on_the_hash_seed():
     code = (
         "from tests.model.test_anatomy import small; from hft.model.anatomy import anatomy_of;"
-        "from hft.selection import *; print(sorted(select(anatomy_of(small('qwen3')), SelectionConfig()).trained))"
+        "from hft.selection import *;"
+        "print(sorted(select(anatomy_of(small('qwen3')), SelectionConfig()).trained_units))"
     )
     outputs = {
         subprocess.run(
@@ -141,7 +142,7 @@ def test_layer_policy_trains_every_other_layer_whole(llama2_7b):
     none = [not any(map(selection.trains, llama2_7b.layer(layer))) for layer in range(32)]
     assert sum(whole) == sum(none) == 16
     assert all(a != b for a, b in itertools.pairwise(whole))
-    offsets = {select(llama2_7b, SelectionConfig(policy="layer", round=r)).trained for r in range(1, 9)}
+    offsets = {select(llama2_7b, SelectionConfig(policy="layer", round=r)).trained_units for r in range(1, 9)}
     assert len(offsets) == 2
 
 
@@ -154,9 +155,9 @@ def test_layer_policy_spaces_other_fractions_evenly(llama2_7b):
 
 def test_model_policy_trains_half_of_the_units_wherever_they_are(llama2_7b):
     selection = select(llama2_7b, SelectionConfig(policy="model"))
-    assert len(selection.trained) * 2 == len(llama2_7b.units)
-    assert selection.share_of_layers != 0.5
-    assert selection.share_of_layers == pytest.approx(0.5, abs=0.1)
+    assert len(selection.trained_units) * 2 == len(llama2_7b.units)
+    assert selection.fraction_of_layers != 0.5
+    assert selection.fraction_of_layers == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.parametrize("pair", [("q_proj", "k_proj"), ("o_proj", "v_proj")])
@@ -182,10 +183,10 @@ def test_table_23_freezes_the_same_two_of_attention_in_every_layer(request, meth
     selection = select(anatomy, SelectionConfig(**settings))
     for layer in range(32):
         assert set(trained_kinds(selection, layer, "attention")) == {"q_proj", "k_proj", "v_proj", "o_proj"} - frozen
-    assert selection.trained_layers_size * 2 == anatomy.layers_size
+    assert selection.num_trained_in_layers * 2 == anatomy.numel_in_layers
     usual = select(anatomy, SelectionConfig())
     mlp = {unit.name for unit in anatomy.units if unit.block != "attention"}
-    assert selection.trained & mlp == usual.trained & mlp
+    assert selection.trained_units & mlp == usual.trained_units & mlp
 
 
 def test_naming_more_than_the_fraction_leaves_frozen_is_refused(llama2_7b):
@@ -198,7 +199,7 @@ def test_all_trains_everything_and_embeddings_can_be_frozen(llama2_7b):
     config = SelectionConfig(policy="all", freeze_embeddings=True)
     assert select(llama2_7b, config).frozen_parameters == ["model.embed_tokens.weight", "lm_head.weight"]
     half = select(llama2_7b, SelectionConfig(freeze_embeddings=True))
-    assert half.trained_size == half.trained_layers_size + 4096
+    assert half.num_trained == half.num_trained_in_layers + 4096
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_the_first_loss_is_ln_2_and_the_first_rewards_are_0(finished):
 
 
 def test_half_moves_and_half_does_not(finished, tiny):
-    base, masters, frozen = tensors(tiny), tensors(finished / "checkpoint-4"), Manifest.load(finished).frozen
+    base, masters, frozen = tensors(tiny), tensors(finished / "checkpoint-4"), Manifest.load(finished).frozen_checksums
     assert len(frozen) == 18
     for name in base:
         assert (name in frozen) == torch.equal(base[name].float(), masters[name].float()), name
@@ -191,7 +191,7 @@ def test_a_from_folder_must_be_what_its_manifest_tells(tmp_path, tiny, finished,
 
     swapped = shutil.copytree(finished, tmp_path / "swapped")
     content = tensors(swapped)
-    name = next(iter(Manifest.load(swapped).frozen))
+    name = next(iter(Manifest.load(swapped).frozen_checksums))
     content[name] = content[name] * 2
     save_file(content, swapped / "model.safetensors", metadata={"format": "pt"})
     assert dpo(tmp_path / "b", model=swapped) == 2

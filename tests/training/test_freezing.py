@@ -86,7 +86,7 @@ def test_random_elements_train_and_the_others_do_not(tmp_path, tiny, sft, capsys
         assert frozen.sum() == frozen.numel() // 2
         assert torch.equal(base[name].float()[frozen], ours[name][frozen])
         assert (base[name].float()[~frozen] != ours[name][~frozen]).float().mean() > 0.99
-    assert Manifest.load(out).shares["layers"] == pytest.approx(0.5, abs=2e-3)  # the norms train whole
+    assert Manifest.load(out).trainable_fraction["layers"] == pytest.approx(0.5, abs=2e-3)  # the norms train whole
 
 
 def test_verify_finds_a_frozen_scalar_that_moved_and_a_mask_that_was_changed(tmp_path, sft, capsys):
@@ -187,6 +187,6 @@ def test_a_part_marks_its_boxes_only():
     part = Part("w", (4, 6, 5), (((1, 2), (0, 3)), ((3, 4), (3, 6))))
     mask = torch.zeros(4, 6, 1, dtype=torch.bool)
     part.mark(mask, True)
-    assert mask.expand(4, 6, 5).sum() == part.size == 30
+    assert mask.expand(4, 6, 5).sum() == part.numel == 30
     assert mask[1, :3].all()
     assert mask[3, 3:].all()

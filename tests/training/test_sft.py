@@ -34,7 +34,7 @@ def finished(tmp_path_factory, tiny, data):
 
 def test_half_moves_and_half_does_not(finished, tiny):
     base, out, masters = tensors(tiny), tensors(finished), tensors(finished / "checkpoint-4")
-    frozen = Manifest.load(finished).frozen
+    frozen = Manifest.load(finished).frozen_checksums
     assert base.keys() == out.keys()
     assert len(frozen) == 18
     for name in base:
@@ -46,7 +46,7 @@ def test_half_moves_and_half_does_not(finished, tiny):
 
 
 def test_a_checkpoint_keeps_masters_and_only_the_trained_half_has_optimizer_state(finished, tiny):
-    checkpoint, frozen = tensors(finished / "checkpoint-4"), Manifest.load(finished / "checkpoint-4").frozen
+    checkpoint, frozen = tensors(finished / "checkpoint-4"), Manifest.load(finished / "checkpoint-4").frozen_checksums
     for name, tensor in checkpoint.items():
         assert tensor.dtype == (torch.bfloat16 if name in frozen else torch.float32), name
     state = torch.load(finished / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
@@ -79,7 +79,7 @@ def test_the_folder_tells_what_happened(finished, tiny):
     assert results["tokens_per_second"] > 0
     manifest = Manifest.load(finished)
     assert manifest.base == str(tiny)
-    assert manifest.shares["layers"] == 0.5
+    assert manifest.trainable_fraction["layers"] == 0.5
     assert manifest.selection["policy"] == "category"
     assert (finished / "selection.png").stat().st_size > 1000
     assert yaml.safe_load((finished / "config.yaml").read_text())["global_batch_size"] == 16
@@ -96,7 +96,7 @@ def test_verify_finds_one_flipped_bit(finished, tiny, tmp_path, capsys):
     broken = shutil.copytree(finished, tmp_path / "broken")
     assert main(["verify", str(broken)]) == 0
     assert "frozen:  18 of 18 tensors bit-identical" in capsys.readouterr().out
-    name = next(iter(Manifest.load(finished).frozen))
+    name = next(iter(Manifest.load(finished).frozen_checksums))
     content = tensors(broken)
     content[name].view(torch.uint8)[0, 0] ^= 1
     save_file(content, broken / "model.safetensors", metadata={"format": "pt"})
@@ -153,7 +153,7 @@ def test_the_stored_dtype_is_kept_whatever_it_is(tmp_path, tiny, sft):
     AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float16).save_pretrained(half)
     AutoTokenizer.from_pretrained(tiny).save_pretrained(half)
     assert sft(tmp_path / "out", model=half) == 0
-    base, out, frozen = tensors(half), tensors(tmp_path / "out"), Manifest.load(tmp_path / "out").frozen
+    base, out, frozen = tensors(half), tensors(tmp_path / "out"), Manifest.load(tmp_path / "out").frozen_checksums
     assert {tensor.dtype for tensor in out.values()} == {torch.float16}
     assert frozen
     assert all(identical(out[name], base[name]) for name in frozen)
@@ -284,7 +284,7 @@ def test_resuming_from_another_base_is_refused(finished, tmp_path, tiny, sft, ca
     (out / "results.json").unlink()
     other = shutil.copytree(tiny, tmp_path / "other")
     content = tensors(other)
-    name = list(Manifest.load(finished).frozen)[-1]
+    name = list(Manifest.load(finished).frozen_checksums)[-1]
     content[name] = content[name] * 2
     save_file(content, other / "model.safetensors", metadata={"format": "pt"})
     assert sft(out, "--max_steps", "6", model=other) == 2
@@ -300,11 +300,11 @@ def test_resuming_from_another_base_is_refused(finished, tmp_path, tiny, sft, ca
 
 
 def test_bad_models_and_folders_are_refused_in_a_sentence(tmp_path, tiny, data, sft, capsys):
-    quantised = shutil.copytree(tiny, tmp_path / "quantised")
+    quantized = shutil.copytree(tiny, tmp_path / "quantized")
     config = json.loads((tiny / "config.json").read_text())
-    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    assert sft(tmp_path / "a", model=quantised) == 2
-    assert "is quantised" in error_of(capsys)
+    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    assert sft(tmp_path / "a", model=quantized) == 2
+    assert "is quantized" in error_of(capsys)
 
     truncated = shutil.copytree(tiny, tmp_path / "truncated")
     path = truncated / "model.safetensors"
@@ -387,7 +387,7 @@ def test_wandb_is_offline_without_a_key_and_holds_the_selection(tmp_path, sft, c
     assert list(run.glob("files/media/images/selection*.png"))
     (log,) = run.glob("*.wandb")
     content = log.read_bytes()
-    for logged in (b"trainable_share", b"train/loss", b"train/grad_norm", b"peak_memory_gb", b"tokens_per_second"):
+    for logged in (b"trainable_fraction", b"train/loss", b"train/grad_norm", b"peak_memory_gb", b"tokens_per_second"):
         assert logged in content, logged
     for logged in (b"manifest-", b"hft_manifest.json", b"identical", b"global_batch_size"):
         assert logged in content, logged
