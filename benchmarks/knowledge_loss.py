@@ -13,7 +13,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-TEMPLATE = Path("recipes/templates/smollm2.jinja").read_text()
+from hft.runs.config import find_template
+
+TEMPLATE = Path(find_template("smollm2.jinja")).read_text()
 
 
 def rows(path: Path, count: int) -> list[dict]:

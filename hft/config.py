@@ -1,170 +1,304 @@
-"""Recipe, method and flags -> one typed, checked config."""
+"""YAML files and flags -> one typed, checked config."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import re
-from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import NoneType
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from trl import TrlParser
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
-from hft.errors import HFTError
+from hft.errors import HFTError, reason
 
 T = TypeVar("T")
 
 
 @dataclass
 class RunConfig:
-    """What a run needs beyond the trainer's config and the selection: model, data, batch and names."""
+    """What a run needs beyond TRL's config and the method's keys: model, data, batch and names."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "The base: a folder or a Hub id."})
     architecture: str | None = field(
         default=None,
         metadata={"help": "A folder with the base's config.json, to plan a run before the Hub is asked for it."},
     )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={"help": "Chat template: a .jinja file, or tulu.jinja or smollm2.jinja, which come with hft."},
+    )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "A .jsonl, .json or .parquet file, a folder with a file a split, or a Hub id."}
+        default=None,
+        metadata={"help": "A .jsonl, .json or .parquet file, a folder with one file per split, or a Hub id."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on; by default test, or validation under a usual name."}
+    )
     tokenizer_pad_token: str | None = field(
-        default=None, metadata={"help": "Token to pad with, from the vocabulary, where the tokenizer names none."}
+        default=None, metadata={"help": "Token to pad with, from the vocabulary, if the tokenizer has none."}
     )
     global_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Rows a step, over all devices; gradient accumulation is derived from it."},
+        default=None, metadata={"help": "Rows per step over all devices; gradient accumulation follows from it."}
     )
     eval_rows: int | None = field(
         default=None,
-        metadata={"help": "Rows to evaluate on: the test split's first, or held out where there is no test split."},
+        metadata={"help": "Rows to evaluate on: the first of the test split, or held out if there is none."},
     )
     method: str | None = field(default=None, metadata={"help": "Name of the method, for the run's name."})
+    schedule: str | None = field(
+        default=None, metadata={"help": "Change what trains during the run: lisa, badam, ... or FILE.py:CLASS."}
+    )
+    update: str | None = field(
+        default=None, metadata={"help": "Change how weights move: mixout, l2sp, mofo, gmt or FILE.py:CLASS."}
+    )
+    adapter: str | None = field(
+        default=None, metadata={"help": "Train an adapter instead: lora, qlora, adalora, p-tuning, p-tuning-v2, osf."}
+    )
     dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop before anything is loaded."})
 
 
-class Parser(TrlParser):
-    """`TrlParser` whose errors are one sentence and that accepts no abbreviated flags."""
+@dataclass(frozen=True)
+class Keys:
+    """The keys that a command takes: those of some dataclasses.
 
-    def __init__(self, *dataclasses: type, elsewhere: dict[str, str] | None = None, method_keys: Container[str] = ()):
-        """Know the keys of some dataclasses.
+    Attributes:
+        classes: dataclasses whose fields are the keys.
+        explain: a sentence about a key that is not among them, or None.
+        replaced: keys that a file which names a `method` resets, all of them.
+        aliases: other names of keys; under either name the later value wins.
+    """
 
-        Args:
-            dataclasses: what is parsed.
-            elsewhere: of other keys, the stage that they belong to.
-            method_keys: keys that a file which names a `method` sets anew, all of them.
-        """
-        super().__init__(list(dataclasses), allow_abbrev=False, prog="hft")
-        self.elsewhere = elsewhere or {}
-        self.method_keys = method_keys
-        self.types = {name: str(t) for cls in dataclasses for name, t in get_type_hints(cls).items()}
-        self.keys = [f.name for cls in dataclasses for f in fields(cls) if f.init]
-        # Without defaults, what parsing returns is what was given.
-        self.set_defaults_with_config(**dict.fromkeys(self.keys, argparse.SUPPRESS))
+    classes: tuple[type, ...]
+    explain: Callable[[str], str | None] = lambda key: None
+    replaced: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
-    def error(self, message: str):
-        raise HFTError(re.sub(r"^argument --(\w+)\S*:", r"\1:", message))
+    @functools.cached_property
+    def types(self) -> dict[str, Any]:
+        """The type of each key."""
+        return {f.name: hints[f.name] for cls, hints in self._hints() for f in fields(cls) if f.init}
+
+    def _hints(self) -> Iterable[tuple[type, dict[str, Any]]]:
+        return ((cls, get_type_hints(cls)) for cls in self.classes)
 
     def unknown(self, key: str) -> HFTError:
-        if key in self.elsewhere:
-            return HFTError(f"{key!r} is a key of {self.elsewhere[key]}, not of this stage")
-        near = difflib.get_close_matches(key, self.keys, n=1)
+        """The error about a key that is not among them, with a suggestion."""
+        if sentence := self.explain(key):
+            return HFTError(sentence)
+        near = difflib.get_close_matches(key, self.types, n=1)
         return HFTError(f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
 
-    def typed(self, key: str, value: Any) -> Any:
-        """A YAML value as the type of its key, converted and checked as the command line's would be.
+    def convert_all(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values as the types of their keys, aliases replaced by the keys' own names.
 
-        `TrlParser` puts YAML values that are no strings into the dataclasses as they are, whatever their type.
+        Args:
+            values: from YAML, or the words of flags: a string, or a list of strings.
+
+        Raises:
+            HFTError: a key is unknown, or a value is of another type.
         """
-        if key not in self.keys:
-            raise self.unknown(key)
-        kind = type(value).__name__
-        if value is None or isinstance(value, (list, dict)):
-            if {"NoneType": "None"}.get(kind, kind) not in self.types[key]:
-                raise HFTError(f"{key}: {value!r} is not of type {self.types[key]}")
-            return value
-        if kind == "str" and re.search(r"\bstr\b", self.types[key]):
-            return value  # among them `str | bool`, of which argparse would take the bool only
-        flag = str(value).lower() if isinstance(value, bool) else str(value)
-        return vars(self.parse_known_args([f"--{key}={flag}"])[0])[key]
+        values = {self.aliases.get(str(key), str(key)): value for key, value in values.items()}
+        if unknown := [key for key in values if key not in self.types]:
+            raise self.unknown(unknown[0])
+        return {key: convert(key, value, self.types[key]) for key, value in values.items()}
 
-    def flags(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Command-line flags as typed values."""
-        namespace, rest = self.parse_known_args(list(arguments))
-        for word in rest:
-            if word.startswith("--"):
-                raise self.unknown(word.lstrip("-").partition("=")[0].replace("-", "_"))
-            raise HFTError(f"{word!r} belongs to no flag")
-        return vars(namespace)
+
+def convert(key: str, value: Any, annotation: Any) -> Any:
+    """A value from YAML or the command line as a type; `key` is for the message.
+
+    Raises:
+        HFTError: it is not of that type.
+    """
+    kinds = set(_members(annotation))
+    if isinstance(value, bool) and not kinds & {bool, Any}:
+        raise HFTError(f"{key}: expected {_in_words(annotation)}, got {str(value).lower()}")
+    try:
+        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:  # a dataclass or model with a config of its own
+        adapter = TypeAdapter(annotation)
+    try:
+        converted = adapter.validate_python(value)
+    except ValidationError as error:
+        if isinstance(value, str) and NoneType in kinds and value.lower() in ("none", "null"):
+            return None
+        if isinstance(value, str) and dict in kinds and value.lstrip().startswith("{"):
+            return convert(key, yaml.load(value, Loader), annotation)
+        if list in kinds and not isinstance(value, list | dict | NoneType):
+            return convert(key, [value], annotation)
+        choices = [e["ctx"]["expected"] for e in error.errors() if e["type"] == "literal_error"]
+        expected = choices[0] if choices else _in_words(annotation)
+        raise HFTError(f"{key}: expected {expected}, got {'null' if value is None else repr(value)}") from error
+    return converted.value if isinstance(converted, Enum) else converted
+
+
+def _members(annotation: Any) -> Iterable[Any]:
+    """The alternatives of a union, without their arguments: `list[str] | None` gives list and NoneType."""
+    if get_origin(annotation) in (list, dict, tuple) or not get_args(annotation):
+        return [get_origin(annotation) or annotation]
+    return [member for each in get_args(annotation) if not isinstance(each, str) for member in _members(each)]
+
+
+def _in_words(annotation: Any) -> str:
+    names = {"str": "text", "NoneType": "null", "bool": "true or false", "int": "an integer", "float": "a number"}
+    names |= {"list": "a list", "dict": "a mapping"}
+    kinds = dict.fromkeys(getattr(kind, "__name__", str(kind)) for kind in _members(annotation))
+    return " or ".join(names.get(kind, kind) for kind in kinds if len(kinds) == 1 or kind != "NoneType")
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which only true and false are bools, as in YAML 1.2, and no key stands twice in a mapping."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"key {twice[0]!r} stands twice")
+        return super().construct_mapping(node, deep=deep)
+
+
+# `eval_strategy: no` is a word; pydantic still takes yes, no, on and off where a bool is asked for.
+Loader.yaml_implicit_resolvers = {
+    start: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|false|True|False|TRUE|FALSE)$"), list("tTfF")
+)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that is a mapping.
 
     Raises:
-        HFTError: it is missing, no YAML, or no mapping.
+        HFTError: it is missing, not YAML, or not a mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # a SafeLoader
     except OSError as error:
         raise HFTError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise HFTError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise HFTError(f"{path} is not valid YAML: {reason(error)}") from error
     if not isinstance(content, dict):
         raise HFTError(f"{path} must be a YAML mapping of keys to values")
     return content
 
 
-def split_arguments(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The files after `--config`, and the other words."""
-    files: list[str] = []
-    rest: list[str] = []
-    target = rest
-    for word in arguments:
-        if word.startswith("--"):
-            target = files if word == "--config" or word.startswith("--config=") else rest
-            if target is files:
-                files += [word.removeprefix("--config=")] if "=" in word else []
-                continue
-        target.append(word)
-    return files, rest
+def to_yaml(config: Mapping[str, Any]) -> str:
+    """A config as YAML that reads back as itself."""
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
 
 
-def resolve(parser: Parser, arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Layer config files and flags, later ones winning.
+@dataclass(frozen=True)
+class Given:
+    """What a command was given, before types are checked.
 
-    Args:
-        parser: knows the keys and their types.
-        arguments: `--config A.yaml B.yaml --key value ...`.
-
-    Returns:
-        All keys that were given with their typed values, those given as flags, and the config files.
-
-    Raises:
-        HFTError: an unknown key, a value of the wrong type, or an unreadable file, in one sentence.
+    Attributes:
+        files: the paths after `--config`.
+        contents: the content of each of them.
+        flags: the flags, each a string or, where several words follow it, a list of strings.
     """
-    files, words = split_arguments(arguments)
-    config: dict[str, Any] = {}
-    for path in files:
-        content = read_yaml(path)
-        if "method" in content:
-            config = {key: value for key, value in config.items() if key not in parser.method_keys}
-        for key, value in content.items():
+
+    files: list[str]
+    contents: list[dict[str, Any]]
+    flags: dict[str, Any]
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        """All keys with their last values, untyped: enough to see which method is named."""
+        merged: dict[str, Any] = {}
+        for content in [*self.contents, self.flags]:
+            merged |= content
+        return merged
+
+    def resolve(self, keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Layer files and flags, later ones winning.
+
+        Returns:
+            All keys that were given with their typed values, and those among them that were flags.
+
+        Raises:
+            HFTError: an unknown key, or a value of the wrong type.
+        """
+        config: dict[str, Any] = {}
+        for path, content in zip(self.files, self.contents, strict=True):
+            if "method" in content:
+                config = {key: value for key, value in config.items() if key not in keys.replaced}
             try:
-                config[key] = parser.typed(str(key), value)
+                config |= keys.convert_all(content)
             except HFTError as error:
                 raise HFTError(f"{path}: {error}") from error
-    flags = parser.flags(words)
-    return config | flags, flags, files
+        flags = keys.convert_all(self.flags)
+        return config | flags, flags
 
 
-def fill(cls: type[T], config: dict[str, Any]) -> T:
-    """A dataclass filled with those keys of a resolved config that are its own.
+class _Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are `HFTError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise HFTError(message)
+
+
+def read_arguments(
+    arguments: Sequence[str], prog: str, description: str, groups: Mapping[str, Iterable[type]]
+) -> Given:
+    """Split a command line into files and flags and read the files; `--help` prints all keys and exits.
+
+    Args:
+        arguments: `--config A.yaml B.yaml --key value ...`.
+        prog: the command, for `--help`.
+        description: what it does, for `--help`.
+        groups: dataclasses whose keys `--help` shows, by heading.
+
+    Raises:
+        HFTError: a file cannot be read, or a word belongs to no flag.
+    """
+    if {"-h", "--help"} & set(arguments):
+        _help(prog, description, groups).print_help()
+        raise SystemExit(0)
+    files: list[str] = []
+    flags: dict[str, Any] = {}
+    target: list[str] | None = None
+    for word in arguments:
+        if word.startswith("--"):
+            key, equals, value = word.removeprefix("--").partition("=")
+            target = files if key == "config" else flags.setdefault(key.replace("-", "_"), [])
+            if target is not files:
+                target.clear()
+            target += [value] if equals else []
+        elif target is None:
+            raise HFTError(f"{word!r} does not follow a flag; see {prog} --help")
+        else:
+            target.append(word)
+    values = {key: words[0] if len(words) == 1 else words or "true" for key, words in flags.items()}
+    return Given(files, [read_yaml(path) for path in files], values)
+
+
+def _help(prog: str, description: str, groups: Mapping[str, Iterable[type]]) -> argparse.ArgumentParser:
+    parser = _Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", nargs="+", metavar="FILE", help="YAML files; later ones win, then flags")
+    shown: set[str] = set()
+    for heading, classes in groups.items():
+        group = parser.add_argument_group(heading)
+        for cls in classes:
+            for f in fields(cls):
+                if f.init and f.name not in shown:
+                    shown.add(f.name)
+                    default = "" if f.default in (None, MISSING) else f" (default: {f.default})"
+                    text = re.sub(r"\s+", " ", f"{f.metadata.get('help', '')}{default}".replace("%", "%%"))
+                    group.add_argument(f"--{f.name}", metavar="VALUE", help=text)
+    return parser
+
+
+def fill(cls: type[T], config: Mapping[str, Any]) -> T:
+    """A dataclass filled with those keys of a config that are its own.
 
     Raises:
         HFTError: a value, or a combination of values, that the dataclass refuses.
@@ -174,9 +308,4 @@ def fill(cls: type[T], config: dict[str, Any]) -> T:
     except HFTError:
         raise
     except (ValueError, TypeError, ImportError) as error:
-        raise HFTError(" ".join(str(error).split())) from error
-
-
-def to_yaml(config: dict[str, Any]) -> str:
-    """A resolved config as YAML that reads back as itself."""
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        raise HFTError(reason(error)) from error

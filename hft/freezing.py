@@ -1,19 +1,16 @@
-"""Makes a model obey a selection, and proves that it did."""
+"""Makes a model obey a selection."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from tqdm import tqdm
 
 from hft.errors import HFTError
-from hft.model.anatomy import shorten
-from hft.model.weights import as_bytes, checksum
 from hft.selection.masks import Mask
 from hft.selection.policies import Selection
 
@@ -21,23 +18,57 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def freeze(model: nn.Module, selection: Selection) -> None:
-    """Set `requires_grad` of every parameter by name. To be called before the optimizer is built.
+    """Set `requires_grad` of every parameter by name. Call it before the optimizer is built.
 
-    Partly frozen parameters require a gradient; `PartFreezer` keeps their frozen scalars in place.
+    Partly frozen parameters require a gradient; `PartFreezer` keeps their frozen elements in place.
 
     Raises:
-        HFTError: the model lacks a parameter of the selection, so it is not the model that was selected for.
+        HFTError: model and selection do not name the same parameters, so it is not the model that was selected for.
     """
+    check_parameters(model, selection)
     frozen = set(selection.frozen_parameters)
-    parameters = dict(model.named_parameters())
-    if missing := frozen - parameters.keys():
-        raise HFTError(f"the selection freezes {sorted(missing)[0]}, which the model does not have")
-    for name, parameter in parameters.items():
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
 
 
+def check_parameters(model: nn.Module, selection: Selection) -> None:
+    """Refuse a model with a parameter that is not in exactly one of frozen and trained.
+
+    Raises:
+        HFTError: there is one, such as a head whose config ties it to the embeddings and whose weights differ.
+    """
+    frozen, trained = selection.frozen_parameters, selection.trained_parameters
+    listed, names = Counter([*frozen, *trained]), {name for name, _ in model.named_parameters()}
+    if missing := sorted(listed.keys() - names):
+        raise HFTError(f"the selection names {missing[0]}, which the model does not have")
+    if unlisted := sorted(names - listed.keys()):
+        raise HFTError(
+            f"{unlisted[0]} would be neither frozen nor trained: the weights have it as a parameter of its own and the "
+            "config does not; correct the config (a head that differs from the embeddings needs tie_word_embeddings: "
+            "false)"
+        )
+    if twice := [name for name, count in listed.items() if count > 1]:
+        raise HFTError(f"the selection names {twice[0]} both as frozen and as trained")
+
+
+def check_frozen(model: nn.Module, selection: Selection) -> None:
+    """Check that exactly the trained parameters require a gradient.
+
+    Raises:
+        HFTError: one does not, or a frozen one does.
+    """
+    check_parameters(model, selection)
+    frozen = set(selection.frozen_parameters)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad == (name in frozen):
+            raise HFTError(
+                f"{name} should be {'frozen' if name in frozen else 'trained'} and is not; did something "
+                "change requires_grad after the trainer was made?"
+            )
+
+
 def upcast(model: nn.Module, *, autocast: bool) -> None:
-    """Give trained parameters fp32 masters; AdamW on half-precision weights rounds most updates at 2e-5 away.
+    """Give trained parameters fp32 master weights; AdamW on half-precision weights rounds most updates at 2e-5 away.
 
     Frozen parameters keep the checkpoint's dtype under autocast, which casts them at each use. Without autocast every
     matmul needs one dtype, so they are held in fp32 too; the way back to the checkpoint's dtype is exact.
@@ -48,18 +79,18 @@ def upcast(model: nn.Module, *, autocast: bool) -> None:
 
 
 class PartFreezer:
-    """Keeps the frozen scalars of partly frozen parameters as they are, whatever the optimizer does.
+    """Keeps the frozen elements of partly frozen parameters as they are, whatever the optimizer does.
 
     Their gradient is set to zero as soon as it is accumulated, so that clipping and the optimizer's moments never see
-    it, and their values are put back after each step, since weight decay and warm moments move a scalar whose gradient
-    is zero. (The hook is `register_post_accumulate_grad_hook`: a plain tensor hook never fires on what FSDP2 shards.)
+    it. Their values are put back after each step, since weight decay and warm moments move elements without a gradient
+    too. (The hook is `register_post_accumulate_grad_hook`: a plain tensor hook never fires on what FSDP2 shards.)
 
-    To be made once the model is on its device and sharded. Beside the model it holds the masks, a bit for each scalar
-    at most, and the frozen values.
+    Make it once the model is on its device and sharded. It holds the masks, at most a bit per element, and the frozen
+    values.
 
     Args:
         model: the model that trains.
-        masks: of each partly frozen parameter, which scalars are frozen.
+        masks: of each partly frozen parameter, which elements are frozen.
         dtypes: dtypes that hold the frozen values exactly, by name; elsewhere they are held in the parameter's.
     """
 
@@ -79,13 +110,13 @@ class PartFreezer:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the frozen values back. To be called after each step of the optimizer."""
+        """Put the frozen values back. Call it after each step of the optimizer."""
         for parameter, mask, values in self._held:
             local = _local(parameter)
             local.masked_scatter_(mask.tensor(), values.to(local.dtype))
 
     def remove(self) -> None:
-        """Let go of the model."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._held, self._hooks = [], []
@@ -93,6 +124,11 @@ class PartFreezer:
 
 def _zero_grad(mask: Mask, parameter: nn.Parameter) -> None:
     _local(parameter.grad).masked_fill_(mask.tensor(), 0)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP2 shards, gathered from all processes; any other tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -105,148 +141,3 @@ def _shard(mask: Mask, parameter: torch.Tensor) -> Mask:
         return mask
     whole = mask.tensor().expand(parameter.shape).contiguous().to(parameter.device)
     return Mask.of(distribute_tensor(whole, parameter.device_mesh, parameter.placements).to_local())
-
-
-@dataclass
-class Verification:
-    """What `verify` found; each list holds tensor names.
-
-    Attributes:
-        identical: frozen and bit-identical to the base.
-        broken: frozen, yet different from the base, or missing, with the reason.
-        lost: trained, and missing from the checkpoint.
-        changed: trained and different from the base.
-        unchanged: trained, yet bit-identical to the base: nothing wrong, but worth a look.
-        against: what the frozen tensors were compared with.
-        parts: those among `identical` that are frozen in part and were compared there.
-    """
-
-    against: str
-    identical: list[str] = field(default_factory=list)
-    broken: dict[str, str] = field(default_factory=dict)
-    changed: list[str] = field(default_factory=list)
-    unchanged: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
-    parts: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        return not (self.broken or self.lost)
-
-    def count(self, part: str = "part") -> str:
-        """How many of the frozen tensors are identical, in words."""
-        parts = f", {len(self.parts)} of them {part} of a tensor" if self.parts else ""
-        total = len(self.identical) + len(self.broken)
-        return f"{len(self.identical)} of {total} tensors bit-identical to {self.against}{parts}"
-
-    def differences(self) -> list[str]:
-        """A line for each of the first tensors that should not differ."""
-        broken = [f"  MISMATCH {name}: {reason}" for name, reason in list(self.broken.items())[:10]]
-        return broken + [f"  MISSING {name}" for name in self.lost[:10]]
-
-    def report(self) -> str:
-        """The result in words, a line a finding."""
-        trained = len(self.changed) + len(self.unchanged)
-        lines = [
-            "frozen:  " + self.count("the frozen part"),
-            f"trained: {len(self.changed)} of {trained} tensors changed"
-            if trained
-            else "trained: not compared, the base is not at hand",
-        ]
-        if self.unchanged:
-            lines.append(f"  bit-identical to the base though trained: {shorten(self.unchanged, most=3)}")
-        if self.unchanged and not self.changed:
-            lines.append("  WARNING: nothing has moved; is the learning rate too low for the dtype?")
-        lines += self.differences()
-        wrong = len(self.broken) + len(self.lost)
-        lines.append("verify passed" if self.ok else f"verify FAILED: {wrong} tensors differ or are missing")
-        return "\n".join(lines)
-
-
-@dataclass
-class ResetVerification:
-    """What `verify` found of a Half-Reset, in which nothing has trained.
-
-    Attributes:
-        back: what went back to the base, held against it.
-        kept: what stayed, held against the tuned model; None where that is not at hand.
-        tuned: the tuned model in words.
-    """
-
-    back: Verification
-    kept: Verification | None
-    tuned: str
-
-    @property
-    def ok(self) -> bool:
-        return self.back.ok and (self.kept is None or self.kept.ok)
-
-    def report(self) -> str:
-        """The result in words, a line a finding."""
-        lines = ["reset: " + self.back.count()]
-        lines += [f"tuned: {self.kept.count()}" if self.kept else f"tuned: not compared, {self.tuned} is not at hand"]
-        halves = [self.back, *([self.kept] if self.kept else [])]
-        lines += [line for half in halves for line in half.differences()]
-        wrong = sum(len(half.broken) + len(half.lost) for half in halves)
-        lines.append("verify passed" if self.ok else f"verify FAILED: {wrong} tensors differ or are missing")
-        return "\n".join(lines)
-
-
-def verify(
-    out: Mapping[str, torch.Tensor],
-    frozen: Mapping[str, str],
-    trained: Iterable[str],
-    base: Mapping[str, torch.Tensor] | None,
-    *,
-    masks: Mapping[str, Mask] | None = None,
-    against: str = "the base",
-) -> Verification:
-    """Compare a fine-tuned checkpoint with its base, tensor by tensor.
-
-    Args:
-        out: the fine-tuned checkpoint.
-        frozen: checksum of each wholly or partly frozen tensor, as the manifest holds it; empty where it holds none,
-            and only the base is there to compare with.
-        trained: names of the tensors that train wholly or in part, as the manifest holds them.
-        base: the checkpoint it started from; without it the frozen tensors are held against the checksums alone.
-        masks: of each partly frozen tensor, which scalars are frozen.
-        against: the base in words.
-    """
-    masks = masks or {}
-    result = Verification(against=against if base is not None else "the manifest's checksums")
-
-    def frozen_values(weights: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-        values = weights[name]
-        return values[masks[name].tensor().expand(values.shape)] if name in masks else values
-
-    for name in tqdm(frozen, desc="verifying what is frozen", unit="tensor", leave=False):
-        if name not in out:
-            result.broken[name] = "missing from the checkpoint"
-        elif base is not None and name not in base:
-            result.broken[name] = "missing from the base"
-        elif base is not None and frozen[name] and checksum(frozen_values(base, name)) != frozen[name]:
-            result.broken[name] = "the base has another one than the manifest was written for"
-        elif base is not None and not _same(ours := frozen_values(out, name), theirs := frozen_values(base, name)):
-            result.broken[name] = _difference(ours, theirs)
-        elif base is None and checksum(frozen_values(out, name)) != frozen[name]:
-            result.broken[name] = "its checksum is not the manifest's"
-        else:
-            result.identical.append(name)
-            result.parts += [name] if name in masks else []
-    for name in tqdm(trained, desc="verifying what trained", unit="tensor", leave=False):
-        if name not in out:
-            result.lost.append(name)
-        elif base is not None and name in base:
-            (result.unchanged if _same(out[name], base[name]) else result.changed).append(name)
-    return result
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bytes(a), as_bytes(b))
-
-
-def _difference(a: torch.Tensor, b: torch.Tensor) -> str:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return f"{a.dtype} {tuple(a.shape)}, in the base {b.dtype} {tuple(b.shape)}"
-    count = int((as_bytes(a) != as_bytes(b)).sum())
-    return f"{count} of {as_bytes(a).numel()} bytes differ, by at most {(a.double() - b.double()).abs().max():.3g}"

@@ -1,12 +1,17 @@
-"""Which of the launched processes this one is, and printing from the first only."""
+"""The machine a run is on: which process this is, how the model is spread, bf16 support, peak memory."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import resource
+import sys
+import time
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+T = TypeVar("T")
 
 
 def is_main() -> bool:
@@ -31,5 +36,55 @@ def say(*lines: object) -> None:
 
 
 def indented(text: str) -> str:
-    """A text set off below a heading."""
+    """A text indented below its heading."""
     return "\n".join(f"  {line}" if line else "" for line in text.split("\n"))
+
+
+def broadcast(value: T) -> T:
+    """The first process's value, in every process."""
+    if world_size() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
+def leave_process_group() -> None:
+    """End torch.distributed if it was started.
+
+    A worker thread of gloo needs the GIL to finish its last collective. Tearing the group down at once would join that
+    thread while holding the GIL and deadlock (torch 2.13); sleeping hands the GIL over.
+    """
+    if world_size() > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+        time.sleep(0.5)
+        PartialState().destroy_process_group()
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies bf16 matrices in hardware; elsewhere bf16 autocast is slower than fp32."""
+    import torch
+
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch we allow
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def peak_memory() -> int:
+    """Peak bytes so far: allocated on the GPU, or resident in this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def reset_peak_memory() -> None:
+    """Empty the GPU's cache and reset its peak; the peak of a process on a CPU cannot be reset."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

@@ -21,7 +21,7 @@ def outer_layers(anatomy: Anatomy, config: SelectionConfig, norms: bool = True) 
     """
     count = round(config.fraction * anatomy.num_layers)
     if count == 0:
-        raise HFTError(f"fraction {config.fraction} of {anatomy.num_layers} layers is none; raise it")
+        raise HFTError(f"fraction {config.fraction} of {anatomy.num_layers} layers selects no layer; raise it")
     first, last = -(-count // 2), anatomy.num_layers - count // 2
     outer = {layer for layer in range(anatomy.num_layers) if layer < first or layer >= last}
     return [unit for unit in anatomy.units if unit.layer in outer or (norms and unit.block == "norm")]

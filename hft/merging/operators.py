@@ -1,7 +1,6 @@
-"""How tensors are merged: pure functions on pieces of tensors, in fp32 or better.
+"""How tensors are merged: pure functions on chunks of tensors, in fp32 or better.
 
-Deltas are what a fine-tuned model has beyond its base (its task vector), all of one flat shape. Where peft has the
-operator, it is peft's.
+A delta is what a fine-tuned model adds to its base (its task vector), flat. Where peft has the operator, it is peft's.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, task_arithmetic
 
-# Two tensors whose directions are closer than this are interpolated on the line: mergekit's rule.
-LINE = 0.9995
+# Above this |cos| slerp interpolates linearly, as mergekit does.
+COLINEAR_COS = 0.9995
 
 
 def weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
@@ -22,18 +21,23 @@ def weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> t
     return task_arithmetic(list(tensors), torch.tensor(weights, dtype=tensors[0].dtype))
 
 
-def drop(delta: torch.Tensor, p: float, key: str) -> torch.Tensor:
-    """DARE: set each scalar to zero with probability p and divide the others by 1 - p (Yu et al. 2023).
-
-    peft's `random_pruning` with a generator of its own, so that the mask hangs on the key alone.
-    """
+def generator_of(key: str) -> torch.Generator:
+    """A random generator that depends on the key alone."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big", signed=True)
-    generator = torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def random_prune(delta: torch.Tensor, p: float, generator: torch.Generator) -> torch.Tensor:
+    """DARE: set each element to zero with probability p and divide the others by 1 - p (Yu et al. 2023).
+
+    peft's `random_pruning` with a generator of its own. Elements draw one after the other, so that a tensor's mask does
+    not depend on how it is cut into chunks.
+    """
     return delta * torch.bernoulli(torch.full_like(delta, 1 - p), generator=generator) / (1 - p)
 
 
-def elect(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
-    """TIES: the sign of the sum wins; the mean of those deltas that have it and are not zero (Yadav et al. 2023).
+def ties_merge(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+    """TIES: the sign of the sum wins; the mean of the nonzero deltas that have it (Yadav et al. 2023).
 
     A sum of zero counts as positive, as in peft and mergekit.
     """
@@ -41,45 +45,40 @@ def elect(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
     return disjoint_merge(stacked, calculate_majority_sign_mask(stacked))
 
 
-class Trim:
-    """TIES: keeps the given share of a sequence of deltas that is largest in magnitude, and sets the rest to zero.
+class MagnitudePruner:
+    """TIES' trim: keeps the fraction of a delta that is largest in magnitude, and sets the rest to zero.
 
-    The share is taken over the whole sequence and is exact: `int(density * scalars)` are kept, of equal ones the
-    earlier. Two passes over the sequence find where to cut, by histograms of the upper and the lower half of the
-    magnitudes' fp32 bits, which are ordered as the magnitudes are. Then each piece is trimmed in its turn.
+    The `int(density * elements)` largest are kept, and with them every element as large as the smallest of these, as
+    the authors' code does. Two passes find that magnitude, by histograms of the upper and the lower half of the
+    magnitudes' fp32 bits, which are ordered as the magnitudes are.
 
     Args:
-        pieces: makes the sequence, anew at each call.
-        density: the share to keep.
+        chunks: makes the chunks of the delta, each time it is called.
+        density: fraction to keep.
     """
 
-    def __init__(self, pieces: Callable[[], Iterable[torch.Tensor]], density: float):
+    def __init__(self, chunks: Callable[[], Iterable[torch.Tensor]], density: float):
         upper, lower = torch.zeros(2**15, dtype=torch.long), torch.zeros(2**16, dtype=torch.long)
-        for piece in pieces():
-            upper += torch.bincount(_magnitude(piece) >> 16, minlength=len(upper))
-        start, wanted = _from_above(upper, int(density * int(upper.sum())))
-        for piece in pieces():
-            bits = _magnitude(piece)
+        for chunk in chunks():
+            upper += torch.bincount(_magnitude_bits(chunk) >> 16, minlength=len(upper))
+        wanted = int(density * int(upper.sum()))
+        start, rest = _bin_of(upper, wanted)
+        for chunk in chunks():
+            bits = _magnitude_bits(chunk)
             lower += torch.bincount(bits[bits >> 16 == start] & 0xFFFF, minlength=len(lower))
-        end, self.ties = _from_above(lower, wanted)
-        self.cut = start << 16 | end
+        self.smallest = start << 16 | _bin_of(lower, rest)[0]
+        self.keeps_any = wanted > 0
 
-    def __call__(self, piece: torch.Tensor) -> torch.Tensor:
-        """The next piece, trimmed."""
-        bits = _magnitude(piece)
-        keep = bits > self.cut
-        if self.ties:
-            ties = (bits == self.cut).nonzero()[: self.ties, 0]
-            keep[ties] = True
-            self.ties -= len(ties)
-        return piece * keep
+    def __call__(self, chunk: torch.Tensor) -> torch.Tensor:
+        """A chunk with what is not kept set to zero."""
+        return chunk * (_magnitude_bits(chunk) >= self.smallest) if self.keeps_any else torch.zeros_like(chunk)
 
 
-def _magnitude(delta: torch.Tensor) -> torch.Tensor:
+def _magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
     return delta.float().abs().view(torch.int32)
 
 
-def _from_above(histogram: torch.Tensor, wanted: int) -> tuple[int, int]:
+def _bin_of(histogram: torch.Tensor, wanted: int) -> tuple[int, int]:
     """The bin that holds the last of the `wanted` largest, and how many of them are in it."""
     counts = histogram.flip(0).cumsum(0)
     place = int(torch.searchsorted(counts, wanted))
@@ -87,20 +86,20 @@ def _from_above(histogram: torch.Tensor, wanted: int) -> tuple[int, int]:
 
 
 def slerp_factors(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], t: float) -> tuple[float, float, str]:
-    """Factors of two tensors, given piece by piece, in their spherical interpolation.
+    """Factors of two tensors, given chunk by chunk, in their spherical interpolation.
 
-    Fine-tuned weights are so near to each other that this is linear interpolation for nearly all tensors.
+    Fine-tuned weights are so close to each other that nearly all tensors are interpolated linearly.
 
     Returns:
-        The factors of the first and the second tensor, and `arc`, or `line` where |cos| > 0.9995.
+        The factors of the first and the second tensor, and `arc`, or `line` where |cos| > `COLINEAR_COS`.
     """
     products = torch.zeros(3, dtype=torch.float64)
-    for a, b in pairs:
-        a, b = a.double(), b.double()  # noqa: PLW2901
+    for first, second in pairs:
+        a, b = first.double(), second.double()
         products += torch.stack([a @ b, a @ a, b @ b])
     dot, norm_a, norm_b = products.tolist()
     cos = dot / math.sqrt(norm_a * norm_b) if norm_a and norm_b else 0.0
-    if abs(cos) > LINE:
+    if abs(cos) > COLINEAR_COS:
         return 1 - t, t, "line"
     angle = math.acos(cos)
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle), "arc"

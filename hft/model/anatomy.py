@@ -5,19 +5,16 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    PretrainedConfig,
-    PreTrainedModel,
-)
 
-from hft.errors import HFTError
+from hft.errors import HFTError, shorten
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 BLOCKS = ("attention", "mlp", "experts", "router", "norm")
 
@@ -120,10 +117,10 @@ class Anatomy:
     Attributes:
         units: every unit, layer by layer.
         num_layers: number of layers.
-        embeddings: scalars of each embedding, of learned positions too, and of the head; a tied one is not listed
+        embeddings: elements of each embedding, of learned positions too, and of the head; a tied one is not listed
             twice.
-        others: scalars of the other parameters outside the layers: the final norm.
-        towers: scalars of each parameter of a vision or audio tower and what joins it to the text; they never train.
+        others: elements of the other parameters outside the layers: the final norm.
+        towers: elements of each parameter of a vision or audio tower and what joins it to the text; they never train.
     """
 
     units: tuple[Unit, ...]
@@ -152,12 +149,12 @@ class Anatomy:
 
     @property
     def numel_in_layers(self) -> int:
-        """Scalars in the layers: the denominator of the paper's ratios (section 1, footnote 1)."""
+        """Parameters in the layers: the denominator of the paper's ratios (section 1, footnote 1)."""
         return sum(unit.numel for unit in self.units)
 
     @property
     def numel(self) -> int:
-        """Scalars in the whole model, tied parameters counted once."""
+        """Parameters in the whole model, tied parameters counted once."""
         return self.numel_in_layers + sum(
             itertools.chain(*(d.values() for d in (self.embeddings, self.others, self.towers)))
         )
@@ -169,6 +166,8 @@ def architecture_of(config: PretrainedConfig) -> type[PreTrainedModel]:
     Raises:
         HFTError: transformers knows no causal language model for this config.
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         if type(config) in mapping:
             return mapping[type(config)]
@@ -193,7 +192,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
         model: a decoder-only model, or one with a text decoder beside other towers, on any device, `meta` included.
 
     Raises:
-        HFTError: the model has no list of layers, or a layer holds modules that are no known unit; their paths are
+        HFTError: the model has no list of layers, or a layer holds modules that are not known units; their paths are
             named, since freezing only what is recognized would train the rest in silence.
     """
     config = model.config.get_text_config()
@@ -213,7 +212,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
                 units.append(Unit(name + suffix, index, block, kind, whole))
     if unknown:
         raise HFTError(
-            f"{type(model).__name__} has modules in its layers that are no known unit: {shorten(unknown)}; "
+            f"{type(model).__name__} has modules in its layers that are not known units: {shorten(unknown)}; "
             f"known are {', '.join([*ROLES, *OTHER_NAMES])}, fused and stacked ones of these, routers and norms"
         )
 
@@ -278,7 +277,7 @@ def _stacked(shapes: dict[str, tuple[int, ...]]) -> _Parts:
 
 
 def _fused(own: str, features: int, config: PretrainedConfig) -> dict[str, list[tuple[int, int]]]:
-    """The ranges of output features that each role has in a fused projection; empty if it is none we know."""
+    """The ranges of output features of each role in a fused projection; empty if the module is not a known one."""
     if own == "gate_up_proj":  # Phi-3, GLM
         return {"gate_proj": [(0, features // 2)], "up_proj": [(features // 2, features)]}
     if own not in ("qkv_proj", "query_key_value", "c_attn", "Wqkv"):
@@ -321,9 +320,3 @@ def _find_layers(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleList
         raise HFTError(f"{type(model).__name__} has no list of {count} layers; only decoder-only models are known")
     name, layers = lists[0]
     return prefix + name, layers
-
-
-def shorten(names: Sequence[str], most: int = 8) -> str:
-    """The first names of a list, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -5,30 +5,34 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import zipfile
 from collections.abc import Container, Iterable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from hft.errors import HFTError
+from hft.errors import HFTError, reason
 from hft.model.anatomy import architecture_of, meta_model
+
+# As transformers names them; importing its constants would take seconds.
+SAFE_FILE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH_FILE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+# The files of weights, in whatever format, and of states to resume from.
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "*.npz")
 
 # safetensors' names of the dtypes that a model's weights come in; others are read to be known.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Of tensors that are no parameters, such as masks and counters.
+# Of tensors that are not parameters, such as masks and counters.
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 INTEGERS |= {"BOOL": torch.bool}
 
 # How names start that can only be meant as folders.
-PLACES = ("./", "../", "runs/", "models/")
+LOCAL_PREFIXES = ("./", "../", "runs/", "models/")
 
 
 class Weights(Mapping):
@@ -45,8 +49,9 @@ class Weights(Mapping):
             try:
                 file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
             except (SafetensorError, OSError, RuntimeError, UnpicklingError) as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise HFTError(f"{path} is not a whole weights file ({reason}); fetch or save it again") from error
+                raise HFTError(
+                    f"{path} is not a complete weights file ({reason(error)}); fetch or save it again"
+                ) from error
             self._files.update(dict.fromkeys(file.names(), file))
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -78,6 +83,8 @@ def weights_of(folder: str | Path, names: Iterable[str]) -> Mapping[str, torch.T
     stored = Weights(folder)
     if all(name in stored for name in names):
         return stored
+    from transformers import AutoConfig
+
     config = AutoConfig.from_pretrained(folder)
     architecture = architecture_of(config)
     if set(stored) <= meta_model(config).state_dict().keys():
@@ -110,7 +117,8 @@ class TorchFile:
     """One .bin file, mapped into memory: some older models, such as allenai/tulu-2-7b, come in no other form."""
 
     def __init__(self, path: Path):
-        self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        mmap = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, which can only be read whole
+        self._tensors = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
 
     def names(self) -> Iterable[str]:
         return self._tensors.keys()
@@ -126,21 +134,27 @@ class TorchFile:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weights files of a checkpoint folder: one, or those its index names; safetensors before .bin.
+    """The weights files of a checkpoint folder, found as transformers does: safetensors before .bin, one file before
+    those that an index names.
 
     Raises:
         HFTError: there are none, or the index cannot be read.
     """
-    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+    for single, index in ((SAFE_FILE, SAFE_INDEX), (TORCH_FILE, TORCH_INDEX)):
+        if (folder / single).exists():
+            return [folder / single]
         if (folder / index).exists():
             try:
                 shards = set(json.loads((folder / index).read_text())["weight_map"].values())
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise HFTError(f"{folder / index} is not a whole index of weights; fetch or save it again") from error
+                raise HFTError(f"{folder / index} is not a valid index of weights; fetch or save it again") from error
             return [folder / name for name in sorted(shards)]
-        if (folder / single).exists():
-            return [folder / single]
-    raise HFTError(f"{folder} holds no weights: neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}, whole or in shards")
+    raise HFTError(f"{folder} holds no weights: neither {SAFE_FILE} nor {TORCH_FILE}, whole or in shards")
+
+
+def is_weights(path: Path) -> bool:
+    """Whether a file holds weights, or says which files do."""
+    return any(fnmatch(path.name, pattern) for pattern in WEIGHTS)
 
 
 def local_folder(model: str | Path, revision: str | None = None) -> Path:
@@ -152,18 +166,20 @@ def local_folder(model: str | Path, revision: str | None = None) -> Path:
     if model and Path(model).is_dir():
         return Path(model)
     # The Hub's ids are NAME or OWNER/NAME.
-    if Path(model).is_absolute() or str(model).startswith(PLACES) or str(model).count("/") > 1:
-        raise HFTError(f"there is no folder {model}")
-    small = ["*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab*", "*.model", "LICENSE*", "USE_POLICY*"]
+    if Path(model).is_absolute() or str(model).startswith(LOCAL_PREFIXES) or str(model).count("/") > 1:
+        raise HFTError(f"folder {model} not found")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
     try:
-        for weights in ("*.safetensors", "*.bin"):
-            folder = Path(snapshot_download(str(model), revision=revision, allow_patterns=[*small, weights]))
-            if any(folder.glob(weights)):
+        for wanted in ("*.safetensors", "*.bin"):
+            others = [pattern for pattern in WEIGHTS if pattern not in (wanted, "*.index.json")]
+            folder = Path(snapshot_download(str(model), revision=revision, ignore_patterns=others))
+            if any(folder.glob(wanted)):
                 break
         return folder
     except (OSError, HFValidationError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise HFTError(f"{model} is neither a folder nor to be had from the Hub: {reason}") from error
+        raise HFTError(f"{model} is neither a folder nor found on the Hub: {reason(error)}") from error
 
 
 def checksum(tensor: torch.Tensor) -> str:

@@ -1,102 +1,125 @@
-"""What a run will need, before anything is loaded; and what it did use."""
+"""What weights, gradients and optimizer state of a run take per device, before anything is loaded."""
 
 from __future__ import annotations
 
-import resource
-import sys
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-import psutil
-import torch
-
-from hft.errors import HFTError
-from hft.methods.adapter import AdapterSelection
+from hft.machine import world_size
+from hft.methods import Method
 from hft.selection import Selection
 
+if TYPE_CHECKING:
+    from hft.methods.adapter import AdapterFootprint
+
 GIB = 2**30
-# Bytes a trained scalar costs: its fp32 master; and while it trains an fp32 gradient and AdamW's two fp32 moments.
-MASTER_BYTES = 4
-TRAINED_BYTES = 4 + 8
-# Above this many scalars a run on a CPU is a mistake unless it was asked for by name.
+# Above this many parameters a run on a CPU is a mistake unless it was asked for by name.
 CPU_MODEL_SIZE = 1_000_000_000
 
 
-def static_memory(
-    selection: Selection,
-    frozen_bytes: int = 2,
-    shards: int = 1,
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per device by what they are for; activations come on top.
+
+    Attributes:
+        weights: frozen parameters, and the frozen values of partly frozen ones, in the checkpoint's dtype.
+        master_weights: fp32, of what trains. Partly frozen parameters have them, gradients and moments whole.
+        gradients: fp32.
+        moments: AdamW's two, fp32.
+        reference: DPO's, a copy of the trained half, or of everything if the model is sharded.
+        method: what the method keeps beside them, such as the starting weights.
+        buckets: DDP's copy of all gradients, from which it sends them.
+    """
+
+    weights: float
+    master_weights: float
+    gradients: float
+    moments: float
+    reference: float = 0.0
+    method: float = 0.0
+    buckets: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+    def table(self) -> str:
+        """One line per part that takes anything, in GiB, and their sum."""
+        names = {"master_weights": "fp32 master weights", "moments": "optimizer moments", "buckets": "DDP buckets"}
+        parts = {names.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
+        rows = [f"{name:20} {size / GIB:9.3f} GiB" for name, size in parts.items()]
+        return "\n".join([*rows, f"{'sum':20} {self.total / GIB:9.3f} GiB per device before activations"])
+
+
+def memory_of(
+    method: Method,
+    selection: Selection | AdapterFootprint,
     *,
     reference: bool = False,
-    peak: int | None = None,
-    more: int = 0,
-) -> float:
-    """Bytes per device of weights, gradients and AdamW state; activations come on top.
+    shards: int = 1,
+    processes: int = 1,
+    frozen_bytes: int = 2,
+) -> Memory:
+    """The memory of a run.
 
     Args:
-        selection: which half trains. Partly frozen tensors have masters, gradients and moments as a whole.
-        frozen_bytes: bytes of a frozen scalar; it has neither gradient nor optimizer state.
-        shards: devices that the model is sharded over (FSDP2); 1 under DDP and on one device.
-        reference: whether there is a reference model: a copy of the trained half, or of all if it is sharded.
-        peak: the most scalars that train at once, where a schedule freezes some for a while; masters all have.
-        more: bytes that the method itself keeps.
-    """
-    if isinstance(selection, AdapterSelection):  # a reference is the base itself
-        return selection.num_trained * (MASTER_BYTES + TRAINED_BYTES) + selection.base_bytes(frozen_bytes) + more
-    held, size = selection.num_with_optimizer_state, selection.anatomy.numel
-    copied = (held if shards == 1 else size) if reference else 0
-    kept = held - selection.num_trained  # of partly frozen tensors, the frozen values
-    trained = held * MASTER_BYTES + (held if peak is None else peak) * TRAINED_BYTES
-    return (trained + (size - held + kept + copied) * frozen_bytes) / shards + more
-
-
-def check_fits(selection: Selection, *, cpu_asked_for: bool, **needs: Any) -> None:
-    """Refuse a run that this machine cannot hold.
-
-    Args:
+        method: how parameters change.
         selection: what trains.
-        cpu_asked_for: whether the CPU is meant, however large the model is.
-        needs: the other arguments of `static_memory`.
-
-    Raises:
-        HFTError: no accelerator and a large model, or less memory than weights, gradients and optimizer state take.
+        reference: whether DPO keeps a reference model.
+        shards: devices that the model is sharded over (FSDP2); 1 under DDP and on one device.
+        processes: of the run.
+        frozen_bytes: bytes of a frozen parameter.
     """
-    need = static_memory(selection, **needs)
+    held = selection.num_with_optimizer_state
+    buckets = 4 * held if processes > shards else 0
+    if method.adapter:  # the reference is the base itself, with the adapter switched off
+        return Memory(selection.base_bytes(frozen_bytes), 4 * held, 4 * held, 8 * held, buckets=buckets)
+    size = selection.anatomy.numel
+    at_once = method.schedule.peak_numel(selection) if method.schedule else held
+    copied = (held if shards == 1 else size) if reference else 0
+    # Of partly frozen parameters, the frozen values are kept a second time.
+    frozen = size - selection.num_trained
+    return Memory(
+        weights=frozen * frozen_bytes / shards,
+        master_weights=4 * held / shards,
+        gradients=4 * at_once / shards,
+        moments=8 * at_once / shards,
+        reference=copied * frozen_bytes / shards,
+        method=(method.update.memory(selection) if method.update else 0) / shards,
+        buckets=buckets,
+    )
+
+
+def why_it_does_not_fit(
+    method: Method, selection: Selection | AdapterFootprint, *, reference: bool, shards: int, use_cpu: bool
+) -> str | None:
+    """A sentence if this machine cannot hold a run, else None.
+
+    Args:
+        method: how parameters change.
+        selection: what trains.
+        reference: whether DPO keeps a reference model.
+        shards: devices that the model is sharded over.
+        use_cpu: whether the CPU was asked for by name, however large the model is.
+    """
+    import psutil
+    import torch
+
+    def needed(**how: int) -> float:
+        return memory_of(method, selection, reference=reference, **how).total / GIB
+
     size = f"{selection.anatomy.numel / 1e9:.1f}B parameters"
-    if torch.accelerator.is_available() and not cpu_asked_for:
-        if torch.cuda.is_available() and need > (have := torch.cuda.get_device_properties(0).total_memory):
-            raise HFTError(
-                f"{size} need {need / GIB:.1f} GiB a device before activations and each has {have / GIB:.1f} GiB; "
-                "use more GPUs with recipes/accelerate/fsdp2.yaml"
-            )
-        return
-    if selection.anatomy.numel > CPU_MODEL_SIZE and not cpu_asked_for:
-        eight = static_memory(selection, **(needs | {"shards": 8}))
-        raise HFTError(
-            f"{size} need a GPU and there is none here: {need / GIB:.1f} GiB before activations on one, "
-            f"{eight / GIB:.1f} GiB each on 8 (--use_cpu true if you mean the CPU; MODEL=smollm2-135m runs on a laptop)"
+    if torch.accelerator.is_available() and not use_cpu:
+        need = needed(shards=shards, processes=world_size())
+        if torch.cuda.is_available() and need > (have := torch.cuda.get_device_properties(0).total_memory / GIB):
+            more = "; shard it over more GPUs with FSDP2" if method.shardable else ""
+            return f"{size} need {need:.1f} GiB per device before activations and each has {have:.1f} GiB{more}"
+        return None
+    if selection.anatomy.numel > CPU_MODEL_SIZE and not use_cpu:
+        eight = f", {needed(shards=8, processes=8):.1f} GiB each on 8" if method.shardable else ""
+        return (
+            f"{size} need a GPU and this machine has none: {needed():.1f} GiB before activations on one{eight} "
+            "(--use_cpu true if you mean the CPU)"
         )
-    have = psutil.virtual_memory().total
-    need = static_memory(selection, frozen_bytes=4, **(needs | {"shards": 1}))
-    if need > have:
-        raise HFTError(f"{size} need {need / GIB:.1f} GiB before activations; this machine has {have / GIB:.1f} GiB")
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the processor multiplies bf16 matrices in hardware; elsewhere bf16 autocast is slower than fp32."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch we allow
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-
-
-def peak_memory() -> int:
-    """Peak bytes so far: allocated on the GPU, or resident in this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
-
-
-def reset_peak_memory() -> None:
-    """Let a GPU's peak begin anew, with what was freed given back; a process's cannot."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    need, have = needed(frozen_bytes=4), psutil.virtual_memory().total / GIB
+    return f"{size} need {need:.1f} GiB before activations; this machine has {have:.1f} GiB" if need > have else None

@@ -3,24 +3,61 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import wandb
+from hft.machine import say
+from hft.record.manifest import MANIFEST_NAME
+from hft.runs.result import PICTURE_NAME, RunResult
 
-from hft.selection import Selection
+if TYPE_CHECKING:
+    from hft.methods.adapter import AdapterFootprint
+    from hft.selection import Selection
 
 PROJECT = "hft"
 
 
-def start(name: str, config: dict[str, Any], selection: Selection, picture: Path | None) -> str:
-    """Begin a wandb run with the resolved config and the selection; offline where no API key is found.
+@contextmanager
+def tracked(
+    on: bool, name: str, config: dict[str, Any], selection: Selection | AdapterFootprint, out: Path
+) -> Iterator[None]:
+    """A wandb run around a training run; it ends as failed if the training raises.
 
-    Trainer's `WandbCallback` takes up the run that is already there.
+    Args:
+        on: whether there is one.
+        name: of the run.
+        config: the resolved config.
+        selection: what trains.
+        out: the run's folder, whose picture is logged.
+    """
+    if not on:
+        yield
+        return
+    import wandb
+
+    say(start(name, config, selection, out / PICTURE_NAME), "")
+    try:
+        yield
+    except BaseException:
+        wandb.finish(exit_code=1)
+        raise
+    wandb.finish()
+    wandb.teardown()  # another run in this process reads its settings again
+
+
+def start(name: str, config: dict[str, Any], selection: Selection | AdapterFootprint, picture: Path) -> str:
+    """Start a wandb run with the resolved config and the selection; offline if no API key is found.
+
+    Trainer's `WandbCallback` uses the run that is already there.
 
     Returns:
-        A sentence on where the run is to be found.
+        A sentence on where to find the run.
     """
+    import wandb
+
     mode, why = os.environ.get("WANDB_MODE"), "WANDB_MODE is set"
     if mode is None:
         has_key = wandb.login(prompt=False, verify=False)
@@ -31,10 +68,10 @@ def start(name: str, config: dict[str, Any], selection: Selection, picture: Path
     except wandb.Error as error:
         why = f"it cannot be reached: {' '.join(str(error).split())}"
         run = wandb.init(**settings, mode="offline", settings=wandb.Settings(quiet=True))
-    shares = {"layers": selection.fraction_of_layers, "model": selection.fraction_of_model}
+    fractions = {"layers": selection.fraction_of_layers, "model": selection.fraction_of_model}
     counts = {block: f"{trained}/{total}" for block, (trained, total) in selection.counts().items()}
-    run.config.update({"trainable_fraction": shares, "trained_units": counts})
-    if picture:
+    run.config.update({"trainable_fraction": fractions, "trained_units": counts})
+    if picture.exists():
         run.log({"selection": wandb.Image(str(picture))})
     if run.offline:
         return f"wandb is offline ({why}); upload later with `wandb sync {Path(run.dir).parent}`"
@@ -42,15 +79,20 @@ def start(name: str, config: dict[str, Any], selection: Selection, picture: Path
 
 
 def log_picture(name: str, picture: Path) -> None:
-    """Log a picture under a name."""
-    wandb.run.log({name: wandb.Image(str(picture))})
+    """Log a picture under a name, if there is a wandb run."""
+    import wandb
+
+    if wandb.run is not None:
+        wandb.run.log({name: wandb.Image(str(picture))})
 
 
-def finish(manifest: Path, results: dict[str, Any]) -> None:
-    """Add the manifest as an artifact and the results, verify's among them, to the summary, and end the run."""
+def log_result(result: RunResult, out: Path) -> None:
+    """Add the manifest as an artifact and the result to the summary, if there is a wandb run."""
+    import wandb
+
+    if wandb.run is None:
+        return
     artifact = wandb.Artifact(f"manifest-{wandb.run.id}", type="manifest")
-    artifact.add_file(str(manifest))
+    artifact.add_file(str(out / MANIFEST_NAME))
     wandb.run.log_artifact(artifact)
-    wandb.run.summary.update({"results": results})
-    wandb.finish()
-    wandb.teardown()  # its service has written all by then; and another run in this process reads the settings anew
+    wandb.run.summary.update({"results": asdict(result)})

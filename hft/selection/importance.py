@@ -48,7 +48,7 @@ def select_by_importance(
         batches: general text, as `text_batches` gives it.
 
     Raises:
-        HFTError: the model has matrices that are no linear layer of their own: experts, fused projections, or Conv1D.
+        HFTError: the model has matrices that are not linear layers of their own: experts, fused projections, or Conv1D.
     """
     check_linear(model, anatomy)
     if config.granularity == "unit":
@@ -70,7 +70,7 @@ def selection_from_masks(
 
 
 def check_linear(model: nn.Module, anatomy: Anatomy) -> None:
-    """Refuse models whose matrices are no linear layers of their own; the model may be on `meta`.
+    """Refuse models whose matrices are not linear layers of their own; the model may be on `meta`.
 
     Raises:
         HFTError: one is fused with others, an expert among others, or a Conv1D.
@@ -79,7 +79,7 @@ def check_linear(model: nn.Module, anatomy: Anatomy) -> None:
     for unit in anatomy.units:
         if unit.block != "norm" and not isinstance(modules.get(unit.name), nn.Linear):
             raise HFTError(
-                f"importance and mixout work on linear layers, and {unit.name} is none; choose another method"
+                f"importance and mixout work on linear layers, and {unit.name} is not one; choose another method"
             )
 
 
@@ -212,7 +212,7 @@ def text_batches(
     Args:
         tokenizer: the base's. Chats are rendered with its chat template, or else their contents are joined.
         rows: texts, or rows with `text`, `messages`, or `prompt` and `completion` as messages.
-        max_length: tokens that are kept of a row.
+        max_length: tokens kept per row.
         count: rows to take; those with fewer than two tokens have nothing to predict and are passed over.
 
     Raises:
@@ -276,7 +276,7 @@ def _samples(model: PreTrainedModel, batches: Batches, description: str) -> Iter
     finally:
         model.train(was_training)
     if empty:
-        raise HFTError("there is no text to score by; give rows of general text")
+        raise HFTError("no text to score by; give rows of general text")
 
 
 @contextmanager

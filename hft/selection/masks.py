@@ -1,4 +1,4 @@
-"""Which scalars of a partly frozen parameter are frozen: boolean masks, packed eight to a byte."""
+"""Which elements of a partly frozen parameter are frozen: boolean masks, packed eight to a byte."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from safetensors.torch import save_file
 
 from hft.errors import HFTError
 
-FILE_NAME = "hft_masks.safetensors"
+MASKS_NAME = "hft_masks.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """A boolean tensor at one bit a scalar: 0.8 GB for every matrix of a 7B model.
+    """A boolean tensor at one bit per element: 0.8 GB for every matrix of a 7B model.
 
     Attributes:
-        bits: uint8 of shape (scalars / 8, rounded up), the first scalar in the lowest bit.
+        bits: uint8 of shape (elements / 8, rounded up), the first element in the lowest bit.
         shape: of the mask, which broadcasts to its parameter: (1, in) is a mask of input columns.
     """
 
@@ -55,8 +55,8 @@ class Mask:
 
 
 def save_masks(folder: str | Path, masks: Mapping[str, Mask]) -> None:
-    """Write masks by parameter name into `hft_masks.safetensors`; none, and there is no file."""
-    path = Path(folder) / FILE_NAME
+    """Write masks by parameter name into `hft_masks.safetensors`; without masks there is no file."""
+    path = Path(folder) / MASKS_NAME
     path.unlink(missing_ok=True)
     if masks:
         shapes = {name: json.dumps(mask.shape) for name, mask in masks.items()}
@@ -69,9 +69,14 @@ def load_masks(folder: str | Path) -> dict[str, Mask]:
     Raises:
         HFTError: the file is missing.
     """
-    path = Path(folder) / FILE_NAME
+    path = Path(folder) / MASKS_NAME
     if not path.exists():
-        raise HFTError(f"{path} is missing: without it nobody can tell which parts of its tensors were frozen")
+        raise HFTError(f"{path} is missing: it says which parts of the tensors were frozen")
     with safe_open(path, framework="pt") as file:
         shapes = file.metadata()
         return {name: Mask(file.get_tensor(name), tuple(json.loads(shapes[name]))) for name in shapes}
+
+
+def frozen_values(tensor: torch.Tensor, mask: Mask | None) -> torch.Tensor:
+    """What of a parameter is frozen: the elements under its mask, flat; all of it, in its shape, without a mask."""
+    return tensor if mask is None else tensor[mask.tensor().expand(tensor.shape)]

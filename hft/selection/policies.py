@@ -8,7 +8,7 @@ import hashlib
 import math
 import runpy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class SelectionConfig:
         metadata={
             "help": "category: that fraction of each block of each layer (the paper's HFT, Algorithm 1); layer: every "
             "other layer whole; model: half of all units anywhere; explicit: all but the units that match `freeze`; "
-            "all: everything trains (FFT); random-element: random scalars of every matrix; importance: what matters "
+            "all: everything trains (FFT); random-element: random elements of every matrix; importance: what matters "
             "least to the base on a sample of text; FILE.py:FUNCTION: your own (docs/new-policy.md)."
         },
     )
@@ -90,13 +90,13 @@ class SelectionConfig:
         default=None, metadata={"help": "Arguments of your own policy, by name."}
     )
     selection_seed: int = field(default=0, metadata={"help": "Seed of the selection, apart from the training seed."})
-    round: int = field(default=1, metadata={"help": "Number of this training run in a sequence; each draws anew."})
+    round: int = field(default=1, metadata={"help": "Number of this run in a sequence; each draws another half."})
 
     def __post_init__(self):
         if self.policy not in POLICIES and ":" not in self.policy:
             near = difflib.get_close_matches(self.policy, POLICIES, n=1) or [", ".join(POLICIES)]
             raise HFTError(
-                f"policy {self.policy!r} is none of ours, did you mean {near[0]}? Your own is FILE.py:FUNCTION"
+                f"unknown policy {self.policy!r}, did you mean {near[0]}? One of your own is FILE.py:FUNCTION"
             )
         for name in ("fraction", *FRACTIONS.values()):
             value = getattr(self, name)
@@ -110,7 +110,7 @@ class SelectionConfig:
         if (self.policy == "explicit" and not self.freeze) or (
             self.freeze and self.policy not in ("explicit", "category")
         ):
-            raise HFTError("`freeze` names what the explicit policy freezes, or the category policy first; give both")
+            raise HFTError("the explicit policy needs `freeze`, and only it and the category policy take it")
         if self.policy_options and ":" not in self.policy:
             raise HFTError("policy_options are for a policy of your own, policy: FILE.py:FUNCTION")
         if self.policy == "importance" and (self.granularity not in GRANULARITIES or self.score not in SCORES):
@@ -129,13 +129,13 @@ OWN_KEYS = {
     "importance": ("granularity", "score", "invert", "importance_data", "importance_rows"),
 }
 
-# Policies that choose among billions of scalars, or look at the base's weights: not before a run is sure to begin.
+# Policies that choose among billions of elements, or look at the base's weights: only once a run is sure to start.
 DEFERRED = ("random-element", "importance")
 
 # Policies that another seed makes another selection of.
 DRAWN = ("category", "layer", "model", "random-element")
 
-# What a policy returns: the units that train, and of some parameters which scalars, True where they train.
+# What a policy returns: the units that train, and for some parameters which elements, True where they train.
 Choice = Iterable[Unit] | tuple[Iterable[Unit], Mapping[str, torch.Tensor | Mask]]
 
 
@@ -145,7 +145,7 @@ class Selection:
 
     Attributes:
         trained_units: names of the units that train, wholly or in part.
-        trained_masks: of parameters that train in part by the policy's choice, which scalars do. Parameters that
+        trained_masks: of parameters that train in part by the policy's choice, which elements do. Parameters that
             several units share need no entry here.
     """
 
@@ -157,8 +157,12 @@ class Selection:
     def trains(self, unit: Unit) -> bool:
         return unit.name in self.trained_units
 
+    def record(self) -> dict[str, Any]:
+        """What a manifest keeps of it: the config, with seed and round."""
+        return asdict(self.config)
+
     def trained_fraction(self, unit: Unit) -> float:
-        """Trained scalars of a unit / all of its scalars."""
+        """Trained elements of a unit / all of its elements."""
         if not self.trains(unit) or not self.trained_masks.keys() & set(unit.parameters):
             return float(self.trains(unit))
         trained = 0
@@ -197,7 +201,7 @@ class Selection:
 
     @functools.cached_property
     def frozen_masks(self) -> dict[str, Mask]:
-        """Of each partly frozen parameter, which scalars are frozen; a mask broadcasts to its parameter."""
+        """Of each partly frozen parameter, which elements are frozen; a mask broadcasts to its parameter."""
         masks = {}
         for name, parts in self._trained_of.items():
             chosen = self.trained_masks.get(name)
@@ -215,7 +219,7 @@ class Selection:
 
     @functools.cached_property
     def num_trained_in_layers(self) -> int:
-        """Trained scalars in the layers."""
+        """Trained parameters in the layers."""
         whole = sum(p.numel for parts in self._trained_of.values() for p, trains in parts if trains)
         for name in self.trained_masks.keys() & self.frozen_masks.keys():
             parts = self._trained_of[name]
@@ -226,12 +230,12 @@ class Selection:
 
     @property
     def num_trained(self) -> int:
-        """Trained scalars in the whole model."""
+        """Trained parameters in the whole model."""
         return self.num_trained_in_layers + self._trained_outside
 
     @property
     def num_with_optimizer_state(self) -> int:
-        """Scalars that have a master, a gradient and optimizer state: partly frozen parameters have them whole."""
+        """Parameters with an fp32 master, a gradient and optimizer state: partly frozen ones have them whole."""
         trained = (parts[0][0].shape for parts in self._trained_of.values() if any(trains for _, trains in parts))
         return sum(map(math.prod, trained)) + self._trained_outside
 
@@ -242,12 +246,12 @@ class Selection:
 
     @property
     def fraction_of_layers(self) -> float:
-        """The paper's ratio: trained scalars / scalars in the layers."""
+        """The paper's ratio: trained parameters / parameters in the layers."""
         return self.num_trained_in_layers / self.anatomy.numel_in_layers
 
     @property
     def fraction_of_model(self) -> float:
-        """Trained scalars / all scalars."""
+        """Trained parameters / all parameters."""
         return self.num_trained / self.anatomy.numel
 
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -259,7 +263,7 @@ class Selection:
         }
 
     def summary(self) -> str:
-        """A few lines for people: the policy, what trains of each block, and the two shares."""
+        """A few lines for people: the policy, what trains of each block, and the two fractions."""
         c = self.config
         counts = ", ".join(f"{block} {trained}/{total}" for block, (trained, total) in self.counts().items())
         ends = "frozen" if c.freeze_embeddings else "train"
@@ -267,8 +271,8 @@ class Selection:
         return (
             f"{c.policy} policy, seed {c.selection_seed}, round {c.round}: {counts} units train; embeddings and head "
             f"{ends}\n{parts}trainable fraction {self.fraction_of_layers:.1%} of the layers "
-            f"({self.num_trained_in_layers:,} of {self.anatomy.numel_in_layers:,}), {self.fraction_of_model:.1%} of the "
-            f"whole model ({self.num_trained:,} of {self.anatomy.numel:,})"
+            f"({self.num_trained_in_layers:,} of {self.anatomy.numel_in_layers:,}), {self.fraction_of_model:.1%} of the"
+            f" whole model ({self.num_trained:,} of {self.anatomy.numel:,})"
         )
 
 
@@ -329,9 +333,9 @@ def _packed(config: SelectionConfig, name: str, mask: object) -> Mask:
 
 
 def placeholder_selection(anatomy: Anatomy, config: SelectionConfig) -> Selection:
-    """The selection as far as it is known cheaply, before the base is loaded: its counts and shares will hold.
+    """The selection as far as it is known before the base is loaded: its counts and fractions will hold.
 
-    For policies that choose scalars or look at weights it is a stand-in of the same budget; else it is the selection.
+    For policies that choose elements or look at weights it is a placeholder of the same budget.
     """
     if config.policy not in DEFERRED:
         return select(anatomy, config)
@@ -356,7 +360,7 @@ def _load(policy: str) -> Callable[[Anatomy, SelectionConfig], Choice]:
     """A policy of the user's own, `FILE.py:FUNCTION`, with `policy_options` as its further arguments."""
     path, _, name = policy.rpartition(":")
     if not Path(path).is_file():
-        raise HFTError(f"policy {policy}: there is no file {path}")
+        raise HFTError(f"policy {policy}: file {path} not found")
     function = runpy.run_path(path).get(name)
     if not callable(function):
         raise HFTError(f"policy {policy}: {path} has no function {name}")
@@ -366,7 +370,7 @@ def _load(policy: str) -> Callable[[Anatomy, SelectionConfig], Choice]:
 def sample_names(names: Iterable[str], count: int, *key: object) -> list[str]:
     """Draw `count` of `names` without replacement, uniformly, as a pure function of the names and the key.
 
-    The names with the smallest SHA-256 of key and name are drawn. Unlike `random.sample` this hangs on neither the
+    The names with the smallest SHA-256 of key and name are drawn. Unlike `random.sample` this depends on neither the
     order of the names nor the Python version.
     """
     prefix = "/".join(map(str, key))
@@ -377,7 +381,7 @@ def pools(anatomy: Anatomy, layer: int) -> dict[str, list[Unit]]:
     """The sets of like units of one layer that the category policy draws from.
 
     Attention is one pool; with grouped queries it is two, {q, o} and {k, v}, whose members have the same shape, so
-    that half of the units is half of the scalars (A.4.12; A.4.1 says the same in other groups). Norms of queries and
+    that half of the units is half of the parameters (A.4.12; A.4.1 says the same in other groups). Norms of queries and
     keys, which are as long as a head, are kept apart from the norms of the hidden state. The matrices of all experts
     of a layer are one pool, apart from an MLP that every token takes.
     """
@@ -396,11 +400,11 @@ def pools(anatomy: Anatomy, layer: int) -> dict[str, list[Unit]]:
 def category(anatomy: Anatomy, config: SelectionConfig, importance: Mapping[str, float] | None = None) -> list[Unit]:
     """Algorithm 1: of each block in each layer a random fraction trains.
 
-    A fraction that is not whole in a layer is met over the layers: half of three MLP matrices is one in half of the
-    layers and two in the others, and the seed draws which. The paper leaves mixtures of experts open (Limitations).
-    Here half of a layer's expert matrices train, drawn among all of its experts, so that half of every layer stays
-    as in a dense model whichever experts a token is sent to; routers train, since they are a small part of the
-    layer and have to follow experts that change.
+    A fraction that is not a whole number of units in a layer is met over the layers: half of three MLP matrices is one
+    in half of the layers and two in the others, and the seed draws which. The paper leaves mixtures of experts open
+    (Limitations). Here half of a layer's expert matrices train, drawn among all of its experts, so that half of every
+    layer stays as in a dense model whichever experts a token is sent to; routers train, since they are a small part of
+    the layer and have to follow experts that change.
 
     Args:
         anatomy: of the model.
@@ -449,10 +453,14 @@ def _layer(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
 
 
 def _model(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
-    """Model-level selection (section 4.3): a fraction of all units, so of the scalars only about that fraction."""
-    count = round(config.fraction * len(anatomy.units))
-    drawn = set(sample_names((u.name for u in anatomy.units), count, "model", config.selection_seed, config.round))
-    return [unit for unit in anatomy.units if unit.name in drawn]
+    """Model-level selection (section 4.3): a fraction of all matrices, so of the parameters only about that fraction.
+
+    Norms, which are not matrices, are drawn as in the category policy.
+    """
+    matrices = [unit.name for unit in anatomy.units if unit.block != "norm"]
+    count = round(config.fraction * len(matrices))
+    drawn = set(sample_names(matrices, count, "model", config.selection_seed, config.round))
+    return [unit for unit in half_of_the_norms(anatomy, config) if unit.block == "norm" or unit.name in drawn]
 
 
 def _explicit(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
@@ -474,13 +482,13 @@ def _named(anatomy: Anatomy, patterns: Iterable[str]) -> list[Unit]:
 
 
 def _random_element(anatomy: Anatomy, config: SelectionConfig) -> Choice:
-    """Random scalars of every matrix train, at the budget that whole matrices would have (SpaRTA, 2502.15975).
+    """Random elements of every matrix train, at the budget that whole matrices would have (SpaRTA, 2502.15975).
 
     Of each matrix exactly that fraction, rounded. Biases and norms, a small part, train whole.
     """
     shapes = {part.parameter: part.shape for unit in anatomy.units for part in unit.parts if len(part.shape) > 1}
     masks = {}
-    for name, shape in tqdm(shapes.items(), desc="drawing scalars", unit="tensor", leave=False):
+    for name, shape in tqdm(shapes.items(), desc="drawing elements", unit="tensor", leave=False):
         size = math.prod(shape)
         key = f"random-element/{config.selection_seed}/{config.round}/{name}"
         # The raw stream of a counter-based generator is the same in every version of numpy and on every machine.
@@ -491,9 +499,3 @@ def _random_element(anatomy: Anatomy, config: SelectionConfig) -> Choice:
         trained[np.argpartition(numbers, count - 1)[:count] if count else []] = True
         masks[name] = Mask.of(torch.from_numpy(trained).view(shape))
     return anatomy.units, masks
-
-
-def describe_difference(ours: SelectionConfig, theirs: SelectionConfig) -> str:
-    """The fields in which two configs differ, as `name a there, b here`."""
-    pairs = ((f.name, getattr(theirs, f.name), getattr(ours, f.name)) for f in fields(SelectionConfig))
-    return ", ".join(f"{name} {there} there, {here} here" for name, there, here in pairs if there != here)

@@ -25,12 +25,12 @@ class HFTDPOTrainer(HalfFineTuning, DPOTrainer):
 
     _tag_names = ["trl", "dpo", "hft"]
 
-    def with_masters(self, model: PreTrainedModel, args: TrainingArguments, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def prepare_model(self, model: PreTrainedModel, args: TrainingArguments, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Also make the reference, while the policy is still in the dtype it was loaded in."""
         check_reference(args)
         if kwargs.get("ref_model") is None and not is_sharded(args) and not args.precompute_ref_log_probs:
             kwargs = kwargs | {"ref_model": shared_reference(model, autocast=args.bf16 or args.fp16)}
-        return super().with_masters(model, args, kwargs)
+        return super().prepare_model(model, args, kwargs)
 
     def notes(self) -> list[str]:
         """Which reference there is, and what it takes."""

@@ -1,47 +1,51 @@
-"""What half fine-tuning adds to a TRL trainer: freeze, hold masters, write manifests, refuse a wrong resume."""
+"""What half fine-tuning adds to a TRL trainer: freezing, fp32 master weights, manifests, refused resumes."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hft.errors import HFTError
-from hft.freezing import PartFreezer, freeze, upcast
+from hft.freezing import PartFreezer, check_frozen, freeze, upcast
 from hft.machine import is_main, is_sharded
-from hft.methods.callback import Schedule, prepare
-from hft.methods.schedule import ScheduleConfig, check_schedule
-from hft.methods.updates import UpdateConfig, callbacks_of, starting_weights
-from hft.model.anatomy import anatomy_of, architecture_of, meta_model
-from hft.model.weights import Weights, cast_weights, checksum, local_folder, widest
+from hft.methods import check_parts
+from hft.methods.callback import ScheduleCallback
+from hft.model.anatomy import anatomy_of
+from hft.model.load import load_base
+from hft.model.weights import cast_weights, checksum
+from hft.record.checkpoints import is_checkpoint
 from hft.record.manifest import Manifest
-from hft.runs.folder import CHECKPOINT
 from hft.selection import Selection, SelectionConfig, select
-from hft.selection.masks import save_masks
-from hft.training.recorded import Recorded
+from hft.selection.masks import frozen_values, save_masks
+from hft.training.base import ManifestMixin
+
+if TYPE_CHECKING:
+    from hft.methods.schedule import Schedule
+    from hft.methods.update import Update
 
 
-class HalfFineTuning(Recorded):
+class HalfFineTuning(ManifestMixin):
     """Mixin that makes a TRL trainer train one selection of the model's units and leave the rest as it was.
 
-    To be listed before the trainer class. Everything else of the trainer stays TRL's: with nothing frozen, it takes
-    the same steps.
+    List it before the trainer class. Everything else of the trainer stays TRL's: with nothing frozen, it takes the
+    same steps.
 
     Args:
         model: path or Hub id of the base, loaded in the dtype its weights are stored in, or a loaded model.
         args: the trainer's own config.
         selection: which units train, or the config to make it from; by default the paper's HFT.
         update: how the trained weights move; by default as the optimizer says.
-        schedule: how that changes while the run goes on; by default it does not.
+        schedule: how that changes during the run; by default it does not.
         kwargs: whatever else the trainer takes.
 
     Raises:
-        HFTError: `peft_config` or a ready-made optimizer is given, since both would escape the selection, or the
-            model is quantized, of an unknown family, or sharded in a way that cannot hold a half-frozen layer.
+        HFTError: `peft_config` or a built optimizer is given, since both would escape the selection, or the model is
+            quantized, of an unknown family, or sharded in a way that cannot hold a half-frozen layer.
     """
 
     def __init__(
@@ -50,64 +54,61 @@ class HalfFineTuning(Recorded):
         args,
         *,
         selection: Selection | SelectionConfig | None = None,
-        update: UpdateConfig | None = None,
-        schedule: ScheduleConfig | None = None,
+        update: Update | None = None,
+        schedule: Schedule | None = None,
         **kwargs,
     ):
         check_arguments(kwargs)
-        schedule = schedule or ScheduleConfig()
-        if schedule.schedule != "none":
-            prepare(args)
-
-        update = update or UpdateConfig()
-        update.check(args)
-
-        if isinstance(model, str):
-            model, stored = load_base(model, args)
-        else:
-            stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        if getattr(model.config, "quantization_config", None) is not None:
-            raise HFTError("the model is quantized; half fine-tuning trains the weights themselves, give the original")
-
+        check_parts(args, update, schedule)
+        if schedule:  # what it freezes at a step is an unused parameter to DDP
+            args.ddp_find_unused_parameters = True
+        model, self._stored_dtypes = loaded(model, args)
+        self._config_dtype = model.dtype
         if not isinstance(selection, Selection):
             selection = select(anatomy_of(model), selection or SelectionConfig())
-        check_schedule(selection, schedule)
         self.selection = selection
         freeze(model, selection)
-        revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
-        checksums = self._checksums(model, stored, [*selection.frozen_parameters, *selection.frozen_masks])
+        self._record(model, args, update, schedule)
+
+        callbacks = update.callbacks(model, selection.anatomy) if update else []  # before the upcast: the base's values
+        if schedule:  # now, since Trainer's constructor collects what a checkpoint keeps of callbacks
+            kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self.schedule]
+        super().__init__(model=model, args=args, **self.prepare_model(model, args, kwargs))
+        callbacks += [] if schedule else [FreezeCheck(selection)]
+        callbacks += [PartFreezing(selection, self._stored_dtypes)] if selection.frozen_masks else []
+        for callback in callbacks:  # parts last: they put back what any other callback has moved
+            self.add_callback(callback)
+        self._check_engine()
+
+    def _record(self, model, args, update: Update | None, schedule: Schedule | None) -> None:
+        """Make the manifest, and the schedule's callback."""
+        selection = self.selection
+        if schedule:
+            schedule.check(selection)
+            self.schedule = ScheduleCallback(selection, schedule)
+            # What the schedule never trains is bit-identical to the base at the end, and can be proved to be.
+            self._base_checksums = self._checksums(model, selection.trained_parameters)
         self.manifest = Manifest.of(
             selection,
             model.config._name_or_path,
-            checksums,
-            revision=revision,
-            update=update.record(),
-            schedule=schedule,
+            self._checksums(model, [*selection.frozen_parameters, *selection.frozen_masks]),
+            revision=(getattr(args, "model_init_kwargs", None) or {}).get("revision"),
+            update=update.record() if update else {"update": "plain"},
+            schedule={"config": schedule.record()} if schedule else {},
         )
-        self.schedule = Schedule(selection, schedule) if schedule.schedule != "none" else None
-        if self.schedule is not None:
-            # What the schedule never gets to is bit-identical to the base at the end, and can be proved to be.
-            self._base_checksums = self._checksums(model, stored, selection.trained_parameters)
-            kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self.schedule]
-        self._stored_dtypes = stored
-        self._config_dtype = model.dtype
-        start = starting_weights(model, self.selection.anatomy, update)
-        super().__init__(model=model, args=args, **self.with_masters(model, args, kwargs))
-        for callback in callbacks_of(update, start):
-            self.add_callback(callback)
-        if self.selection.frozen_masks:  # last, since it puts back what any other has moved
-            self.add_callback(PartFreezing(self.selection, stored))
 
+    def _check_engine(self) -> None:
         if self.is_deepspeed_enabled:
             raise HFTError("DeepSpeed is not supported; shard with FSDP2 (recipes/accelerate/fsdp2.yaml)")
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
             raise HFTError("FSDP1 cannot mix frozen and trained parameters in a layer; set fsdp_version: 2")
-        if self.selection.config.freeze_embeddings and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        reentrant = (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant")
+        if self.selection.config.freeze_embeddings and reentrant:
             # Reentrant checkpointing finds no gradient to pass on when nothing before the first layer has one.
             self.model.enable_input_require_grads()
 
-    def with_masters(self, model: PreTrainedModel, args: TrainingArguments, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Give the trained half its fp32 masters, just before TRL's own constructor sees the model.
+    def prepare_model(self, model: PreTrainedModel, args: TrainingArguments, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Give the trained half its fp32 master weights, just before TRL's own constructor sees the model.
 
         Returns:
             The remaining arguments of TRL's constructor.
@@ -119,8 +120,8 @@ class HalfFineTuning(Recorded):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model with its manifest, the frozen tensors bit for bit those of the base.
 
-        A `checkpoint-N` folder keeps the fp32 masters of the trained half, so that a resumed run goes on exactly;
-        anywhere else the trained half too is written in the dtypes of the base.
+        A `checkpoint-N` folder keeps the fp32 master weights of the trained half, so that a resumed run continues
+        exactly; anywhere else the trained half too is written in the dtypes of the base.
         """
         folder = Path(output_dir or self.args.output_dir)
         super().save_model(str(folder), _internal_call)
@@ -128,14 +129,14 @@ class HalfFineTuning(Recorded):
             return
         manifest, dtypes = self.manifest_so_far(), self._stored_dtypes
         others = (self._config_dtype, self.model.state_dict().keys())
-        if folder.parent == Path(self.args.output_dir) and CHECKPOINT.fullmatch(folder.name):
-            whole = self.manifest.frozen_checksums.keys() - self.manifest.masks.keys()
+        if is_checkpoint(folder, self.args.output_dir):
+            whole = manifest.frozen_checksums.keys() - manifest.masks.keys()
             dtypes, others = {name: dtypes[name] for name in whole if name in dtypes}, None
         elif self.schedule is not None:
             manifest = self.finished_manifest(manifest)
         cast_weights(folder, dtypes, others)
         config = copy.deepcopy(self.model.config)
-        config.dtype = self._config_dtype  # not that of the masters
+        config.dtype = self._config_dtype  # not that of the master weights
         config.save_pretrained(folder)
         manifest.save(folder)
         save_masks(folder, self.selection.frozen_masks)
@@ -144,11 +145,17 @@ class HalfFineTuning(Recorded):
         """The manifest, with what the schedule has done so far."""
         if self.schedule is None:
             return self.manifest
-        return replace(self.manifest, schedule=self.manifest.schedule | self.schedule.record(self.state.global_step))
+        return replace(self.manifest, schedule=self.manifest.schedule | self.schedule.record(self._steps_of_weights()))
+
+    def _steps_of_weights(self) -> int:
+        """Steps that the weights in the model have taken: those of the best checkpoint once it has been loaded."""
+        state = self.state
+        is_best = self.args.load_best_model_at_end and not self.is_in_train and state.best_model_checkpoint
+        return state.best_global_step if is_best else state.global_step
 
     def finished_manifest(self, manifest: Manifest) -> Manifest:
         """A manifest that counts what the schedule never trained as frozen, with the checksums of the base."""
-        trained, units = self.schedule.ever_trained(), self.selection.anatomy.units
+        trained, units = self.schedule.ever_trained(self._steps_of_weights()), self.selection.anatomy.units
         touched = {name for unit in units if unit.name in trained for name in unit.parameters} | trained
         never = [name for name in manifest.trained_parameters if name not in touched]
         names = [unit.name for unit in units]
@@ -160,22 +167,35 @@ class HalfFineTuning(Recorded):
             frozen_checksums=manifest.frozen_checksums | {name: self._base_checksums[name] for name in never},
         )
 
-    def _checksums(self, model: PreTrainedModel, stored: dict[str, torch.dtype], names: list[str]) -> dict[str, str]:
+    def _checksums(self, model: PreTrainedModel, names: list[str]) -> dict[str, str]:
+        """Checksums of parameters, or of their frozen elements, in the dtypes they are stored in."""
         if not is_main():
             return {}
-        parameters = dict(model.named_parameters())
-        values = {name: parameters[name] for name in names}
-        for name, mask in self.selection.frozen_masks.items():
-            if name in values:
-                values[name] = values[name][mask.tensor().expand(values[name].shape)]
-        return {name: checksum(value.to(stored.get(name, model.dtype))) for name, value in values.items()}
+        parameters, masks, dtypes = dict(model.named_parameters()), self.selection.frozen_masks, self._stored_dtypes
+        values = {name: frozen_values(parameters[name], masks.get(name)) for name in names}
+        return {name: checksum(value.to(dtypes.get(name, model.dtype))) for name, value in values.items()}
+
+
+def loaded(model: PreTrainedModel | str, args: TrainingArguments) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
+    """A model that is not quantized, and the dtype in which each of its parameters is stored.
+
+    Raises:
+        HFTError: it is quantized, or cannot be loaded.
+    """
+    if isinstance(model, str):
+        model, stored = load_base(model, args)
+    else:
+        stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise HFTError("the model is quantized; half fine-tuning trains the weights themselves, give the original")
+    return model, stored
 
 
 def check_arguments(kwargs: dict[str, Any]) -> None:
     """Refuse arguments of a trainer that would escape the selection.
 
     Raises:
-        HFTError: an adapter's config, or an optimizer that is built already.
+        HFTError: an adapter's config, or a built optimizer.
     """
     if kwargs.get("peft_config") is not None:
         raise HFTError("peft_config and half fine-tuning exclude each other: adapters freeze the whole base")
@@ -184,7 +204,7 @@ def check_arguments(kwargs: dict[str, Any]) -> None:
 
 
 class PartFreezing(TrainerCallback):
-    """Holds the frozen scalars of partly frozen parameters in place for as long as a run trains."""
+    """Keeps the frozen elements of partly frozen parameters in place while a run trains."""
 
     def __init__(self, selection: Selection, dtypes: dict[str, torch.dtype]):
         self.selection, self.dtypes = selection, dtypes
@@ -199,30 +219,11 @@ class PartFreezing(TrainerCallback):
         self.freezer.remove()
 
 
-def load_base(name: str, args: TrainingArguments, **more: Any) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
-    """Load a base in the dtype that its weights are stored in, whatever its config says.
+class FreezeCheck(TrainerCallback):
+    """Checks, once the engine has prepared the model, that what should be frozen is, and that the rest trains."""
 
-    Args:
-        name: path or Hub id.
-        args: `model_init_kwargs` go to `from_pretrained`; a `dtype` among them wins.
-        more: goes to `from_pretrained` too.
+    def __init__(self, selection: Selection):
+        self.selection = selection
 
-    Returns:
-        The model, and the dtype on disk of each of its parameters. Tensors that are none, such as the fp32
-        `rotary_emb.inv_freq` in Llama-2's files, have no say in it. Parameters that are stored in another form, such
-        as experts one by one, have the widest dtype on disk.
-    """
-    init_kwargs = (args.model_init_kwargs or {}) | more
-    folder = local_folder(name, init_kwargs.get("revision"))
-    config = AutoConfig.from_pretrained(folder)
-    parameters = dict(meta_model(config).named_parameters())
-    on_disk = Weights(folder).dtypes()
-    stored = {name: dtype for name, dtype in on_disk.items() if name in parameters}
-    other_form = parameters.keys() - stored.keys()
-    needed = widest((on_disk if other_form else stored).values())
-    stored |= dict.fromkeys(other_form, needed)
-    asked = init_kwargs.setdefault("dtype", needed)
-    asked = getattr(torch, asked, needed) if isinstance(asked, str) else asked
-    if torch.promote_types(asked, needed) != asked:
-        raise HFTError(f"dtype {asked} would round the base, which is stored in {needed}; leave it out")
-    return architecture_of(config).from_pretrained(name, **init_kwargs), stored
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        check_frozen(model, self.selection)

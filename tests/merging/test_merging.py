@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hft.cli import main
-from hft.config import Parser, fill, resolve
+from hft.config import Keys, fill, read_arguments
 from hft.errors import HFTError
-from hft.merging import checkpoint as streaming
-from hft.merging import merge as combining
-from hft.merging.merge import METHODS, MergeConfig, ResetConfig, check_method
-from hft.merging.operators import Trim, drop, elect, slerp_factors
+from hft.merging import checkpoint as checkpoints
+from hft.merging import merge as merging
+from hft.merging.merge import OPERATORS, MergeConfig, check_config
+from hft.merging.operators import MagnitudePruner, generator_of, random_prune, slerp_factors, ties_merge
+from hft.merging.reset import ResetConfig
 from hft.model.anatomy import anatomy_of, meta_model
 from hft.model.weights import Weights
 from hft.record.manifest import Manifest
@@ -77,6 +78,10 @@ def merge(method: str, out: Path, models, base=None, *flags: str) -> int:
 
 def reset(tuned: Path, base: Path, out: Path, *flags: str) -> int:
     return main(["reset", "--tuned", str(tuned), "--base", str(base), "--out", str(out), *flags])
+
+
+def resolve(words: list[str], *classes: type) -> tuple[dict, dict]:
+    return read_arguments(words, "hft", "", {}).resolve(Keys(classes))
 
 
 def same(ours: Path, theirs: dict[str, torch.Tensor]) -> bool:
@@ -152,7 +157,7 @@ def test_verify_finds_what_did_not_stay_tuned(tmp_path, tuned, tiny, capsys):
     assert "MISMATCH model.norm.weight" in capsys.readouterr().out
     shutil.rmtree(own)
     assert main(["verify", str(tmp_path / "out")]) == 0
-    assert f"tuned: not compared, {own} is not at hand" in capsys.readouterr().out
+    assert f"tuned: not compared, {own} was not found" in capsys.readouterr().out
 
 
 def test_a_reset_that_would_change_nothing_is_refused(tmp_path, tuned, tiny, capsys):
@@ -217,7 +222,8 @@ def test_dare_is_pefts_with_the_same_masks(tmp_path, trio, monkeypatch):
     assert merge("dare-ties", tmp_path / "ties", trio[1:], trio[0], "--drop", "0.7") == 0
     name = "model.layers.1.mlp.up_proj.weight"
     deltas = [s[name] - p[name], d[name] - p[name]]
-    masks = [drop(torch.ones(p[name].numel()), 0.7, f"0/{index}/{name}/0").view_as(p[name]) > 0 for index in range(2)]
+    ones = torch.ones(p[name].shape)
+    masks = [random_prune(ones, 0.7, generator_of(f"0/{index}/{name}")) > 0 for index in range(2)]
     assert all(0.29 < mask.float().mean() < 0.31 for mask in masks)
     assert 0.08 < (masks[0] & masks[1]).float().mean() < 0.1
     queue = []
@@ -231,13 +237,14 @@ def test_dare_is_pefts_with_the_same_masks(tmp_path, trio, monkeypatch):
         torch.testing.assert_close(tensors(tmp_path / folder)[name], expected, rtol=1e-6, atol=1e-8)
 
 
-def test_what_dare_drops_hangs_on_the_seed_and_not_on_the_files(tmp_path, trio):
+def test_what_dare_drops_depends_on_the_seed_and_not_on_files_or_chunks(tmp_path, trio, monkeypatch):
     p, s, _ = trio
     AutoModelForCausalLM.from_pretrained(s).save_pretrained(tmp_path / "shards", max_shard_size="500KB")
     assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
     torch.manual_seed(5)
     assert merge("dare", tmp_path / "one", [s], p) == 0
     torch.manual_seed(6)
+    monkeypatch.setattr(checkpoints, "CHUNK_NUMEL", 9_999)
     assert merge("dare", tmp_path / "two", [tmp_path / "shards"], p, "--max_shard_size", "700KB") == 0
     assert same(tmp_path / "two", tensors(tmp_path / "one"))
     assert merge("dare", tmp_path / "other", [s], p, "--seed", "1") == 0
@@ -306,37 +313,37 @@ def test_mergekit_agrees(tmp_path, trio, monkeypatch):
             torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-7, msg=f"{method} {name}")
 
     delta = torch.randn(4096)
-    ours = drop(delta, 0.9, "key")
+    ours = random_prune(delta, 0.9, generator_of("key"))
     monkeypatch.setattr(torch, "bernoulli", lambda input: (ours != 0).to(input.dtype))
     torch.testing.assert_close(bernoulli(delta, density=0.1) / 0.1, ours)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.2, 0.5, 1.0])
-def test_trim_keeps_exactly_the_share_and_of_equal_ones_the_first(density):
+def test_the_largest_deltas_are_kept_and_all_that_tie_with_the_smallest_of_them(density):
     delta = torch.randint(-4, 5, (1000,), generator=torch.Generator().manual_seed(0)).float() / 1024
     delta[7] = -0.0
-    trim = Trim(lambda: delta.split(300), density)
-    kept = torch.cat([trim(piece) for piece in delta.split(300)])
-    order = sorted(range(1000), key=lambda index: (-abs(float(delta[index])), index))[: int(density * 1000)]
-    expected = torch.zeros(1000)
-    expected[order] = delta[order]
-    assert torch.equal(kept, expected)
+    prune = MagnitudePruner(lambda: delta.split(300), density)
+    kept = torch.cat([prune(chunk) for chunk in delta.split(300)])
+    count = int(density * 1000)
+    smallest = delta.abs().sort(descending=True).values[count - 1] if count else torch.inf
+    assert torch.equal(kept, delta * (delta.abs() >= smallest))
+    assert count <= int((delta.abs() >= smallest).sum())
 
 
 def test_the_elected_sign_is_that_of_the_larger_mass():
     deltas = [torch.tensor([1.0, 2.0, 0.0, -1.0]), torch.tensor([3.0, -3.0, 0.0, 1.0]), torch.tensor([0.0, -1, 0, 0])]
-    assert elect(deltas).tolist() == [2.0, -2.0, 0.0, 1.0]
+    assert ties_merge(deltas).tolist() == [2.0, -2.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize("method", ["average", "ties", "slerp", "wise-ft"])
-def test_a_merge_hangs_on_neither_pieces_nor_shards(tmp_path, tuned, tiny, monkeypatch, method):
+def test_a_merge_depends_on_neither_chunks_nor_shards(tmp_path, tuned, tiny, monkeypatch, method):
     """In bf16, where many deltas are equal."""
     models, base = {"average": ([tuned, tiny], None), "slerp": ([tuned, tiny], None)}.get(method, ([tuned], tiny))
     flags = ["--trim", "global"] if method == "ties" else []
     assert merge(method, tmp_path / "one", models, base, *flags) == 0
     AutoModelForCausalLM.from_pretrained(tuned).save_pretrained(tmp_path / "shards", max_shard_size="500KB")
     AutoTokenizer.from_pretrained(tuned).save_pretrained(tmp_path / "shards")
-    monkeypatch.setattr(streaming, "PIECE", 10_000)
+    monkeypatch.setattr(checkpoints, "CHUNK_NUMEL", 10_000)
     models = [tmp_path / "shards", *models[1:]]
     assert merge(method, tmp_path / "two", models, base, *flags, "--max_shard_size", "600KB") == 0
     assert same(tmp_path / "two", tensors(tmp_path / "one"))
@@ -372,11 +379,15 @@ def test_bin_files_are_read_and_tensors_that_are_no_parameters_are_the_first_mod
     assert same(tmp_path / "out", tensors(tmp_path / "plain") | extra)
 
 
-def test_tensors_that_are_no_parameters_may_be_integers(tmp_path, tuned, tiny):
+def test_tensors_that_are_not_parameters_must_be_in_all_models_and_may_be_integers(tmp_path, tuned, tiny, capsys):
     extra = {"mask": torch.tensor([0, 255], dtype=torch.uint8), "flags": torch.tensor([True, False])}
     old = shutil.copytree(tuned, tmp_path / "old")
     save_file(tensors(tuned) | extra, old / "model.safetensors", metadata={"format": "pt"})
-    assert merge("average", tmp_path / "out", [old, tiny]) == 0
+    assert merge("average", tmp_path / "out", [old, tiny]) == 2
+    assert "only the first has flags, mask" in error_of(capsys)  # such as a value head
+    new = shutil.copytree(tiny, tmp_path / "new")
+    save_file(tensors(tiny) | extra, new / "model.safetensors", metadata={"format": "pt"})
+    assert merge("average", tmp_path / "out", [old, new]) == 0
     content = tensors(tmp_path / "out")
     assert all(identical(content[name], extra[name]) for name in extra)
     assert len(content) == 41
@@ -404,7 +415,7 @@ def test_an_adapter_becomes_a_plain_model(tmp_path, tiny, capsys):
     get_peft_model(plain, prompt).save_pretrained(tmp_path / "prompt")
     capsys.readouterr()
     assert merge("adapter", tmp_path / "no", [tmp_path / "prompt"], tiny) == 2
-    assert "learned prompts are no weights to merge" in error_of(capsys)
+    assert "learned prompts are not weights and cannot be merged" in error_of(capsys)
     assert merge("adapter", tmp_path / "no", [tiny]) == 2
     assert "holds no adapter that PEFT saved" in error_of(capsys)
 
@@ -450,13 +461,13 @@ def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path, tiny, capsys):
         model.base_model.model.lm_head.modules_to_save["default"].weight.add_(1)
     model.save_pretrained(adapter)
     tied = ["--base", str(tmp_path / "tied")]
-    refused("changes the head, which", *tied)
+    refused("changes lm_head.weight or model.embed_tokens.weight, which", *tied)
 
     for nothing in (None, ""):
         named(nothing)
         refused("name its base with --base")
     named(str(tmp_path / "gone"))
-    refused("there is no folder")
+    refused("not found")
     named(str(tmp_path / "tied"))
     whole = (adapter / "adapter_model.safetensors").read_bytes()
     (adapter / "adapter_model.safetensors").write_bytes(whole[:-100])
@@ -519,7 +530,7 @@ def test_make_names_the_models_of_a_reset_and_of_merges():
         (["--method", "wise-ft", "--models", "S", "D", "--base", "P", "--out", "O"], "wise-ft takes 1 model, got 2"),
         (
             ["--method", "ties", "--models", "S", "--base", "P", "--out", "O", "--alpha", "0.5"],
-            "alpha is no setting of",
+            "alpha is not a setting of",
         ),
         (["--method", "ties", "--models", "S", "--base", "P", "--out", "O", "--density", "1.5"], "density must lie in"),
         (["--method", "dare", "--models", "S", "--base", "P", "--out", "O", "--drop", "1"], "drop must be less than 1"),
@@ -530,13 +541,13 @@ def test_make_names_the_models_of_a_reset_and_of_merges():
         (["--method", "average", "--models", "S", "D", "--out", "O", "--max_shard_size", "huge"], "such as 5GB"),
         (["--method", "average", "--models", "S", "D", "--out", "."], "is the current folder"),
         (["--method", "average", "--models", "S", "D", "--out", "O", "--weigths", "1"], "did you mean 'weights'"),
-        (["--method", "mean", "--models", "S", "D", "--out", "O"], "method: invalid choice"),
+        (["--method", "mean", "--models", "S", "D", "--out", "O"], "method: expected 'average'"),
         (["--models", "S", "D", "--out", "O"], "method, models and out are needed"),
         (["--method", "average", "--models", "S", "S", "--out", "O"], "are the same model"),
         (["--method", "ties", "--models", "S", "--base", "S", "--out", "O"], "are the same model"),
         (["--method", "average", "--models", "S", "D", "--out", "S"], "is, holds or lies in the input"),
         (["--method", "average", "--models", "S", "D", "--out", "full"], "exists and is not an empty folder"),
-        (["--method", "average", "--models", "S", "gone", "--out", "O"], "there is no folder"),
+        (["--method", "average", "--models", "S", "gone", "--out", "O"], "not found"),
     ],
 )
 def test_what_a_method_does_not_take_is_refused(tmp_path, trio, capsys, monkeypatch, words, message):
@@ -564,16 +575,16 @@ def test_models_that_do_not_fit_are_refused_with_the_first_difference(tmp_path, 
         assert not (tmp_path / "out").exists()
 
     refused(tuned, "are the same model")
-    refused(other("vocab", vocab_size=2049), "vocab_size is 2048 in the one and 2049 in the other")
-    refused(other("tied", tie_word_embeddings=True), "tie_word_embeddings is False in the one and True in the other")
+    refused(other("vocab", vocab_size=2049), "vocab_size is 2048 in the first and 2049 in the second")
+    refused(other("tied", tie_word_embeddings=True), "tie_word_embeddings is False in the first and True in the second")
     rope = {"rope_type": "default", "rope_theta": 1e6}
     refused(other("rope", rope_parameters=rope), "rope_parameters is {'rope_theta': 10000.0, 'rope_type': 'default'}")
-    refused(other("gelu", hidden_act="gelu"), "hidden_act is silu in the one and gelu in the other")
-    refused(other("deep", num_hidden_layers=5), "only the other has model.layers.4.self_attn.q_proj.weight")
-    refused(other("wide", intermediate_size=360), "has shape [352, 128] in the one and [360, 128] in the other")
+    refused(other("gelu", hidden_act="gelu"), "hidden_act is silu in the first and gelu in the second")
+    refused(other("deep", num_hidden_layers=5), "only the second has model.layers.4.self_attn.q_proj.weight")
+    refused(other("wide", intermediate_size=360), "has shape [352, 128] in the first and [360, 128] in the second")
     qwen = AutoConfig.for_model("qwen2", vocab_size=2048, hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
     AutoModelForCausalLM.from_config(qwen).save_pretrained(tmp_path / "qwen")
-    refused(tmp_path / "qwen", "model_type is llama in the one and qwen2 in the other")
+    refused(tmp_path / "qwen", "model_type is llama in the first and qwen2 in the second")
 
     headless = changed_copy(tiny, tmp_path / "headless", lambda _, tensor: tensor)
     content = {name: tensor for name, tensor in tensors(tiny).items() if name != "lm_head.weight"}
@@ -581,7 +592,7 @@ def test_models_that_do_not_fit_are_refused_with_the_first_difference(tmp_path, 
     refused(headless, "lacks lm_head.weight")
     AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path / "shards", max_shard_size="500KB")
     next((tmp_path / "shards").glob("*00002*")).unlink()
-    refused(tmp_path / "shards", "is not a whole weights file")
+    refused(tmp_path / "shards", "is not a complete weights file")
     nan = changed_copy(tiny, tmp_path / "nan", lambda name, t: t * float("nan") if "1.mlp.up" in name else t)
     assert merge("average", tmp_path / "out", [tuned, nan]) == 2
     assert "model.layers.1.mlp.up_proj.weight would hold NaN or infinity" in error_of(capsys)
@@ -633,7 +644,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, tuned, tiny, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
     assert reset(tuned, tiny, tmp_path / "out") == 2
     assert "has 0.0 GB free" in error_of(capsys)
-    monkeypatch.setattr(combining, "Trim", None)  # its passes would take long
+    monkeypatch.setattr(merging, "MagnitudePruner", None)  # its passes would take long
     assert merge("ties", tmp_path / "out", [tuned], tiny, "--trim", "global") == 2
     assert "has 0.0 GB free" in error_of(capsys)
     assert list(tmp_path.iterdir()) == []
@@ -642,12 +653,12 @@ def test_a_full_disk_leaves_nothing(tmp_path, tuned, tiny, capsys, monkeypatch):
 def test_what_cannot_be_read_is_not_said_to_be_unwritable(tmp_path):
     with (
         pytest.raises(HFTError, match=f"^cannot read {tmp_path / 'gone'}: No such file"),
-        streaming.new_folder(tmp_path / "out"),
+        checkpoints.new_folder(tmp_path / "out"),
     ):
         (tmp_path / "gone").read_text()
     with (
         pytest.raises(HFTError, match=f"^cannot write {tmp_path / 'out'}: No such file"),
-        streaming.new_folder(tmp_path / "out") as folder,
+        checkpoints.new_folder(tmp_path / "out") as folder,
     ):
         (folder / "gone" / "model.safetensors").write_text("")
 
@@ -664,28 +675,28 @@ words = ["merge", "--method", "ties", "--base"]
 small = [sys.argv[2], "--models", sys.argv[3], "--out", f"{folder}/small"]
 assert main([*words, *small]) == 0  # loads what is loaded at the first use
 
-from hft.merging import checkpoint as streaming
-pieces = streaming.Checkpoint.pieces
+from hft.merging import checkpoint as checkpoints
+chunks = checkpoints.Checkpoint.chunks
 
 def watched(self, name):
     global peak
-    for piece in pieces(self, name):
-        yield piece
+    for chunk in chunks(self, name):
+        yield chunk
         peak = max(peak, anonymous())
 
-streaming.Checkpoint.pieces = watched
+checkpoints.Checkpoint.chunks = watched
 before, peak = anonymous(), 0
 words += [f"{folder}/P", "--models", f"{folder}/S", f"{folder}/D"]
 assert main([*words, "--out", f"{folder}/big", "--trim", "global", "--max_shard_size", "40MB"]) == 0
 print("peak", peak - before, flush=True)
 
 def killed(self, name):
-    for piece in pieces(self, name):
-        yield piece
+    for chunk in chunks(self, name):
+        yield chunk
         if ".0." in name:
             os.kill(os.getpid(), signal.SIGKILL)
 
-streaming.Checkpoint.pieces = killed
+checkpoints.Checkpoint.chunks = killed
 main([*words, "--out", f"{folder}/killed"])
 """
 
@@ -719,7 +730,7 @@ def test_a_merge_needs_little_memory_and_a_killed_one_leaves_no_model(tmp_path, 
 
 @pytest.mark.parametrize("recipe", sorted(Path("recipes").glob("*/reset.yaml")), ids=str)
 def test_reset_recipes_are_sound(recipe):
-    config, _, _ = resolve(Parser(ResetConfig, SelectionConfig), ["--config", str(recipe), "--out", "out"])
+    config, _ = resolve(["--config", str(recipe), "--out", "out"], ResetConfig, SelectionConfig)
     assert fill(SelectionConfig, config) == SelectionConfig()
     assert fill(ResetConfig, config).tuned
     assert f"make reset MODEL={recipe.parent.name}" in recipe.read_text() or recipe.parent.name == "smollm2-135m"
@@ -730,10 +741,10 @@ def test_merge_recipes_are_sound_and_merge(recipe, tmp_path, trio):
     assert f"make merge-{recipe.stem} MODEL=llama2-7b" in recipe.read_text()
     models = trio[1:] if recipe.stem.endswith("-sd") else trio[1:2]
     method = yaml.safe_load(recipe.read_text())["method"]
-    base = ["--base", str(trio[0])] if METHODS[method].base else []
+    base = ["--base", str(trio[0])] if OPERATORS[method].base else []
     words = ["--config", str(recipe), "--models", *map(str, models), *base, "--out", str(tmp_path / "out")]
-    config, _, _ = resolve(Parser(MergeConfig), words)
-    check_method(fill(MergeConfig, config), config)
+    config, _ = resolve(words, MergeConfig)
+    check_config(fill(MergeConfig, config), config)
     assert main(["merge", *words]) == 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 

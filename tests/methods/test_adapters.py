@@ -17,11 +17,13 @@ from hft.cli import main
 from hft.config import read_yaml
 from hft.data import load_split, preference_rows
 from hft.errors import HFTError
-from hft.methods.adapter import AdapterConfig
-from hft.planning.memory import cpu_has_bfloat16
+from hft.machine import cpu_has_bfloat16
+from hft.methods import method_of
+from hft.methods.adalora import orthogonality
+from hft.methods.adapter import Adapter
+from hft.methods.lora import LoRA
 from hft.record.manifest import Manifest
 from hft.training import AdapterDPOTrainer, AdapterSFTTrainer
-from hft.training.adapters import check_possible, orthogonality
 from tests.conftest import error_of, identical, losses, tensors
 from tests.model.test_architectures import small
 
@@ -30,18 +32,17 @@ METHODS = ("lora", "qlora", "adalora", "p-tuning", "p-tuning-v2", "osf")
 SMALL = ["--per_device_train_batch_size", "4", "--global_batch_size", "4", "--max_length", "64"]
 
 
-def config(**more) -> AdapterConfig:
-    """A method's YAML as its config."""
-    keys = read_yaml(f"recipes/methods/{more.pop('method')}.yaml") | more
-    return AdapterConfig(**{key: value for key, value in keys.items() if key != "method"})
+def config(**more) -> Adapter:
+    """A method's YAML as its adapter."""
+    return method_of(read_yaml(f"recipes/methods/{more.pop('method')}.yaml") | more).adapter
 
 
-def trainer_of(stage, out: Path, tiny: Path, rows, adapter: AdapterConfig, **settings):
+def trainer_of(stage, out: Path, tiny: Path, rows, adapter: Adapter, **settings):
     cls, config_class = (AdapterSFTTrainer, SFTConfig) if stage == "sft" else (AdapterDPOTrainer, DPOConfig)
     settings = {"max_length": 64, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False} | settings
     args = config_class(output_dir=str(out), report_to="none", disable_tqdm=True, **settings)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    tokenizer.chat_template = Path("recipes/templates/tulu.jinja").read_text()
+    tokenizer.chat_template = Path("hft/demo/templates/tulu.jinja").read_text()
     return cls(str(tiny), args, adapter=adapter, train_dataset=rows, processing_class=tokenizer)
 
 
@@ -56,7 +57,7 @@ def runs(tmp_path_factory, tiny, data):
 
     folder, base = tmp_path_factory.mktemp("adapters"), Path(os.path.relpath(tiny))
     evaluation = ["--eval_strategy", "steps", "--eval_on_start", "true", "--eval_steps", "20", "--eval_rows", "8"]
-    steps = ["--max_steps", "20", "--save_steps", "10", "--chat_template_path", "recipes/templates/tulu.jinja"]
+    steps = ["--max_steps", "20", "--save_steps", "10", "--chat_template_path", "hft/demo/templates/tulu.jinja"]
 
     def run(method: str) -> Path:
         if method == "qlora":
@@ -91,7 +92,7 @@ def test_the_folder_is_a_plain_peft_folder(runs, tiny, method):
     out = runs(method)
     assert PeftConfig.from_pretrained(out).base_model_name_or_path == str(tiny)
     tokenizer = AutoTokenizer.from_pretrained(out)
-    assert tokenizer.chat_template == Path("recipes/templates/tulu.jinja").read_text()
+    assert tokenizer.chat_template == Path("hft/demo/templates/tulu.jinja").read_text()
     base = AutoModelForCausalLM.from_pretrained(tiny)  # in the dtype it is stored in, as OSF needs
     before = {name: p.clone() for name, p in base.named_parameters()}
     words = torch.arange(40, 60)[None]
@@ -152,7 +153,7 @@ def test_verify_finds_a_base_that_is_another_or_gone(runs, tmp_path, tiny, capsy
     path = out / "hft_manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base": str(tmp_path / "gone")}))
     assert main(["verify", str(out)]) == 2
-    assert "is gone; name it with --base" in error_of(capsys)
+    assert "was not found; name it with --base" in error_of(capsys)
 
 
 def test_a_base_that_moves_in_memory_fails_the_run(tmp_path, tiny, data, capsys):
@@ -219,7 +220,7 @@ def test_the_loss_of_a_prompt_is_that_of_the_tokens_after_it(tmp_path, tiny, dat
 
 @pytest.mark.parametrize("method", ["adalora", "osf"])
 def test_dpo_starts_at_the_reference(tmp_path, tiny, pairs, method):
-    rows = preference_rows(load_split(str(pairs), "train"), "pairs")
+    rows, _ = preference_rows(load_split(str(pairs), "train"), "pairs")
     adapter = config(method=method)
     if method == "adalora":
         adapter.orthogonality_weight = 0.0  # it is part of the loss that is logged
@@ -242,9 +243,9 @@ def test_dpo_with_lora_through_the_command_line(tmp_path, tiny, dpo, capsys):
 def test_a_prefix_turns_gradient_checkpointing_off_and_says_so(tmp_path, sft, capsys):
     flags = [*SMALL, "--gradient_checkpointing", "true", "--max_steps", "1"]
     assert sft(tmp_path / "out", *flags, method="p-tuning-v2") == 0
-    assert "gradient checkpointing is off" in capsys.readouterr().out
+    assert "activation checkpointing is off" in capsys.readouterr().out
     assert sft(tmp_path / "other", *flags, method="lora") == 0
-    assert "gradient checkpointing is off" not in capsys.readouterr().out
+    assert "activation checkpointing is off" not in capsys.readouterr().out
 
 
 def test_the_learning_rate_is_a_multiple_of_the_recipes_unless_a_flag_gives_it(tmp_path, sft, capsys):
@@ -258,14 +259,22 @@ def test_the_learning_rate_is_a_multiple_of_the_recipes_unless_a_flag_gives_it(t
 @pytest.mark.parametrize(
     ("flags", "method", "message"),
     [
-        (["--fraction", "0.5"], "lora", "fraction is about weights of the model, and adapter 'lora' freezes it whole"),
+        (
+            ["--fraction", "0.5"],
+            "lora",
+            "fraction is about weights of the model, and adapter 'lora' freezes all",
+        ),
         (["--round", "2"], "osf", "round is about weights of the model"),
         (["--update", "gmt", "--top_fraction", "0.1"], "lora", "update is about weights of the model"),
         (["--schedule", "lisa"], "lora", "schedule is about weights of the model"),
-        (["--rank", "8"], "hft", "rank belongs to an adapter"),
-        (["--learning_rate_factor", "8"], "fft", "learning_rate_factor belongs to an adapter"),
-        (["--num_virtual_tokens", "8"], "lora", "num_virtual_tokens is no key of adapter 'lora'"),
-        (["--adapter", "dora"], "lora", "adapter: invalid choice: 'dora'"),
+        (
+            ["--rank", "8"],
+            "hft",
+            "rank is a key of adapter adalora, lora, qlora; remove it",
+        ),
+        (["--learning_rate_factor", "8"], "fft", "learning_rate_factor is a key of adapter adalora"),
+        (["--num_virtual_tokens", "8"], "lora", "num_virtual_tokens is a key of adapter p-tuning, p-tuning-v2"),
+        (["--adapter", "dora"], "lora", "adapter: unknown adapter 'dora', did you mean 'lora'?"),
         (["--rank", "12"], "adalora", "rank below start_rank"),
         (["--target_modules", "no_proj"], "lora", "Target modules {'no_proj'} not found"),
         (["--packing", "true"], "p-tuning", "rows cannot be packed"),
@@ -284,7 +293,7 @@ def test_prompts_cannot_do_dpo_and_nothing_is_sharded(tmp_path, dpo, capsys, mon
         assert f"{method} cannot do DPO" in error_of(capsys)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(HFTError, match=r"launch with recipes/accelerate/ddp\.yaml"):
-        check_possible(AdapterConfig(adapter="lora"), SFTConfig(use_cpu=True, bf16=False), pairs=False)
+        LoRA().check_args(SFTConfig(use_cpu=True, bf16=False), pairs=False)
 
 
 def test_an_adapter_is_no_base(runs, tmp_path, sft, dpo, capsys):

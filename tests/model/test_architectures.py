@@ -10,10 +10,10 @@ from trl import SFTConfig
 
 from hft.data import load_split
 from hft.errors import HFTError
-from hft.methods.schedule import ScheduleConfig, check_schedule
+from hft.methods.lisa import Lisa
 from hft.model.anatomy import anatomy_of, architecture_of, meta_model
 from hft.model.weights import weights_of
-from hft.runs.folder import verify_folder
+from hft.record.verification import verify_folder
 from hft.selection import SelectionConfig, select
 from hft.training import HFTSFTTrainer
 
@@ -217,7 +217,7 @@ def test_experts_are_drawn_matrix_by_matrix_in_every_layer():
         drawn.append({unit.name.partition("experts.")[2] for unit in trained})
     assert len({frozenset(names) for names in drawn}) > 1
     name = "model.layers.0.mlp.experts.gate_up_proj"
-    assert selection.frozen_masks[name].shape == (4, 32, 1)  # one bit a row of an expert, not one a scalar
+    assert selection.frozen_masks[name].shape == (4, 32, 1)  # one bit per row of an expert, not one per element
     assert select(anatomy, SelectionConfig(experts_fraction=0)).counts()["experts"] == (0, 48)
 
 
@@ -229,7 +229,7 @@ def test_learned_positions_are_embeddings():
 def test_a_schedule_refuses_frozen_routers():
     selection = select(anatomy_of(meta_model(config_of("mixtral"))), SelectionConfig(policy="all", freeze_router=True))
     with pytest.raises(HFTError, match="leave freeze_router out"):
-        check_schedule(selection, ScheduleConfig(schedule="lisa"))
+        Lisa().check(selection)
     with pytest.raises(HFTError, match="freeze_router freezes routers"):
         select(selection.anatomy, SelectionConfig(freeze=["gate"]))
 

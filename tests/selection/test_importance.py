@@ -254,7 +254,7 @@ def test_what_matters_most_is_frozen_and_a_killed_run_takes_the_same_selection_u
     (cut / "results.json").unlink()
     capsys.readouterr()
     assert sft(cut, *flags, "--fraction", "0.4", method="importance") == 2
-    assert "another selection (fraction 0.5 there, 0.4 here)" in error_of(capsys)
+    assert "other settings (fraction 0.5 there, 0.4 here)" in error_of(capsys)
     assert sft(cut, *flags, "--max_steps", "20", method="importance") == 0
     logged = losses(cut / "checkpoint-20")
     assert sum(logged[-4:]) < sum(logged[:4]) - 0.8
@@ -280,7 +280,7 @@ def test_units_that_matter_most_to_the_base_are_the_frozen_ones_of_their_pool(ti
 
 def test_importance_is_refused_where_it_cannot_be_measured(tmp_path, sft, capsys):
     fused, config = small("gpt2"), SelectionConfig(policy="importance", granularity="column", score="wanda")
-    with pytest.raises(HFTError, match=r"and transformer\.h\.0\.attn\.c_attn\.q_proj is none"):
+    with pytest.raises(HFTError, match=r"and transformer\.h\.0\.attn\.c_attn\.q_proj is not one"):
         select_by_importance(fused, anatomy_of(fused), config, [])
     flags = ["--policy", "importance", "--granularity", "unit", "--score", "wanda"]
     assert sft(tmp_path / "out", *flags) == 2

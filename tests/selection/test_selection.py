@@ -19,7 +19,7 @@ from hft.selection import SelectionConfig, select
 from tests.conftest import command, error_of
 from tests.model.test_anatomy import FAMILIES, small
 
-# Table 10: trained share of the layers in percent, and the attention and MLP units of a layer that train.
+# Table 10: trainable fraction of the layers in percent, and the attention and MLP units of a layer that train.
 TABLE_10 = [
     (8.3, 1, 0),
     (22.3, 0, 1),
@@ -208,9 +208,9 @@ def test_all_trains_everything_and_embeddings_can_be_frozen(llama2_7b):
         ({"fraction": 1.5}, "fraction must lie in 0..1, got 1.5"),
         ({"mlp_fraction": -0.1}, "mlp_fraction must lie in 0..1"),
         ({"policy": "layer", "mlp_fraction": 0.5}, "belongs to the category policy"),
-        ({"policy": "explicit"}, "give both"),
-        ({"policy": "model", "freeze": ["q_proj"]}, "give both"),
-        ({"policy": "catgory"}, "is none of ours, did you mean category"),
+        ({"policy": "explicit"}, "the explicit policy needs `freeze`"),
+        ({"policy": "model", "freeze": ["q_proj"]}, "the explicit policy needs `freeze`"),
+        ({"policy": "catgory"}, "unknown policy 'catgory', did you mean category"),
         ({"policy": "importance"}, "needs a granularity"),
         ({"score": "wanda"}, "score belongs to the importance policy"),
         ({"policy": "model", "mlp_fraction": 0.0}, "belongs to the category policy"),
@@ -250,7 +250,7 @@ def test_the_code_in_the_document_is_the_example():
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ("nowhere.py:choose", "there is no file nowhere.py"),
+        ("nowhere.py:choose", "file nowhere.py not found"),
         ("docs/examples/outer_layers.py:inner_layers", "has no function inner_layers"),
     ],
 )

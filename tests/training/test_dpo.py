@@ -15,7 +15,7 @@ from hft.cli import main
 from hft.data import load_split, preference_rows
 from hft.errors import HFTError
 from hft.freezing import freeze
-from hft.planning.memory import cpu_has_bfloat16
+from hft.machine import cpu_has_bfloat16
 from hft.record.manifest import Manifest
 from hft.selection import SelectionConfig
 from hft.training import HFTDPOTrainer
@@ -55,7 +55,7 @@ def test_the_first_loss_is_ln_2_and_the_first_rewards_are_0(finished):
     for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert first[key] == start[f"eval_{key}"] == 0
     results = json.loads((finished / "results.json").read_text())
-    assert results["stage"] == "dpo"
+    assert results["objective"] == "dpo"
     assert results["held_out"]["loss"][0] == pytest.approx(LN2, abs=1e-6)
     assert set(results["held_out"]) == {"loss", "rewards/accuracies", "rewards/margins"}
     assert losses(finished / "checkpoint-4")[1] != LN2
@@ -195,7 +195,7 @@ def test_a_from_folder_must_be_what_its_manifest_tells(tmp_path, tiny, finished,
     content[name] = content[name] * 2
     save_file(content, swapped / "model.safetensors", metadata={"format": "pt"})
     assert dpo(tmp_path / "b", model=swapped) == 2
-    assert f"{swapped} does not match its hft_manifest.json: {name} is another" in error_of(capsys)
+    assert f"{swapped} does not match its hft_manifest.json: {name} differs" in error_of(capsys)
 
 
 def test_a_missing_template_is_told_before_anything_is_loaded(tmp_path, tiny, dpo, capsys):
@@ -206,21 +206,21 @@ def test_a_missing_template_is_told_before_anything_is_loaded(tmp_path, tiny, dp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_method_of_another_stage_is_refused(tmp_path, dpo, capsys):
+def test_a_key_of_the_other_objective_is_refused(tmp_path, dpo, capsys):
     method = tmp_path / "assistant.yaml"
     method.write_text("method: assistant\nassistant_only_loss: true\n")
     words = ["dpo", "--config", "recipes/tiny/dpo.yaml", str(method)]
     assert main(words) == 2
-    assert "'assistant_only_loss' is a key of sft, not of this stage" in error_of(capsys)
+    assert "'assistant_only_loss' is a key of sft, not of dpo" in error_of(capsys)
 
 
 def test_prompts_that_fill_max_length_are_told_of(tmp_path, pairs, rows, dpo, capsys):
     assert dpo(tmp_path / "a", "--max_length", "8") == 2
-    assert "in every training row the prompt alone fills max_length 8" in error_of(capsys)
+    assert "in every training pair the prompt alone fills max_length 8" in error_of(capsys)
     long = {"prompt": [{"role": "user", "content": "word " * 300}], "chosen": [GOOD], "rejected": [BAD]}
     mixed = write_jsonl(tmp_path / "mixed.jsonl", [*load_split(str(pairs), "train").to_list(), long])
     assert dpo(tmp_path / "b", data=mixed) == 0
-    assert "dropped 1 training rows whose prompt alone fills max_length 256" in capsys.readouterr().out
+    assert "dropped 1 training pairs whose prompt alone fills max_length 256" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -236,8 +236,8 @@ def test_prompts_that_fill_max_length_are_told_of(tmp_path, pairs, rows, dpo, ca
     ids=["H4 and allenai", "argilla", "trl-lib", "messages", "text prompt", "text"],
 )
 def test_the_common_layouts_come_down_to_one(row):
-    dataset = preference_rows(Dataset.from_list([row]), "x")
-    assert dataset[0] == {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+    dataset, _ = preference_rows(Dataset.from_list([row]), "x")
+    assert dataset[0] == {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "row": 0}
 
 
 @pytest.mark.parametrize(
@@ -245,8 +245,8 @@ def test_the_common_layouts_come_down_to_one(row):
     [
         ({"messages": [USER, GOOD]}, "has columns messages; needed are chosen and rejected .* demonstrations"),
         ({"question": "q", "better": "a"}, "has columns better, question; needed are chosen and rejected"),
-        ({"chosen": "a", "rejected": "b"}, "has chosen = 'a' and prompt = None; needed are"),
-        ({"chosen": [GOOD], "rejected": [BAD]}, "prompt = None; needed are"),
+        ({"chosen": "a", "rejected": "b"}, "row 0 .* chosen = 'a' needs a prompt"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "row 0 .* needs a prompt, in front of it or in a column of its own"),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [GOOD]}, "no pair to learn from: 1 with equal answers"),
         ({"prompt": "q", "chosen": "a", "rejected": " "}, "no pair to learn from: 1 with an empty answer"),
     ],
@@ -256,11 +256,11 @@ def test_another_form_is_refused_by_name(row, message):
         preference_rows(Dataset.from_list([row]), "x")
 
 
-def test_single_bad_pairs_are_dropped_and_counted(capsys):
+def test_single_bad_pairs_are_dropped_and_counted():
     rows = [{"prompt": "q", "chosen": "a", "rejected": other} for other in ("b", "a", "", "c", "a")]
-    dataset = preference_rows(Dataset.from_list(rows), "x")
+    dataset, notes = preference_rows(Dataset.from_list(rows), "x")
     assert [row["rejected"][0]["content"] for row in dataset] == ["b", "c"]
-    assert "dataset x: dropped 2 with equal answers, 1 with an empty answer, of 5 pairs" in capsys.readouterr().out
+    assert notes == ["dataset x: dropped 2 with equal answers, 1 with an empty answer, of 5 pairs"]
 
 
 def test_a_reference_that_follows_the_policy_is_refused(tmp_path, dpo, capsys):

@@ -1,4 +1,4 @@
-"""Frozen scalars of a partly frozen parameter stay as they are, bit for bit, whatever the optimizer does."""
+"""Frozen elements of a partly frozen parameter stay as they are, bit for bit, whatever the optimizer does."""
 
 import subprocess
 import sys
@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hft.cli import main
-from hft.freezing import PartFreezer, verify
+from hft.freezing import PartFreezer
 from hft.model.anatomy import Part, anatomy_of, meta_model
 from hft.model.weights import checksum
 from hft.record.manifest import Manifest
+from hft.record.verification import verify
 from hft.selection import Mask, SelectionConfig, select
 from hft.selection.masks import load_masks
 from tests.conftest import error_of, identical, losses, tensors
@@ -50,7 +51,7 @@ def test_frozen_scalars_stay_under_weight_decay_and_warm_momentum(optimizer, mas
             after()
             step.zero_grad()
 
-    train(3)  # every scalar has a moment now
+    train(3)  # every element has a moment now
     shape = {"rows": (9, 1), "columns": (1, 7), "elements": (9, 7)}[mask]
     frozen = torch.rand(shape, generator=generator) < 0.5
     before = layer.weight.detach().clone()
@@ -120,7 +121,7 @@ def test_partly_frozen_runs_resume_exactly_and_refuse_other_masks(tmp_path, sft,
     (cut / "results.json").unlink()
     capsys.readouterr()
     assert sft(cut, "--selection_seed", "1", method="random-element") == 2
-    assert "another selection (selection_seed 0 there, 1 here)" in error_of(capsys)
+    assert "other settings (selection_seed 0 there, 1 here)" in error_of(capsys)
     assert sft(straight, *flags, "--max_steps", "20", method="random-element") == 0
     assert sft(cut, *flags, "--max_steps", "20", method="random-element") == 0
     ours, theirs = tensors(cut), tensors(straight)
@@ -180,7 +181,7 @@ def test_a_base_that_was_written_over_is_found(tiny):
     name = "model.layers.0.self_attn.q_proj.weight"
     assert verify(weights, {name: checksum(weights[name])}, [], weights).ok
     found = verify(weights, {name: checksum(weights[name] + 1)}, [], weights)
-    assert found.broken == {name: "the base has another one than the manifest was written for"}
+    assert found.broken == {name: "the base's tensor is not the one that the manifest was written for"}
 
 
 def test_a_part_marks_its_boxes_only():

@@ -19,9 +19,9 @@ from hft.cli import main
 from hft.config import read_yaml
 from hft.data import load_split
 from hft.errors import HFTError
-from hft.planning.memory import cpu_has_bfloat16
+from hft.machine import cpu_has_bfloat16
+from hft.record.checkpoints import last_checkpoint
 from hft.record.manifest import Manifest
-from hft.runs.folder import last_checkpoint
 from hft.selection import SelectionConfig
 from hft.training import HFTSFTTrainer
 from tests.conftest import command, error_of, finished_run, identical, losses, tensors, write_jsonl
@@ -58,7 +58,7 @@ def test_the_saved_model_is_a_plain_transformers_model(finished, tiny):
     model = AutoModelForCausalLM.from_pretrained(finished)
     tokenizer = AutoTokenizer.from_pretrained(finished)
     assert model.dtype == torch.bfloat16
-    assert tokenizer.chat_template == Path("recipes/templates/tulu.jinja").read_text()
+    assert tokenizer.chat_template == Path("hft/demo/templates/tulu.jinja").read_text()
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is `abc` for?"}],
         add_generation_prompt=True,
@@ -131,7 +131,7 @@ def test_with_nothing_frozen_the_losses_are_trls(tmp_path, tiny, data, sft, auto
             per_device_train_batch_size=16,
             max_length=256,
             assistant_only_loss=True,
-            chat_template_path="recipes/templates/tulu.jinja",
+            chat_template_path="hft/demo/templates/tulu.jinja",
             gradient_checkpointing=False,
             logging_steps=1,
             use_cpu=True,
@@ -310,12 +310,12 @@ def test_bad_models_and_folders_are_refused_in_a_sentence(tmp_path, tiny, data, 
     path = truncated / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-50])
     assert sft(tmp_path / "b", model=truncated) == 2
-    assert "is not a whole weights file" in error_of(capsys)
+    assert "is not a complete weights file" in error_of(capsys)
 
     unknown = shutil.copytree(tiny, tmp_path / "unknown")
     (unknown / "config.json").write_text(json.dumps({"model_type": "mamba", "num_hidden_layers": 2}))
     assert sft(tmp_path / "c", model=unknown) == 2
-    assert "no known unit: backbone.layers.0.mixer" in error_of(capsys)
+    assert "not known units: backbone.layers.0.mixer" in error_of(capsys)
 
     file = tmp_path / "file"
     file.write_text("")
@@ -331,7 +331,7 @@ def test_bad_models_and_folders_are_refused_in_a_sentence(tmp_path, tiny, data, 
 
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"messages": [{"role": "user", "content": "q"}]}])
     assert sft(tmp_path / "e", "--dataset_name", str(bad)) == 2
-    assert "1 rows have no assistant turn" in error_of(capsys)
+    assert "row 0 (the first is 0): messages has no assistant turn" in error_of(capsys)
     assert not any((tmp_path / name).exists() for name in "ce")
 
 

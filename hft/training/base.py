@@ -1,26 +1,34 @@
-"""What every trainer here does with its manifest: hold a checkpoint against it before going on; and log memory."""
+"""What every trainer here does with its manifest: check a checkpoint against it before resuming; and log memory."""
 
 from __future__ import annotations
 
-from hft.methods.callback import Schedule
-from hft.planning.memory import peak_memory
+from typing import TYPE_CHECKING
+
+from hft.machine import peak_memory
+from hft.record.checkpoints import last_checkpoint
 from hft.record.manifest import Manifest
-from hft.runs.folder import last_checkpoint
+
+if TYPE_CHECKING:
+    from hft.methods.callback import ScheduleCallback
 
 
-class Recorded:
-    """Mixin of a TRL trainer with a `manifest` that tells what trains, and the `schedule` by which that changes."""
+class ManifestMixin:
+    """Mixin of a TRL trainer with a `manifest` of what trains, and the `schedule` that changes it, if there is one."""
 
     manifest: Manifest
-    schedule: Schedule | None = None
+    schedule: ScheduleCallback | None = None
     resumed_from: str | None = None
 
     def notes(self) -> list[str]:
-        """What is worth telling about the trainer before it starts, a line each."""
+        """What is worth knowing about the trainer before it starts, one sentence each."""
         return []
 
+    def manifest_so_far(self) -> Manifest:
+        """The manifest as it is now."""
+        return self.manifest
+
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """Train, from a checkpoint if one is given; `True` takes the last whole one of the output folder.
+        """Train, from a checkpoint if one is given; `True` takes the last complete one of the output folder.
 
         Raises:
             HFTError: the checkpoint was trained with another selection or base.
@@ -34,7 +42,7 @@ class Recorded:
     def check_resumable(self, checkpoint: str | None) -> None:
         """Refuse a checkpoint that was trained with another selection or base (`Manifest.check_resumable`)."""
         if checkpoint and self.is_world_process_zero():
-            self.manifest.check_resumable(Manifest.load(checkpoint), checkpoint)
+            self.manifest.check_resumable(checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the peak memory so far."""

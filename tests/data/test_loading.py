@@ -45,15 +45,16 @@ def test_demo_data_is_plentiful_distinct_and_reproducible(tmp_path):
     ],
 )
 def test_chats_in_either_spelling_become_messages(row):
-    dataset = sft_rows(Dataset.from_list([row]), "x")
-    assert dataset.column_names == ["messages"]
-    assert dataset[0]["messages"] == [USER, ASSISTANT]
+    dataset, notes = sft_rows(Dataset.from_list([row]), "x")
+    assert dataset[0] == {"messages": [USER, ASSISTANT], "row": 0}
+    assert notes == (["columns not used: prompt, id"] if "id" in row else [])
 
 
 @pytest.mark.parametrize("row", [{"prompt": "q", "completion": "a"}, {"prompt": [USER], "completion": [ASSISTANT]}])
 def test_prompt_and_completion_become_a_chat(row):
-    dataset = sft_rows(Dataset.from_list([row | {"source": "s"}]), "x")
-    assert dataset[0] == {"prompt": [USER], "completion": [ASSISTANT]}
+    dataset, notes = sft_rows(Dataset.from_list([row | {"source": "s"}]), "x")
+    assert dataset[0] == {"prompt": [USER], "completion": [ASSISTANT], "row": 0}
+    assert notes == ["columns not used: source"]
 
 
 @pytest.mark.parametrize(
@@ -62,8 +63,11 @@ def test_prompt_and_completion_become_a_chat(row):
         ([{"text": "a"}], "has columns text; needed are messages, or prompt and completion"),
         ([{"chosen": "a", "rejected": "b"}], "it looks like preferences"),
         ([{"messages": "a"}], "must be a list of {role, content}, got 'a'"),
-        ([{"messages": [USER, ASSISTANT]}, {"messages": [USER]}], "1 rows have no assistant turn, the first is row 1"),
-        ([{"prompt": "q", "completion": ""}], "1 rows have no assistant turn, the first is row 0"),
+        (
+            [{"messages": [USER, ASSISTANT]}, {"messages": [USER]}],
+            r"dataset x, row 1 \(the first is 0\): messages has no assistant turn",
+        ),
+        ([{"prompt": "q", "completion": ""}], "has no row to learn from: 1 with a blank answer"),
     ],
 )
 def test_another_form_is_refused_by_name(rows, message):
@@ -87,19 +91,32 @@ def test_a_missing_or_empty_dataset_is_told_in_a_sentence(tmp_path):
 
 
 def test_held_out_rows_come_from_the_test_split_or_are_taken_from_train(data, tmp_path, rows):
-    train, test = load_data(RunConfig(dataset_name=str(data), eval_rows=5), rows=sft_rows, evaluate=True)
-    assert (len(train), len(test)) == (80, 5)
-    assert test[0]["messages"] == rows[80]["messages"]
+    def load(evaluate=True, **settings):
+        return load_data(RunConfig(**settings), sft_rows, evaluate=evaluate)
+
+    found = load(dataset_name=str(data), eval_rows=5)
+    assert (len(found.train), len(found.test)) == (80, 5)
+    assert found.test[0]["messages"] == rows[80]["messages"]
     file = str(write_jsonl(tmp_path / "one.jsonl", rows))
-    train, test = load_data(RunConfig(dataset_name=file, eval_rows=8), rows=sft_rows, evaluate=True)
-    assert (len(train), len(test)) == (88, 8)
-    questions = [{row["messages"][0]["content"] for row in split} for split in (train, test)]
+    found = load(dataset_name=file, eval_rows=8)
+    assert (len(found.train), len(found.test)) == (88, 8)
+    questions = [{row["messages"][0]["content"] for row in split} for split in (found.train, found.test)]
     assert not questions[0] & questions[1]
-    assert load_data(RunConfig(dataset_name=file), rows=sft_rows, evaluate=False)[1] is None
-    with pytest.raises(HFTError, match="has no test split: hold rows out"):
-        load_data(RunConfig(dataset_name=file), rows=sft_rows, evaluate=True)
+    assert load(evaluate=False, dataset_name=file).test is None
+    with pytest.raises(HFTError, match="has no split to evaluate on: hold rows out"):
+        load(dataset_name=file)
     with pytest.raises(HFTError, match="cannot hold 96 rows out of the 96"):
-        load_data(RunConfig(dataset_name=file, eval_rows=96), rows=sft_rows, evaluate=True)
+        load(dataset_name=file, eval_rows=96)
+    with pytest.raises(HFTError, match="has no split 'test' to evaluate on, only train"):
+        load(dataset_name=file, dataset_test_split="test")
+    # A validation split under its usual name is found.
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("train", "validation"):
+        write_jsonl(folder / f"{name}.jsonl", rows[:10])
+    found = load(dataset_name=str(folder), eval_rows=4)
+    assert (len(found.train), len(found.test)) == (10, 4)
+    assert found.notes == ["evaluation: 4 of 10 rows of split validation"]
 
 
 def rendered(tokenizer, messages, **kwargs):
@@ -131,7 +148,7 @@ def test_the_tulu_template_is_tulus(tiny):
 
 def test_the_smollm2_template_trains_the_end_of_a_turn(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    tokenizer.chat_template = Path("recipes/templates/smollm2.jinja").read_text()
+    tokenizer.chat_template = Path("hft/demo/templates/smollm2.jinja").read_text()
     text, learnt = rendered(tokenizer, [USER, ASSISTANT])
     assert text == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"

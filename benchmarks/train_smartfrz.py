@@ -1,6 +1,6 @@
 """Train the predictor of the smartfrz schedule (`hft.methods.smartfrz`) and write its weights into the package.
 
-    python -m hft.methods.smartfrz.train        # some minutes on 2 CPU cores; the seeds are fixed
+    python benchmarks/train_smartfrz.py        # some minutes on 2 CPU cores; the seeds are fixed
 
 Random Llamas of 4 and 8 layers are trained on half of the demo data for a while, then fine-tuned in full on the other
 half, at several learning rates and under several schedules. A layer may freeze when the representation that it hands on
@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from hft.demo.data import docstring_chats
 from hft.demo.models import make_tiny
-from hft.methods.smartfrz import (
+from hft.methods.smartfrz.predictor import (
     RECORDINGS,
     WEIGHTS,
     WINDOW,

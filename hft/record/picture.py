@@ -1,4 +1,4 @@
-"""Selections and schedules to look at: layers x units, and layers x steps."""
+"""Pictures of selections and schedules: layers x units, and layers x steps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,17 +7,17 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from hft.methods.schedule import from_row, mean_fraction, share
+from hft.methods.schedule import from_row, mean_fraction, trained_fraction
 from hft.selection.policies import Selection
 
 FROZEN, TRAINED = "#cfd8dc", "#e4572e"
 
 
-def draw_selection(selection: Selection, title: str = "", words: tuple[str, str] = ("trains", "frozen")) -> Figure:
-    """One column a layer, one row a unit; trained units are colored, frozen ones grey.
+def plot_selection(selection: Selection, title: str = "", words: tuple[str, str] = ("trains", "frozen")) -> Figure:
+    """One column per layer, one row per unit; trained units are colored, frozen ones gray.
 
     A unit that trains in part, and experts of which some train, are colored in between. A unit that some layers lack
-    is left white there. `words` say of the colored and of the grey what becomes of them.
+    is left white there. `words` say of the colored and of the gray what becomes of them.
     """
     units = selection.anatomy.units
     kinds = list(dict.fromkeys((unit.block, unit.kind) for unit in sorted(units, key=lambda u: u.block)))
@@ -26,12 +26,12 @@ def draw_selection(selection: Selection, title: str = "", words: tuple[str, str]
     for unit in units:
         cells.setdefault((rows[unit.block, unit.kind], unit.layer), []).append(selection.trained_fraction(unit))
     grid = [[float("nan")] * selection.anatomy.num_layers for _ in kinds]
-    for (row, layer), shares in cells.items():
-        grid[row][layer] = sum(shares) / len(shares)
+    for (row, layer), fractions in cells.items():
+        grid[row][layer] = sum(fractions) / len(fractions)
 
     figure = Figure(figsize=(max(5, 0.24 * selection.anatomy.num_layers + 2.2), 0.3 * len(kinds) + 1.4), dpi=120)
     axes = figure.add_subplot()
-    shade = LinearSegmentedColormap.from_list("share", [FROZEN, TRAINED])
+    shade = LinearSegmentedColormap.from_list("fraction", [FROZEN, TRAINED])
     axes.pcolormesh(grid, cmap=shade, vmin=0, vmax=1, edgecolors="white", linewidth=1)
     names = [kind if block not in ("experts", "router") else f"{block} {kind}" for block, kind in kinds]
     axes.set_yticks([row + 0.5 for row in range(len(kinds))], names)
@@ -51,8 +51,8 @@ def draw_selection(selection: Selection, title: str = "", words: tuple[str, str]
     return figure
 
 
-def draw_schedule(selection: Selection, history: Sequence[dict[str, Any]], steps: int, title: str = "") -> Figure:
-    """One row a layer, one column a stage, as wide as the stage is long; the color is the layer's trained share.
+def plot_schedule(selection: Selection, history: Sequence[dict[str, Any]], steps: int, title: str = "") -> Figure:
+    """One row per layer, one column per phase, as wide as the phase is long; the color is the layer's trained fraction.
 
     The rows above and below the layers are the input embeddings and, unless it is tied to them, the head.
 
@@ -60,17 +60,20 @@ def draw_schedule(selection: Selection, history: Sequence[dict[str, Any]], steps
         selection: what the schedule chose from.
         history: the stages, as `hft.methods.schedule.to_row` writes them.
         steps: steps of the whole run.
-        title: what stands before the mean share.
+        title: what comes before the mean fraction.
     """
-    anatomy, begun = selection.anatomy, [from_row(selection, row) for row in history]
-    layers = [[share(anatomy.layer(layer), trained) for _, trained in begun] for layer in range(anatomy.num_layers)]
-    first, *last = [[float(name in trained) for _, trained in begun] for name in anatomy.embeddings]
+    anatomy, phases = selection.anatomy, [from_row(selection, row) for row in history]
+    layers = [
+        [trained_fraction(anatomy.layer(layer), trained) for _, trained in phases]
+        for layer in range(anatomy.num_layers)
+    ]
+    first, *last = [[float(name in trained) for _, trained in phases] for name in anatomy.embeddings]
     grid = [first, *layers, *last]
 
     figure = Figure(figsize=(8, 0.2 * len(grid) + 1.6), dpi=120)
     axes = figure.add_subplot()
-    colors = LinearSegmentedColormap.from_list("share", [FROZEN, TRAINED])
-    edges = [step for step, _ in begun] + [steps]
+    colors = LinearSegmentedColormap.from_list("fraction", [FROZEN, TRAINED])
+    edges = [step for step, _ in phases] + [steps]
     drawn = axes.pcolormesh(edges, range(len(grid) + 1), grid, cmap=colors, vmin=0, vmax=1)
     every = 1 if anatomy.num_layers <= 8 else 4
     names = ["embeddings", *map(str, range(anatomy.num_layers)), *(["head"] if last else [])]
@@ -82,8 +85,8 @@ def draw_schedule(selection: Selection, history: Sequence[dict[str, Any]], steps
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.tick_params(length=0)
     axes.set_frame_on(False)
-    mean = mean_fraction(selection, begun, steps)
+    mean = mean_fraction(selection, phases, steps)
     axes.set_title(f"{title}{': ' if title else ''}{mean:.1%} of the layers trains on average", loc="left")
-    figure.colorbar(drawn, ax=axes, label="trained share", ticks=[0, 1], fraction=0.03, pad=0.02)
+    figure.colorbar(drawn, ax=axes, label="trained fraction", ticks=[0, 1], fraction=0.03, pad=0.02)
     figure.tight_layout()
     return figure

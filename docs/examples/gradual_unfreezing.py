@@ -1,0 +1,21 @@
+"""A schedule: layers start to train one after the other, the last one first (ULMFiT, arXiv 1801.06146)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from hft.methods.schedule import Schedule, outside_layers, units_of_layers
+from hft.selection import Selection
+
+
+@dataclass
+class GradualUnfreezing(Schedule):
+    description: ClassVar[str] = "layers start to train one after the other, the last one first"
+
+    switch_every: int = field(default=20, metadata={"help": "Steps after which one more layer trains."})
+
+    def trained_at(self, selection: Selection, step: int, steps: int) -> frozenset[str]:
+        last = selection.anatomy.num_layers - 1
+        layers = range(max(0, last - self.interval_at(steps, step)), last + 1)
+        return units_of_layers(selection, layers).union(outside_layers(selection))

@@ -1,0 +1,18 @@
+"""The rows a run trains and evaluates on: found, checked one by one, and checked again as TRL prepared them."""
+
+from hft.data.identity import fingerprint
+from hft.data.loading import LoadedData, load_data, load_split
+from hft.data.prepared import check_prepared
+from hft.data.rows import preference_rows, sft_rows
+from hft.data.templates import refusals
+
+__all__ = [
+    "LoadedData",
+    "check_prepared",
+    "fingerprint",
+    "load_data",
+    "load_split",
+    "preference_rows",
+    "refusals",
+    "sft_rows",
+]

@@ -1,0 +1,113 @@
+"""Prove on every row that `assistant_only_loss` trains the assistant's tokens and no one else's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from hft.data.templates import conversations, template_arguments
+from hft.errors import HFTError
+
+
+def check_masks(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, name: str, num_proc: int | None
+) -> list[str]:
+    """Check the assistant mask of every row, as TRL makes it.
+
+    The mask comes from the chat template and from the tokenizer's offsets, and either can be wrong. So each row is
+    tokenized twice, the second time with every text doubled that is not the assistant's: the trained tokens must be
+    the same.
+
+    Args:
+        dataset: rows as `sft_rows` makes them.
+        tokenizer: the trainer's `processing_class`.
+        chat_template: the trainer's `chat_template`; None for the tokenizer's own.
+        name: of the dataset, for messages.
+        num_proc: processes to check with.
+
+    Returns:
+        A note if some assistant turns are not trained.
+
+    Raises:
+        HFTError: a row trains tokens that are not the assistant's, or none.
+    """
+    settings = {"tokenizer": tokenizer, "chat_template": chat_template, "name": name}
+    columns = dataset.column_names
+    checked = dataset.map(
+        _untrained,
+        batched=True,
+        batch_size=256,
+        fn_kwargs=settings,
+        remove_columns=columns,
+        num_proc=num_proc,
+        desc="checking the assistant mask",
+    )
+    rows = [(row, turns) for row, turns in zip(dataset["row"], checked["untrained"], strict=True) if turns > 0]
+    if not rows:
+        return []
+    return [
+        f"assistant turns not trained under this chat template: {sum(turns for _, turns in rows):,}, in "
+        f"{len(rows):,} of {len(dataset):,} rows, the first is row {rows[0][0]}"
+    ]
+
+
+def _untrained(
+    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, chat_template: str | None, name: str
+) -> dict[str, list[int]]:
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    missing: list[int] = []
+    for arguments, alike in groupby(rows, template_arguments):
+        group = list(alike)
+        chats = [conversations(row)[0] for row in group]
+        render = partial(tokenizer.apply_chat_template, **{"chat_template": chat_template, **arguments})
+        encoded = render(
+            chats + [_doubled(messages) for messages in chats],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        pairs = list(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True))
+        for row, messages, given, doubled in zip(group, chats, pairs, pairs[len(group) :], strict=False):
+            place = f"dataset {name}, row {row['row']} (the first is 0)"
+            _compare(given, doubled, place, tokenizer)
+            if not _writes_calls(messages, partial(render, tokenize=False)):
+                raise HFTError(f"{place}: the chat template does not write tool calls; choose one that does")
+            mask = given[1]
+            runs = sum(now and not before for now, before in zip(mask, [0, *mask], strict=False))
+            missing.append(sum(message["role"] == "assistant" for message in messages) - runs)
+    return {"untrained": missing}
+
+
+def _compare(given: tuple, doubled: tuple, place: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    trained, other = ([token for token, bit in zip(*pair, strict=True) if bit] for pair in (given, doubled))
+    if not trained:
+        raise HFTError(f"{place}: the chat template marks no token of the assistant, so nothing is trained")
+    if trained != other:
+        raise HFTError(
+            f"{place}: assistant_only_loss trains more than the assistant's tokens, {tokenizer.decode(trained)!r:.80}; "
+            "the tokenizer's offsets or the template's {% generation %} blocks are wrong, choose another "
+            "--chat_template_path"
+        )
+
+
+def _doubled(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each text that is not the assistant's said twice: other tokens, but the same beginning, end and words."""
+    return [
+        message
+        if message["role"] == "assistant"
+        else message | {"content": f"{message['content']} {message['content']}"}
+        for message in messages
+    ]
+
+
+def _writes_calls(messages: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str]) -> bool:
+    """Whether a chat template writes a conversation's tool calls; else a turn that is a call trains its end alone."""
+    if not any(message.get("tool_calls") for message in messages):
+        return True
+    silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+    return render(messages) != render(silent)

@@ -1,0 +1,70 @@
+"""One conversation in any common spelling -> a list of `{role, content, ...}` with text content, or an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hft.errors import HFTError
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+# What an assistant can say beside its content.
+OTHER_SPEECH = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+
+
+def chat(value: object, column: str, role: str | None = None) -> list[dict[str, Any]]:
+    """A conversation as a list of messages.
+
+    Args:
+        value: messages as `{role, content}` or ShareGPT's `{from, value}`; other keys are kept.
+        column: where the value is from, for messages.
+        role: who says a value that is plain text; None if it must be a list.
+
+    Raises:
+        HFTError: it is null, empty or of another type, or a message has an unknown role or no text.
+    """
+    if isinstance(value, str) and role:
+        value = [{"role": role, "content": value}]
+    if value is None:
+        raise HFTError(f"{column} is null")
+    if not isinstance(value, list):
+        text = "text or " if role else ""
+        raise HFTError(f"{column} must be {text}a list of {{role, content}}, got {value!r:.80}")
+    if not value:
+        raise HFTError(f"{column} is empty")
+    return [_message(message, f"{column}[{index}]") for index, message in enumerate(value)]
+
+
+def is_blank(message: dict[str, Any]) -> bool:
+    """Whether a message says nothing: no text, no tool call, no reasoning."""
+    return not (message["content"] or "").strip() and not any(message.get(key) for key in OTHER_SPEECH)
+
+
+def _message(message: object, place: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise HFTError(f"{place} must be {{role, content}}, got {message!r:.80}")
+    message = {{"from": "role", "value": "content"}.get(key, key): value for key, value in message.items()}
+    role = message.get("role")
+    role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        raise HFTError(f"{place} has the unknown role {role!r}; known are {', '.join(ROLES)}")
+    content = _text(message.get("content"), place)
+    calls = message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise HFTError(f"{place}: tool_calls must be a list of calls, got {calls!r:.80}")
+    if content is None and not any(message.get(key) for key in OTHER_SPEECH):
+        raise HFTError(f"{place} has null for content")
+    return message | {"role": role, "content": content}
+
+
+def _text(content: object, place: str) -> str | None:
+    """Content as text; parts of type text are joined."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise HFTError(f"{place}: content must be text, got {content!r:.80}")
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise HFTError(f"{place}: content has a part {kind!r:.40}; only parts of type text can be trained on")
+    return "".join(part["text"] for part in content)

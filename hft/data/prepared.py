@@ -1,0 +1,120 @@
+"""Look at the rows as TRL prepared them: what it dropped, what trains nothing, whose tokens are trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from hft.data.loading import LoadedData
+from hft.data.masks import check_masks
+from hft.data.templates import rendered
+from hft.errors import HFTError
+
+
+def check_prepared(trainer: Trainer, loaded: LoadedData) -> list[str]:
+    """Check what a trainer is about to train and evaluate on; drop what has nothing to learn.
+
+    Replaces `trainer.train_dataset` and `trainer.eval_dataset` where rows are dropped.
+
+    Args:
+        trainer: TRL's, as it stands before `train()`.
+        loaded: what it was given.
+
+    Returns:
+        Notes on what was dropped, packed or not trained, one line per finding.
+
+    Raises:
+        HFTError: no row is left, or a row trains other tokens than the assistant's.
+    """
+    args, tokenizer = trainer.args, trainer.processing_class
+    packed = getattr(args, "packing", False)
+    eval_packed = packed if getattr(args, "eval_packing", None) is None else args.eval_packing
+    notes = []
+    with args.main_process_first(desc="checking the prepared rows"):
+        for dataset in filter(None, (loaded.train, loaded.test)):
+            notes += _template_notes(dataset, tokenizer)
+            if getattr(args, "assistant_only_loss", False):
+                notes += check_masks(dataset, tokenizer, trainer.chat_template, loaded.name, args.dataset_num_proc)
+        trainer.train_dataset, found = _checked(trainer.train_dataset, loaded.train, "training", packed, args)
+        notes += found
+        if loaded.test is not None:
+            trainer.eval_dataset, found = _checked(trainer.eval_dataset, loaded.test, "held-out", eval_packed, args)
+            notes += found
+    return list(dict.fromkeys(notes))
+
+
+def _checked(prepared: Dataset, given: Dataset, kind: str, packed: bool, args: Any) -> tuple[Dataset, list[str]]:
+    """Prepared rows that have something to learn, and notes on the others."""
+    unit = "pairs" if "chosen_ids" in prepared.column_names else "rows"
+    fills = f"prompt alone fills max_length {args.max_length}"
+    notes = []
+    if packed:
+        notes.append(f"packed {len(given):,} {kind} rows into {len(prepared):,}")
+        learns, lost = _packed(prepared)
+        if lost:
+            notes.append(f"{lost:,} {kind} rows train nothing, since their {fills}")
+    else:
+        learns = _distinct(prepared, args) if unit == "pairs" and len(prepared) else [True] * len(prepared)
+        if dropped := len(given) - len(prepared):
+            notes.append(f"dropped {dropped:,} {kind} {unit} whose {fills}")
+    if not any(learns):
+        same = "the answers are the same tokens" if len(prepared) and not packed else f"the {fills}"
+        raise HFTError(f"in every {kind} {unit[:-1]} {same}; raise max_length")
+    if all(learns):
+        return prepared, notes
+    if not packed:
+        notes.append(
+            f"dropped {learns.count(False):,} {kind} pairs whose answers are the same tokens within "
+            f"max_length {args.max_length}"
+        )
+    return prepared.select([index for index, one in enumerate(learns) if one]), notes
+
+
+def _distinct(pairs: Dataset, args: Any) -> list[bool]:
+    """Of each pair, whether the tokens that are left after truncation differ; else its gradient is rounding noise."""
+    kept = slice(None)
+    if args.max_length is not None:
+        kept = slice(-args.max_length, None) if args.truncation_mode == "keep_end" else slice(args.max_length)
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+
+    def differ(prompts: list, chosen: list, rejected: list) -> dict[str, list[bool]]:
+        rows = zip(prompts, chosen, rejected, strict=True)
+        return {"differ": [(prompt + one)[kept] != (prompt + other)[kept] for prompt, one, other in rows]}
+
+    found = pairs.select_columns(columns).map(
+        differ, batched=True, input_columns=columns, remove_columns=columns, desc="comparing answers"
+    )
+    return found["differ"][:]
+
+
+def _packed(rows: Dataset) -> tuple[list[bool], int]:
+    """Of each packed row, whether it trains anything; and how many of the rows in them do not."""
+    columns = [column for column in ("labels", "seq_lengths") if column in rows.column_names]
+
+    def trains(batch: dict[str, list]) -> dict[str, list]:
+        found: dict[str, list] = {"trains": [], "lost": []}
+        for index, labels in enumerate(batch["labels"]):
+            start, lost = 0, 0
+            for length in batch.get("seq_lengths", [[]] * len(batch["labels"]))[index]:
+                lost += all(label == -100 for label in labels[start : start + length])
+                start += length
+            found["trains"].append(any(label != -100 for label in labels))
+            found["lost"].append(lost)
+        return found
+
+    found = rows.select_columns(columns).map(trains, batched=True, remove_columns=columns, desc="checking packed rows")
+    return found["trains"][:], sum(found["lost"])
+
+
+def _template_notes(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the rows give and the chat template does not write, judged by the first row that has it."""
+    notes = []
+    for column, nothing in (("tools", None), ("chat_template_kwargs", {})):
+        if column not in dataset.column_names:
+            continue
+        row = next((row for row in dataset if row[column]), None)
+        if row and rendered(row, tokenizer) == rendered(row | {column: nothing}, tokenizer):
+            notes.append(f"{column}: the chat template writes the same without them")
+    return notes

@@ -1,0 +1,227 @@
+"""Rows as people store them -> the columns that `SFTTrainer` and `DPOTrainer` read, each row checked."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset, Features, Json, LargeList, List, Value
+from trl import extract_prompt
+
+from hft.data.messages import chat, is_blank
+from hft.errors import HFTError
+
+# What TRL reads beside the conversation: both go to the chat template.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+
+# A converted row, and why it is to be dropped, or "".
+Converted = tuple[dict[str, list[dict[str, Any]]], str]
+
+
+def sft_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
+    """Demonstrations in one of the forms that `SFTTrainer` reads.
+
+    Args:
+        dataset: with `messages`, ShareGPT's `conversations`, or `prompt` and `completion`, as text or as messages;
+            and optionally `tools`, `chat_template_kwargs` and `system`.
+        name: for messages to people.
+
+    Returns:
+        The rows that have something to learn, with their number in `dataset` as column `row`, and notes on what was
+        dropped, one line per finding.
+
+    Raises:
+        HFTError: another form, a row that cannot be trained on (named by its number), or no row to learn from.
+    """
+    columns = set(dataset.column_names)
+    source = next((column for column in ("messages", "conversations") if column in columns), None)
+    if source:
+        return _convert(dataset, name, _conversation, {"messages": source}, ["messages"], "rows")
+    if {"prompt", "completion"} <= columns:
+        needed = {"prompt": "prompt", "completion": "completion"}
+        return _convert(dataset, name, _completion, needed, ["prompt", "completion"], "rows")
+    hint = "; it looks like preferences, which are for DPO" if {"chosen", "rejected"} <= columns else ""
+    raise HFTError(
+        f"dataset {name} has columns {', '.join(sorted(columns))}; needed are messages, or prompt and completion{hint}"
+    )
+
+
+def preference_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
+    """Preferences as conversations with an explicit prompt, the one form that `DPOTrainer` always reads alike.
+
+    UltraFeedback's common layouts all come down to it: whole dialogues in `chosen` and `rejected`, beside a `prompt`
+    that is text (HuggingFaceH4, allenai, argilla) or absent (trl-lib); so do prompt, chosen and rejected as messages
+    or as text. `DPOTrainer` itself fails on the first kind.
+
+    Args:
+        dataset: with `chosen` and `rejected`, and mostly `prompt`; optionally `tools`, `chat_template_kwargs` and
+            `system`.
+        name: for messages to people.
+
+    Returns:
+        The pairs that have something to learn, with their number in `dataset` as column `row`, and notes on what was
+        dropped, one line per finding: pairs that are equal or lack an answer, as UltraFeedback has some.
+
+    Raises:
+        HFTError: another form, a pair that cannot be trained on (named by its number), or no pair to learn from.
+    """
+    columns = set(dataset.column_names)
+    if not {"chosen", "rejected"} <= columns:
+        hint = "; it looks like demonstrations, which are for SFT" if {"messages", "completion"} & columns else ""
+        raise HFTError(
+            f"dataset {name} has columns {', '.join(sorted(columns))}; needed are chosen and rejected as messages "
+            f"with the prompt in front or in a column of its own, or prompt, chosen and rejected as text{hint}"
+        )
+    needed = {column: column for column in ("prompt", "chosen", "rejected") if column in columns}
+    return _convert(dataset, name, _preference, needed, ["prompt", "chosen", "rejected"], "pairs")
+
+
+def _conversation(row: dict[str, Any]) -> Converted:
+    messages = chat(row["messages"], "messages")
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise HFTError("messages has no assistant turn")
+    return {"messages": messages}, "with a blank answer" if any(map(is_blank, answers)) else ""
+
+
+def _completion(row: dict[str, Any]) -> Converted:
+    prompt = chat(row["prompt"], "prompt", "user")
+    completion = chat(row["completion"], "completion", "assistant")
+    for index, message in enumerate(completion):
+        if message["role"] != "assistant":
+            raise HFTError(
+                f"completion[{index}] is a turn of the {message['role']}, which would be trained; give the "
+                "conversation as messages, with assistant_only_loss"
+            )
+    return {"prompt": prompt, "completion": completion}, "with a blank answer" if any(map(is_blank, completion)) else ""
+
+
+def _preference(row: dict[str, Any]) -> Converted:
+    pair = {column: chat(row[column], column, "assistant") for column in ("chosen", "rejected")}
+    for column, messages in pair.items():
+        if messages[-1]["role"] != "assistant":
+            raise HFTError(f"{column} must end with a turn of the assistant, not of the {messages[-1]['role']}")
+    if pair["chosen"][0]["role"] != "assistant":
+        pair = extract_prompt(pair)
+        if not pair["prompt"]:
+            raise HFTError("chosen and rejected have no prompt in common")
+    elif row.get("prompt") is None:
+        raise HFTError(f"chosen = {row['chosen']!r:.60} needs a prompt, in front of it or in a column of its own")
+    else:
+        pair = {"prompt": chat(row["prompt"], "prompt", "user")} | pair
+    if any(is_blank(pair[column][-1]) for column in ("chosen", "rejected")):
+        return pair, "with an empty answer"
+    if pair["chosen"] == pair["rejected"]:
+        return pair, "with equal answers"
+    if any(pair[column][0]["role"] != "assistant" for column in ("chosen", "rejected")):
+        return pair, "that differ before the answer"
+    return pair, ""
+
+
+def _convert(
+    dataset: Dataset,
+    name: str,
+    convert: Callable[[dict[str, Any]], Converted],
+    sources: dict[str, str],
+    outputs: list[str],
+    kind: str,
+) -> tuple[Dataset, list[str]]:
+    """Convert and check each row, and drop those with nothing to learn.
+
+    Args:
+        convert: one row, with the keys of `sources`.
+        sources: of each column that `convert` reads, the column that it is in.
+        outputs: the columns that `convert` makes; the first has the system message.
+        kind: "rows" or "pairs", for messages.
+    """
+    columns = dataset.column_names
+    if images := sorted({"image", "images"} & set(columns)):
+        raise HFTError(f"dataset {name} has a column {images[0]}, and only text is trained on; leave it out")
+    kept = [column for column in TEMPLATE_COLUMNS if column in columns]
+    used = [*sources.values(), *kept, *(["system"] if "system" in columns else [])]
+    features = dict.fromkeys(outputs, List(Json())) | dict.fromkeys(kept, Json())
+    features |= {"row": Value("int64"), "fault": Value("string"), "own_system": Value("bool")}
+    stored = dataset.features
+    selected = dataset.select_columns(used)
+
+    def batch_of_rows(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
+        made: dict[str, list] = {key: [] for key in features}
+        for index, number in enumerate(numbers):
+            given = {column: _without_padding(batch[column][index], stored[column]) for column in used}
+            try:
+                row, fault = convert({key: given[column] for key, column in sources.items()})
+                row[outputs[0]], own = _with_system(row[outputs[0]], given.get("system"))
+                extras = {column: _from_json(given[column], column) for column in kept}
+            except HFTError as error:
+                raise HFTError(f"dataset {name}, row {number} (the first is 0): {error}") from None
+            for key, value in (row | extras | {"row": number, "fault": fault, "own_system": own}).items():
+                made[key].append(value)
+        return made
+
+    converted = selected.map(
+        batch_of_rows,
+        batched=True,
+        with_indices=True,
+        features=Features(features),
+        remove_columns=used,
+        desc=f"checking {kind}",
+    )
+    notes = _column_notes(columns, used, converted["own_system"])
+    return _drop(converted.remove_columns("own_system"), name, kind, notes)
+
+
+def _drop(dataset: Dataset, name: str, kind: str, notes: list[str]) -> tuple[Dataset, list[str]]:
+    faults = dataset["fault"][:]
+    good = [index for index, fault in enumerate(faults) if not fault]
+    counts = ", ".join(f"{count:,} {fault}" for fault, count in Counter(filter(None, faults)).items())
+    if not good:
+        raise HFTError(f"dataset {name} has no {kind[:-1]} to learn from: {counts}")
+    dataset = dataset.remove_columns("fault")
+    if not counts:
+        return dataset, notes
+    return dataset.select(good), [*notes, f"dataset {name}: dropped {counts}, of {len(faults):,} {kind}"]
+
+
+def _column_notes(columns: list[str], used: list[str], own_system: list[bool]) -> list[str]:
+    unused = [column for column in columns if column not in used]
+    notes = [f"columns not used: {', '.join(unused)}"] if unused else []
+    if count := sum(own_system):
+        notes.append(f"system not used in {count:,} rows that begin with another system message")
+    return notes
+
+
+def _with_system(messages: list[dict], system: object) -> tuple[list[dict], bool]:
+    """A conversation that begins with a system message, and whether it has another one of its own, which wins."""
+    if system is None or (isinstance(system, str) and not system.strip()):
+        return messages, False
+    [first] = chat(system, "system", "system")
+    if messages[0]["role"] in ("system", "developer"):
+        return messages, messages[0]["content"] != first["content"]
+    return [first, *messages], False
+
+
+def _from_json(value: object, column: str) -> object:
+    """`tools` or `chat_template_kwargs`, which may be stored as JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise HFTError(f"{column} is not JSON: {error}") from None
+    if column == "chat_template_kwargs":
+        if not isinstance(value, dict | None):
+            raise HFTError(f"{column} must map names to values, got {value!r:.80}")
+        return value or {}
+    if value is not None and not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
+        raise HFTError(f"{column} must be a list of function schemas, got {value!r:.80}")
+    return value
+
+
+def _without_padding(value: object, feature: object) -> object:
+    """A value without the keys that Arrow added: a struct has the keys of all rows, null where a row has none."""
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {key: _without_padding(item, feature[key]) for key, item in value.items() if item is not None}
+    if isinstance(value, list) and isinstance(feature, List | LargeList):
+        return [_without_padding(item, feature.feature) for item in value]
+    return value

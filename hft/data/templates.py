@@ -1,0 +1,63 @@
+"""A row through its chat template, as TRL gives it, and what the template or TRL refuses, in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from hft.data.loading import LoadedData
+from hft.errors import HFTError, reason
+
+
+def conversations(row: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The conversations that TRL renders for a row of `sft_rows` or `preference_rows`."""
+    if "messages" in row:
+        return [row["messages"]]
+    return [row["prompt"] + row[key] for key in ("completion", "chosen", "rejected") if key in row]
+
+
+def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row gives to the chat template beside its conversation."""
+    return {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
+
+
+def rendered(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each of a row's conversations."""
+    arguments = template_arguments(row)
+    return [tokenizer.apply_chat_template(chat, tokenize=False, **arguments) for chat in conversations(row)]
+
+
+@contextmanager
+def refusals(loaded: LoadedData, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Around a trainer's constructor: what TRL refuses there is raised as an `HFTError`.
+
+    If the chat template fails on a row, the error names the first such row. Errors that are not TRL's, such as
+    running out of memory, pass unchanged.
+
+    Args:
+        loaded: what the trainer is given.
+        tokenizer: the same object as the trainer is given, since TRL puts its chat template there.
+    """
+    try:
+        yield
+    except HFTError:
+        raise
+    except (TemplateError, ValueError, TypeError, LookupError, RuntimeError) as error:
+        _check_rendering(loaded, tokenizer)
+        if isinstance(error, ValueError) or "assistant_only_loss" in str(error):
+            raise HFTError(reason(error)) from error
+        raise
+
+
+def _check_rendering(loaded: LoadedData, tokenizer: PreTrainedTokenizerBase) -> None:
+    for dataset in filter(None, (loaded.train, loaded.test)):
+        for row in dataset:
+            try:
+                rendered(row, tokenizer)
+            except (TemplateError, ValueError, TypeError, LookupError) as error:
+                place = f"dataset {loaded.name}, row {row['row']} (the first is 0)"
+                raise HFTError(f"{place}: the chat template fails: {reason(error)}") from error

@@ -1,0 +1,32 @@
+"""`hft fetch` and `hft demo`: a command line in, an exit status out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def fetch(arguments: Sequence[str]) -> int:
+    """Make one of the two models that need no Hub."""
+    parser = argparse.ArgumentParser(prog="hft fetch", description="Make smollm2-135m or tiny.")
+    parser.add_argument("model", metavar="MODEL", help="smollm2-135m or tiny")
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", help="default: models/MODEL")
+    options = parser.parse_args(arguments)
+    from hft.demo.models import fetch
+
+    folder = options.folder or f"models/{options.model}"
+    fetch(options.model, folder)
+    print(f"{options.model} is in {folder}")
+    return 0
+
+
+def demo(arguments: Sequence[str]) -> int:
+    """Write the demo data."""
+    parser = argparse.ArgumentParser(prog="hft demo", description="Write the demo data.")
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", default="data", help="default: data")
+    folder = parser.parse_args(arguments).folder
+    from hft.demo.data import write_demo_data
+
+    for name, count in write_demo_data(folder).items():
+        print(f"{folder}/{name}: {count:,} rows")
+    return 0

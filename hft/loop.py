@@ -1,0 +1,109 @@
+"""Half fine-tuning in a training loop of one's own: select, freeze, verify."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hft import freezing
+from hft.errors import HFTError
+from hft.model.anatomy import Anatomy, anatomy_of
+from hft.model.weights import checksum
+from hft.record import verification
+from hft.selection import policies
+from hft.selection.masks import frozen_values
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hft.record.verification import ResetVerification, Verification
+    from hft.selection import Selection, SelectionConfig
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What `freeze` froze, and what it takes to keep and to prove it.
+
+    Attributes:
+        selection: which units train.
+        checksums: SHA-256 of each wholly or partly frozen parameter, by name.
+        dtypes: of each of them when it was frozen.
+        parts: keeps the frozen elements of partly frozen parameters; None if there are none.
+    """
+
+    selection: Selection
+    checksums: dict[str, str]
+    dtypes: dict[str, torch.dtype]
+    parts: freezing.PartFreezer | None
+
+    def restore(self) -> None:
+        """Put the frozen elements of partly frozen parameters back. Call it after each step of the optimizer.
+
+        Policies that freeze whole units, such as the paper's, need no call.
+        """
+        if self.parts is not None:
+            self.parts.restore()
+
+
+def select(model: PreTrainedModel | Anatomy, config: SelectionConfig | None = None, **settings: Any) -> Selection:
+    """Choose which units train in a round (paper Algorithm 1 by default).
+
+    Args:
+        model: a decoder-only transformers model, or its anatomy.
+        config: the policy, its fraction, seed and round; by default the paper's HFT.
+        settings: fields of `SelectionConfig` that replace the config's, such as `selection_seed=1` or `round=2`.
+
+    Raises:
+        HFTError: the model holds modules that are not recognized, or the settings do not go together.
+    """
+    anatomy = model if isinstance(model, Anatomy) else anatomy_of(model)
+    return policies.select(anatomy, replace(config or policies.SelectionConfig(), **settings))
+
+
+def freeze(model: PreTrainedModel, selection: Selection) -> Frozen:
+    """Set `requires_grad` of every parameter by a selection. Call it before the optimizer is built.
+
+    The optimizer should get only parameters that require a gradient, or skip those without one, as torch's do. Give a
+    model in half precision fp32 master weights as usual: at 2e-5 most updates round away in bf16.
+
+    Returns:
+        What `verify` needs afterwards.
+
+    Raises:
+        HFTError: the selection was made for another model.
+    """
+    freezing.freeze(model, selection)
+    masks, parameters = selection.frozen_masks, dict(model.named_parameters())
+    names = [*selection.frozen_parameters, *masks]
+    checksums = {name: checksum(frozen_values(parameters[name], masks.get(name))) for name in names}
+    dtypes = {name: parameters[name].dtype for name in names}
+    return Frozen(selection, checksums, dtypes, freezing.PartFreezer(model, masks, dtypes) if masks else None)
+
+
+def verify(
+    out: str | Path | nn.Module | Mapping[str, torch.Tensor], base: str | Frozen | None = None
+) -> Verification | ResetVerification:
+    """Prove that what was frozen is bit-identical to what it was.
+
+    Args:
+        out: the folder of a run or checkpoint that hft made; or a model, or its full state dict, that `freeze` froze.
+        base: for a folder, its base, if that is not where the manifest says; for a model, what `freeze` returned.
+
+    Returns:
+        The finding: `.ok` and `.report()`.
+
+    Raises:
+        HFTError: a folder cannot be read, or a model comes without what `freeze` returned.
+    """
+    if isinstance(out, str | Path):
+        return verification.verify_folder(out, base)
+    if not isinstance(base, Frozen):
+        raise HFTError("to verify a model in memory, give what hft.freeze returned: hft.verify(model, frozen)")
+    state = dict(out.named_parameters()) if isinstance(out, nn.Module) else out
+    stored = {name: state[name].detach().to(dtype) for name, dtype in base.dtypes.items() if name in state}
+    return verification.verify(stored, base.checksums, (), None, masks=base.selection.frozen_masks)

@@ -1,0 +1,166 @@
+"""`hft reset`: Half-Reset (paper section 2, Table 9), in which half of a tuned model goes back to its base."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hft.config import Keys, fill, read_arguments, to_yaml
+from hft.errors import HFTError
+from hft.machine import indented, say
+from hft.merging.checkpoint import (
+    CHUNK_NUMEL,
+    Checkpoint,
+    check_alike,
+    check_out,
+    new_folder,
+    throughput,
+    write_model,
+)
+from hft.model.anatomy import anatomy_of, meta_model
+from hft.model.weights import checksum
+from hft.record.manifest import Manifest, rounds_so_far
+from hft.record.verification import check_base, verify_folder
+from hft.runs.result import CONFIG_NAME, PICTURE_NAME
+from hft.selection import Selection, SelectionConfig, select
+from hft.selection.masks import frozen_values, save_masks
+
+
+@dataclass
+class ResetConfig:
+    """What `hft reset` works on; the selection's keys are `SelectionConfig`'s."""
+
+    tuned: str | None = field(default=None, metadata={"help": "The fine-tuned model: a folder or a Hub id."})
+    base: str | None = field(default=None, metadata={"help": "The model that it was tuned from."})
+    out: str | None = field(default=None, metadata={"help": "Folder for the result."})
+    seed: int | None = field(default=None, metadata={"help": "Short for selection_seed."})
+    method: str | None = field(default=None, metadata={"help": "Has no effect, so that a method's file can be given."})
+    max_shard_size: str = field(default="5GB", metadata={"help": "Largest size of a file."})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Reset what HFT would freeze to the base, after the tuning.
+
+    Args:
+        arguments: `--tuned T --base B --out O`, the selection's keys, or `--config RECIPE.yaml`.
+
+    Returns:
+        The exit status: 0, or 1 if a reset tensor is not the base's.
+
+    Raises:
+        HFTError: the models do not fit together, the base is not what its manifest says, or the folder is not free.
+    """
+    groups = {"reset": (ResetConfig,), "selection": (SelectionConfig,)}
+    given, flags = read_arguments(arguments, "hft reset", "Reset half of a tuned model to its base.", groups).resolve(
+        Keys((ResetConfig, SelectionConfig))
+    )
+    given = with_round(with_seed(given, flags))
+    config = fill(ResetConfig, given)
+    if given.get("policy") == "importance":
+        raise HFTError("a reset draws units, and the importance policy needs a training run; choose another policy")
+    if not (config.tuned and config.base and config.out):
+        raise HFTError("tuned, base and out are needed: give --tuned T --base B --out O, or a recipe with --config")
+    out, tuned, base = Path(config.out), Checkpoint.open(config.tuned), Checkpoint.open(config.base)
+    check_out(out, [tuned, base])
+    check_alike(tuned, base)
+    check_base(config.base)
+    selection = select(anatomy_of(meta_model(base.config)), fill(SelectionConfig, given))
+    say(f"resetting what would be frozen under this selection to {base.name}", indented(in_words(selection)))
+    say(*check_reset(selection, tuned, base))
+    with new_folder(out) as folder:
+        say(write_reset(folder, selection, tuned, base, config.max_shard_size))
+        (folder / CONFIG_NAME).write_text(to_yaml(given))
+    found = verify_folder(out)
+    say("verify", indented(found.report()), "", str(out))
+    return 0 if found.ok else 1
+
+
+def check_reset(selection: Selection, tuned: Checkpoint, base: Checkpoint) -> list[str]:
+    """Refuse a reset that cannot be written or would change nothing.
+
+    Returns:
+        Notes on dtypes, one line per finding.
+    """
+    frozen, masks, notes = selection.frozen_parameters, selection.frozen_masks, []
+    if not frozen and not masks:
+        raise HFTError(f"the {selection.config.policy} policy freezes nothing here, so nothing would be reset")
+    recast = [name for name in (*frozen, *masks) if base.specs[name].dtype != tuned.specs[name].dtype]
+    if parts := [name for name in recast if name in masks]:
+        raise HFTError(f"part of {parts[0]} would be reset, but the two are stored in different dtypes; convert one")
+    if recast:
+        a, b = base.specs[recast[0]].dtype, tuned.specs[recast[0]].dtype
+        notes = [f"NOTE: reset tensors stay in the base's {a}, the others in {b}; load in a dtype that holds both"]
+    chunks = reset_chunks(selection, tuned, base)
+    pairs = (pair for name in (*frozen, *masks) for pair in zip(chunks(name), tuned.chunks(name), strict=True))
+    if all(bool((new == old).all()) for new, old in pairs):  # stops at the first difference
+        raise HFTError(f"{tuned.name} already has the base's values there: nothing would be reset")
+    return notes
+
+
+def reset_chunks(selection: Selection, tuned: Checkpoint, base: Checkpoint) -> Callable[[str], Iterator[torch.Tensor]]:
+    """The flat chunks of each parameter after the reset, by its name."""
+    frozen, masks = set(selection.frozen_parameters), selection.frozen_masks
+
+    def chunks(name: str) -> Iterator[torch.Tensor]:
+        if name not in masks:
+            yield from (base if name in frozen else tuned).chunks(name)
+            return
+        goes_back = masks[name].tensor().expand(tuned.specs[name].shape).reshape(-1).split(CHUNK_NUMEL)
+        for back, ours, theirs in zip(goes_back, tuned.chunks(name), base.chunks(name), strict=True):
+            yield torch.where(back, theirs, ours)
+
+    return chunks
+
+
+def write_reset(folder: Path, selection: Selection, tuned: Checkpoint, base: Checkpoint, max_shard_size: str) -> str:
+    """Write the model, its manifest, masks and picture.
+
+    Returns:
+        How much was read and written, and how fast.
+    """
+    from hft.record.picture import plot_selection
+
+    start, frozen, masks = time.monotonic(), selection.frozen_parameters, selection.frozen_masks
+    specs = tuned.specs | {name: base.specs[name] for name in frozen}
+    chunks = reset_chunks(selection, tuned, base)
+    written = write_model(folder, tuned, chunks, specs=specs, max_shard_size=max_shard_size)
+    speed = throughput([tuned, base], written, time.monotonic() - start)
+    values = {name: frozen_values(base.weights[name], masks.get(name)) for name in (*frozen, *masks)}
+    checksums = {name: checksum(value) for name, value in values.items()}
+    Manifest.of(selection, base.name, checksums, tuned=tuned.name).save(folder)
+    save_masks(folder, masks)
+    plot_selection(selection, "Half-Reset", ("stay tuned", "go back")).savefig(folder / PICTURE_NAME)
+    return speed
+
+
+def in_words(selection: Selection) -> str:
+    """What a reset does by a selection: for each block how many units stay, and the fractions."""
+    config = selection.config
+    counts = ", ".join(f"{block} {kept}/{total}" for block, (kept, total) in selection.counts().items())
+    ends = "go back" if config.freeze_embeddings else "stay tuned"
+    parts = f"of {len(selection.frozen_masks)} tensors a part goes back\n" if selection.frozen_masks else ""
+    return (
+        f"{config.policy} policy, seed {config.selection_seed}, round {config.round}: {counts} units stay tuned, the "
+        f"others go back; embeddings and head {ends}\n{parts}{selection.fraction_of_layers:.1%} of the layers and "
+        f"{selection.fraction_of_model:.1%} of the whole model stay tuned"
+    )
+
+
+def with_seed(given: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """The keys given, with `seed` under its long name; a flag wins over the files, whichever name each uses."""
+    if "seed" in flags and flags.get("selection_seed", flags["seed"]) != flags["seed"]:
+        raise HFTError("seed is short for selection_seed, and here they differ; give one of them")
+    seeds = [layer[key] for layer in (flags, given) for key in reversed(layer) if key in ("seed", "selection_seed")]
+    rest = {key: value for key, value in given.items() if key not in ("seed", "selection_seed")}
+    return rest | ({"selection_seed": seeds[0]} if seeds else {})
+
+
+def with_round(given: dict[str, Any]) -> dict[str, Any]:
+    """The keys given, and the round that follows the base's."""
+    rounds = rounds_so_far(given.get("base") or "")
+    return ({"round": rounds[-1]["selection"]["round"] + 1} if rounds else {}) | given

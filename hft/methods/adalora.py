@@ -1,0 +1,134 @@
+"""AdaLoRA (arXiv 2303.10512; paper Table 5): LoRA whose ranks are pruned by importance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from transformers import TrainerCallback
+
+from hft.errors import HFTError
+from hft.methods.lora import LoRA
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # PEFT's importance scores, which a resume needs
+
+
+@dataclass
+class AdaLoRA(LoRA):
+    """Adds what TRL leaves out: the orthogonality loss, and pruning after each step over the run's real length."""
+
+    name: ClassVar[str] = "adalora"
+    description: ClassVar[str] = "LoRA whose ranks are pruned by importance"
+    peft_names: ClassVar[dict[str, str]] = LoRA.peft_names | {
+        "rank": "target_r",
+        "start_rank": "init_r",
+        "orthogonality_weight": "orth_reg_weight",
+    }
+
+    start_rank: int | None = field(default=None, metadata={"help": "Rank that AdaLoRA starts with."})
+    orthogonality_weight: float | None = field(
+        default=None, metadata={"help": "Weight of AdaLoRA's orthogonality loss."}
+    )
+    pruning_from: float | None = field(
+        default=None, metadata={"help": "Fraction of the steps after which AdaLoRA starts to prune ranks."}
+    )
+    pruning_until: float | None = field(
+        default=None, metadata={"help": "Fraction of the steps after which AdaLoRA's ranks are final."}
+    )
+
+    def __post_init__(self):
+        if None in (self.rank, self.start_rank, self.pruning_from, self.pruning_until):
+            raise HFTError("adalora needs rank, start_rank, pruning_from and pruning_until")
+        if not (0 <= self.pruning_from < self.pruning_until <= 1 and 0 < self.rank < self.start_rank):
+            raise HFTError("adalora needs 0 <= pruning_from < pruning_until <= 1 and rank below start_rank")
+
+    def peft_class(self):
+        from peft import AdaLoraConfig
+
+        return AdaLoraConfig
+
+    def peft_config(self, **more: Any) -> PeftConfig:
+        return super().peft_config(total_step=2**62, **more)  # until the trainer knows it
+
+    def extra_loss(self, model: PeftModel) -> torch.Tensor:
+        return _config_of(model).orth_reg_weight * orthogonality(model)
+
+    def callbacks(self, model: PeftModel) -> list[TrainerCallback]:
+        return [Pruning(self, model)]
+
+    @contextmanager
+    def saving_checkpoint(self, model: PeftModel) -> Iterator[None]:
+        config = _config_of(model)
+        pattern = config.rank_pattern
+        config.rank_pattern = None  # PEFT would cut the pruned rows off, and the optimizer state would not fit
+        yield
+        config.rank_pattern = pattern
+
+    def state(self, model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+        for kind in SCORES:
+            for name, scores in getattr(model.base_model.rankallocator, kind).items():
+                yield f"{kind}|{name}", scores
+        for name, kept in (_config_of(model).rank_pattern or {}).items():
+            yield f"rank_pattern|{name}", torch.tensor(kept)
+
+    def restore(self, model: PeftModel, saved: Mapping[str, torch.Tensor]) -> None:
+        pattern = {}
+        for key, tensor in saved.items():
+            kind, name = key.split("|")
+            if kind == "rank_pattern":
+                pattern[name] = tensor.tolist()
+            else:
+                getattr(model.base_model.rankallocator, kind)[name] = tensor.to(model.device)
+        _config_of(model).rank_pattern = pattern or None
+
+
+class Pruning(TrainerCallback):
+    """Lays the pruning over the steps of the run, and prunes after each."""
+
+    def __init__(self, adapter: AdaLoRA, model: PeftModel):
+        self.adapter, self.model = adapter, model
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        set_schedule(self.model, self.adapter, state.max_steps)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        # The gradients, by which ranks are scored, are still there.
+        self.model.base_model.update_and_allocate(state.global_step + 1)
+
+
+def _config_of(model: PeftModel) -> Any:
+    return model.peft_config[model.active_adapter]
+
+
+def orthogonality(model: PeftModel) -> torch.Tensor:
+    """AdaLoRA's regularizer, as PEFT takes it: the mean of ||P^T P - I|| over all P and Q (arXiv 2303.10512)."""
+    norms = []
+    for name, p in model.named_parameters():
+        if p.requires_grad and ("lora_A" in name or "lora_B" in name):
+            gram = p @ p.T if "lora_A" in name else p.T @ p
+            norms.append(torch.linalg.norm(gram - torch.eye(len(gram), device=p.device)))
+    return torch.stack(norms).mean()
+
+
+def set_schedule(model: PeftModel, adapter: AdaLoRA, steps: int) -> None:
+    """Lay AdaLoRA's pruning over the steps of the run, which only the trainer knows.
+
+    Raises:
+        HFTError: there is only one step, and ranks are scored before they are pruned.
+    """
+    if steps < 2:
+        raise HFTError("adalora needs 2 steps or more, to score ranks and then prune them; raise --max_steps")
+    config = _config_of(model)
+    end = max(2, int(adapter.pruning_until * steps))
+    start = min(int(adapter.pruning_from * steps), end - 1)
+    config.total_step, config.tinit, config.tfinal = steps, start, steps - end
+    config.deltaT = max(1, steps // 500)
+
+
+METHOD = AdaLoRA

@@ -1,0 +1,95 @@
+"""AutoFreeze (arXiv 2102.01386; paper Table 5): the first layers freeze for good as their gradients settle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from hft.errors import HFTError
+from hft.freezing import whole
+from hft.machine import broadcast
+from hft.methods.schedule import Schedule, check_at_least_one, outside_layers, units_of_layers
+from hft.selection import Selection
+
+
+@dataclass
+class AutoFreeze(Schedule):
+    """A prefix of the layers freezes, and with it the input embeddings: only then does the backward pass end early.
+
+    The original takes the L1 norm of the gradient summed over an interval, which needs a second gradient in memory and
+    in every checkpoint. Ours averages the L1 norms of the steps, which needs one number per layer. The original builds
+    a new optimizer at each switch; here the layers that still train keep their moments. A head that is tied to the
+    embeddings freezes with them.
+    """
+
+    name: ClassVar[str] = "autofreeze"
+    description: ClassVar[str] = "everything trains at first; the first layers freeze as their gradients settle"
+    known_before_run: ClassVar[bool] = False
+
+    intervals: int = field(default=10, metadata={"help": "Parts of the run, of equal length; layers freeze between."})
+    percentile: float = field(
+        default=50.0,
+        metadata={"help": "Layers before the first whose gradient norm changes by more than this percentile freeze."},
+    )
+
+    def __post_init__(self):
+        check_at_least_one(intervals=self.intervals)
+        if not 0 <= self.percentile <= 100:
+            raise HFTError(f"percentile must lie in 0..100, got {self.percentile}")
+
+    def decide(
+        self, selection: Selection, step: int, steps: int, model: nn.Module, measured: dict[str, Any]
+    ) -> frozenset[str]:
+        layers, interval = selection.anatomy.num_layers, self.interval_at(steps, step)
+        if not measured:
+            measured.update(start=0, means=None)
+        elif interval != measured["interval"]:
+            means = [total / measured["steps"] for total in measured["sums"]]
+            if measured["means"] is not None:  # other ranks may differ by rounding
+                measured["start"] = broadcast(next_start(measured["means"], means, measured["start"], self.percentile))
+            measured["means"] = means
+        if interval != measured.get("interval"):
+            measured.update(interval=interval, steps=0, sums=[0.0] * layers)
+        trained = units_of_layers(selection, range(measured["start"], layers))
+        return trained.union(without_embeddings(selection) if measured["start"] > 0 else outside_layers(selection))
+
+    def on_gradients(self, selection: Selection, model: nn.Module, measured: dict[str, Any]) -> None:
+        parameters = dict(model.named_parameters())
+        for layer in range(measured["start"], selection.anatomy.num_layers):
+            names = {name: None for unit in selection.anatomy.layer(layer) for name in unit.parameters}
+            gradients = [parameters[name].grad for name in names]
+            norms = [whole(torch.linalg.vector_norm(gradient, 1)) for gradient in gradients if gradient is not None]
+            measured["sums"][layer] += float(torch.stack(norms).sum()) if norms else 0.0
+        measured["steps"] += 1
+
+
+def without_embeddings(selection: Selection) -> list[str]:
+    """What trains outside the layers, without the input embeddings."""
+    first = next(iter(selection.anatomy.embeddings))  # in model order, so that of the input
+    return [name for name in outside_layers(selection) if name != first]
+
+
+def next_start(before: Sequence[float], now: Sequence[float], start: int, percentile: float) -> int:
+    """AutoFreeze's rule: the first layer that still trains.
+
+    Args:
+        before: gradient norm of each layer in the interval before the last.
+        now: gradient norm of each layer in the last interval.
+        start: the first layer that has trained so far.
+        percentile: of the relative changes of the layers from `start` on; the first layer that reaches it trains on.
+
+    Returns:
+        The new `start`; never less than the old one, and never past the last layer.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change = np.abs(np.subtract(before, now)[start:]) / np.asarray(before)[start:]
+    reached = np.flatnonzero(change >= np.percentile(change, percentile))
+    return start + int(reached[0]) if len(reached) else start  # a NaN freezes nothing
+
+
+METHOD = AutoFreeze

@@ -1,0 +1,48 @@
+"""BAdam (arXiv 2404.02827): one block of parameters trains at a time, each with fresh optimizer state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from hft.methods.schedule import Schedule, check_at_least_one, layer_sizes, outside_layers, units_of_layers
+from hft.selection import Selection
+from hft.selection.policies import sample_names
+
+
+@dataclass
+class BAdam(Schedule):
+    """A layer is a block, and embeddings, final norm and head together are one.
+
+    With frozen embeddings (`freeze_embeddings`, the method file's default) only the layers take turns: the final norm
+    stays frozen too.
+    """
+
+    name: ClassVar[str] = "badam"
+    description: ClassVar[str] = "one layer trains at a time, with fresh optimizer state"
+    clears_state: ClassVar[bool] = True
+
+    switch_every: int = field(default=50, metadata={"help": "Steps after which the next layer trains."})
+    block_order: Literal["random", "ascending", "descending"] = field(
+        default="random", metadata={"help": "Order of the layers; random draws it again for each pass."}
+    )
+    schedule_seed: int = field(default=0, metadata={"help": "Seed of the draw, apart from the training seed."})
+
+    def __post_init__(self):
+        check_at_least_one(switch_every=self.switch_every)
+
+    def trained_at(self, selection: Selection, step: int, steps: int) -> frozenset[str]:
+        blocks = selection.anatomy.num_layers + (not selection.config.freeze_embeddings)
+        turn, position = divmod(self.interval_at(steps, step), blocks)
+        if self.block_order == "random":
+            key = ("badam", self.schedule_seed, selection.config.round, turn)
+            block = int(sample_names(map(str, range(blocks)), blocks, *key)[position])
+        else:
+            block = position if self.block_order == "ascending" else blocks - 1 - position
+        return units_of_layers(selection, [block]) or frozenset(outside_layers(selection))
+
+    def peak_numel(self, selection: Selection) -> int:
+        return max(*layer_sizes(selection), selection.num_trained - selection.num_trained_in_layers)
+
+
+METHOD = BAdam

@@ -1,0 +1,46 @@
+"""Dynamic freezing (paper A.4.11, Table 22): everything trains at first, and less after each part of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from hft.methods.schedule import Schedule, check_at_least_one, outside_layers
+from hft.model.anatomy import Unit
+from hft.selection import Selection
+from hft.selection.policies import sample_names
+
+
+@dataclass
+class Dynamic(Schedule):
+    """After each tenth of the run a tenth of the layers' parameters freezes, in whole units, drawn at random.
+
+    The paper does not say which units freeze. The last tenth of the run trains the last tenth of the parameters.
+    Embeddings, head and final norm train throughout, as under HFT. Units that share a parameter freeze together.
+    """
+
+    name: ClassVar[str] = "dynamic"
+    description: ClassVar[str] = "everything trains at first; more and more units freeze"
+
+    intervals: int = field(default=10, metadata={"help": "Parts of the run, of equal length; units freeze in between."})
+    schedule_seed: int = field(default=0, metadata={"help": "Seed of the draw, apart from the training seed."})
+
+    def __post_init__(self):
+        check_at_least_one(intervals=self.intervals)
+
+    def trained_at(self, selection: Selection, step: int, steps: int) -> frozenset[str]:
+        groups: dict[tuple[str, ...], list[Unit]] = {}
+        for unit in selection.anatomy.units:
+            groups.setdefault(unit.parameters, []).append(unit)
+        by_name = {units[0].name: units for units in groups.values()}
+        frozen = selection.anatomy.numel_in_layers * self.interval_at(steps, step) / self.intervals
+        trained, size = outside_layers(selection), 0
+        for name in sample_names(by_name, len(by_name), "dynamic", self.schedule_seed, selection.config.round):
+            group_size = sum(unit.numel for unit in by_name[name])
+            if size + group_size / 2 > frozen:
+                trained += [unit.name for unit in by_name[name]]
+            size += group_size
+        return frozenset(trained)
+
+
+METHOD = Dynamic

@@ -1,0 +1,53 @@
+"""LISA (arXiv 2403.17919): a few layers train at a time, drawn uniformly every few steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from hft.errors import HFTError
+from hft.methods.schedule import Schedule, check_at_least_one, layer_sizes, outside_layers, units_of_layers
+from hft.selection import Selection
+from hft.selection.policies import sample_names
+
+
+@dataclass
+class Lisa(Schedule):
+    """Layers drawn in each interval train; embeddings, final norm and head always do."""
+
+    name: ClassVar[str] = "lisa"
+    description: ClassVar[str] = "a few layers train, drawn again every few steps"
+
+    switch_every: int = field(default=20, metadata={"help": "Steps after which other layers train."})
+    active_layers: int = field(default=2, metadata={"help": "Layers that train at a time."})
+    optimizer_state: Literal["reset", "keep", "offload"] = field(
+        default="reset",
+        metadata={
+            "help": "What becomes of the optimizer state of a layer that freezes: reset deletes it, keep keeps it, "
+            "offload keeps it in host memory."
+        },
+    )
+    schedule_seed: int = field(default=0, metadata={"help": "Seed of the draw, apart from the training seed."})
+
+    def __post_init__(self):
+        check_at_least_one(switch_every=self.switch_every, active_layers=self.active_layers)
+
+    def check(self, selection: Selection) -> None:
+        super().check(selection)
+        if self.active_layers > (layers := selection.anatomy.num_layers):
+            raise HFTError(f"active_layers is {self.active_layers}, but the model has {layers} layers")
+
+    def trained_at(self, selection: Selection, step: int, steps: int) -> frozenset[str]:
+        names = map(str, range(selection.anatomy.num_layers))
+        key = ("lisa", self.schedule_seed, selection.config.round, self.interval_at(steps, step))
+        layers = map(int, sample_names(names, self.active_layers, *key))
+        return units_of_layers(selection, layers).union(outside_layers(selection))
+
+    def peak_numel(self, selection: Selection) -> int:
+        if self.optimizer_state == "keep":
+            return selection.num_trained
+        outside = selection.num_trained - selection.num_trained_in_layers
+        return sum(sorted(layer_sizes(selection))[-self.active_layers :]) + outside
+
+
+METHOD = Lisa

@@ -1,0 +1,37 @@
+"""LoRA (arXiv 2106.09685; paper Table 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from hft.methods.adapter import Adapter
+
+
+@dataclass
+class LoRA(Adapter):
+    """A low-rank update of each targeted matrix."""
+
+    name: ClassVar[str] = "lora"
+    description: ClassVar[str] = "a low-rank update of each targeted matrix"
+    peft_names: ClassVar[dict[str, str]] = {
+        "rank": "r",
+        "lora_alpha": "lora_alpha",
+        "lora_dropout": "lora_dropout",
+        "target_modules": "target_modules",
+    }
+
+    rank: int | None = field(default=None, metadata={"help": "Rank of LoRA; the mean rank that AdaLoRA ends with."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "The update is scaled by lora_alpha / rank."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout before the adapter."})
+    target_modules: Literal["all-linear"] | list[str] | None = field(
+        default=None, metadata={"help": "Modules with an adapter: kinds such as q_proj v_proj, or all-linear."}
+    )
+
+    def peft_class(self):
+        from peft import LoraConfig
+
+        return LoraConfig
+
+
+METHOD = LoRA

@@ -1,0 +1,48 @@
+"""MoFO (arXiv 2407.20999): in each step only the entries of each tensor with the largest momentum move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from hft.errors import HFTError
+from hft.methods.topk import TopK
+from hft.selection import Selection
+
+# Optimizers that keep a plain tensor of each parameter's momentum.
+MOMENTUM = ("adamw_torch", "adamw_torch_fused")
+
+
+@dataclass
+class MoFO(TopK):
+    """Momentum-filtered optimizer: the moments see the whole gradient; the momentum is that after this step's gradient.
+
+    Norms and biases move as a whole, as in the official optimizer. That one decays all weights in each step, ours only
+    those that move.
+    """
+
+    name: ClassVar[str] = "mofo"
+    description: ClassVar[str] = "of each matrix only the entries with the largest momentum move in a step"
+
+    def ranked(self, parameter: nn.Parameter) -> bool:
+        return parameter.ndim > 1
+
+    def after_step(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        state = optimizer.state[parameter]
+        return self.largest(state["exp_avg" if "exp_avg" in state else "momentum_buffer"])
+
+    def check_args(self, args: TrainingArguments) -> None:
+        if args.optim not in MOMENTUM:
+            raise HFTError(
+                f"mofo ranks by AdamW's momentum; set optim to {' or '.join(MOMENTUM)}, not {args.optim.value}"
+            )
+
+    def memory(self, selection: Selection) -> int:
+        return 4 * selection.num_with_optimizer_state
+
+
+METHOD = MoFO

@@ -1,0 +1,41 @@
+"""OSF (arXiv 2504.07097): the smaller singular directions of each matrix train, orthogonally to the larger ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from hft.methods.adapter import Adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass
+class OSF(Adapter):
+    """Its factors are taken from the weights as they are stored, and taken again when it is loaded."""
+
+    name: ClassVar[str] = "osf"
+    description: ClassVar[str] = "the smaller half of each matrix's singular directions trains"
+    upcasts_base: ClassVar[bool] = False
+    peft_names: ClassVar[dict[str, str]] = {"preserved_fraction": "effective_rank", "target_modules": "target_modules"}
+
+    preserved_fraction: float | None = field(
+        default=None, metadata={"help": "Fraction of each matrix's singular directions, the largest, that OSF keeps."}
+    )
+    target_modules: Literal["all-linear"] | list[str] | None = field(
+        default=None, metadata={"help": "Modules with an adapter: kinds such as q_proj v_proj, or all-linear."}
+    )
+
+    def num_held(self, model: PeftModel) -> int:
+        return sum(
+            buffer.numel() for name, buffer in model.named_buffers() if "osf" in name
+        )  # the factors as they were
+
+    def peft_class(self):
+        from peft import OSFConfig
+
+        return OSFConfig
+
+
+METHOD = OSF

@@ -1,0 +1,29 @@
+"""P-tuning v2 (arXiv 2110.07602; paper Table 5): trained keys and values before those of each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from hft.methods.adapter import Adapter
+
+
+@dataclass
+class PTuningV2(Adapter):
+    """A learned prefix. It reaches the layers as a cache, which activation checkpointing would drop."""
+
+    name: ClassVar[str] = "p-tuning-v2"
+    description: ClassVar[str] = "trained keys and values before those of each layer; SFT only"
+    learns_prompt: ClassVar[bool] = True
+    keeps_checkpointing: ClassVar[bool] = False
+    peft_names: ClassVar[dict[str, str]] = {"num_virtual_tokens": "num_virtual_tokens"}
+
+    num_virtual_tokens: int | None = field(default=None, metadata={"help": "Length of the prompt or prefix."})
+
+    def peft_class(self):
+        from peft import PrefixTuningConfig
+
+        return PrefixTuningConfig
+
+
+METHOD = PTuningV2

@@ -1,0 +1,68 @@
+"""Updates in which only the largest entries of each tensor move in a step: the base of MoFO and GMT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from hft.errors import HFTError
+from hft.methods.update import Update, was_skipped
+from hft.model.anatomy import Anatomy
+from hft.selection.ranking import largest
+
+
+@dataclass
+class TopK(Update):
+    """Only a fraction of the entries of each tensor moves in a step."""
+
+    top_fraction: float = field(metadata={"help": "Fraction of the entries of each tensor that move in a step."})
+
+    def __post_init__(self):
+        if not 0 < self.top_fraction <= 1:
+            raise HFTError(f"top_fraction must lie in 0..1 and above 0, got {self.top_fraction}")
+
+    def ranked(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter's entries are ranked; one that is not moves as a whole."""
+        return True
+
+    def before_step(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        """The entries that move, if that is known before the optimizer's step; may change the gradient."""
+        return None
+
+    def after_step(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        """The entries that move, where `before_step` did not say."""
+        raise NotImplementedError
+
+    def largest(self, values: torch.Tensor) -> torch.Tensor:
+        """A mask of the entries that are largest in magnitude; of equal ones those with the lowest flat index."""
+        return largest(values.abs(), max(1, round(self.top_fraction * values.numel())))
+
+    def callbacks(self, model: nn.Module, anatomy: Anatomy) -> list[TrainerCallback]:
+        return [MoveLargest(self)]
+
+
+class MoveLargest(TrainerCallback):
+    """Puts every other entry back after the step: it keeps its bits, whatever momentum and weight decay do.
+
+    That takes a copy of the trained weights during the step: 4 bytes per entry of an fp32 master.
+    """
+
+    def __init__(self, update: TopK):
+        self.update = update
+        self._before: dict[nn.Parameter, tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            if parameter.grad is not None and self.update.ranked(parameter):
+                self._before[parameter] = parameter.clone(), self.update.before_step(parameter)
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        for parameter, (before, moving) in () if was_skipped(optimizer) else self._before.items():
+            moving = self.update.after_step(parameter, optimizer) if moving is None else moving  # noqa: PLW2901
+            parameter.copy_(torch.where(moving, parameter, before))
+        self._before.clear()

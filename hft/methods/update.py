@@ -1,0 +1,80 @@
+"""What an update is: how the trained weights move, beside what the optimizer does."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainerCallback, TrainingArguments
+
+    from hft.model.anatomy import Anatomy
+    from hft.selection import Selection
+
+
+@dataclass
+class Update:
+    """A rule by which the trained weights move. The fields of a subclass are its keys; it defines `callbacks`.
+
+    Attributes:
+        name: as `update` in a method file has it.
+        description: one line.
+        shardable: whether it runs on the shards of FSDP2.
+    """
+
+    kind: ClassVar[str] = "update"
+    name: ClassVar[str]
+    description: ClassVar[str] = ""
+    shardable: ClassVar[bool] = False
+
+    def callbacks(self, model: nn.Module, anatomy: Anatomy) -> list[TrainerCallback]:
+        """What a trainer needs to move weights this way.
+
+        Args:
+            model: frozen, and still with the base's weights in the dtype they were loaded in.
+            anatomy: the model's.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define callbacks")
+
+    def check(self, model: nn.Module, selection: Selection) -> None:
+        """Refuse a model, which may be on `meta`, that it cannot work with.
+
+        Raises:
+            HFTError: it is such a model.
+        """
+
+    def check_args(self, args: TrainingArguments) -> None:
+        """Refuse settings of the trainer that would silently change the method.
+
+        Raises:
+            HFTError: there is such a setting.
+        """
+
+    def memory(self, selection: Selection) -> int:
+        """Bytes beside weights, gradients and optimizer state."""
+        return 0
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest keeps: the name and the keys."""
+        return {"update": self.name} | {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def copies(model: nn.Module, names: set[str] | None = None) -> dict[str, torch.Tensor]:
+    """Copies of the trained parameters, or of those among given names, in the dtype they have now."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and (names is None or name in names)}
+    return {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+
+def to_devices_of(start: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Move each starting weight to the device that the parameter of its name is on by now."""
+    for name, parameter in model.named_parameters():
+        if name in start:
+            start[name] = start[name].to(parameter.device)
+
+
+def was_skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether fp16's gradient scaler skipped the last step, since a gradient was infinite."""
+    return getattr(optimizer, "step_was_skipped", False)

@@ -1,0 +1,47 @@
+"""Loads a base in the dtype its weights are stored in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, TrainingArguments
+
+from hft.errors import HFTError, reason
+from hft.model.anatomy import architecture_of, meta_model
+from hft.model.weights import Weights, local_folder, widest
+
+
+def load_base(name: str, args: TrainingArguments, **more: Any) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
+    """Load a base in the dtype that its weights are stored in, whatever its config says.
+
+    Args:
+        name: path or Hub id.
+        args: its `model_init_kwargs` go to `from_pretrained`; a `dtype` among them wins.
+        more: goes to `from_pretrained` too.
+
+    Returns:
+        The model, and the dtype on disk of each of its parameters. Stored tensors that are not parameters, such as the
+        fp32 `rotary_emb.inv_freq` in Llama-2's files, do not count. Parameters that are stored in another form, such
+        as experts one by one, have the widest dtype on disk.
+
+    Raises:
+        HFTError: a `dtype` that would round the weights, or transformers cannot load them.
+    """
+    init_kwargs = (args.model_init_kwargs or {}) | more
+    folder = local_folder(name, init_kwargs.get("revision"))
+    config = AutoConfig.from_pretrained(folder)
+    parameters = dict(meta_model(config).named_parameters())
+    on_disk = Weights(folder).dtypes()
+    stored = {name: dtype for name, dtype in on_disk.items() if name in parameters}
+    other_form = parameters.keys() - stored.keys()
+    needed = widest((on_disk if other_form else stored).values())
+    stored |= dict.fromkeys(other_form, needed)
+    asked = init_kwargs.setdefault("dtype", needed)
+    asked = getattr(torch, asked, needed) if isinstance(asked, str) else asked
+    if torch.promote_types(asked, needed) != asked:
+        raise HFTError(f"dtype {asked} would round the base, which is stored in {needed}; leave it out")
+    try:
+        return architecture_of(config).from_pretrained(name, **init_kwargs), stored
+    except (OSError, ValueError, RuntimeError) as error:
+        raise HFTError(f"cannot load {name}: {reason(error)}") from error

@@ -1,0 +1,43 @@
+"""The checkpoints of a run, and which of them it can resume from."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from hft.record.manifest import MANIFEST_NAME
+
+# As Trainer names them; transformers.trainer_utils has the constants, and importing it loads peft.
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+TRAINER_STATE = "trainer_state.json"
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first, complete or not."""
+    found = [path for path in Path(folder).glob("*") if CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def is_checkpoint(folder: Path, out: str | Path) -> bool:
+    """Whether a folder is a checkpoint of the run in `out`."""
+    return folder.parent == Path(out) and CHECKPOINT.fullmatch(folder.name) is not None
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The last complete checkpoint in a folder, or None.
+
+    The trainer writes its state after everything else, so a checkpoint without it was cut off.
+    """
+    for checkpoint in reversed(checkpoints(folder)):
+        if (checkpoint / MANIFEST_NAME).exists() and _is_json(checkpoint / TRAINER_STATE):
+            return str(checkpoint)
+    return None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True

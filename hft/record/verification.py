@@ -1,0 +1,300 @@
+"""Proof that what a manifest calls frozen is bit-identical to the base, and that the manifest leaves nothing out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from hft.errors import HFTError, shorten
+from hft.model.anatomy import meta_model
+from hft.model.weights import as_bytes, checksum, local_folder, weights_of
+from hft.record.manifest import MANIFEST_NAME, Manifest
+from hft.selection.masks import MASKS_NAME, Mask, frozen_values, load_masks
+
+ADAPTER_NAME = "adapter_model.safetensors"  # peft.utils.SAFETENSORS_WEIGHTS_NAME, without importing peft
+
+
+@dataclass
+class Verification:
+    """What `verify` found; each list holds tensor names.
+
+    Attributes:
+        against: what the frozen tensors were compared with.
+        identical: frozen and bit-identical to the base.
+        broken: frozen, yet different from the base, or missing, with the reason.
+        changed: trained and different from the base.
+        unchanged: trained, yet bit-identical to the base: nothing wrong, but worth a look.
+        lost: parameters that the base has, or that trained, and that are missing from the checkpoint.
+        parts: those among `identical` that are frozen in part and were compared there.
+        unlisted: parameters of the checkpoint that the manifest lists neither as frozen nor as trained.
+        not_finite: trained tensors that hold NaN or infinity.
+    """
+
+    against: str
+    identical: list[str] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
+    changed: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
+    unlisted: list[str] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not (self.broken or self.lost or self.unlisted)
+
+    @property
+    def num_wrong(self) -> int:
+        return len(self.broken) + len(self.lost) + len(self.unlisted)
+
+    def count(self, part: str = "part") -> str:
+        """How many of the frozen tensors are identical, in words."""
+        parts = f", {len(self.parts)} of them {part} of a tensor" if self.parts else ""
+        total = len(self.identical) + len(self.broken)
+        return f"{len(self.identical)} of {total} tensors bit-identical to {self.against}{parts}"
+
+    def findings(self) -> list[str]:
+        """One line for each of the first tensors that something is wrong with."""
+        broken = [f"  MISMATCH {name}: {why}" for name, why in list(self.broken.items())[:10]]
+        lost = [f"  MISSING {name}" for name in self.lost[:10]]
+        unlisted = [f"  UNLISTED {name}: the manifest says neither frozen nor trained" for name in self.unlisted[:10]]
+        return [*broken, *lost, *unlisted]
+
+    def report(self) -> str:
+        """The result in words, one finding per line."""
+        trained = len(self.changed) + len(self.unchanged)
+        lines = [
+            "frozen:  " + self.count("the frozen part"),
+            f"trained: {len(self.changed)} of {trained} tensors changed"
+            if trained
+            else "trained: not compared, the base was not found",
+        ]
+        if self.unchanged:
+            lines.append(f"  bit-identical to the base though trained: {shorten(self.unchanged, most=3)}")
+        if self.unchanged and not self.changed:
+            lines.append("  WARNING: nothing has moved; is the learning rate too low for the dtype?")
+        if self.not_finite:
+            lines.append(f"  WARNING: NaN or infinity in {shorten(self.not_finite, most=3)}")
+        return "\n".join([*lines, *self.findings(), _verdict(self.num_wrong)])
+
+
+@dataclass
+class ResetVerification:
+    """What `verify` found of a Half-Reset, in which nothing has trained.
+
+    Attributes:
+        back: what went back to the base, compared with it.
+        kept: what stayed, compared with the tuned model; None if that was not found.
+        tuned: the tuned model in words.
+    """
+
+    back: Verification
+    kept: Verification | None
+    tuned: str
+
+    @property
+    def ok(self) -> bool:
+        return self.back.ok and (self.kept is None or self.kept.ok)
+
+    def report(self) -> str:
+        """The result in words, one finding per line."""
+        halves = [self.back, *([self.kept] if self.kept else [])]
+        lines = [
+            "reset: " + self.back.count(),
+            f"tuned: {self.kept.count()}" if self.kept else f"tuned: not compared, {self.tuned} was not found",
+            *(line for half in halves for line in half.findings()),
+            _verdict(sum(half.num_wrong for half in halves)),
+        ]
+        return "\n".join(lines)
+
+
+def _verdict(wrong: int) -> str:
+    return f"verify FAILED: {wrong} tensors differ, are missing or are not listed" if wrong else "verify passed"
+
+
+def verify(
+    out: Mapping[str, torch.Tensor],
+    frozen: Mapping[str, str],
+    trained: Iterable[str],
+    base: Mapping[str, torch.Tensor] | None,
+    *,
+    masks: Mapping[str, Mask] | None = None,
+    against: str = "the base",
+) -> Verification:
+    """Compare a fine-tuned checkpoint with its base, tensor by tensor.
+
+    Args:
+        out: the fine-tuned checkpoint.
+        frozen: checksum of each wholly or partly frozen tensor, as the manifest has it; empty if there is none, and
+            only the base is there to compare with.
+        trained: names of the tensors that train wholly or in part, as the manifest has them.
+        base: the checkpoint it started from; without it the frozen tensors are compared with the checksums alone.
+        masks: of each partly frozen tensor, which elements are frozen.
+        against: the base in words.
+    """
+    masks = masks or {}
+    result = Verification(against=against if base is not None else "the manifest's checksums")
+    for name in tqdm(frozen, desc="verifying what is frozen", unit="tensor", leave=False):
+        if why := _why_broken(name, frozen[name], out, base, masks.get(name)):
+            result.broken[name] = why
+        else:
+            result.identical.append(name)
+            result.parts += [name] if name in masks else []
+    for name in tqdm(trained, desc="verifying what trained", unit="tensor", leave=False):
+        if name not in out:
+            result.lost.append(name)
+            continue
+        ours = out[name]
+        if ours.is_floating_point() and not ours.isfinite().all():
+            result.not_finite.append(name)
+        if base is not None and name in base:
+            (result.unchanged if _same(ours, base[name]) else result.changed).append(name)
+    return result
+
+
+def _why_broken(
+    name: str,
+    digest: str,
+    out: Mapping[str, torch.Tensor],
+    base: Mapping[str, torch.Tensor] | None,
+    mask: Mask | None,
+) -> str | None:
+    if name not in out:
+        return "missing from the checkpoint"
+    ours = frozen_values(out[name], mask)
+    if base is None:
+        return None if checksum(ours) == digest else "its checksum is not the manifest's"
+    if name not in base:
+        return "missing from the base"
+    theirs = frozen_values(base[name], mask)
+    if digest and checksum(theirs) != digest:
+        return "the base's tensor is not the one that the manifest was written for"
+    return None if _same(ours, theirs) else _difference(ours, theirs)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bytes(a), as_bytes(b))
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> str:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return f"{a.dtype} {tuple(a.shape)}, in the base {b.dtype} {tuple(b.shape)}"
+    count = int((as_bytes(a) != as_bytes(b)).sum())
+    return f"{count} of {as_bytes(a).numel()} bytes differ, by at most {(a.double() - b.double()).abs().max():.3g}"
+
+
+def verify_folder(out: str | Path, base: str | None = None) -> Verification | ResetVerification:
+    """Compare an output folder's frozen half with its base, or with the manifest's checksums if the base is gone.
+
+    The other half of a Half-Reset is compared with the tuned model, if that is found.
+
+    Raises:
+        HFTError: the folder, or a base given by name, cannot be read.
+    """
+    out, manifest = Path(out), Manifest.load(out)
+    compared = manifest.frozen_checksums if manifest.is_adapter else _listed(manifest)
+    try:
+        folder = local_folder(base) if base else local_folder(manifest.base, manifest.revision)
+        base_weights = weights_of(folder, compared)
+    except HFTError:
+        if base:
+            raise
+        folder, base_weights = out, None
+    if manifest.is_adapter:
+        return verify_adapter(out, manifest, base_weights)
+    masks, ours = masks_of(out, manifest), weights_of(out, _listed(manifest))
+    frozen, trained = manifest.frozen_checksums, manifest.trained_parameters
+    found = verify(
+        ours, frozen, () if manifest.tuned else trained, base_weights, masks=masks, against=_short_path(folder)
+    )
+    found.unlisted, missing = not_listed(out, manifest, ours, base_weights or {})
+    found.lost += [name for name in missing if name not in found.lost]
+    if not manifest.tuned:
+        return found
+    try:
+        folder = local_folder(manifest.tuned)
+        tuned = weights_of(folder, trained)
+    except HFTError:
+        return ResetVerification(found, None, manifest.tuned)
+    others = {name: ~mask for name, mask in masks.items()}
+    kept = verify(ours, dict.fromkeys(trained, ""), (), tuned, masks=others, against=_short_path(folder))
+    return ResetVerification(found, kept, manifest.tuned)
+
+
+def not_listed(
+    out: Path, manifest: Manifest, ours: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor]
+) -> tuple[list[str], list[str]]:
+    """Parameters that the manifest's lists leave out: those in the checkpoint, and those only in the base.
+
+    Buffers, which some checkpoints store, and a tied head are not parameters of their own.
+    """
+    listed = set(_listed(manifest))
+    if not (unknown := (ours.keys() | base.keys()) - listed):
+        return [], []
+    from transformers import AutoConfig
+
+    parameters = {name for name, _ in meta_model(AutoConfig.from_pretrained(out)).named_parameters()}
+    unknown = sorted(unknown & parameters)
+    return [name for name in unknown if name in ours], [name for name in unknown if name not in ours]
+
+
+def verify_adapter(out: Path, manifest: Manifest, base: Mapping[str, torch.Tensor] | None) -> Verification:
+    """Compare an adapter's base with the checksums it was trained with: it is not in the folder, and must not change.
+
+    Raises:
+        HFTError: the base was not found; the adapter is useless without it.
+    """
+    if base is None:
+        raise HFTError(f"{manifest.base}, the base of {out}, was not found; name it with --base")
+    found = verify(base, manifest.frozen_checksums, (), None)
+    moved, trained = set(manifest.moved), set(manifest.trained_parameters)
+    found.changed, found.unchanged = sorted(moved & trained), sorted(trained - moved)
+    found.broken |= dict.fromkeys(sorted(moved - trained), "changed in memory while the adapter was trained")
+    found.lost = [] if (out / ADAPTER_NAME).exists() else [ADAPTER_NAME]
+    return found
+
+
+def check_base(base: str) -> None:
+    """Compare a base that is an earlier run's output with its own manifest.
+
+    Raises:
+        HFTError: its frozen tensors are not those that the manifest describes, so its rounds are unknown.
+    """
+    if not (Path(base) / MANIFEST_NAME).exists():
+        return
+    manifest = Manifest.load(base)
+    weights, masks = weights_of(base, _listed(manifest)), masks_of(Path(base), manifest)
+    found = verify(weights, manifest.frozen_checksums, manifest.trained_parameters, None, masks=masks)
+    if not found.ok:
+        wrong = [*found.broken, *found.lost][0]
+        raise HFTError(
+            f"{base} does not match its {MANIFEST_NAME}: {wrong} differs; put back the model that the manifest was "
+            "written for, or remove the manifest to start a new sequence"
+        )
+
+
+def masks_of(folder: Path, manifest: Manifest) -> dict[str, Mask]:
+    """The masks of a folder's partly frozen tensors; empty if there are none.
+
+    Raises:
+        HFTError: they are missing, or not those that its manifest was written with.
+    """
+    masks = load_masks(folder) if manifest.masks else {}
+    for name, digest in manifest.masks.items():
+        if name not in masks or masks[name].digest() != digest:
+            raise HFTError(f"{folder / MASKS_NAME} is not the one that the manifest was written with: {name} differs")
+    return masks
+
+
+def _listed(manifest: Manifest) -> list[str]:
+    return list(dict.fromkeys([*manifest.frozen_checksums, *manifest.trained_parameters]))
+
+
+def _short_path(folder: Path) -> str:
+    return min(str(folder), os.path.relpath(folder), key=len)

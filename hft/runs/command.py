@@ -1,0 +1,95 @@
+"""`hft sft`, `hft dpo` and `hft plan`: a command line in, an exit status out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hft.config import to_yaml
+from hft.machine import indented, leave_process_group, say
+from hft.record.manifest import Manifest
+from hft.record.verification import ADAPTER_NAME
+from hft.runs.config import parse_config
+from hft.runs.objective import OBJECTIVES
+from hft.runs.plan import make_plan
+from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, RunResult
+from hft.runs.train import train
+from hft.selection.policies import DRAWN
+
+
+def main(objective: str, arguments: Sequence[str], *, stop: bool = False) -> int:
+    """Plan, print the plan, and train.
+
+    Args:
+        objective: `sft` or `dpo`.
+        arguments: `--config RECIPE.yaml [METHOD.yaml ...] [--key value ...]`.
+        stop: stop once the plan is printed.
+
+    Returns:
+        The exit status: 0, or 1 if a frozen tensor is not what it was.
+
+    Raises:
+        HFTError: the run cannot be made as asked.
+    """
+    config = parse_config(objective, arguments)
+    say("resolved config", indented(to_yaml(config.values)))
+    plan = make_plan(config)
+    say(plan.report())
+    if stop or config.run.dry_run:
+        say(*([f"it does not fit here: {plan.misfit}"] if plan.misfit else []))
+        say(f"stopped here: no weights were loaded, nothing was written to {plan.out}")
+        return 0
+    result = train(plan)
+    say("", summary(result, plan.out))
+    leave_process_group()
+    return 0 if result.ok else 1
+
+
+def sft(arguments: Sequence[str]) -> int:
+    return main("sft", arguments)
+
+
+def dpo(arguments: Sequence[str]) -> int:
+    return main("dpo", arguments)
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Print what a command would do, and stop."""
+    parser = argparse.ArgumentParser(prog="hft plan", description="Print what a command would do, and stop.")
+    parser.add_argument("objective", choices=OBJECTIVES, help="the command; its own words follow")
+    return main(parser.parse_args(arguments[:1]).objective, arguments[1:], stop=True)
+
+
+def summary(result: RunResult, out: Path) -> str:
+    """The end of a run in words: what came out, where it is, what to try next."""
+    losses = [result.first_loss, result.last_loss]
+    metrics = [("training loss", losses)] if None not in losses else []
+    metrics += [(f"held-out {name}", values) for name, values in result.held_out.items()]
+    changes = "\n".join(f"  {name:28} {' -> '.join(f'{value:.4f}' for value in values)}" for name, values in metrics)
+    hft = sys.argv[0] if Path(sys.argv[0]).name == "hft" else "hft"  # as it was called, to be called again
+    again = f"{hft} {result.objective} --config {out}/{CONFIG_NAME}"
+    model = "model.safetensors       the model; loads in plain transformers"
+    picture = f"  {PICTURE_NAME}           the selection as a picture\n"
+    others = f"\n  {again} recipes/methods/fft.yaml --output_dir NEW  # everything trains"
+    if Manifest.load(out).selection.get("policy") in DRAWN:
+        others = f"\n  {again} --output_dir NEW --selection_seed 1  # another half{others}"
+    if (out / ADAPTER_NAME).exists():
+        model, picture = f"{ADAPTER_NAME}  the adapter; loads in plain peft", ""
+        others += f"\n  {hft} merge --method adapter --models {out} --out NEW  # a plain model"
+    return f"""\
+result
+  {result.steps} steps
+{changes}
+  {result.tokens_per_second or 0:,.0f} tokens/s, peak memory {result.peak_memory_gb} GB
+
+{out}/
+  {model}
+  hft_manifest.json       what was frozen, with checksums
+{picture}  {CONFIG_NAME}             the resolved config
+  {RESULTS_NAME}            the numbers above
+
+try next
+  {hft} verify {out}
+  {again} --output_dir NEW  # the same run again{others}"""

@@ -1,0 +1,180 @@
+"""The config of one run: recipe, method and flags as one typed value, with its name and folder."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hft.config import Given, Keys, RunConfig, fill, read_arguments, read_yaml
+from hft.errors import HFTError
+from hft.methods import Method, all_classes, classes_of, method_of, owners_of
+from hft.record.manifest import rounds_so_far
+from hft.runs.objective import OBJECTIVES, config_class
+from hft.selection import SelectionConfig
+
+# What our commands set differently from TRL; a recipe or a flag still wins.
+DEFAULTS = {
+    "report_to": "wandb",
+    "resume_from_checkpoint": "auto",  # rerunning a command resumes a killed run
+    "include_num_input_tokens_seen": "non_padding",  # so that Trainer logs tokens per second
+}
+# Keys that say where and how to run, not what: they neither name a run nor make it a different one.
+NEUTRAL_KEYS = ("output_dir", "run_name", "report_to", "resume_from_checkpoint", "dry_run", "use_cpu", "bf16")
+# transformers is renaming these; a recipe may have the one name and a flag the other.
+ALIASES = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
+TEMPLATES = Path(__file__).parents[1] / "demo" / "templates"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A resolved config.
+
+    Attributes:
+        objective: `sft` or `dpo`.
+        values: every key that was given or has a default of ours, typed; what `config.yaml` holds.
+        run: model, data, batch and names.
+        method: how parameters change.
+    """
+
+    objective: str
+    values: dict[str, Any]
+    run: RunConfig
+    method: Method
+
+    @property
+    def out(self) -> Path:
+        """The run's folder."""
+        return Path(self.values["output_dir"])
+
+
+def load_config(objective: str, *files: str | Path, **flags: Any) -> Config:
+    """The config of a run from YAML files and keys; later files win, then the keys.
+
+    Raises:
+        HFTError: an unknown key, a value of the wrong type, keys that exclude each other, or an unreadable file.
+    """
+    return resolve_config(objective, Given([str(f) for f in files], [read_yaml(f) for f in files], flags))
+
+
+def parse_config(objective: str, arguments: Sequence[str]) -> Config:
+    """The config of a run from a command line: `--config RECIPE.yaml [METHOD.yaml ...] [--key value ...]`."""
+    description = f"Train with {objective.upper()}: a recipe, a method, and flags."
+    groups = {
+        "run": (RunConfig,),
+        "selection": (SelectionConfig,),
+        **{f"{cls.kind} {cls.name}: {cls.description}": (cls,) for cls in all_classes()},
+    }
+    if {"-h", "--help"} & set(arguments):
+        groups["TRL and transformers"] = (config_class(objective),)
+    return resolve_config(objective, read_arguments(arguments, f"hft {objective}", description, groups))
+
+
+def resolve_config(objective: str, given: Given) -> Config:
+    """Type and check all keys, and complete them with defaults, round, name and folder."""
+    values, flags = given.resolve(keys_of(objective, given.raw))
+    if not values.get("model_name_or_path") or not values.get("dataset_name"):
+        raise HFTError("model_name_or_path and dataset_name are needed: give a recipe with --config, or both as flags")
+    values = DEFAULTS | values
+    if "model_name_or_path" in flags and "architecture" not in flags:
+        values.pop("architecture", None)  # the recipe's is that of the recipe's model
+    if "learning_rate" in flags and "learning_rate_factor" in values:
+        values["learning_rate_factor"] = 1.0
+    check_base_is_a_model(values["model_name_or_path"])
+    method = method_of(values)
+    if not method.adapter and (rounds := rounds_so_far(values["model_name_or_path"])):
+        values = {"round": rounds[-1]["selection"]["round"] + 1} | values
+        method = method_of(values)
+    values["run_name"] = run_name(objective, values, flags, given.files)
+    values = {"output_dir": f"runs/{values['run_name']}", **values}
+    run = fill(RunConfig, values)
+    return Config(objective, {key: value for key, value in values.items() if key != "dry_run"}, run, method)
+
+
+def keys_of(objective: str, raw: dict[str, Any]) -> Keys:
+    """The keys of an objective's config, given the keys so far, which name the method."""
+    config = config_class(objective)
+    own = (RunConfig, SelectionConfig, *classes_of(raw), config)
+    selectors = {"method", "schedule", "update", "adapter"}
+    replaced = selectors | {f.name for cls in (SelectionConfig, *all_classes()) for f in fields(cls)}
+
+    def explain(key: str) -> str | None:
+        if owners := owners_of(key):
+            return f"{key} is a key of {owners}; remove it, or give that method"
+        others = [other for other in OBJECTIVES if key in {f.name for f in fields(config_class(other))}]
+        return f"{key!r} is a key of {others[0]}, not of {objective}" if others else None
+
+    return Keys(own, explain, frozenset(replaced - {"selection_seed", "round"}), ALIASES)
+
+
+def run_name(objective: str, values: dict[str, Any], flags: dict[str, Any], files: Sequence[str]) -> str:
+    """The name of a run: that of the output folder if one is given, else recipe, objective, method and flags.
+
+    Each flag that makes the run a different one is in the name, so that the same command finds its folder again and
+    another command never writes into it.
+    """
+    if "output_dir" in flags and "run_name" not in flags:
+        return Path(flags["output_dir"]).name
+    if "run_name" in values:
+        return values["run_name"]
+    source = Path(files[0]).resolve().parent.name if files else Path(values["model_name_or_path"]).name
+    name = "-".join([source, objective, values.get("method") or "hft"])
+    told = {key: _shorten(value) for key, value in flags.items() if key not in NEUTRAL_KEYS}
+    name += "".join(f"-from-{v}" if k == "model_name_or_path" else f"-{k}={v}" for k, v in told.items())
+    if len(name) > 120:  # most file systems stop at 255 bytes
+        name = name[:110] + "-" + hashlib.sha256(name.encode()).hexdigest()[:9]
+    return name
+
+
+def _shorten(value: Any) -> str:
+    text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
+    return re.sub(r"[^A-Za-z0-9._+-]", "_", text.rstrip("/").rpartition("/")[2])
+
+
+def check_base_is_a_model(base: str) -> None:
+    """Refuse an adapter's folder as the base."""
+    if (Path(base) / "adapter_config.json").exists():
+        raise HFTError(
+            f"{base} is an adapter, not a model; `hft merge --method adapter --models {base} --out NEW` makes it one"
+        )
+
+
+def find_template(name: str) -> str:
+    """The path of a chat template: a file, or one that comes with the package.
+
+    Returns:
+        The path; the name itself if it is not a template file, since TRL also takes a model's.
+
+    Raises:
+        HFTError: it names a template file that does not exist.
+    """
+    packaged = TEMPLATES / Path(name).name
+    if Path(name).is_file() or not name.endswith((".jinja", ".j2")):
+        return name
+    if packaged.is_file():
+        return str(packaged)
+    known = ", ".join(sorted(path.name for path in TEMPLATES.glob("*.jinja")))
+    raise HFTError(f"chat template {name} not found; give a file, or one that comes with hft: {known}")
+
+
+@functools.cache
+def _template_text(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The values that a run saved, also an earlier version's, under the names that its keys have now."""
+    values = read_yaml(path)
+    return {ALIASES.get(key, key): value for key, value in values.items()}
+
+
+def comparable(values: dict[str, Any]) -> dict[str, Any]:
+    """What makes two runs' settings different: no neutral keys, and a template by its text instead of its path."""
+    settings = {key: value for key, value in values.items() if key not in NEUTRAL_KEYS and value is not None}
+    if (template := settings.get("chat_template_path")) and Path(find_template(template)).is_file():
+        settings["chat_template_path"] = _template_text(find_template(template))
+    return settings

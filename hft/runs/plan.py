@@ -1,0 +1,350 @@
+"""What a run will do, known before any weights are loaded and before anything is written."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hft.config import fill, to_yaml
+from hft.errors import HFTError, reason
+from hft.machine import broadcast, cpu_has_bfloat16, indented, is_main, is_sharded, world_size
+from hft.planning.memory import Memory, memory_of, why_it_does_not_fit
+from hft.record.checkpoints import last_checkpoint
+from hft.record.identity import check_same_run, differences
+from hft.record.manifest import Manifest, identity_of
+from hft.record.verification import check_base
+from hft.runs.config import Config, comparable, find_template, read_config
+from hft.runs.objective import config_class, in_pairs, rows_of
+from hft.runs.result import CONFIG_NAME, RESULTS_NAME
+from hft.selection import Selection
+from hft.selection.policies import DEFERRED, placeholder_selection
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+
+    from hft.data import LoadedData
+    from hft.methods.adapter import AdapterFootprint
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run, checked and ready to start.
+
+    Attributes:
+        config: the resolved config.
+        selection: what trains, or a placeholder of its size if the policy looks at weights; or an adapter's footprint.
+        memory: bytes per device before activations.
+        misfit: a sentence if this machine cannot hold the run; then nothing below is known.
+        args: TRL's config.
+        machine: settings that this machine decided.
+        tokenizer: the base's.
+        data: the rows to train and to evaluate on.
+        resume_from: the checkpoint that the run resumes from, if there is one.
+        is_finished: whether the folder holds this very run, finished.
+        notes: what is worth knowing, one sentence each.
+    """
+
+    config: Config
+    selection: Selection | AdapterFootprint
+    memory: Memory
+    misfit: str | None = None
+    args: TrainingArguments | None = None
+    machine: dict[str, Any] = field(default_factory=dict)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    data: LoadedData | None = None
+    resume_from: str | None = None
+    is_finished: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def out(self) -> Path:
+        """The run's folder."""
+        return self.config.out
+
+    @property
+    def global_batch(self) -> int:
+        """Rows per step, over all processes."""
+        args = self.args
+        return args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of the whole run; None if rows are packed and nothing but the packed rows tell."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        if getattr(self.args, "packing", False):
+            return None
+        return math.ceil(self.args.num_train_epochs * math.ceil(len(self.data.train) / self.global_batch))
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether the selection is a placeholder until the base is loaded."""
+        return isinstance(self.selection, Selection) and self.selection.config.policy in DEFERRED
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes another run the same as this one (`hft.record.manifest.identity_of`)."""
+        method, data = self.config.method, self.data.fingerprint if self.data else None
+        update, schedule = (part.record() if part else None for part in (method.update, method.schedule))
+        return identity_of(self.selection.record(), update, schedule, data)
+
+    def report(self) -> str:
+        """The plan in words: selection, memory, batch, steps and tokens, schedule, notes."""
+        blocks = [("selection", self.selection.summary()), ("memory", self.memory.table())]
+        if self.machine:
+            blocks.append(("on this machine", to_yaml(self.machine).rstrip()))
+        if self.args and self.data:
+            blocks.append(("plan", describe_steps(self)))
+        schedule = self.config.method.schedule
+        if schedule and self.data and self.steps:
+            blocks.append(("schedule", schedule.describe(self.selection, self.steps).rstrip()))
+        if self.notes:
+            blocks.append(("notes", "\n".join(self.notes)))
+        return "\n".join(f"{title}\n{indented(text)}\n" for title, text in blocks)
+
+
+def make_plan(config: Config) -> RunPlan:
+    """Plan a run: selection, memory, data, steps and folder. Loads no weights, writes nothing, prints nothing.
+
+    Raises:
+        HFTError: the run cannot be made as asked, whatever the machine.
+    """
+    objective, method = config.objective, config.method
+    selection = plan_selection(config, load_model_config(config))
+    shards = world_size() if is_sharded() or config.values.get("fsdp") else 1
+    reference = in_pairs(objective) and not config.values.get("precompute_ref_log_probs")
+    memory = memory_of(method, selection, reference=reference, shards=shards, processes=world_size())
+    plan = RunPlan(config, selection, memory)
+    use_cpu = bool(config.values.get("use_cpu"))
+    if misfit := why_it_does_not_fit(method, selection, reference=reference, shards=shards, use_cpu=use_cpu):
+        return replace(plan, misfit=misfit)
+
+    tokenizer, machine = load_tokenizer(config), machine_settings(config.values)
+    args, notes = training_arguments(config, machine)
+    check_output(config)
+    with args.main_process_first(desc="loading the data"):
+        from hft.data import load_data
+
+        data = load_data(config.run, rows_of(objective), evaluate=args.eval_strategy != "no")
+    plan = replace(plan, args=args, machine=machine, tokenizer=tokenizer, data=data, notes=[*notes, *data.notes])
+    # One process looks and decides for all, since it also writes to the folder that the others would look at.
+    found = broadcast(look_into_folder(plan) if is_main() else None)
+    return replace(plan, **(found | {"notes": [*plan.notes, *found["notes"]]}))
+
+
+def plan_selection(config: Config, model_config: PretrainedConfig) -> Selection | AdapterFootprint:
+    """What will train, as far as it is known before the base is loaded.
+
+    Raises:
+        HFTError: a selection that cannot be made, or a method that does not go with it or with the model.
+    """
+    from hft.model.anatomy import anatomy_of, meta_model
+    from hft.selection.importance import check_linear
+
+    method = config.method
+    if method.adapter:
+        return method.adapter.footprint(model_config)
+    model = meta_model(model_config)
+    selection = placeholder_selection(anatomy_of(model), method.selection)
+    if method.selection.policy == "importance":
+        check_linear(model, selection.anatomy)
+        if not (method.selection.importance_data and method.selection.importance_rows):
+            raise HFTError(
+                "the importance policy scores the base on general text: give --importance_data, --importance_rows"
+            )
+    if method.schedule:
+        method.schedule.check(selection)
+    if method.update:
+        method.update.check(model, selection)
+    return selection
+
+
+def load_model_config(config: Config) -> PretrainedConfig:
+    """The base's config, from the recipe's `architecture` folder if it has one.
+
+    Raises:
+        HFTError: it cannot be loaded, or the model is quantized.
+    """
+    from transformers import AutoConfig
+
+    source = config.run.model_name_or_path
+    if config.run.architecture and not Path(source).is_dir():
+        source = config.run.architecture
+    try:
+        model_config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        hint = f"; `hft fetch {Path(source).name}` makes it" if source.startswith("models/") else ""
+        raise HFTError(f"cannot read the config of {source}: {reason(error)}{hint}") from error
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise HFTError(f"{source} is quantized; half fine-tuning trains the weights themselves, give the original")
+    return model_config
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with the recipe's padding token and chat template.
+
+    Raises:
+        HFTError: it cannot be loaded; neither it nor the recipe has a chat template; or the recipe's padding token is
+            not in the vocabulary, where adding one would resize the embeddings.
+    """
+    from transformers import AutoTokenizer
+
+    base, template = config.run.model_name_or_path, config.run.chat_template_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise HFTError(f"cannot load the tokenizer of {base}: {reason(error)}") from error
+    if template and Path(find_template(template)).is_file():
+        tokenizer.chat_template = Path(find_template(template)).read_text(encoding="utf-8")
+    elif not tokenizer.chat_template and not template:
+        raise HFTError(f"{base} has no chat template: give --chat_template_path, or start from an SFT run")
+    if token := config.run.tokenizer_pad_token:
+        if token not in tokenizer.get_vocab():
+            raise HFTError(f"tokenizer_pad_token {token!r} is not in the vocabulary of {base}")
+        tokenizer.pad_token = token
+    return tokenizer
+
+
+def machine_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings that the machine decides where the config does not: CPU or not, bf16 or not."""
+    import torch
+
+    on_cpu = values.get("use_cpu") or not torch.accelerator.is_available()
+    settings = {"use_cpu": True, "bf16": cpu_has_bfloat16()} if on_cpu else {}
+    return {key: value for key, value in settings.items() if values.get(key) is None}
+
+
+def training_arguments(config: Config, machine: dict[str, Any]) -> tuple[TrainingArguments, list[str]]:
+    """TRL's config, with the batch, the learning rate and the template that ours come to; and notes about them.
+
+    Raises:
+        HFTError: TRL refuses a value, or the method cannot work with one.
+    """
+    cls, values = config_class(config.objective), dict(config.values)
+    batch = accumulation_steps(values, cls.per_device_train_batch_size)
+    rate, notes = learning_rate(values, cls.learning_rate)
+    if values.get("max_steps", -1) > 0 and "num_train_epochs" in values:
+        notes.append(f"max_steps {values['max_steps']} overrides num_train_epochs {values['num_train_epochs']:g}")
+    if "chat_template_path" in values:
+        values["chat_template_path"] = find_template(values["chat_template_path"])
+    args = fill(cls, values | machine | batch | rate)
+    if args.n_gpu > 1:  # Trainer would wrap the model in DataParallel and multiply the batch
+        raise HFTError("several GPUs are visible to one process: use `accelerate launch`, or CUDA_VISIBLE_DEVICES=0")
+    config.method.check_args(args, pairs=in_pairs(config.objective))
+    if in_pairs(config.objective) and not config.method.adapter:
+        from hft.training.dpo import check_reference
+
+        check_reference(args)
+    return args, notes
+
+
+def accumulation_steps(values: dict[str, Any], default: int) -> dict[str, int]:
+    """Gradient accumulation that makes the global batch what the recipe says; `default` rows per device.
+
+    Raises:
+        HFTError: the rows per step are not a multiple of rows per device times processes.
+    """
+    total = values.get("global_batch_size")
+    if total is None:
+        return {}
+    if "gradient_accumulation_steps" in values:
+        raise HFTError("gradient_accumulation_steps is derived from global_batch_size; give only one of them")
+    per_device = values.get("per_device_train_batch_size") or default
+    accumulation, remainder = divmod(total, per_device * world_size())
+    if remainder or not accumulation:
+        raise HFTError(
+            f"global_batch_size {total} is not a multiple of {per_device} rows per device x {world_size()} processes; "
+            "change --per_device_train_batch_size"
+        )
+    return {"gradient_accumulation_steps": accumulation}
+
+
+def learning_rate(values: dict[str, Any], default: float) -> tuple[dict[str, float], list[str]]:
+    """The learning rate of an adapter, whose method file gives it as a multiple of the recipe's; and a note."""
+    factor, rate = values.get("learning_rate_factor", 1.0), values.get("learning_rate", default)
+    if factor == 1.0:
+        return {}, []
+    return {"learning_rate": rate * factor}, [
+        f"learning rate {rate * factor:g}: {factor:g} times the recipe's {rate:g}"
+    ]
+
+
+def check_output(config: Config) -> None:
+    """Refuse an output folder that cannot be written to, or that holds the base.
+
+    Raises:
+        HFTError: it is such a folder, or the base does not match its own manifest.
+    """
+    out, base = config.out, config.run.model_name_or_path
+    if Path(base).is_dir() and Path(base).resolve().is_relative_to(out.resolve()):
+        raise HFTError(f"output_dir {out} is the base itself, or holds it; choose another")
+    existing = next(path for path in [out.resolve(), *out.resolve().parents] if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise HFTError(f"cannot write to output_dir {out}: {existing} is not a folder that you may write to")
+    check_base(base)
+
+
+def look_into_folder(plan: RunPlan) -> dict[str, Any]:
+    """Where the run starts: a checkpoint to resume from, nothing left to do, or the base.
+
+    Returns:
+        Those fields of `RunPlan` that the folder decides.
+
+    Raises:
+        HFTError: the folder holds another run, or the checkpoint is of another one.
+    """
+    start, notes, values = plan.config.values["resume_from_checkpoint"], [], plan.config.values
+    if start in (None, "none", "false"):
+        return {"resume_from": None, "notes": []}
+    if start in ("auto", "true"):
+        saved = plan.out / CONFIG_NAME
+        changes = differences(comparable(values), comparable(read_config(saved))) if saved.exists() else []
+        start = last_checkpoint(plan.out)
+        if (plan.out / RESULTS_NAME).exists():
+            if not changes:
+                return {"is_finished": True, "notes": []}
+            raise HFTError(
+                f"{plan.out} holds a finished run with other settings ({'; '.join(changes)}): choose another "
+                "--output_dir, or --resume_from_checkpoint none to overwrite it"
+            )
+        if start and changes:
+            notes = [f"NOTE: resuming with other settings than before: {'; '.join(changes)}"]
+    if start:
+        check_same_run(plan.identity, Manifest.load(start).identity, start)
+        check_complete(Path(start))
+        notes.append(f"resuming from {start}")
+    return {"resume_from": start, "notes": notes}
+
+
+def check_complete(checkpoint: Path) -> None:
+    """Refuse a checkpoint without the state of the optimizer or of the learning rate.
+
+    Trainer would load the weights and silently start both from the beginning.
+    """
+    optimizer = any((checkpoint / name).exists() for name in ("optimizer.pt", "optimizer.bin", "optimizer_0"))
+    if not (optimizer and (checkpoint / "scheduler.pt").exists()):
+        raise HFTError(
+            f"cannot resume from {checkpoint}: it holds no optimizer or scheduler state (save_only_model), so the run "
+            "would not continue exactly; start again with --resume_from_checkpoint none, or give it as "
+            "--model_name_or_path with another --output_dir"
+        )
+
+
+def describe_steps(plan: RunPlan) -> str:
+    """Batch, steps and tokens in words."""
+    args, steps, pairs = plan.args, plan.steps, in_pairs(plan.config.objective)
+    rows = "pairs" if pairs else "rows"
+    batch = (
+        f"global batch {plan.global_batch} = {args.per_device_train_batch_size} {rows} x {args.world_size} processes x "
+        f"{args.gradient_accumulation_steps} accumulation steps"
+    )
+    test = len(plan.data.test) if plan.data.test is not None else 0
+    if steps is None:
+        how_long = "steps are known once the rows are packed"
+    else:
+        tokens = steps * plan.global_batch * (args.max_length or 0) * (2 if pairs else 1)
+        how_long = f"{steps:,} steps, at most {tokens:,} tokens"
+    return f"{batch}\n{len(plan.data.train):,} training {rows}, {how_long}; {test:,} {rows} to evaluate on"

@@ -1,0 +1,189 @@
+"""Carries a plan out: train, save, evaluate, verify."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hft.config import to_yaml
+from hft.errors import HFTError, reason
+from hft.machine import broadcast, indented, is_main, reset_peak_memory, say
+from hft.record.checkpoints import checkpoints
+from hft.record.manifest import MANIFEST_NAME, Manifest
+from hft.record.verification import masks_of, verify_folder
+from hft.runs.objective import trainer_class
+from hft.runs.plan import RunPlan
+from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, RunResult, measure
+from hft.selection import Selection, select
+from hft.selection.masks import MASKS_NAME
+
+if TYPE_CHECKING:
+    from hft.training.base import ManifestMixin
+
+
+def train(plan: RunPlan) -> RunResult:
+    """Train, save, evaluate and verify a run; a run that is finished is only verified again.
+
+    Nothing is deleted or written before the trainer stands. Several runs can follow each other in one process, also
+    under DDP: the process group is left as it is.
+
+    Returns:
+        The result, the same in every process.
+
+    Raises:
+        HFTError: the machine cannot hold the run, or something that only the weights or the prepared rows show.
+    """
+    if plan.misfit:
+        raise HFTError(plan.misfit)
+    if plan.is_finished:
+        say(
+            f"{plan.out} holds this run, finished; train again with --resume_from_checkpoint none or another output_dir"
+        )
+        return broadcast(conclude(RunResult.load(plan.out), plan.out) if is_main() else None)
+    trainer = make_trainer(plan)
+    on_wandb = is_main() and "wandb" in plan.args.report_to
+    if is_main():
+        claim_folder(plan, trainer)
+
+    from hft.runs import tracking
+
+    selection = getattr(trainer, "selection", plan.selection)
+    with tracking.tracked(on_wandb, plan.args.run_name, plan.config.values, selection, plan.out):
+        trainer.train(resume_from_checkpoint=plan.resume_from)
+        trainer.save_model()
+        final = metrics_of_what_was_saved(trainer)
+        trainer.accelerator.wait_for_everyone()
+        result = None
+        if is_main():
+            draw_history(trainer, plan, on_wandb)
+            result = conclude(measure(plan.config.objective, trainer, plan.machine, final), plan.out)
+            if on_wandb:
+                tracking.log_result(result, plan.out)
+    return broadcast(result)
+
+
+def make_trainer(plan: RunPlan) -> ManifestMixin:
+    """The trainer of a plan, its rows prepared and checked, ready to train.
+
+    Raises:
+        HFTError: TRL or transformers refuse something, or the checkpoint to resume from is of another run.
+    """
+    from hft.data import check_prepared, refusals
+
+    method = plan.config.method
+    if method.adapter:
+        how: dict[str, Any] = {"adapter": method.adapter}
+    else:
+        selection = resolve_deferred(plan) if plan.is_deferred else plan.selection
+        how = {"selection": selection, "update": method.update, "schedule": method.schedule}
+    cls = trainer_class(plan.config.objective, adapter=method.adapter is not None)
+    with refusals(plan.data, plan.tokenizer):
+        trainer = cls(
+            plan.config.run.model_name_or_path,
+            plan.args,
+            **how,
+            train_dataset=plan.data.train,
+            eval_dataset=plan.data.test,
+            processing_class=plan.tokenizer,
+        )
+    trainer.manifest.data = plan.data.fingerprint
+    say(*check_prepared(trainer, plan.data), *trainer.notes(), "")
+    trainer.check_resumable(plan.resume_from)
+    return trainer
+
+
+def resolve_deferred(plan: RunPlan) -> Selection:
+    """The selection that the plan has a placeholder for, drawn, scored or, on a resume, read back.
+
+    What is scored is scored by the first process and sent to the others.
+    """
+    from hft.data import load_split
+    from hft.model.load import load_base
+    from hft.selection.importance import select_by_importance, selection_from_masks, text_batches
+
+    anatomy, config = plan.selection.anatomy, plan.selection.config
+    if plan.resume_from:
+        manifest = Manifest.load(plan.resume_from)
+        masks = masks_of(Path(plan.resume_from), manifest)
+        return selection_from_masks(anatomy, config, manifest.trained_units, masks)
+    if config.policy != "importance":
+        return select(anatomy, config)
+    made = None
+    if is_main():
+        model, _ = load_base(plan.config.run.model_name_or_path, plan.args)
+        rows = load_split(config.importance_data, "train")
+        batches = list(text_batches(plan.tokenizer, rows, plan.args.max_length, config.importance_rows))
+        selection = select_by_importance(model.to(plan.args.device), anatomy, config, batches)
+        made = sorted(selection.trained_units), selection.frozen_masks
+        del model, selection
+        reset_peak_memory()
+    say("selection", indented(f"{config.score} on {config.importance_rows} rows of {config.importance_data}"))
+    return selection_from_masks(anatomy, config, *broadcast(made))
+
+
+def claim_folder(plan: RunPlan, trainer: ManifestMixin) -> None:
+    """Remove what an earlier run left in the folder, unless this run resumes it, and write what this run is."""
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+        if not plan.resume_from:
+            clear(plan.out)
+        (plan.out / CONFIG_NAME).write_text(to_yaml(plan.config.values))
+        (plan.out / RESULTS_NAME).unlink(missing_ok=True)
+        if not plan.config.method.adapter:
+            from hft.record.picture import plot_selection
+
+            plot_selection(trainer.selection, plan.args.run_name).savefig(plan.out / PICTURE_NAME)
+    except OSError as error:
+        raise HFTError(f"cannot write to output_dir {plan.out}: {error.strerror or reason(error)}") from error
+
+
+def clear(out: Path) -> None:
+    """Remove an earlier run's checkpoints and model, so that they are not mistaken for this run's."""
+    for checkpoint in checkpoints(out):
+        if (checkpoint / MANIFEST_NAME).exists():
+            say(f"removing {checkpoint} of an earlier run")
+            shutil.rmtree(checkpoint)
+    if (out / MANIFEST_NAME).exists():
+        names = (MASKS_NAME, MANIFEST_NAME, RESULTS_NAME, PICTURE_NAME)
+        for path in (*out.glob("model*.safetensors*"), *out.glob("adapter_*"), *(out / name for name in names)):
+            path.unlink(missing_ok=True)
+
+
+def metrics_of_what_was_saved(trainer: ManifestMixin) -> dict[str, float]:
+    """Held-out metrics of the weights that were saved; empty without rows to evaluate on.
+
+    The last evaluation of the log is theirs only if it was made at the last step and no earlier checkpoint was loaded
+    in the end.
+    """
+    if trainer.eval_dataset is None:
+        return {}
+    last = [row for row in trainer.state.log_history if "eval_loss" in row][-1:]
+    if last and last[0]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return last[0]
+    return trainer.evaluate()
+
+
+def draw_history(trainer: ManifestMixin, plan: RunPlan, on_wandb: bool) -> None:
+    """Draw over the steps what trained under a schedule."""
+    if trainer.schedule is None:
+        return
+    from hft.record.picture import plot_schedule
+    from hft.runs import tracking
+
+    steps = trainer.state.global_step
+    figure = plot_schedule(trainer.selection, trainer.schedule.history, steps, plan.args.run_name)
+    figure.savefig(plan.out / PICTURE_NAME)
+    if on_wandb:
+        tracking.log_picture("schedule", plan.out / PICTURE_NAME)
+
+
+def conclude(result: RunResult, out: Path) -> RunResult:
+    """Verify a finished run's folder, and save the result with what was found."""
+    found = verify_folder(out)
+    result.verify = {name: len(value) for name, value in asdict(found).items() if isinstance(value, list | dict)}
+    result.ok = found.ok
+    result.save(out)
+    say("verify", indented(found.report()))
+    return result

@@ -1,0 +1,176 @@
+"""A run as a value: planned, trained and read back from Python, several in one process."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hft
+from hft.cli import main
+from hft.errors import HFTError
+from tests.conftest import ROOT, command, error_of, identical, tensors
+
+CHAIN = """
+import sys
+import hft
+from hft.machine import leave_process_group
+
+tiny, data, pairs, out = sys.argv[1:]
+recipe, method = "recipes/tiny/{}.yaml", "recipes/methods/hft.yaml"
+common = dict(max_steps=2, save_steps=2, eval_strategy="no", eval_on_start=False, report_to="none", bf16=False)
+common |= dict(per_device_train_batch_size=2, global_batch_size=4)
+sft = hft.load_config(
+    "sft", recipe.format("sft"), method, model_name_or_path=tiny, dataset_name=data, output_dir=f"{out}/sft", **common
+)
+first = hft.train(hft.make_plan(sft))
+dpo = hft.load_config(
+    "dpo", recipe.format("dpo"), method, model_name_or_path=f"{out}/sft", dataset_name=pairs, output_dir=f"{out}/dpo",
+    **common,
+)
+second = hft.train(hft.make_plan(dpo))
+assert first.ok and second.ok and (first.steps, second.steps) == (2, 2)
+assert hft.RunResult.load(f"{out}/dpo") == second
+leave_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory, tiny, data, pairs):
+    """SFT, then DPO from its result, in one process and in two."""
+    folder = tmp_path_factory.mktemp("chains")
+    (folder / "chain.py").write_text(CHAIN)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, words in (("one", []), ("two", launch)):
+        arguments = [tiny, data, pairs, folder / name]
+        run = subprocess.run(
+            [sys.executable, *words, str(folder / "chain.py"), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+    return folder
+
+
+def test_sft_then_dpo_in_one_process(chains, tiny):
+    rounds = [hft.Manifest.load(chains / "one" / name) for name in ("sft", "dpo")]
+    assert [manifest.selection["round"] for manifest in rounds] == [1, 2]
+    assert rounds[0].frozen_units != rounds[1].frozen_units
+    assert rounds[1].base == str(chains / "one" / "sft")
+    for name in ("sft", "dpo"):
+        assert main(["verify", str(chains / "one" / name)]) == 0
+
+
+def test_two_gloo_processes_take_the_same_two_runs(chains):
+    for name in ("sft", "dpo"):
+        one, two = (hft.Manifest.load(chains / how / name) for how in ("one", "two"))
+        assert one.frozen_units == two.frozen_units
+        ours, theirs = (tensors(chains / how / name / "checkpoint-2") for how in ("one", "two"))
+        for key, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[key], rtol=2e-3, atol=2e-5)
+
+
+def config_of(tiny, data, out, **keys):
+    settings = {"model_name_or_path": str(tiny), "dataset_name": str(data), "output_dir": str(out)}
+    settings |= {"max_steps": 2, "eval_strategy": "no", "eval_on_start": False, "report_to": "none"}
+    return hft.load_config("sft", "recipes/tiny/sft.yaml", "recipes/methods/hft.yaml", **(settings | keys))
+
+
+def test_a_plan_writes_prints_and_loads_nothing(tiny, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
+    plan = hft.make_plan(config_of(tiny, data, tmp_path / "out"))
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "out").exists()
+    assert (plan.steps, plan.global_batch, len(plan.data.train)) == (2, 16, 80)
+    assert plan.selection.fraction_of_layers == 0.5
+    assert "fp32 master weights" in plan.report()
+
+
+def test_the_memory_of_a_plan_is_what_its_parts_take(tiny, data, tmp_path):
+    anatomy = hft.make_plan(config_of(tiny, data, tmp_path / "out")).selection.anatomy
+    plan = hft.make_plan(config_of(tiny, data, tmp_path / "out"))
+    memory, trained = plan.memory, plan.selection.num_trained
+    assert memory.master_weights == memory.gradients == 4 * trained
+    assert memory.moments == 8 * trained
+    assert memory.weights == 2 * (anatomy.numel - trained)
+    assert memory.total == 16 * trained + memory.weights
+    mixout = config_of(tiny, data, tmp_path / "out", update="l2sp", l2sp_strength=1.0)
+    assert hft.make_plan(mixout).memory.method == 2 * trained
+
+
+def test_nothing_is_deleted_before_the_trainer_stands(tiny, data, tmp_path, sft, capsys):
+    out = tmp_path / "out"
+    assert sft(out) == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    capsys.readouterr()
+    # TRL refuses this only when the trainer is made.
+    assert sft(out, "--resume_from_checkpoint", "none", "--loss_type", "nothing") == 2
+    assert "nothing" in error_of(capsys)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert sft(out, "--resume_from_checkpoint", "none", "--max_steps", "2") == 0
+    assert not (out / "checkpoint-4").exists()
+
+
+def test_a_result_says_what_is_wrong_with_its_file(tmp_path):
+    with pytest.raises(HFTError, match="its run has not finished"):
+        hft.RunResult.load(tmp_path)
+    (tmp_path / "results.json").write_text('{"steps": 1}')
+    with pytest.raises(HFTError, match="is not a valid result"):
+        hft.RunResult.load(tmp_path)
+
+
+def test_folders_of_earlier_versions_load_verify_and_resume(tiny, data, tmp_path, sft, capsys):
+    out = tmp_path / "out"
+    assert sft(out) == 0
+    straight = tensors(out)
+    for folder in (out, *out.glob("checkpoint-*")):
+        path = folder / "hft_manifest.json"
+        content = json.loads(path.read_text())
+        content |= {"trained": content.pop("trained_parameters"), "frozen": content.pop("frozen_checksums")}
+        content["shares"] = content.pop("trainable_fraction")
+        del content["data"]
+        path.write_text(json.dumps(content))
+    path = out / "results.json"
+    content = json.loads(path.read_text())
+    content["stage"] = content.pop("objective")
+    content["trainable_share"] = content.pop("trainable_fraction")
+    path.write_text(json.dumps(content))
+    assert hft.RunResult.load(out).objective == "sft"
+    assert main(["verify", str(out)]) == 0
+    for path in (*out.glob("checkpoint-4/*"), out / "checkpoint-4", out / "results.json"):
+        path.rmdir() if path.is_dir() else path.unlink()
+    capsys.readouterr()
+    assert sft(out) == 0
+    assert "resuming from" in capsys.readouterr().out
+    assert all(identical(tensor, straight[name]) for name, tensor in tensors(out).items())
+    assert sft(tmp_path / "next", "--dry_run", "true", model=out) == 0
+    assert "round 2" in capsys.readouterr().out
+
+
+def test_another_tracker_passes_through(tiny, data, tmp_path, monkeypatch):
+    """trackio as a stub of the calls that transformers' callback makes."""
+    stub = tmp_path / "stub"
+    stub.mkdir()
+    (stub / "trackio.py").write_text(
+        "from unittest.mock import MagicMock\n"
+        "__version__, config, context_vars, finish = '0.1', MagicMock(), MagicMock(), MagicMock()\n"
+        "context_vars.current_space_id.get.return_value = None\n"
+        "def init(**settings): print('trackio run', settings['name'])\n"
+        "def log(values, **more): print('trackio log', *values)\n"
+    )
+    words = command("sft", tmp_path / "out", "--max_steps", "2", "--report_to", "trackio", model=tiny, data=data)
+    env = os.environ | {"PYTHONPATH": f"{stub}:{ROOT}"}
+    run = subprocess.run(
+        [sys.executable, "-m", "hft", *words], capture_output=True, text=True, check=False, cwd=ROOT, env=env
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "trackio run out\n" in run.stdout
+    assert re.search("trackio log .*loss", run.stdout)
+    assert not list(Path(tmp_path).rglob("wandb"))

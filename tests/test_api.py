@@ -1,0 +1,89 @@
+"""`import hft`: light to import, and enough for a training loop of one's own."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hft
+from hft.errors import HFTError
+from hft.freezing import freeze as set_requires_grad
+
+
+def loops() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", Path("docs/your-own-loop.md").read_text(), flags=re.S)
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["torch", "accelerate"])
+def test_the_documented_loops_run_and_prove_what_they_froze(tiny, rows, index, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    batches = [
+        tokenizer.apply_chat_template(row["messages"], return_tensors="pt", return_dict=True)["input_ids"]
+        for row in rows[:3]
+    ]
+    scope = {"BASE": str(tiny), "batches": batches}
+    exec(loops()[index], scope)
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).state_dict()
+    trained = hft.select(hft.anatomy_of(scope["model"])).trained_parameters
+    moved = {name for name, p in scope["model"].named_parameters() if not torch.equal(p, base[name])}
+    assert moved == set(scope["frozen"].selection.trained_parameters)
+    if index == 0:
+        assert moved == set(trained)
+        assert "18 of 18 tensors bit-identical" in capsys.readouterr().out
+    name = scope["frozen"].selection.frozen_parameters[0]
+    with torch.no_grad():
+        dict(scope["model"].named_parameters())[name].view(-1)[0] += 1
+    assert not hft.verify(scope["model"], scope["frozen"]).ok
+
+
+def test_parts_of_tensors_stay_where_the_loop_restores_them(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    frozen = hft.freeze(model, hft.select(model, policy="random-element"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    ids = torch.arange(12)[None]
+    for restored in (True, False):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        if restored:
+            frozen.restore()
+        assert hft.verify(model, frozen).ok == restored
+
+
+def test_a_model_in_memory_is_verified_only_with_what_freeze_returned(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    with pytest.raises(HFTError, match=r"give what hft\.freeze returned"):
+        hft.verify(model)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = hft.nothing
+
+
+def test_a_parameter_outside_the_selection_is_refused_by_name(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    selection = hft.select(model)
+    model.register_parameter("extra", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(HFTError, match="extra would be neither frozen nor trained"):
+        set_requires_grad(model, selection)
+
+
+def test_importing_hft_loads_no_torch():
+    code = "import sys, hft; assert not {'torch', 'transformers', 'trl'} & sys.modules.keys(); print(len(dir(hft)))"
+    assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) > 10
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("hft.record.command", {"trl", "datasets", "matplotlib", "peft"}),
+        ("hft.merging.reset", {"trl", "datasets", "matplotlib"}),
+        ("hft.merging.merge", {"trl", "datasets", "matplotlib"}),
+        ("hft.merging.diff", {"trl", "datasets", "matplotlib"}),
+    ],
+)
+def test_commands_that_do_not_train_import_no_trainer(module, absent):
+    code = f"import sys, {module}; print(*sorted({absent!r} & sys.modules.keys()))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []

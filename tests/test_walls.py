@@ -1,0 +1,55 @@
+"""The design's walls: which package may import which."""
+
+import ast
+import re
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+from hft.methods import all_classes
+from hft.selection.policies import POLICIES
+
+# From the ground up: a module imports from its own floor and from those below it.
+FLOORS = [
+    {"errors", "machine"},
+    {"config", "model", "demo"},
+    {"selection"},
+    {"freezing", "methods"},
+    {"record"},
+    {"data", "loop", "planning", "training"},
+    {"runs"},
+    {"merging"},
+    {"cli"},
+]
+
+
+def test_modules_import_only_from_below_and_never_in_a_circle():
+    paths = {".".join(p.with_suffix("").parts).removesuffix(".__init__"): p for p in Path("hft").rglob("*.py")}
+    floor = {part: level for level, parts in enumerate(FLOORS) for part in parts}
+    graph = {}
+    for module, path in paths.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = [f"{n.module}.{alias.name}" for n in nodes if n.module.startswith("hft") for alias in n.names]
+        graph[module] = {name if name in paths else name.rpartition(".")[0] for name in names} - {"hft"}
+        for other in graph[module] if module not in ("hft", "hft.__main__") else ():
+            assert floor[other.split(".")[1]] <= floor[module.split(".")[1]], f"{module} may not import {other}"
+    TopologicalSorter(graph).prepare()  # raises CycleError and names the circle
+
+
+def test_no_file_but_its_own_compares_a_methods_name():
+    """A method is one file: what depends on it is asked of its class."""
+    names = {path.stem for path in Path("recipes/methods").glob("*.yaml")} | {cls.name for cls in all_classes()}
+    names -= {"hft", *POLICIES}  # the program's own name; policies are what selection is about
+    for path in Path("hft").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare | ast.Match):
+                words = {one.value for one in ast.walk(node) if isinstance(one, ast.Constant)}
+                own = path.stem.replace("_", "-")
+                assert not words & (names - {own}), f"{path}:{node.lineno} compares a method's name"
+    assert not {"grep", "sed"} & set(re.findall(r"\w+", launch_lines())), "the Makefile asks `hft engine`"
+
+
+def launch_lines() -> str:
+    """What of the Makefile decides how a method is launched."""
+    return "\n".join(
+        line for line in Path("Makefile").read_text().splitlines() if "accelerate" in line or "engine" in line
+    )
