@@ -1,4 +1,4 @@
-# The front door. `make` lists what there is; `make -n TARGET` shows the commands of a target without running them.
+# The entry point. `make` lists the targets; `make -n TARGET` shows the commands of a target without running them.
 
 MODEL ?= smollm2-135m
 FROM ?=
@@ -10,11 +10,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# Models that are made here rather than fetched from the Hub, and the demo data that their recipes train on.
+# Models that are made here instead of downloaded from the Hub, and the demo data that their recipes train on.
 LOCAL := $(filter smollm2-135m tiny,$(MODEL))
 LOCAL_FILES := $(if $(LOCAL),models/$(LOCAL)/config.json data/dpo/train.jsonl)
 
-# The GPUs that are visible; the models made here are too small to spread over several.
+# The visible GPUs. The models made here are too small to spread over several.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
 ifdef CUDA_VISIBLE_DEVICES
 GPUS := $(words $(subst $(,), ,$(CUDA_VISIBLE_DEVICES)))
@@ -24,49 +24,50 @@ ifeq ($(NUM_GPUS),1)
 export CUDA_VISIBLE_DEVICES ?= 0
 endif
 
-# Methods that are not sharded: adapters are small, and schedules and updates are untested on shards.
-WHOLE := $(basename $(notdir $(shell grep -lE '^(adapter|schedule|update):' recipes/methods/*.yaml)))
-
-ifeq ($(filter-out 0 1,$(NUM_GPUS)),)
-HFT := $(BIN)/hft
-else
-HFT = $(BIN)/accelerate launch --config_file recipes/accelerate/$(if $(filter $(WHOLE),$*),ddp,fsdp2).yaml \
-	--num_processes $(NUM_GPUS) -m hft
-endif
+# $(call train,OBJECTIVE,METHOD): the command of a run. On several GPUs `hft engine` says how the method is spread over
+# them, fsdp2 or ddp. It is asked only then, since it takes a second or two.
+engine = $(or $(shell $(BIN)/hft engine recipes/methods/$1.yaml),$(error `$(BIN)/hft engine \
+	recipes/methods/$1.yaml` failed: see above, or run `make install` first))
+launch = $(BIN)/accelerate launch --config_file recipes/accelerate/$(engine).yaml --num_processes $(NUM_GPUS) -m hft
+train = $(if $(filter-out 0 1,$(NUM_GPUS)),$(call launch,$2),$(BIN)/hft) $1 \
+	--config recipes/$(MODEL)/$1.yaml recipes/methods/$2.yaml
 
 ifeq ($(NUM_GPUS),0)
-# glibc gives every large activation back to the kernel and faults it in again. Keeping the memory is faster on CPUs:
+# glibc returns every large activation to the kernel and page-faults it in again. Keeping the memory is faster on CPUs:
 # results/smollm2-135m/malloc.md.
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 endif
 
-# What merge-* merges: P the pretrained, S the SFT, D the DPO model that started from S. A merge's name ends in those it
-# takes. `:=` and not `?=`, lest a variable of the environment be taken for a model.
+# Inputs of merge-*, reset-* and runtimes: P is the pretrained model, S the SFT model, D the DPO model that started from
+# S. `:=`, not `?=`: an environment variable called S must not become a model.
 P := $(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' recipes/$(MODEL)/sft.yaml)
 S := runs/$(MODEL)-sft-fft
 D := runs/$(MODEL)-dpo-fft-from-$(notdir $(S))
 
-.PHONY: help install reset sweep-ratios lint test test-slow test-gpu clean
+.PHONY: help install sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo lint test test-slow test-gpu clean
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 .PRECIOUS: models/%/config.json
 
 help:
 	@echo "make sft-METHOD [MODEL=smollm2-135m] [ARGS='--key value ...'] [NUM_GPUS=n]"
 	@echo "make dpo-METHOD [MODEL=...] [FROM=runs/an-sft-run] [ARGS=...] [NUM_GPUS=n]"
-	@echo "make reset [MODEL=$(firstword $(RESETS))|$(lastword $(RESETS))] [ARGS=...]"
+	@echo "make sweep-ratios | runtimes [MODEL=...]    the ten ratios of Table 10, and the time of each"
+	@echo "make sweep-seeds [MODEL=...]                five selections, as in Table 14"
+	@echo "make reset [MODEL=$(firstword $(RESETS))|$(lastword $(RESETS))] [ARGS=...]    Half-Reset: Figure 1"
+	@echo "make reset-sft | reset-dpo [MODEL=...] [S=...] [D=...]    Half-Reset of your runs: Tables 1, 2 and 15"
 	@echo "make merge-MERGE [MODEL=...] [S=runs/an-sft-run] [D=runs/a-dpo-run] [ARGS=...]"
 	@echo "  METHOD  $(basename $(notdir $(wildcard recipes/methods/*.yaml)))"
 	@echo "  MODEL   $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/sft.yaml)))))"
 	@echo "  MERGE   $(basename $(notdir $(wildcard recipes/merges/*.yaml)))"
-	@echo "make sweep-ratios [MODEL=...] [ARGS=...]   the ten ratios of Table 10"
-	@echo "make test | lint | test-slow | test-gpu | clean"
+	@echo "make install | test | lint | test-slow | test-gpu | clean"
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "hft needs Python 3.11 or newer; name one with PYTHON=python3.12"; exit 1; }
+		{ echo "hft requires Python >= 3.11; choose one with PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
@@ -78,23 +79,47 @@ data/dpo/train.jsonl: | $(INSTALLED)
 	$(BIN)/hft demo
 
 sft-%: $(INSTALLED) $(LOCAL_FILES)
-	$(HFT) sft --config recipes/$(MODEL)/sft.yaml recipes/methods/$*.yaml $(ARGS)
+	$(call train,sft,$*) $(ARGS)
 
 dpo-%: $(INSTALLED) $(LOCAL_FILES)
-	$(HFT) dpo --config recipes/$(MODEL)/dpo.yaml recipes/methods/$*.yaml $(addprefix --model_name_or_path ,$(FROM)) $(ARGS)
+	$(call train,dpo,$*) $(addprefix --model_name_or_path ,$(FROM)) $(ARGS)
 
-# Table 10: attention and MLP fractions of its ten ratios; the last one is FFT.
-RATIOS := 0.25:0 0:0.333 0.25:0.333 0.5:0.333 0.5:0.5 0.5:0.667 0.75:0.667 1:0.667 0.75:1 1:1
+# Table 10: the fractions of the attention and of the MLP matrices of each layer that train. Its 50.0% is HFT, its 100%
+# FFT, in which all norms train too.
+RATIOS := 0.25_0 0_0.333 0.25_0.333 0.5_0.333 0.5_0.667 0.75_0.667 1_0.667 0.75_1
 
-sweep-ratios: $(INSTALLED) $(LOCAL_FILES)
-	@set -e; for ratio in $(RATIOS); do (set -x; $(HFT) sft --config recipes/$(MODEL)/sft.yaml recipes/methods/hft-ratio.yaml \
-		--attention_fraction $${ratio%:*} --mlp_fraction $${ratio#*:} $(ARGS)); done
+sweep-ratios: sft-fft sft-hft $(addprefix ratio-,$(RATIOS))
+
+ratio-%: $(INSTALLED) $(LOCAL_FILES)
+	$(call train,sft,hft-ratio) --attention_fraction $(firstword $(subst _, ,$*)) \
+		--mlp_fraction $(lastword $(subst _, ,$*)) $(ARGS)
+
+# Table 10's second row. All runs see the same tokens, so FFT's tokens per second over a run's is its relative time.
+runtimes:
+	@awk -F '[:,] *' '/"tokens_per_second"/ { speed = $$2; fft = fft ? fft : speed } /"layers"/ { \
+		run = FILENAME; sub(".*/runs/|^runs/", "", run); sub("/results.json", "", run); \
+		printf "%5.1f%% of the layers train  %5.1f%% of the time of FFT  %s\n", 100 * $$2, 100 * fft / speed, run }' \
+		$(S)/results.json $(wildcard runs/$(MODEL)-sft-hft*/results.json)
+
+# Table 14: the selection of `make sft-hft` has seed 0; four more.
+sweep-seeds: sft-hft seed-1 seed-2 seed-3 seed-4
+
+seed-%: $(INSTALLED) $(LOCAL_FILES)
+	$(call train,sft,hft) --selection_seed $* $(ARGS)
 
 RESETS = $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/reset.yaml))))
 
 reset: $(INSTALLED) $(LOCAL_FILES)
-	@test -f recipes/$(MODEL)/reset.yaml || { echo "reset.yaml is there for: $(RESETS)"; exit 1; }
+	@test -f recipes/$(MODEL)/reset.yaml || { echo "only $(RESETS) have a reset.yaml; see also reset-sft"; exit 1; }
 	$(BIN)/hft reset --config recipes/$(MODEL)/reset.yaml --out runs/$(MODEL)-reset $(ARGS)
+
+# Half-Reset in Tables 1, 2 and 15: HFT's selection, applied after FFT. The paper does not say what a DPO model is reset
+# to. Ours goes back to the SFT model that it started from; `S=` names another.
+reset-sft: $(INSTALLED) $(LOCAL_FILES)
+	$(BIN)/hft reset --config recipes/methods/hft.yaml --tuned $(S) --base $(P) --out runs/$(notdir $(S))-reset $(ARGS)
+
+reset-dpo: $(INSTALLED) $(LOCAL_FILES)
+	$(BIN)/hft reset --config recipes/methods/hft.yaml --tuned $(D) --base $(S) --out runs/$(notdir $(D))-reset $(ARGS)
 
 merge-%: $(INSTALLED) $(LOCAL_FILES)
 	$(BIN)/hft merge --config recipes/merges/$*.yaml --models $(S) $(if $(filter %-sd,$*),$(D)) \

@@ -1,0 +1,139 @@
+"""The Makefile and the commands that the documents and recipes quote."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    Path(path)
+    for path in (
+        "README.md",
+        "AGENTS.md",
+        "CONTRIBUTING.md",
+        "recipes/README.md",
+        "docs/new-policy.md",
+        "docs/new-method.md",
+    )
+]
+RECIPES = sorted(Path("recipes").glob("*/*.yaml"))
+
+
+def make(*words: str, cwd: Path = ROOT, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"NUM_GPUS": "1"} | variables
+    command = ["make", "-f", str(ROOT / "Makefile"), *words]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=check)
+
+
+def commands(*words: str, **variables: str) -> list[str]:
+    """The hft commands that a make command would run, without the folder of the executable."""
+    text = make("-n", *words, **variables).stdout.replace("\\\n", " ")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    return [line.split("/bin/", 1)[1] for line in lines if re.match(r"\S+/bin/(hft|accelerate) ", line)]
+
+
+def quoted(path: Path) -> list[list[str]]:
+    """The make commands that a file quotes: lines of their own, lines of a comment, and code in a sentence or table."""
+    text = path.read_text()
+    found = re.findall(r"^[#\s]*(make .*)$|`(make [^`]+)`", text, re.MULTILINE)
+    lines = [part for one in found for part in "".join(one).split("&&")]
+    return [words[1:] for line in lines if (words := shlex.split(line, comments=True))[:1] == ["make"] and words[1:]]
+
+
+def can_be_shown(words: list[str]) -> bool:
+    """Whether a quoted command has no placeholder and needs no recipe of the reader's own."""
+    return not any(re.search(r"[A-Z]{3,}$|-[A-Z]+$|\.\.\.|mine|outer-layers", word) for word in words)
+
+
+QUOTED = sorted(
+    {tuple(words) for path in [*DOCUMENTS, *RECIPES] for words in quoted(ROOT / path) if can_be_shown(words)}
+)
+
+
+def test_the_documents_quote_commands():
+    assert len(QUOTED) > 60
+    assert ("sweep-seeds", "MODEL=llama2-7b") in QUOTED
+
+
+@pytest.mark.parametrize("words", QUOTED, ids=" ".join)
+def test_a_quoted_command_names_recipes_that_exist(words):
+    shown = make(*(["-n"] if "-n" not in words else []), *words).stdout
+    assert shown
+    for path in re.findall(r"recipes/\S+\.yaml", shown):
+        assert (ROOT / path).exists(), path
+
+
+SFT = "hft sft --config recipes/llama2-7b/sft.yaml recipes/methods/"
+
+
+def test_ten_ratios_are_fft_hft_and_eight_others():
+    shown = commands("sweep-ratios", "MODEL=llama2-7b", "ARGS=--max_steps 2")
+    assert shown[:2] == [f"{SFT}fft.yaml --max_steps 2", f"{SFT}hft.yaml --max_steps 2"]
+    ratios = [(0.25, 0), (0, 0.333), (0.25, 0.333), (0.5, 0.333), (0.5, 0.667), (0.75, 0.667), (1, 0.667), (0.75, 1)]
+    assert shown[2:] == [
+        f"{SFT}hft-ratio.yaml --attention_fraction {attention} --mlp_fraction {mlp} --max_steps 2"
+        for attention, mlp in ratios
+    ]
+
+
+def test_five_seeds_are_five_runs():
+    shown = commands("sweep-seeds", "MODEL=llama2-7b")
+    assert shown == [f"{SFT}hft.yaml"] + [f"{SFT}hft.yaml --selection_seed {seed}" for seed in (1, 2, 3, 4)]
+
+
+def test_a_half_reset_goes_back_to_where_the_stage_started():
+    reset = "hft reset --config recipes/methods/hft.yaml"
+    sft, dpo = "runs/llama2-13b-sft-fft", "runs/llama2-13b-dpo-fft-from-llama2-13b-sft-fft"
+    assert commands("reset-sft", "reset-dpo", "MODEL=llama2-13b", S="no/model") == [
+        f"{reset} --tuned {sft} --base meta-llama/Llama-2-13b-hf --out {sft}-reset",
+        f"{reset} --tuned {dpo} --base {sft} --out {dpo}-reset",
+    ]
+    named = ["MODEL=llama2-7b", "S=allenai/tulu-2-7b", "D=runs/llama2-7b-dpo-fft"]
+    assert commands("reset-dpo", *named) == [
+        f"{reset} --tuned runs/llama2-7b-dpo-fft --base allenai/tulu-2-7b --out runs/llama2-7b-dpo-fft-reset"
+    ]
+
+
+@pytest.fixture
+def venv(tmp_path) -> Path:
+    """A virtual environment whose `hft` keeps its arguments and answers ANSWER."""
+    (tmp_path / "bin").mkdir()
+    hft = tmp_path / "bin" / "hft"
+    hft.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n[ -z "$ANSWER" ] || echo "$ANSWER"\n')
+    hft.chmod(0o755)
+    (tmp_path / ".installed").touch()
+    return tmp_path
+
+
+def test_several_gpus_take_the_engine_of_the_method(venv):
+    words = ["sft-lora", "MODEL=llama2-7b", f"VENV={venv}"]
+    assert commands(*words, NUM_GPUS="8", ANSWER="ddp") == [
+        "accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 8 -m "
+        "hft sft --config recipes/llama2-7b/sft.yaml recipes/methods/lora.yaml"
+    ]
+    assert (venv / "calls").read_text() == "engine recipes/methods/lora.yaml\n"
+    failed = make("-n", *words, NUM_GPUS="8", check=False)
+    assert failed.returncode
+    assert "hft engine recipes/methods/lora.yaml` failed: see above, or run `make install` first" in failed.stderr
+
+
+def test_one_gpu_asks_for_no_engine(venv):
+    assert commands("sft-lora", "MODEL=llama2-7b", f"VENV={venv}") == [f"{SFT}lora.yaml"]
+    assert not (venv / "calls").exists()
+
+
+def test_runtimes_are_relative_to_fft(tmp_path, sft):
+    speeds = []
+    for method in ("fft", "hft"):
+        out = tmp_path / "runs" / f"tiny-sft-{method}"
+        assert sft(out, "--max_steps", "1", "--save_steps", "1", method=method) == 0
+        speeds.append(json.loads((out / "results.json").read_text())["tokens_per_second"])
+    fft, hft = make("runtimes", "MODEL=tiny", cwd=tmp_path).stdout.splitlines()
+    assert fft == "100.0% of the layers train  100.0% of the time of FFT  tiny-sft-fft"
+    time = f"{100 * speeds[0] / speeds[1]:5.1f}%"
+    assert hft == f" 50.0% of the layers train  {time} of the time of FFT  tiny-sft-hft"
