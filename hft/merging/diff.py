@@ -115,8 +115,7 @@ def compare(start: Checkpoint, models: Sequence[Checkpoint], *, group: int = 1) 
     labels = labels_of(models)
     wholes = {name: Part(name, tuple(start.specs[name].shape)) for name in start.parameters}
     parts = parts_of(anatomy.units)
-    in_layers = {part.parameter for part in parts}
-    sums = total_changes(start, models, [*parts, *(wholes[name] for name in wholes if name not in in_layers)])
+    sums = total_changes(start, models, [*parts, *(wholes[name] for name in anatomy.outside_layers)])
 
     def row(what: str, block: str, parts: Sequence[Part]) -> Row:
         elements = sum(part.numel for part in parts)

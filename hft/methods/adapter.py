@@ -163,9 +163,7 @@ class AdapterFootprint:
     @property
     def frozen_parameters(self) -> list[str]:
         """Names of the base's parameters."""
-        anatomy = self.anatomy
-        units = [name for unit in anatomy.units for name in unit.parameters]
-        return [*dict.fromkeys(units), *anatomy.embeddings, *anatomy.others, *anatomy.towers]
+        return list(self.anatomy.parameters)
 
     @property
     def trained_parameters(self) -> list[str]:

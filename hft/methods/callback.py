@@ -33,8 +33,7 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         self.steps = 0
         self.history: list[dict[str, Any]] = []
         self.measured: dict[str, Any] = {}
-        self._scheduled = {name for unit in selection.anatomy.units for name in unit.parameters}
-        self._scheduled |= set(pure.outside_layers(selection))
+        self._scheduled = {*selection.anatomy.in_layers, *pure.outside_layers(selection)}
         self._trained: frozenset[str] | None = None
 
     def state(self) -> dict[str, Any]:

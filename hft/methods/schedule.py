@@ -142,8 +142,7 @@ def check_at_least_one(**values: int) -> None:
 
 def outside_layers(selection: Selection) -> list[str]:
     """Names of the parameters outside the layers that the selection trains."""
-    inside = {name for unit in selection.anatomy.units for name in unit.parameters}
-    return [name for name in selection.trained_parameters if name not in inside]
+    return [name for name in selection.trained_parameters if name in selection.anatomy.outside_layers]
 
 
 def units_of_layers(selection: Selection, layers: Iterable[int]) -> frozenset[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterator, KeysView
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from hft.errors import HFTError, shorten
+from hft.model.layouts import EXPERTS, FUSED, Box, Shapes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -34,7 +36,7 @@ ROLES = {
     "down_proj": "mlp",
 }
 
-# What other families call a role. `c_proj` and `dense` close the attention or the MLP, whichever they stand in.
+# What other families call a role. GPT-2's `c_proj` closes the attention or the MLP, whichever it stands in.
 OTHER_NAMES = {
     "out_proj": "o_proj",  # OPT, GPT-J, MPT
     "dense": "o_proj",  # GPT-NeoX, Falcon, BLOOM, Phi
@@ -45,11 +47,19 @@ OTHER_NAMES = {
     "dense_h_to_4h": "up_proj",  # GPT-NeoX, Falcon, BLOOM
     "dense_4h_to_h": "down_proj",
     "c_fc": "up_proj",  # GPT-2, StarCoder 2
+    "output_linear": "down_proj",  # Granite's shared MLP
 }
-ROUTERS = ("gate", "router", "shared_expert_gate")  # of Mixtral, Qwen and OLMo; a gate of an MLP is a `gate_proj`
+# Of Mixtral, Qwen, OLMo and Hunyuan; a gate of an MLP is a `gate_proj`.
+ROUTERS = ("gate", "router", "shared_expert_gate", "wg")
 
-# A (start, stop) for each leading dimension of a parameter.
-Box = tuple[tuple[int, int], ...]
+# Per-head logits that compete with the keys' (GPT-OSS). They belong to the queries as a bias does.
+SINKS = "sinks"
+
+# Attention to an encoder's output. Without an encoder it never gets a gradient.
+CROSS_ATTENTION = ("encoder_attn", "cross_attn", "crossattention")
+
+# What may stand outside the layers besides embeddings, the head and norms: OPT-350M's embeddings are narrower.
+OUTSIDE = ("project_in", "project_out")
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class Part:
     def numel(self) -> int:
         """Number of elements in it."""
         return sum(
-            math.prod(stop - start for start, stop in box) * math.prod(self.shape[len(box) :])
+            math.prod(len(range(*interval)) for interval in box) * math.prod(self.shape[len(box) :])
             for box in self.boxes or ((),)
         )
 
@@ -117,10 +127,11 @@ class Anatomy:
     Attributes:
         units: every unit, layer by layer.
         num_layers: number of layers.
-        embeddings: elements of each embedding, of learned positions too, and of the head; a tied one is not listed
-            twice.
+        embeddings: elements of each embedding, of learned positions too, and of the head; a tied one is
+            not listed twice.
         others: elements of the other parameters outside the layers: the final norm.
-        towers: elements of each parameter of a vision or audio tower and what joins it to the text; they never train.
+        towers: elements of each parameter of a vision or audio tower and what joins it to the text; they
+            never train.
     """
 
     units: tuple[Unit, ...]
@@ -141,6 +152,35 @@ class Anatomy:
             layers[unit.layer].append(unit)
         return layers
 
+    @functools.cached_property
+    def parts_by_parameter(self) -> dict[str, list[tuple[Unit, Part]]]:
+        """Of each parameter in the layers, in model order, the units that it holds and what of it belongs to them."""
+        parts: dict[str, list[tuple[Unit, Part]]] = {}
+        for unit in self.units:
+            for part in unit.parts:
+                parts.setdefault(part.parameter, []).append((unit, part))
+        return parts
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter in the layers, in model order."""
+        return {name: parts[0][1].shape for name, parts in self.parts_by_parameter.items()}
+
+    @property
+    def in_layers(self) -> KeysView[str]:
+        """Names of the parameters in the layers, in model order."""
+        return self.parts_by_parameter.keys()
+
+    @functools.cached_property
+    def outside_layers(self) -> KeysView[str]:
+        """Names of the parameters outside the layers: embeddings and head, others, towers."""
+        return (self.embeddings | self.others | self.towers).keys()
+
+    @functools.cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of all parameters, those in the layers first."""
+        return (*self.in_layers, *self.outside_layers)
+
     @property
     def grouped_query(self) -> bool:
         """Whether keys and values are narrower than queries."""
@@ -149,12 +189,12 @@ class Anatomy:
 
     @property
     def numel_in_layers(self) -> int:
-        """Parameters in the layers: the denominator of the paper's ratios (section 1, footnote 1)."""
+        """Number of parameters in the layers: the denominator of the paper's ratios (section 1, footnote 1)."""
         return sum(unit.numel for unit in self.units)
 
     @property
     def numel(self) -> int:
-        """Parameters in the whole model, tied parameters counted once."""
+        """Number of parameters in the whole model, tied ones counted once."""
         return self.numel_in_layers + sum(
             itertools.chain(*(d.values() for d in (self.embeddings, self.others, self.towers)))
         )
@@ -169,7 +209,8 @@ def architecture_of(config: PretrainedConfig) -> type[PreTrainedModel]:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
-        if type(config) in mapping:
+        # A class may stand for the text tower alone and take only the config of that, e.g. Llama 4's.
+        if type(config) in mapping and mapping[type(config)].config_class not in config.sub_configs.values():
             return mapping[type(config)]
     raise HFTError(f"model type {config.model_type!r} has no causal language model in transformers")
 
@@ -192,131 +233,115 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
         model: a decoder-only model, or one with a text decoder beside other towers, on any device, `meta` included.
 
     Raises:
-        HFTError: the model has no list of layers, or a layer holds modules that are not known units; their paths are
-            named, since freezing only what is recognized would train the rest in silence.
+        HFTError: the model is not decoder-only, two layers share a parameter, or a parameter belongs to no known unit;
+            it is named, since freezing only what is recognized would silently train the rest.
     """
+    prefix, layers = _find_layers(model)
     config = model.config.get_text_config()
-    prefix, layers = _find_layers(model, config.num_hidden_layers)
-
-    units, unknown = [], []
+    units: list[Unit] = []
+    unknown: dict[str, str] = {}  # of each module, by its path in a layer, the first
     for index, layer in enumerate(layers):
-        for path, module in layer.named_modules():
-            if not (shapes := {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}):
-                continue
-            name = f"{prefix}.{index}.{path}" if path else f"{prefix}.{index}"
-            block, parts = _units_of(path, module, shapes, config)
-            if block is None:
-                unknown += [f"{name}.{parameter}" for parameter in shapes] if not path else [name]
-            for suffix, kind, own in parts:
-                whole = tuple(Part(f"{name}.{parameter}", shapes[parameter], boxes) for parameter, boxes in own)
-                units.append(Unit(name + suffix, index, block, kind, whole))
+        for path, shapes in _modules_of(layer).items():
+            found = list(_units_of(path, layer.get_submodule(path), shapes, config))
+            if not found:
+                unknown.setdefault(path, ", ".join(f"{prefix}.{index}.{name}" for name in shapes))
+            for block, kind, suffix, boxes in found:
+                parts = tuple(Part(f"{prefix}.{index}.{name}", shapes[name], own) for name, own in boxes.items())
+                units.append(Unit(f"{prefix}.{index}.{path}{suffix}", index, block, kind, parts))
     if unknown:
         raise HFTError(
-            f"{type(model).__name__} has modules in its layers that are not known units: {shorten(unknown)}; "
-            f"known are {', '.join([*ROLES, *OTHER_NAMES])}, fused and stacked ones of these, routers and norms"
+            f"{type(model).__name__} cannot be divided: these parameters of its layers belong to no known unit: "
+            f"{shorten(list(unknown.values()))}; docs/architectures.md lists the families that can"
         )
+    return Anatomy(tuple(units), len(layers), *_outside(model, prefix, {p for unit in units for p in unit.parameters}))
 
-    inside = {name for unit in units for name in unit.parameters}
+
+def _modules_of(layer: nn.Module) -> dict[str, Shapes]:
+    """The parameters of each module of a layer that has any, with their shapes, named from the layer."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    modules: dict[str, Shapes] = {}
+    for name, shape in shapes.items():
+        path, _, own = name.rpartition(".")
+        queries = f"{path}.q_proj"
+        modules.setdefault(queries if own == SINKS and f"{queries}.weight" in shapes else path, {})[name] = shape
+    return modules
+
+
+def _units_of(
+    path: str, module: nn.Module, shapes: Shapes, config: PretrainedConfig
+) -> Iterator[tuple[str, str, str, dict[str, tuple[Box, ...]]]]:
+    """The block, kind, suffix of the name, and boxes by parameter, of each unit in a module; nothing if unknown."""
+    parent, _, own = path.rpartition(".")
+    in_attention = "attn" in parent or "attention" in parent
+    whole: dict[str, tuple[Box, ...]] = dict.fromkeys(shapes, ())
+    if "Norm" in type(module).__name__:
+        yield "norm", own, "", whole
+    elif own in ROUTERS and not in_attention:
+        yield "router", own, "", whole
+    elif own == "experts" and config.model_type in EXPERTS:
+        local = {name.removeprefix(f"{path}."): shape for name, shape in shapes.items()}
+        for suffix, role, boxes in EXPERTS[config.model_type](local):
+            yield "experts", role, suffix, {f"{path}.{name}": own for name, own in boxes.items()}
+    elif layout := FUSED.get((config.model_type, own)):
+        # The output dimension is the last one of GPT-2's Conv1D and the first one of a Linear.
+        dim = 1 if type(module).__name__ == "Conv1D" else 0
+        for role, ranges in layout(config, shapes[f"{path}.weight"][dim]).items():
+            boxes = {n: tuple(_along(dim if len(s) > 1 else 0, r, s) for r in ranges) for n, s in shapes.items()}
+            yield ROLES[role], role, f".{role}", boxes
+    else:
+        role = OTHER_NAMES.get(own, own)
+        if own == "c_proj":  # GPT-2, StarCoder
+            role = "o_proj" if in_attention else "down_proj"
+        if role in ROLES and (ROLES[role] == "attention") == in_attention:
+            yield ROLES[role], role, "", whole
+
+
+def _along(dim: int, interval: tuple[int, ...], shape: tuple[int, ...]) -> Box:
+    return (*((0, size) for size in shape[:dim]), interval)
+
+
+def _outside(model: PreTrainedModel, prefix: str, inside: set[str]) -> tuple[dict[str, int], ...]:
+    """Embeddings and head, other parameters beside the layers, and towers."""
     text = prefix.rpartition(".")[0] + "."
     learned = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.startswith(text)]
     ends = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
     embedding = {id(parameter) for module in (*learned, *ends) for parameter in module.parameters()}
-    embeddings, others, towers = {}, {}, {}
-    for name, parameter in model.named_parameters():
-        if name not in inside:
-            end = embeddings if id(parameter) in embedding else others if name.startswith(text) else towers
-            end[name] = parameter.numel()
-    return Anatomy(tuple(units), len(layers), embeddings, others, towers)
+    numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    if shared := inside - numels.keys():
+        raise HFTError(f"{type(model).__name__} has layers that share parameters: {shorten(sorted(shared))}")
+    embeddings, others, towers, unknown = {}, {}, {}, []
+    for name in (name for name in numels if name not in inside):
+        path = name.rpartition(".")[0]
+        if id(model.get_parameter(name)) in embedding:
+            embeddings[name] = numels[name]
+        elif not name.startswith(text):
+            towers[name] = numels[name]
+        elif "Norm" in type(model.get_submodule(path)).__name__ or path.rpartition(".")[2] in OUTSIDE:
+            others[name] = numels[name]
+        else:
+            unknown.append(name)
+    if unknown:
+        raise HFTError(
+            f"{type(model).__name__} cannot be divided: these parameters outside its layers are not embeddings, head "
+            f"or norms: {shorten(unknown)}"
+        )
+    return embeddings, others, towers
 
 
-# The units of a module: suffix of the name, kind, and boxes of each of the module's parameters.
-_Parts = list[tuple[str, str, list[tuple[str, tuple[Box, ...]]]]]
-
-
-def _units_of(path: str, module: nn.Module, shapes: dict, config: PretrainedConfig) -> tuple[str | None, _Parts]:
-    parent, _, own = path.rpartition(".")
-    whole = [(parameter, ()) for parameter in shapes]
-    if type(module).__name__.endswith("Norm"):
-        return "norm", [("", own, whole)]
-    if own in ROUTERS:
-        return "router", [("", own, whole)]
-    if (
-        own == "experts"
-        and set(shapes) == {"gate_up_proj", "down_proj"}
-        and not getattr(module, "is_transposed", False)
-    ):
-        return "experts", _stacked(shapes)
-    # The output dimension is the last one of GPT-2's Conv1D and the first one of a Linear.
-    dim = 1 if type(module).__name__ == "Conv1D" else 0
-    if "weight" in shapes and (roles := _fused(own, shapes["weight"][dim], config)):
-        fused = []
-        for role, ranges in roles.items():
-            boxes = [(p, tuple(_along(dim if len(s) > 1 else 0, r, s) for r in ranges)) for p, s in shapes.items()]
-            fused.append((f".{role}", role, boxes))
-        return ROLES[role], fused
-    role = OTHER_NAMES.get(own, own)
-    if own == "c_proj":  # GPT-2, StarCoder
-        role = "o_proj" if "attn" in parent else "down_proj"
-    return ROLES.get(role), [("", role, whole)] if role in ROLES else []
-
-
-def _along(dim: int, interval: tuple[int, int], shape: tuple[int, ...]) -> Box:
-    return (*((0, size) for size in shape[:dim]), interval)
-
-
-def _stacked(shapes: dict[str, tuple[int, ...]]) -> _Parts:
-    """Experts as transformers 5 stacks them: gate_up_proj (experts, 2 x width, in), down_proj (experts, in, width)."""
-    experts, twice, _ = shapes["gate_up_proj"]
-    units = []
-    for e in range(experts):
-        one = (e, e + 1)
-        units.append((f".{e}.gate_proj", "gate_proj", [("gate_up_proj", ((one, (0, twice // 2)),))]))
-        units.append((f".{e}.up_proj", "up_proj", [("gate_up_proj", ((one, (twice // 2, twice)),))]))
-        units.append((f".{e}.down_proj", "down_proj", [("down_proj", ((one,),))]))
-    return units
-
-
-def _fused(own: str, features: int, config: PretrainedConfig) -> dict[str, list[tuple[int, int]]]:
-    """The ranges of output features of each role in a fused projection; empty if the module is not a known one."""
-    if own == "gate_up_proj":  # Phi-3, GLM
-        return {"gate_proj": [(0, features // 2)], "up_proj": [(features // 2, features)]}
-    if own not in ("qkv_proj", "query_key_value", "c_attn", "Wqkv"):
-        return {}
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    family = config.model_type
-    if family in ("gpt_neox", "bloom") or (family, getattr(config, "multi_query", True)) == ("gpt_bigcode", False):
-        return _interleaved(heads, 1, width)
-    if family == "falcon" and config.new_decoder_architecture:
-        return _interleaved(config.num_kv_heads, heads // config.num_kv_heads, width)
-    if family == "falcon":
-        return _interleaved(1, heads, width) if config.multi_query else _interleaved(heads, 1, width)
-    if family == "gpt_bigcode":
-        return _interleaved(1, heads, width)
-    # Phi-3, GPT-2, MPT: one after the other.
-    q = heads * width
-    kv = (features - q) // 2
-    return {"q_proj": [(0, q)], "k_proj": [(q, q + kv)], "v_proj": [(q + kv, q + 2 * kv)]}
-
-
-def _interleaved(groups: int, queries: int, width: int) -> dict[str, list[tuple[int, int]]]:
-    """Groups of heads one after the other, each its queries, a key and a value."""
-    group = (queries + 2) * width
-    starts = range(0, groups * group, group)
-    key, value = queries * width, (queries + 1) * width
-    return {
-        "q_proj": [(start, start + key) for start in starts],
-        "k_proj": [(start + key, start + value) for start in starts],
-        "v_proj": [(start + value, start + group) for start in starts],
-    }
-
-
-def _find_layers(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleList]:
-    """The layers of the text decoder; a vision tower may have a list of the same length."""
+def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The layers of the text decoder; a vision tower inside it may have a list of the same length, further down."""
+    text = model.config.get_text_config()
+    refused = f"only decoder-only models can be divided, and {type(model).__name__}"
+    if model.config.is_encoder_decoder or text.is_encoder_decoder:
+        raise HFTError(f"{refused} is an encoder-decoder")
+    if (count := getattr(text, "num_hidden_layers", None)) is None:
+        raise HFTError(f"{refused} has no num_hidden_layers in its config")
     decoder = model.get_decoder()
-    prefix = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
-    lists = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    lists = [(path, m) for path, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
-        raise HFTError(f"{type(model).__name__} has no list of {count} layers; only decoder-only models are known")
-    name, layers = lists[0]
-    return prefix + name, layers
+        raise HFTError(f"{refused} has no list of {count} layers")
+    path, layers = min(lists, key=lambda found: found[0].count("."))
+    if crossed := {own for name, _ in layers.named_modules() if (own := name.rpartition(".")[2]) in CROSS_ATTENTION}:
+        raise HFTError(f"{refused} attends to an encoder in its layers, by {', '.join(crossed)}")
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+    return prefix + path, layers

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hft.config import fill, to_yaml
 from hft.errors import HFTError, reason
 from hft.machine import broadcast, cpu_has_bfloat16, indented, is_main, is_sharded, world_size
+from hft.model.vocabulary import check_ids
 from hft.planning.memory import Memory, memory_of, why_it_does_not_fit
 from hft.record.checkpoints import last_checkpoint
 from hft.record.identity import check_same_run, differences
@@ -113,7 +114,8 @@ def make_plan(config: Config) -> RunPlan:
         HFTError: the run cannot be made as asked, whatever the machine.
     """
     objective, method = config.objective, config.method
-    selection = plan_selection(config, load_model_config(config))
+    model_config = load_model_config(config)
+    selection = plan_selection(config, model_config)
     shards = world_size() if is_sharded() or config.values.get("fsdp") else 1
     reference = in_pairs(objective) and not config.values.get("precompute_ref_log_probs")
     memory = memory_of(method, selection, reference=reference, shards=shards, processes=world_size())
@@ -123,6 +125,7 @@ def make_plan(config: Config) -> RunPlan:
         return replace(plan, misfit=misfit)
 
     tokenizer, machine = load_tokenizer(config), machine_settings(config.values)
+    check_ids(tokenizer.get_vocab(), model_config.get_text_config().vocab_size, config.run.model_name_or_path)
     args, notes = training_arguments(config, machine)
     check_output(config)
     with args.main_process_first(desc="loading the data"):

@@ -176,11 +176,8 @@ class Selection:
     @functools.cached_property
     def _trained_of(self) -> dict[str, list[tuple[Part, bool]]]:
         """Of each parameter in the layers, its parts and whether they train."""
-        parts: dict[str, list[tuple[Part, bool]]] = {}
-        for unit in self.anatomy.units:
-            for part in unit.parts:
-                parts.setdefault(part.parameter, []).append((part, self.trains(unit)))
-        return parts
+        parts = self.anatomy.parts_by_parameter.items()
+        return {name: [(part, self.trains(unit)) for unit, part in found] for name, found in parts}
 
     @property
     def frozen_parameters(self) -> list[str]:
@@ -304,7 +301,7 @@ def build_selection(anatomy: Anatomy, config: SelectionConfig, choice: Choice) -
     """
     units, masks = choice if isinstance(choice, tuple) and isinstance(choice[-1], Mapping) else (choice, {})
     known = {unit.name: unit for unit in anatomy.units}
-    shapes = {part.parameter: part.shape for unit in anatomy.units for part in unit.parts}
+    shapes = anatomy.shapes
     try:
         trained = frozenset(unit.name for unit in units)
     except (TypeError, AttributeError) as error:
@@ -486,7 +483,7 @@ def _random_element(anatomy: Anatomy, config: SelectionConfig) -> Choice:
 
     Of each matrix exactly that fraction, rounded. Biases and norms, a small part, train whole.
     """
-    shapes = {part.parameter: part.shape for unit in anatomy.units for part in unit.parts if len(part.shape) > 1}
+    shapes = {name: shape for name, shape in anatomy.shapes.items() if len(shape) > 1}
     masks = {}
     for name, shape in tqdm(shapes.items(), desc="drawing elements", unit="tensor", leave=False):
         size = math.prod(shape)

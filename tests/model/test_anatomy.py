@@ -70,7 +70,7 @@ def test_grouped_queries_are_seen():
 
 
 def test_an_unknown_family_is_refused_with_its_modules():
-    with pytest.raises(HFTError, match=r"not known units: .*backbone\.layers\.0\.mixer"):
+    with pytest.raises(HFTError, match=r"belong to no known unit: .*backbone\.layers\.0\.mixer"):
         anatomy_of(small("mamba"))
 
 

@@ -315,7 +315,7 @@ def test_bad_models_and_folders_are_refused_in_a_sentence(tmp_path, tiny, data, 
     unknown = shutil.copytree(tiny, tmp_path / "unknown")
     (unknown / "config.json").write_text(json.dumps({"model_type": "mamba", "num_hidden_layers": 2}))
     assert sft(tmp_path / "c", model=unknown) == 2
-    assert "not known units: backbone.layers.0.mixer" in error_of(capsys)
+    assert "belong to no known unit: backbone.layers.0.mixer" in error_of(capsys)
 
     file = tmp_path / "file"
     file.write_text("")
