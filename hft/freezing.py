@@ -136,8 +136,15 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def sharded_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A tensor that every process has whole, on a parameter's device and sharded as it is."""
+    tensor = tensor.to(parameter.device)
+    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+
+
 def _shard(mask: Mask, parameter: torch.Tensor) -> Mask:
     if not isinstance(parameter, DTensor):
         return mask
-    whole = mask.tensor().expand(parameter.shape).contiguous().to(parameter.device)
-    return Mask.of(distribute_tensor(whole, parameter.device_mesh, parameter.placements).to_local())
+    return Mask.of(_local(sharded_like(mask.tensor().expand(parameter.shape).contiguous(), parameter)))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -58,6 +59,12 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         """Names of the units, and of parameters outside the layers, that have trained in the first `step` steps."""
         return frozenset().union(*(pure.from_row(self.selection, row)[1] for row in self._until(step)))
 
+    def have_state(self, history: list[dict[str, Any]]) -> set[str]:
+        """Names of the parameters whose optimizer state a checkpoint holds, given the phases until then."""
+        phases = history[-1:] if self.schedule.optimizer_state == "reset" else history
+        trained = frozenset().union(*(pure.from_row(self.selection, row)[1] for row in phases))
+        return pure.parameters_of(self.selection, trained)
+
     def _until(self, step: int) -> list[dict[str, Any]]:
         return [row for row in self.history if row["step"] < step]
 
@@ -90,6 +97,8 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         every = getattr(self.schedule, "switch_every", None)
         switches = every is not None and step % every == 0
         if switches or trained != self._trained:
+            if self._trained is None:
+                note_dtypes(model)
             self._trained = trained
             self.enforce(model, optimizer, clear=switches and self.schedule.clears_state)
 
@@ -117,6 +126,19 @@ class ScheduleCallback(TrainerCallback, ExportableState):
                 optimizer.state.pop(parameter, None)
             elif keep == "offload":
                 move(optimizer.state.get(parameter, {}), parameter.device if trains else torch.device("cpu"))
+
+
+def note_dtypes(model: nn.Module) -> None:
+    """Let FSDP2 note the dtypes of all that trains in the run before any of it is frozen.
+
+    It does so in its first forward pass, from the parameters that require a gradient then. A layer in which none did
+    would get gradients in another dtype than its parameters' once some do.
+    """
+    if isinstance(model, FSDPModule):
+        training = model.training
+        with torch.no_grad():
+            model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+        model.train(training)
 
 
 def move(state: dict[str, Any], device: torch.device) -> None:

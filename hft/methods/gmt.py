@@ -27,7 +27,7 @@ class GMT(TopK):
 
     def before_step(self, parameter: nn.Parameter) -> torch.Tensor:
         moving = self.largest(parameter.grad)
-        parameter.grad.masked_fill_(~moving, 0)
+        parameter.grad.copy_(torch.where(moving, parameter.grad, torch.zeros_like(parameter.grad)))
         return moving
 
     def check_args(self, args: TrainingArguments) -> None:

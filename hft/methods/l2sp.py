@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hft.errors import HFTError
-from hft.methods.update import Update, copies, to_devices_of, was_skipped
+from hft.methods.update import Update, copies, place_like, was_skipped
 from hft.model.anatomy import Anatomy
 from hft.selection import Selection
 
@@ -46,7 +46,7 @@ class Pull(TrainerCallback):
         self.start, self.strength = start, strength
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        to_devices_of(self.start, model)
+        place_like(self.start, model)
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):

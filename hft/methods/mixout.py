@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import TrainerCallback, TrainingArguments
 
 from hft.errors import HFTError
-from hft.methods.update import Update, copies, to_devices_of
+from hft.methods.update import Update, copies
 from hft.model.anatomy import Anatomy
 from hft.selection import Selection
 from hft.selection.importance import check_linear
@@ -28,6 +28,7 @@ class Mixout(Update):
 
     name: ClassVar[str] = "mixout"
     description: ClassVar[str] = "random input columns go back to the base in each forward pass"
+    replicated: ClassVar[bool] = True  # FSDP2 gathers a layer's weights for its forward pass, not ours
 
     mixout_p: float = field(metadata={"help": "Probability that an input column is put back to the start."})
 
@@ -64,9 +65,8 @@ class MixColumns(TrainerCallback):
         self.start, self.p = start, p
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        to_devices_of(self.start, model)
         for module, start in self._modules(model):
-            module.forward = functools.partial(mixed_forward, module, start, self.p)
+            module.forward = functools.partial(mixed_forward, module, start.to(model.device), self.p)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         for module, _ in self._modules(model):

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hft.errors import HFTError
+from hft.freezing import sharded_like, whole
 from hft.methods.update import Update, was_skipped
 from hft.model.anatomy import Anatomy
 from hft.selection.ranking import largest
@@ -38,7 +39,8 @@ class TopK(Update):
 
     def largest(self, values: torch.Tensor) -> torch.Tensor:
         """A mask of the entries that are largest in magnitude; of equal ones those with the lowest flat index."""
-        return largest(values.abs(), max(1, round(self.top_fraction * values.numel())))
+        moving = largest(whole(values).abs(), max(1, round(self.top_fraction * values.numel())))
+        return sharded_like(moving, values)
 
     def callbacks(self, model: nn.Module, anatomy: Anatomy) -> list[TrainerCallback]:
         return [MoveLargest(self)]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from hft.freezing import sharded_like
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerCallback, TrainingArguments
@@ -23,12 +25,14 @@ class Update:
         name: as `update` in a method file has it.
         description: one line.
         shardable: whether it runs on the shards of FSDP2.
+        replicated: whether what it keeps is whole on every device of FSDP2, not sharded.
     """
 
     kind: ClassVar[str] = "update"
     name: ClassVar[str]
     description: ClassVar[str] = ""
-    shardable: ClassVar[bool] = False
+    shardable: ClassVar[bool] = True
+    replicated: ClassVar[bool] = False
 
     def callbacks(self, model: nn.Module, anatomy: Anatomy) -> list[TrainerCallback]:
         """What a trainer needs to move weights this way.
@@ -68,11 +72,11 @@ def copies(model: nn.Module, names: set[str] | None = None) -> dict[str, torch.T
     return {name: parameter.detach().clone() for name, parameter in trained.items()}
 
 
-def to_devices_of(start: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Move each starting weight to the device that the parameter of its name is on by now."""
+def place_like(start: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Move each starting weight to the device that the parameter of its name is on by now, and shard it likewise."""
     for name, parameter in model.named_parameters():
         if name in start:
-            start[name] = start[name].to(parameter.device)
+            start[name] = sharded_like(start[name], parameter)
 
 
 def was_skipped(optimizer: torch.optim.Optimizer) -> bool:

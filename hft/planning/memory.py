@@ -77,6 +77,7 @@ def memory_of(
     size = selection.anatomy.numel
     at_once = method.schedule.peak_numel(selection) if method.schedule else held
     copied = (held if shards == 1 else size) if reference else 0
+    kept = method.update.memory(selection) if method.update else 0
     # Of partly frozen parameters, the frozen values are kept a second time.
     frozen = size - selection.num_trained
     return Memory(
@@ -85,7 +86,7 @@ def memory_of(
         gradients=4 * at_once / shards,
         moments=8 * at_once / shards,
         reference=copied * frozen_bytes / shards,
-        method=(method.update.memory(selection) if method.update else 0) / shards,
+        method=kept / (1 if method.update and method.update.replicated else shards),
         buckets=buckets,
     )
 

@@ -317,18 +317,23 @@ def look_into_folder(plan: RunPlan) -> dict[str, Any]:
             notes = [f"NOTE: resuming with other settings than before: {'; '.join(changes)}"]
     if start:
         check_same_run(plan.identity, Manifest.load(start).identity, start)
-        check_complete(Path(start))
+        check_complete(Path(start), sharded=is_sharded(plan.args))
         notes.append(f"resuming from {start}")
     return {"resume_from": start, "notes": notes}
 
 
-def check_complete(checkpoint: Path) -> None:
-    """Refuse a checkpoint without the state of the optimizer or of the learning rate.
+def check_complete(checkpoint: Path, *, sharded: bool) -> None:
+    """Refuse a checkpoint without the state of the optimizer or of the learning rate, or in another engine's form.
 
     Trainer would load the weights and silently start both from the beginning.
     """
-    optimizer = any((checkpoint / name).exists() for name in ("optimizer.pt", "optimizer.bin", "optimizer_0"))
-    if not (optimizer and (checkpoint / "scheduler.pt").exists()):
+    plain, fsdp = (checkpoint / "optimizer.pt").exists(), any(checkpoint.glob("optimizer[._][b0]*"))
+    if plain != fsdp and sharded == plain:
+        raise HFTError(
+            f"cannot resume from {checkpoint}: its optimizer state was saved {'with' if fsdp else 'without'} FSDP2; "
+            f"launch with recipes/accelerate/{'fsdp2' if fsdp else 'ddp'}.yaml, on any number of processes"
+        )
+    if not ((plain or fsdp) and (checkpoint / "scheduler.pt").exists()):
         raise HFTError(
             f"cannot resume from {checkpoint}: it holds no optimizer or scheduler state (save_only_model), so the run "
             "would not continue exactly; start again with --resume_from_checkpoint none, or give it as "

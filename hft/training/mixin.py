@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hft.errors import HFTError
@@ -107,6 +108,18 @@ class HalfFineTuning(ManifestMixin):
             # Reentrant checkpointing finds no gradient to pass on when nothing before the first layer has one.
             self.model.enable_input_require_grads()
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Under FSDP2 keep log-probabilities, losses and the reduction of gradients in fp32, as under DDP.
+
+        accelerate's own policy is bf16 throughout: at |logp| above 512 sums move in steps of 4. One policy holds for
+        every wrapped module, so layers hand on fp32 too, which doubles the inputs that activation checkpointing keeps.
+        """
+        super().create_accelerator_and_postprocess()
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            compute = plugin.mixed_precision_policy.param_dtype
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(compute, torch.float32, torch.float32)
+
     def prepare_model(self, model: PreTrainedModel, args: TrainingArguments, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Give the trained half its fp32 master weights, just before TRL's own constructor sees the model.
 
@@ -116,6 +129,22 @@ class HalfFineTuning(ManifestMixin):
         if not is_sharded(args):  # accelerate upcasts the trained parameters of an FSDP2 model itself
             upcast(model, autocast=args.bf16 or args.fp16)
         return kwargs
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load a schedule's optimizer state under FSDP2, which expects one for whatever requires a gradient.
+
+        Not public in transformers, which has no hook between sharding the model and loading the state.
+        """
+        if not (checkpoint and self.schedule and self.is_fsdp_enabled):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        names = self.schedule.have_state(Manifest.load(checkpoint).schedule["history"])
+        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in names)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model with its manifest, the frozen tensors bit for bit those of the base.

@@ -1,0 +1,70 @@
+"""accelerate's FSDP2 on CPU processes: torchrun fsdp2_on_cpu.py WORDS OF hft | torchrun fsdp2_on_cpu.py --runs FILE.
+
+accelerate shards on a CPU as on a GPU and only declines to choose FSDP2 there, so this chooses it. Everything else is
+what `accelerate launch` with recipes/accelerate/fsdp2.yaml sets up. With `--runs` the file's runs follow each other in
+one process: a JSON list of {"objective", "files", "flags"}, and of {"copy": [checkpoint, into]}.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+ROOT = Path(__file__).parents[2]
+
+
+def set_environment() -> None:
+    """What `accelerate launch` makes of the config that `make` uses."""
+    config = yaml.safe_load((ROOT / "recipes/accelerate/fsdp2.yaml").read_text())
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": config["mixed_precision"]}
+    os.environ |= {key.upper(): str(value).lower() for key, value in config["fsdp_config"].items()}
+    for key in ("fsdp_auto_wrap_policy", "fsdp_state_dict_type"):
+        os.environ[key.upper()] = config["fsdp_config"][key]
+
+
+def choose_fsdp() -> None:
+    """Let accelerate's state be FSDP's where it would be plain data parallelism on CPUs."""
+    init = AcceleratorState.__init__
+
+    def patched(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin")
+        if plugin is not None and "fsdp_plugin" not in self.__dict__:
+            plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = plugin
+        if self.__dict__.get("fsdp_plugin") is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = patched
+
+
+def main(words: list[str]) -> int:
+    import hft
+    from hft.cli import main as hft_main
+    from hft.machine import is_main, leave_process_group
+
+    if words[0] != "--runs":
+        return hft_main(words)
+    for run in json.loads(Path(words[1]).read_text()):
+        if "copy" in run:
+            checkpoint, into = map(Path, run["copy"])
+            if is_main():
+                shutil.copytree(checkpoint, into / checkpoint.name)
+            torch.distributed.barrier()
+            continue
+        config = hft.load_config(run["objective"], *run["files"], **run["flags"])
+        assert hft.train(hft.make_plan(config)).ok, run
+    leave_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    set_environment()
+    choose_fsdp()
+    sys.exit(main(sys.argv[1:]))

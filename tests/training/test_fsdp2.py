@@ -1,0 +1,159 @@
+"""The path of the 8-GPU recipes, accelerate's FSDP2, on CPU processes against one process."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import hft
+from hft.cli import main
+from hft.record.manifest import Manifest
+from tests.conftest import ROOT, command, error_of, identical, losses, tensors
+from tests.model.test_architectures import small
+
+SCRIPT = ROOT / "tests" / "training" / "fsdp2_on_cpu.py"
+SETTINGS = {"max_steps": 4, "save_steps": 2, "eval_strategy": "no", "eval_on_start": False, "report_to": "none"}
+SETTINGS |= {"bf16": True, "global_batch_size": 8, "logging_steps": 1}
+# Runs that follow each other in one launch: objective, method, further settings.
+RUNS = {
+    "random-element": ("sft", "random-element", {}),
+    "lisa": ("sft", "lisa", {"switch_every": 1}),
+    "mofo": ("sft", "mofo", {}),
+    "experts": ("sft", "hft", {}),
+}
+
+
+def launch(processes: int, *words: object) -> str:
+    """Run the script's words on some processes.
+
+    Returns:
+        What it printed.
+    """
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, *torchrun, str(SCRIPT), *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=env,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def flags(processes: int) -> list[str]:
+    settings = SETTINGS | {"per_device_train_batch_size": 8 // processes}
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value).lower())]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny, data, pairs):
+    """Runs of two processes in `two`, of one in `one`; and a run of two that four took over, in `four`."""
+    os.chdir(ROOT)
+    folder = tmp_path_factory.mktemp("fsdp2")
+    base = folder / "mixtral"
+    small("mixtral").to(torch.bfloat16).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(base)
+    rows = {"sft": data, "dpo": pairs}
+
+    for objective in ("sft", "dpo"):  # by the command line
+        launch(2, *command(objective, folder / "two" / objective, *flags(2), model=tiny, data=rows[objective]))
+        assert main(command(objective, folder / "one" / objective, *flags(1), model=tiny, data=rows[objective])) == 0
+
+    def listed(processes: int) -> list[dict]:
+        runs = []
+        for name, (objective, method, more) in RUNS.items():
+            out = folder / ("two" if processes == 2 else "one") / name
+            values = {"model_name_or_path": str(base if name == "experts" else tiny), "output_dir": str(out)}
+            values |= SETTINGS | more | {"dataset_name": str(rows[objective])}
+            values["per_device_train_batch_size"] = 8 // processes
+            files = [f"recipes/tiny/{objective}.yaml", f"recipes/methods/{method}.yaml"]
+            runs.append({"objective": objective, "files": files, "flags": values})
+            if processes == 2 and name == "lisa":  # cut after two steps and resumed
+                resumed = folder / "two" / "lisa-resumed"
+                runs.append({"copy": [str(out / "checkpoint-2"), str(resumed)]})
+                runs.append({"objective": objective, "files": files, "flags": values | {"output_dir": str(resumed)}})
+        return runs
+
+    for run in listed(1):
+        assert hft.train(hft.make_plan(hft.load_config(run["objective"], *run["files"], **run["flags"]))).ok
+    (folder / "runs.json").write_text(json.dumps(listed(2)))
+    launch(2, "--runs", folder / "runs.json")
+    resumed = folder / "two" / "sft-resumed"
+    again = folder / "four" / "sft"
+    for out in (resumed, again):
+        out.mkdir(parents=True)
+        (out / "checkpoint-2").symlink_to(folder / "two" / "sft" / "checkpoint-2")
+    launch(2, *command("sft", resumed, *flags(2), model=tiny, data=data))
+    launch(4, *command("sft", again, *flags(4), model=tiny, data=data))
+    return folder
+
+
+def moved(folder: Path, other: Path, base: Path) -> float:
+    """The distance between two models, relative to how far the first has moved from its base."""
+    ours, theirs, start = tensors(folder / "checkpoint-4"), tensors(other / "checkpoint-4"), tensors(base)
+
+    def distance(a: dict, b: dict) -> float:
+        return math.sqrt(sum(float((a[name].double() - b[name].double()).square().sum()) for name in a))
+
+    return distance(ours, theirs) / distance(ours, {name: start[name] for name in ours})
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", *RUNS])
+def test_two_processes_of_fsdp2_compute_what_one_process_does(folder, tiny, name):
+    one, two = folder / "one" / name, folder / "two" / name
+    # Rounding may send a token to another expert.
+    tolerance = 3e-3 if name == "experts" else 1e-3
+    assert losses(two / "checkpoint-4") == pytest.approx(losses(one / "checkpoint-4"), rel=tolerance)
+    ours, theirs = tensors(one), tensors(two)
+    assert {key: (t.dtype, t.shape) for key, t in ours.items()} == {
+        key: (t.dtype, t.shape) for key, t in theirs.items()
+    }
+    if name != "experts":  # whose files are not named as its parameters are
+        assert moved(one, two, tiny) < 0.1  # bf16 rounds otherwise, and AdamW's first steps are of one size
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", *RUNS])
+def test_every_frozen_bit_stays_under_fsdp2(folder, name):
+    out = folder / "two" / name
+    assert main(["verify", str(out)]) == 0
+    one, two = (Manifest.load(folder / where / name) for where in ("one", "two"))
+    assert one.frozen_checksums == two.frozen_checksums
+    assert (one.masks, one.schedule) == (two.masks, two.schedule)
+    assert json.loads((out / "results.json").read_text())["verify"]["not_finite"] == 0
+
+
+def test_dpo_starts_at_the_reference_in_fp32(folder):
+    history = json.loads((folder / "two" / "dpo" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    first = next(row for row in history if "loss" in row)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert [first[f"rewards/{side}"] for side in ("chosen", "rejected", "margins")] == pytest.approx([0] * 3, abs=1e-4)
+    alone = json.loads((folder / "one" / "dpo" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    theirs = next(row for row in alone if "loss" in row)
+    assert first["logps/chosen"] == pytest.approx(theirs["logps/chosen"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["sft", "lisa"])
+def test_a_resumed_run_ends_at_the_same_bits(folder, name):
+    straight, resumed = (tensors(folder / "two" / out / "checkpoint-4") for out in (name, f"{name}-resumed"))
+    assert all(identical(straight[key], resumed[key]) for key in straight)
+
+
+def test_another_number_of_processes_takes_a_run_over(folder, tiny, data, tmp_path, capsys):
+    two, four = folder / "two" / "sft", folder / "four" / "sft"
+    assert losses(four / "checkpoint-4") == pytest.approx(losses(two / "checkpoint-4"), rel=1e-3)
+    assert moved(two, four, tiny) < 0.1
+    assert main(["verify", str(four)]) == 0
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint-2").symlink_to(two / "checkpoint-2")
+    capsys.readouterr()
+    assert main(command("sft", tmp_path / "out", *flags(1), model=tiny, data=data)) == 2
+    assert "its optimizer state was saved with FSDP2" in error_of(capsys)
