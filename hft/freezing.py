@@ -70,11 +70,14 @@ def check_frozen(model: nn.Module, selection: Selection) -> None:
 def upcast(model: nn.Module, *, autocast: bool) -> None:
     """Give trained parameters fp32 master weights; AdamW on half-precision weights rounds most updates at 2e-5 away.
 
-    Frozen parameters keep the checkpoint's dtype under autocast, which casts them at each use. Without autocast every
-    matmul needs one dtype, so they are held in fp32 too; the way back to the checkpoint's dtype is exact.
+    Frozen parameters keep the checkpoint's dtype under autocast, which casts them at each use, except embeddings: their
+    dtype is that of the residual stream, which is to be fp32 whatever trains. Without autocast every matmul needs one
+    dtype, so all of them are held in fp32; the way back to the checkpoint's dtype is exact.
     """
+    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     for parameter in model.parameters():
-        if parameter.dtype in HALF_PRECISION and (parameter.requires_grad or not autocast):
+        wide = parameter.requires_grad or not autocast or id(parameter) in embeddings
+        if parameter.dtype in HALF_PRECISION and wide:
             parameter.data = parameter.data.float()
 
 

@@ -76,9 +76,11 @@ class RunPlan:
         """Steps of the whole run; None if rows are packed and nothing but the packed rows tell."""
         if self.args.max_steps > 0:
             return self.args.max_steps
-        if getattr(self.args, "packing", False):
-            return None
-        return math.ceil(self.args.num_train_epochs * math.ceil(len(self.data.train) / self.global_batch))
+        return None if getattr(self.args, "packing", False) else self.steps_over(len(self.data.train))
+
+    def steps_over(self, rows: int) -> int:
+        """Steps of all epochs over that many rows."""
+        return math.ceil(self.args.num_train_epochs * math.ceil(rows / self.global_batch))
 
     @property
     def is_deferred(self) -> bool:
@@ -101,7 +103,7 @@ class RunPlan:
             blocks.append(("plan", describe_steps(self)))
         schedule = self.config.method.schedule
         if schedule and self.data and self.steps:
-            blocks.append(("schedule", schedule.describe(self.selection, self.steps).rstrip()))
+            blocks.append(("schedule", schedule.describe(self.selection, self.steps)))
         if self.notes:
             blocks.append(("notes", "\n".join(self.notes)))
         return "\n".join(f"{title}\n{indented(text)}\n" for title, text in blocks)

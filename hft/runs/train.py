@@ -89,9 +89,17 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
             processing_class=plan.tokenizer,
         )
     trainer.manifest.data = plan.data.fingerprint
-    say(*check_prepared(trainer, plan.data), *trainer.notes(), "")
+    say(*check_prepared(trainer, plan.data), *trainer.notes(), *steps_of_packed(plan, len(trainer.train_dataset)), "")
     trainer.check_resumable(plan.resume_from)
     return trainer
+
+
+def steps_of_packed(plan: RunPlan, rows: int) -> list[str]:
+    """What the plan could not say before rows were packed or dropped: steps, and the schedule over them."""
+    if plan.args.max_steps > 0 or plan.steps == (steps := plan.steps_over(rows)):
+        return []
+    schedule = plan.config.method.schedule
+    return [f"{rows:,} rows, {steps:,} steps", *([schedule.describe(plan.selection, steps)] if schedule else [])]
 
 
 def resolve_deferred(plan: RunPlan) -> Selection:

@@ -8,9 +8,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from hft.cli import main
-from hft.freezing import PartFreezer
+from hft.freezing import PartFreezer, freeze, upcast
 from hft.model.anatomy import Part, anatomy_of, meta_model
 from hft.model.weights import checksum
 from hft.record.manifest import Manifest
@@ -142,7 +143,7 @@ SHARDED = """
 import sys, torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from hft.freezing import PartFreezer
+from hft.freezing import PartFreezer, freeze, upcast
 from hft.selection import Mask
 
 dist.init_process_group("gloo")
@@ -191,3 +192,14 @@ def test_a_part_marks_its_boxes_only():
     assert mask.expand(4, 6, 5).sum() == part.numel == 30
     assert mask[1, :3].all()
     assert mask[3, 3:].all()
+
+
+def test_frozen_embeddings_leave_the_residual_stream_in_fp32(tiny):
+    """What an embedding hands on is the residual stream, whose precision is not to depend on what trains."""
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    freeze(model, select(anatomy_of(model), SelectionConfig(freeze_embeddings=True)))
+    upcast(model, autocast=True)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        states = model(torch.arange(8)[None], output_hidden_states=True).hidden_states
+    assert {state.dtype for state in states} == {torch.float32}
