@@ -134,7 +134,7 @@ def test_every_recipe_with_every_method_makes_a_config(tmp_path, recipe, method,
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_method_has_a_plan_for_8_gpus_of_80_gib(tmp_path, objective):
-    """Before activations, of Llama-2-7B; OSF, which is not in the paper's tables, keeps its factors whole on each GPU."""
+    """Llama-2-7B before activations. OSF, which is not in the paper's tables, keeps its factors whole on each GPU."""
     for method in METHODS:
         config = load_config(objective, f"recipes/llama2-7b/{objective}.yaml", method, output_dir=str(tmp_path))
         selection, shards = plan_selection(config, load_model_config(config)), 8 if config.method.shardable else 1
