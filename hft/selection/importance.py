@@ -132,7 +132,7 @@ def unit_scores(
 def input_norms(model: PreTrainedModel, names: Iterable[str], batches: Batches) -> dict[str, torch.Tensor]:
     """The L2 norm of each input feature of linear layers, over all tokens (Wanda, 2306.11695, equation 1).
 
-    SSU's released code takes another factor, one plus the mean square of the feature.
+    SSU's released code takes another factor, the mean square of the feature.
 
     Args:
         model: the base.

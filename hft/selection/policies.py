@@ -34,7 +34,7 @@ class SelectionConfig:
         default="category",
         metadata={
             "help": "category: that fraction of each block of each layer (the paper's HFT, Algorithm 1); layer: every "
-            "other layer whole; model: half of all units anywhere; explicit: all but the units that match `freeze`; "
+            "other layer whole; model: half of all matrices anywhere; explicit: all but the units that match `freeze`; "
             "all: everything trains (FFT); random-element: random elements of every matrix; importance: what matters "
             "least to the base on a sample of text; FILE.py:FUNCTION: your own (docs/new-policy.md)."
         },
@@ -378,7 +378,7 @@ def pools(anatomy: Anatomy, layer: int) -> dict[str, list[Unit]]:
     """The sets of like units of one layer that the category policy draws from.
 
     Attention is one pool; with grouped queries it is two, {q, o} and {k, v}, whose members have the same shape, so
-    that half of the units is half of the parameters (A.4.12; A.4.1 says the same in other groups). Norms of queries and
+    that half of the units is half of the parameters (A.4.12; A.4.1 groups them otherwise). Norms of queries and
     keys, which are as long as a head, are kept apart from the norms of the hidden state. The matrices of all experts
     of a layer are one pool, apart from an MLP that every token takes.
     """
