@@ -1,5 +1,6 @@
 """Two processes on one machine, over gloo."""
 
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import torch
 
 from hft.cli import main
 from hft.record.manifest import Manifest
-from tests.conftest import command, identical, losses, tensors
+from tests.conftest import ROOT, command, identical, losses, tensors
 
 
 @pytest.mark.parametrize(("stage", "method"), [("sft", "hft"), ("dpo", "hft"), ("sft", "random-element")])
@@ -31,3 +32,23 @@ def test_two_processes_agree_with_one_at_the_same_global_batch(tmp_path, tiny, d
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5)
         assert name not in one.frozen_checksums or name in one.masks or identical(ours[name], tensor)
+
+
+ONLY_ONE_FAILS = """
+import os, sys, time
+from hft.cli import main
+
+if os.environ["RANK"] == sys.argv[1]:
+    sys.exit(main(["sft", "--config", "none.yaml"]))
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_mistake_is_printed_whichever_process_finds_it(tmp_path, rank):
+    (tmp_path / "script.py").write_text(ONLY_ONE_FAILS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [*launch, str(tmp_path / "script.py"), rank]
+    run = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert run.returncode != 0
+    assert "hft: cannot read none.yaml: No such file or directory" in run.stderr
