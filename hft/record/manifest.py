@@ -108,10 +108,7 @@ class Manifest:
 
     def save(self, folder: str | Path) -> Path:
         """Write it into a folder, in one step."""
-        path = Path(folder) / MANIFEST_NAME
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        return temporary.replace(path)
+        return write_json(Path(folder) / MANIFEST_NAME, asdict(self))
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -157,6 +154,13 @@ class Manifest:
                 f"cannot resume from {checkpoint}: its base was {other.base}, whose {different} differs from that of "
                 f"{self.base}; give the same base, another --output_dir, or --resume_from_checkpoint none"
             )
+
+
+def write_json(path: Path, content: dict[str, Any]) -> Path:
+    """Write a JSON file in one step: a reader sees the old or the new one, never half of it."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    return temporary.replace(path)
 
 
 def identity_of(

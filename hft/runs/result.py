@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft.errors import HFTError, reason
 from hft.machine import peak_memory
+from hft.record.manifest import write_json
 
 if TYPE_CHECKING:
     from hft.training.base import ManifestMixin
@@ -58,10 +59,7 @@ class RunResult:
 
     def save(self, folder: str | Path) -> Path:
         """Write it into a run's folder, in one step."""
-        path = Path(folder) / RESULTS_NAME
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        return temporary.replace(path)
+        return write_json(Path(folder) / RESULTS_NAME, asdict(self))
 
     @classmethod
     def load(cls, folder: str | Path) -> RunResult:

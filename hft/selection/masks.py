@@ -55,7 +55,7 @@ class Mask:
 
 
 def save_masks(folder: str | Path, masks: Mapping[str, Mask]) -> None:
-    """Write masks by parameter name into `hft_masks.safetensors`; without masks there is no file."""
+    """Write masks by parameter name into `hft_masks.safetensors`; without masks no file is written."""
     path = Path(folder) / MASKS_NAME
     path.unlink(missing_ok=True)
     if masks:
