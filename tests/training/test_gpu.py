@@ -32,7 +32,9 @@ def test_one_gpu(tmp_path, tiny, data, pairs, stage, method):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize(("stage", "method"), [("sft", "hft"), ("dpo", "hft"), ("sft", "random-element")])
+@pytest.mark.parametrize(
+    ("stage", "method"), [("dpo", "hft"), *(("sft", m) for m in ("hft", "random-element", "lisa", "mofo", "mixout"))]
+)
 def test_fsdp2_keeps_the_frozen_half_and_saves_the_stored_dtype(tmp_path, tiny, data, pairs, stage, method):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml"]
     settings = ["--global_batch_size", "8", "--per_device_train_batch_size", "4"]
