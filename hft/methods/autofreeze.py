@@ -13,7 +13,13 @@ from torch import nn
 from hft.errors import HFTError
 from hft.freezing import whole
 from hft.machine import broadcast
-from hft.methods.schedule import Schedule, check_at_least_one, outside_layers, units_of_layers
+from hft.methods.schedule import (
+    Schedule,
+    check_at_least_one,
+    outside_layers,
+    units_of_layers,
+    without_embeddings,
+)
 from hft.selection import Selection
 
 
@@ -66,12 +72,6 @@ class AutoFreeze(Schedule):
             norms = [whole(torch.linalg.vector_norm(gradient, 1)) for gradient in gradients if gradient is not None]
             measured["sums"][layer] += float(torch.stack(norms).sum()) if norms else 0.0
         measured["steps"] += 1
-
-
-def without_embeddings(selection: Selection) -> list[str]:
-    """What trains outside the layers, without the input embeddings."""
-    first = next(iter(selection.anatomy.embeddings))  # in model order, so that of the input
-    return [name for name in outside_layers(selection) if name != first]
 
 
 def next_start(before: Sequence[float], now: Sequence[float], start: int, percentile: float) -> int:

@@ -145,6 +145,12 @@ def outside_layers(selection: Selection) -> list[str]:
     return [name for name in selection.trained_parameters if name in selection.anatomy.outside_layers]
 
 
+def without_embeddings(selection: Selection) -> list[str]:
+    """What trains outside the layers, without the input embeddings."""
+    first = next(iter(selection.anatomy.embeddings))  # in model order, so that of the input
+    return [name for name in outside_layers(selection) if name != first]
+
+
 def units_of_layers(selection: Selection, layers: Iterable[int]) -> frozenset[str]:
     """Names of all units of the given layers."""
     layers = set(layers)

@@ -9,8 +9,13 @@ import torch
 from torch import nn
 
 from hft.machine import broadcast
-from hft.methods.autofreeze import without_embeddings
-from hft.methods.schedule import Schedule, check_at_least_one, outside_layers, units_of_layers
+from hft.methods.schedule import (
+    Schedule,
+    check_at_least_one,
+    outside_layers,
+    units_of_layers,
+    without_embeddings,
+)
 from hft.methods.smartfrz import predictor
 from hft.selection import Selection
 
