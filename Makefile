@@ -96,7 +96,7 @@ ratio-%: $(INSTALLED) $(LOCAL_FILES)
 
 # Table 10's second row. All runs see the same tokens, so FFT's tokens per second over a run's is its relative time.
 runtimes:
-	@test -e $(S)/results.json || { echo "$(S) not found; run make sweep-ratios MODEL=$(MODEL) first"; exit 1; }
+	@test -e $(S)/results.json || { echo "$(S) not found: run make sweep-ratios MODEL=$(MODEL) first" >&2; exit 1; }
 	@awk -F '[:,] *' '/"tokens_per_second"/ { speed = $$2; fft = fft ? fft : speed } /"layers"/ { \
 		run = FILENAME; sub(".*/runs/|^runs/", "", run); sub("/results.json", "", run); \
 		printf "%5.1f%% of the layers train  %5.1f%% of the time of FFT  %s\n", 100 * $$2, 100 * fft / speed, run }' \

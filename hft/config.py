@@ -6,7 +6,7 @@ import argparse
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -73,13 +73,13 @@ class Keys:
     Attributes:
         classes: dataclasses whose fields are the keys.
         explain: a sentence about a key that is not among them, or None.
-        replaced: keys that a file which names a `method` resets, all of them.
+        replaced: of the keys so far, which a file that names a `method` resets.
         aliases: other names of keys; under either name the later value wins.
     """
 
     classes: tuple[type, ...]
     explain: Callable[[str], str | None] = lambda key: None
-    replaced: frozenset[str] = frozenset()
+    replaced: Callable[[Mapping[str, Any]], Container[str]] = lambda config: ()
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     @functools.cached_property
@@ -97,19 +97,19 @@ class Keys:
         near = difflib.get_close_matches(key, self.types, n=1)
         return HFTError(f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
 
-    def convert_all(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Values as the types of their keys, aliases replaced by the keys' own names.
+    def convert(self, key: str, value: Any) -> Any:
+        """A value as the type of its key.
 
         Args:
-            values: from YAML, or the words of flags: a string, or a list of strings.
+            key: the key.
+            value: from YAML, or the words of a flag: a string, or a list of strings.
 
         Raises:
-            HFTError: a key is unknown, or a value is of another type.
+            HFTError: the key is unknown, or the value is of another type.
         """
-        values = {self.aliases.get(str(key), str(key)): value for key, value in values.items()}
-        if unknown := [key for key in values if key not in self.types]:
-            raise self.unknown(unknown[0])
-        return {key: convert(key, value, self.types[key]) for key, value in values.items()}
+        if key not in self.types:
+            raise self.unknown(key)
+        return convert(key, value, self.types[key])
 
 
 def convert(key: str, value: Any, annotation: Any) -> Any:
@@ -131,7 +131,10 @@ def convert(key: str, value: Any, annotation: Any) -> Any:
         if isinstance(value, str) and NoneType in kinds and value.lower() in ("none", "null"):
             return None
         if isinstance(value, str) and dict in kinds and value.lstrip().startswith("{"):
-            return convert(key, yaml.load(value, Loader), annotation)
+            try:
+                return convert(key, yaml.load(value, Loader), annotation)
+            except (yaml.YAMLError, ValueError) as wrong:
+                raise HFTError(f"{key}: {reason(wrong)}") from wrong
         if list in kinds and not isinstance(value, list | dict | NoneType):
             return convert(key, [value], annotation)
         choices = [e["ctx"]["expected"] for e in error.errors() if e["type"] == "literal_error"]
@@ -158,6 +161,7 @@ class Loader(yaml.SafeLoader):
     """YAML in which only true and false are bools, as in YAML 1.2, and no key stands twice in a mapping."""
 
     def construct_mapping(self, node, deep=False):
+        self.flatten_mapping(node)
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise yaml.YAMLError(f"key {twice[0]!r} stands twice")
@@ -184,7 +188,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # a SafeLoader
     except OSError as error:
         raise HFTError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise HFTError(f"{path} is not valid YAML: {reason(error)}") from error
     if not isinstance(content, dict):
         raise HFTError(f"{path} must be a YAML mapping of keys to values")
@@ -210,16 +214,32 @@ class Given:
     contents: list[dict[str, Any]]
     flags: dict[str, Any]
 
-    @property
-    def raw(self) -> dict[str, Any]:
-        """All keys with their last values, untyped: enough to see which method is named."""
+    @staticmethod
+    def _named(content: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+        return {aliases.get(str(key), str(key)): value for key, value in content.items()}
+
+    def merge(
+        self, replaced: Callable[[Mapping[str, Any]], Container[str]], aliases: Mapping[str, str]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Layer files and flags, later ones winning; values are untyped.
+
+        Returns:
+            All keys that were given with their values, and the file of those that are from one.
+        """
         merged: dict[str, Any] = {}
-        for content in [*self.contents, self.flags]:
-            merged |= content
-        return merged
+        sources: dict[str, str] = {}
+        for path, content in zip(self.files, self.contents, strict=True):
+            if "method" in content:
+                gone = replaced(merged)
+                merged = {key: value for key, value in merged.items() if key not in gone}
+            named = self._named(content, aliases)
+            merged |= named
+            sources |= dict.fromkeys(named, path)
+        flags = self._named(self.flags, aliases)
+        return merged | flags, {key: path for key, path in sources.items() if key not in flags}
 
     def resolve(self, keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Layer files and flags, later ones winning.
+        """Layer files and flags, and type them.
 
         Returns:
             All keys that were given with their typed values, and those among them that were flags.
@@ -227,16 +247,14 @@ class Given:
         Raises:
             HFTError: an unknown key, or a value of the wrong type.
         """
-        config: dict[str, Any] = {}
-        for path, content in zip(self.files, self.contents, strict=True):
-            if "method" in content:
-                config = {key: value for key, value in config.items() if key not in keys.replaced}
+        merged, sources = self.merge(keys.replaced, keys.aliases)
+        values = {}
+        for key, value in merged.items():
             try:
-                config |= keys.convert_all(content)
+                values[key] = keys.convert(key, value)
             except HFTError as error:
-                raise HFTError(f"{path}: {error}") from error
-        flags = keys.convert_all(self.flags)
-        return config | flags, flags
+                raise (HFTError(f"{sources[key]}: {error}") if key in sources else error) from error
+        return values, {key: values[key] for key in self._named(self.flags, keys.aliases)}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -307,5 +325,5 @@ def fill(cls: type[T], config: Mapping[str, Any]) -> T:
         return cls(**{f.name: config[f.name] for f in fields(cls) if f.init and f.name in config})
     except HFTError:
         raise
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise HFTError(reason(error)) from error

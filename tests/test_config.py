@@ -203,6 +203,46 @@ def test_a_later_method_file_replaces_all_of_an_earlier_one(tiny):
     assert config.values["learning_rate"] == 1e-3  # the recipe's
 
 
+def test_a_saved_config_can_be_given_another_method(tiny, tmp_path):
+    lisa = load_config("sft", "recipes/tiny/sft.yaml", "recipes/methods/lisa.yaml", model_name_or_path=str(tiny))
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(lisa.values))
+    badam = load_config("sft", saved, "recipes/methods/badam.yaml")
+    assert badam.method.schedule.name == "badam"
+    assert "active_layers" not in badam.values
+    with pytest.raises(HFTError, match="active_layers is a key of schedule lisa"):
+        load_config("sft", saved, "recipes/methods/fft.yaml", active_layers=3)
+    own = {"schedule": "docs/examples/gradual_unfreezing.py:GradualUnfreezing", "switch_every": 3}
+    saved.write_text(
+        to_yaml(load_config("sft", "recipes/tiny/sft.yaml", model_name_or_path=str(tiny), policy="all", **own).values)
+    )
+    assert "switch_every" not in load_config("sft", saved, "recipes/methods/hft.yaml").values
+
+
+def test_another_base_is_another_round(tiny, tmp_path):
+    saved = tmp_path / "config.yaml"
+    saved.write_text(f"model_name_or_path: {tiny}\ndataset_name: x\nround: 2\n")
+    assert parse_config("sft", ["--config", str(saved)]).method.selection.round == 2
+    words = ["--config", str(saved), "--model_name_or_path", str(tiny)]
+    assert parse_config("sft", words).method.selection.round == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--per_device_train_batch_size", "0"], "batch sizes must be at least 1"),
+        (["--accelerator_config", "none.json"], "No such file"),
+        (["--policy_options", "{a: [1}"], "policy_options: "),
+        (["--fraction", "0.25", "--policy", "all"], "fraction means nothing to the all policy"),
+    ],
+)
+def test_other_mistakes_are_one_sentence_too(capsys, words, message, tiny):
+    assert main(["sft", "--config", "recipes/tiny/sft.yaml", "--model_name_or_path", str(tiny), *words]) == 2
+    err = capsys.readouterr().err.strip()
+    assert message in err
+    assert err.count("\n") == 0
+
+
 @pytest.mark.parametrize("words", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
 def test_every_command_has_its_own_help(capsys, words):
     assert main(words) == 0

@@ -109,7 +109,10 @@ def load_data(run: RunConfig, objective_rows: Rows, *, evaluate: bool) -> Loaded
         return objective_rows(dataset, name if split == "train" else f"{name} ({split})")
 
     train, notes = rows(run.dataset_train_split)
-    identity = fingerprint(name, run.dataset_config)
+    try:
+        identity = fingerprint(name, run.dataset_config)
+    except REFUSALS as error:
+        raise _cannot_load(name, error) from error
     if not evaluate:
         return LoadedData(name, train, None, notes, identity)
     others = [split for split in split_names(name, run.dataset_config) if split not in _splits(run.dataset_train_split)]

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from hft.data.templates import conversations, template_arguments
@@ -47,7 +48,7 @@ def check_masks(
         num_proc=num_proc,
         desc="checking the assistant mask",
     )
-    rows = [(row, turns) for row, turns in zip(dataset["row"], checked["untrained"], strict=True) if turns > 0]
+    rows = [(row, turns) for row, turns in zip(dataset["row"][:], checked["untrained"][:], strict=True) if turns > 0]
     if not rows:
         return []
     return [
@@ -109,5 +110,9 @@ def _writes_calls(messages: list[dict[str, Any]], render: Callable[[list[dict[st
     """Whether a chat template writes a conversation's tool calls; else a turn that is a call trains its end alone."""
     if not any(message.get("tool_calls") for message in messages):
         return True
-    silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
-    return render(messages) != render(silent)
+    texts = [message | {"content": message["content"] or ""} for message in messages]
+    silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in texts]
+    try:
+        return render(texts) != render(silent)
+    except TemplateError:  # malformed without its calls, so the template reads them
+        return True

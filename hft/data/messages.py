@@ -7,7 +7,9 @@ from typing import Any
 from hft.errors import HFTError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+SHAREGPT_ROLES = {"human": "user", "observation": "tool"} | dict.fromkeys(
+    ("gpt", "chatgpt", "bing", "bard"), "assistant"
+)
 # What an assistant can say beside its content.
 OTHER_SPEECH = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 

@@ -12,6 +12,8 @@ from hft.data.masks import check_masks
 from hft.data.templates import rendered
 from hft.errors import HFTError
 
+PAIR = ("prompt_ids", "chosen_ids", "rejected_ids")
+
 
 def check_prepared(trainer: Trainer, loaded: LoadedData) -> list[str]:
     """Check what a trainer is about to train and evaluate on; drop what has nothing to learn.
@@ -37,6 +39,9 @@ def check_prepared(trainer: Trainer, loaded: LoadedData) -> list[str]:
             notes += _template_notes(dataset, tokenizer)
             if getattr(args, "assistant_only_loss", False):
                 notes += check_masks(dataset, tokenizer, trainer.chat_template, loaded.name, args.dataset_num_proc)
+        if len(tokenizer) > (embedded := trainer.model.get_input_embeddings().weight.shape[0]):
+            for dataset in filter(None, (trainer.train_dataset, trainer.eval_dataset)):
+                _check_ids(dataset, embedded, tokenizer, loaded.name)
         trainer.train_dataset, found = _checked(trainer.train_dataset, loaded.train, "training", packed, args)
         notes += found
         if loaded.test is not None:
@@ -72,12 +77,30 @@ def _checked(prepared: Dataset, given: Dataset, kind: str, packed: bool, args: A
     return prepared.select([index for index, one in enumerate(learns) if one]), notes
 
 
+def _check_ids(dataset: Dataset, embedded: int, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse rows with an id that the embeddings have no row for."""
+    columns = [column for column in ("input_ids", *PAIR) if column in dataset.column_names]
+
+    def largest(*ids: list[list[int]]) -> dict[str, list[int]]:
+        return {"largest": [max(map(max, filter(None, row)), default=0) for row in zip(*ids, strict=True)]}
+
+    found = dataset.select_columns(columns).map(
+        largest, batched=True, input_columns=columns, remove_columns=columns, desc="checking token ids"
+    )["largest"][:]
+    if wrong := [index for index in found if index >= embedded]:
+        raise HFTError(
+            f"{len(wrong):,} rows of dataset {name} hold {tokenizer.convert_ids_to_tokens(wrong[0])!r}, id {wrong[0]}, "
+            f"and the embeddings have {embedded} rows; give the tokenizer that the model was trained with, or resize "
+            "the embeddings first"
+        )
+
+
 def _distinct(pairs: Dataset, args: Any) -> list[bool]:
     """Of each pair, whether the tokens that are left after truncation differ; else its gradient is rounding noise."""
     kept = slice(None)
     if args.max_length is not None:
         kept = slice(-args.max_length, None) if args.truncation_mode == "keep_end" else slice(args.max_length)
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    columns = list(PAIR)
 
     def differ(prompts: list, chosen: list, rejected: list) -> dict[str, list[bool]]:
         rows = zip(prompts, chosen, rejected, strict=True)
@@ -105,7 +128,7 @@ def _packed(rows: Dataset) -> tuple[list[bool], int]:
         return found
 
     found = rows.select_columns(columns).map(trains, batched=True, remove_columns=columns, desc="checking packed rows")
-    return found["trains"][:], sum(found["lost"])
+    return found["trains"][:], sum(found["lost"][:])
 
 
 def _template_notes(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -114,7 +137,8 @@ def _template_notes(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> lis
     for column, nothing in (("tools", None), ("chat_template_kwargs", {})):
         if column not in dataset.column_names:
             continue
-        row = next((row for row in dataset if row[column]), None)
+        index = next((index for index, value in enumerate(dataset[column][:]) if value), None)
+        row = dataset[index] if index is not None else None
         if row and rendered(row, tokenizer) == rendered(row | {column: nothing}, tokenizer):
             notes.append(f"{column}: the chat template writes the same without them")
     return notes

@@ -115,8 +115,8 @@ def _preference(row: dict[str, Any]) -> Converted:
         return pair, "with an empty answer"
     if pair["chosen"] == pair["rejected"]:
         return pair, "with equal answers"
-    if any(pair[column][0]["role"] != "assistant" for column in ("chosen", "rejected")):
-        return pair, "that differ before the answer"
+    if any(message["role"] != "assistant" for column in ("chosen", "rejected") for message in pair[column]):
+        return pair, "that differ before the last answer"
     return pair, ""
 
 
@@ -135,6 +135,8 @@ def _convert(
         sources: of each column that `convert` reads, the column that it is in.
         outputs: the columns that `convert` makes; the first has the system message.
         kind: "rows" or "pairs", for messages.
+
+    Messages go in as JSON text: `Json` would write their numbers with ten decimals.
     """
     columns = dataset.column_names
     if images := sorted({"image", "images"} & set(columns)):
@@ -156,7 +158,9 @@ def _convert(
                 extras = {column: _from_json(given[column], column) for column in kept}
             except HFTError as error:
                 raise HFTError(f"dataset {name}, row {number} (the first is 0): {error}") from None
-            for key, value in (row | extras | {"row": number, "fault": fault, "own_system": own}).items():
+            values = {key: [json.dumps(message) for message in value] for key, value in row.items()}
+            values |= {key: None if value is None else json.dumps(value) for key, value in extras.items()}
+            for key, value in (values | {"row": number, "fault": fault, "own_system": own}).items():
                 made[key].append(value)
         return made
 
@@ -168,7 +172,7 @@ def _convert(
         remove_columns=used,
         desc=f"checking {kind}",
     )
-    notes = _column_notes(columns, used, converted["own_system"])
+    notes = _column_notes(columns, used, converted["own_system"][:])
     return _drop(converted.remove_columns("own_system"), name, kind, notes)
 
 
@@ -206,7 +210,7 @@ def _from_json(value: object, column: str) -> object:
     """`tools` or `chat_template_kwargs`, which may be stored as JSON text."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value) if value.strip() else None
         except ValueError as error:
             raise HFTError(f"{column} is not JSON: {error}") from None
     if column == "chat_template_kwargs":

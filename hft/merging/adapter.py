@@ -21,7 +21,7 @@ from hft.merging.checkpoint import (
     throughput,
     write_model,
 )
-from hft.model.vocabulary import check_ids, vocabulary
+from hft.model.vocabulary import ids_beyond, vocabulary
 from hft.model.weights import local_folder, widest
 
 
@@ -46,7 +46,10 @@ def merge_adapter(
     start, config = time.monotonic(), adapter_config(adapter)
     model = base_of(config, adapter, base)
     check_out(out, [model])
-    check_ids(vocabulary(local_folder(adapter)), model.num_embeddings, adapter)
+    own = vocabulary(model.folder)
+    new = {token: index for token, index in vocabulary(local_folder(adapter)).items() if token not in own}
+    if notes := ids_beyond(new, model.num_embeddings):  # a base's own such ids are its own matter
+        raise HFTError(f"{adapter}: {notes[0]}")
     state = merged_state(adapter, config, model)
     model.bytes_read = sum(spec.nbytes for spec in model.specs.values())
     with new_folder(out) as folder:

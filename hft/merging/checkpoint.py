@@ -16,11 +16,12 @@ import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from hft.errors import HFTError, reason, shorten
+from hft.errors import HFTError, shorten
 from hft.model.anatomy import meta_model
-from hft.model.vocabulary import check_ids, check_same_ids, vocabulary
+from hft.model.load import read_config
+from hft.model.vocabulary import check_same_ids, vocabulary
 from hft.model.weights import DTYPES, INTEGERS, SAFE_INDEX, Weights, as_bytes, is_weights, local_folder
 from hft.record.manifest import MANIFEST_NAME
 from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME
@@ -76,7 +77,7 @@ class Checkpoint:
                 it is tied to; or it is an adapter or quantized.
         """
         folder = local_folder(name, revision)
-        config = read_config(name, folder)
+        config = config_of(name, folder)
         model, weights = meta_model(config), Weights(folder)
         parameters, stored = dict(model.named_parameters()), weights.specs()
         check_stored(name, parameters, stored, set(model.state_dict()))
@@ -106,7 +107,7 @@ class Checkpoint:
             yield chunk.to(torch.promote_types(chunk.dtype, torch.float32))
 
 
-def read_config(name: str, folder: Path) -> PretrainedConfig:
+def config_of(name: str, folder: Path) -> PretrainedConfig:
     """The config of a model folder.
 
     Raises:
@@ -116,13 +117,7 @@ def read_config(name: str, folder: Path) -> PretrainedConfig:
         raise HFTError(
             f"{name} is an adapter; `hft merge --method adapter --models {name} --out MODEL` makes a model of it"
         )
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise HFTError(f"cannot read the config of {name}: {reason(error)}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise HFTError(f"{name} is quantized; give the original model")
-    return config
+    return read_config(name, folder)
 
 
 def check_stored(
@@ -191,7 +186,6 @@ def check_alike(first: Checkpoint, *others: Checkpoint) -> None:
             if a != b:
                 raise HFTError(f"{both} {key} has shape {list(a)} in the first and {list(b)} in the second")
         check_same_ids(tokens, vocabulary(other.folder), (first.name, other.name))
-    check_ids(tokens, first.num_embeddings, first.name)
 
 
 def check_out(out: Path, inputs: Sequence[Checkpoint]) -> None:

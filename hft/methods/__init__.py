@@ -123,8 +123,8 @@ def find(kind: str, name: str) -> type:
     """
     path, colon, class_name = str(name).rpartition(":")
     if colon:
-        if not Path(path).is_file():
-            raise HFTError(f"{kind} {name}: file {path} not found")
+        if not (Path(path).is_file() and path.endswith(".py")):
+            raise HFTError(f"{kind} {name}: {path} is not a Python file")
         cls = getattr(_module_of(path), class_name, None)
         if not (isinstance(cls, type) and issubclass(cls, KINDS[kind])):
             raise HFTError(f"{kind} {name}: {path} has no class {class_name} that extends {KINDS[kind].__name__}")

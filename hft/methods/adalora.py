@@ -25,6 +25,7 @@ class AdaLoRA(LoRA):
 
     name: ClassVar[str] = "adalora"
     description: ClassVar[str] = "LoRA whose ranks are pruned by importance"
+    reloads: ClassVar[bool] = False  # the ranks at the end would cut it
     peft_names: ClassVar[dict[str, str]] = LoRA.peft_names | {
         "rank": "target_r",
         "start_rank": "init_r",

@@ -30,6 +30,7 @@ class Adapter:
         learns_prompt: whether it puts a learned prompt before each row.
         keeps_checkpointing: whether it works with activation checkpointing.
         upcasts_base: whether the base may be upcast before the adapter is made.
+        reloads: whether PEFT can load one of its checkpoints back into the model that trained it.
         peft_names: our keys, with PEFT's names for them.
     """
 
@@ -40,6 +41,7 @@ class Adapter:
     learns_prompt: ClassVar[bool] = False
     keeps_checkpointing: ClassVar[bool] = True
     upcasts_base: ClassVar[bool] = True
+    reloads: ClassVar[bool] = True
     peft_names: ClassVar[dict[str, str]] = {}
 
     learning_rate_factor: float = field(
@@ -73,6 +75,8 @@ class Adapter:
         """
         if is_sharded(args):
             raise HFTError("adapters train on one device or under DDP; launch with recipes/accelerate/ddp.yaml")
+        if args.load_best_model_at_end and not self.reloads:
+            raise HFTError(f"{self.name} cannot go back to its best checkpoint; leave load_best_model_at_end out")
         if self.learns_prompt and pairs:
             raise HFTError(
                 f"{self.name} cannot do DPO: its untrained prompt already moves the policy away from the reference; "

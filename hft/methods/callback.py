@@ -91,6 +91,7 @@ class ScheduleCallback(TrainerCallback, ExportableState):
     def on_step_begin(self, args, state, control, *, model, optimizer, **kwargs):
         """Freeze and unfreeze what the schedule says for the coming step."""
         step = state.global_step
+        reshard(model)
         trained = self.schedule.decide(self.selection, step, self.steps, model, self.measured)
         if not self.history or trained != pure.from_row(self.selection, self.history[-1])[1]:
             self.history.append(pure.to_row(self.selection, step, trained))
@@ -139,6 +140,14 @@ def note_dtypes(model: nn.Module) -> None:
         with torch.no_grad():
             model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
         model.train(training)
+        reshard(model)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let a model name its sharded parameters, which FSDP2 leaves gathered at the end of a pass without gradients."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def move(state: dict[str, Any], device: torch.device) -> None:

@@ -15,6 +15,7 @@ class PTuning(Adapter):
     name: ClassVar[str] = "p-tuning"
     description: ClassVar[str] = "trained vectors before the prompt, made by an MLP; SFT only"
     learns_prompt: ClassVar[bool] = True
+    reloads: ClassVar[bool] = False  # PEFT puts the encoder's output where its input belongs
     peft_names: ClassVar[dict[str, str]] = {
         "num_virtual_tokens": "num_virtual_tokens",
         "encoder_hidden_size": "encoder_hidden_size",

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, TrainingArguments
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, TrainingArguments
 
 from hft.errors import HFTError, reason
 from hft.model.anatomy import architecture_of, meta_model
 from hft.model.weights import Weights, local_folder, widest
+
+
+def read_config(name: str, source: str | Path) -> PretrainedConfig:
+    """The config of a model that is not quantized.
+
+    Args:
+        name: of the model, for messages.
+        source: folder or Hub id to read it from.
+
+    Raises:
+        HFTError: it cannot be read, or the model is quantized.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        hint = f"; `hft fetch {Path(name).name}` makes it" if name.startswith("models/") else ""
+        raise HFTError(f"cannot read the config of {name}: {reason(error)}{hint}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise HFTError(f"{name} is quantized; give the original model")
+    return config
 
 
 def load_base(name: str, args: TrainingArguments, **more: Any) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
@@ -30,14 +52,16 @@ def load_base(name: str, args: TrainingArguments, **more: Any) -> tuple[PreTrain
     """
     init_kwargs = (args.model_init_kwargs or {}) | more
     folder = local_folder(name, init_kwargs.get("revision"))
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(name, folder)
     parameters = dict(meta_model(config).named_parameters())
     on_disk = Weights(folder).dtypes()
     stored = {name: dtype for name, dtype in on_disk.items() if name in parameters}
     other_form = parameters.keys() - stored.keys()
     needed = widest((on_disk if other_form else stored).values())
     stored |= dict.fromkeys(other_form, needed)
-    asked = init_kwargs.setdefault("dtype", needed)
+    if init_kwargs.get("dtype") in (None, "auto"):  # which would be the config's, whatever the files hold
+        init_kwargs["dtype"] = needed
+    asked = init_kwargs["dtype"]
     asked = getattr(torch, asked, needed) if isinstance(asked, str) else asked
     if torch.promote_types(asked, needed) != asked:
         raise HFTError(f"dtype {asked} would round the base, which is stored in {needed}; leave it out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hft.errors import HFTError
+from hft.errors import HFTError, reason
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
@@ -15,25 +15,26 @@ def vocabulary(folder: Path) -> dict[str, int]:
         return {}
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder).get_vocab()
+    try:
+        return AutoTokenizer.from_pretrained(folder).get_vocab()
+    except Exception as error:  # tokenizers raises whatever its parsers do
+        raise HFTError(f"cannot read the tokenizer of {folder}: {reason(error)}") from error
 
 
-def check_ids(tokens: dict[str, int], rows: int, name: str) -> None:
-    """Refuse a tokenizer with an id that the embeddings have no row for.
+def ids_beyond(tokens: dict[str, int], rows: int) -> list[str]:
+    """A sentence if a tokenizer has ids that the embeddings have no row for, as Gemma 3 1B's has for images.
 
     Args:
         tokens: the id of each token.
         rows: of the embeddings.
-        name: of the model, for the message.
-
-    Raises:
-        HFTError: there is such an id.
     """
-    if tokens and (last := max(tokens, key=tokens.get)) and tokens[last] >= rows:
-        raise HFTError(
-            f"the tokenizer of {name} has id {tokens[last]} for {last!r}, and its embeddings have {rows} rows; give "
-            "the tokenizer that the model was trained with, or resize the embeddings first"
-        )
+    beyond = sorted((index, token) for token, index in tokens.items() if index >= rows)
+    if not beyond:
+        return []
+    return [
+        f"the tokenizer has {len(beyond)} ids without a row in the embeddings, which have {rows}, the first is "
+        f"{beyond[0][0]}, {beyond[0][1]!r}: text that holds one cannot be used"
+    ]
 
 
 def check_same_ids(ours: dict[str, int], theirs: dict[str, int], names: tuple[str, str]) -> None:

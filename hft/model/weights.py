@@ -48,7 +48,7 @@ class Weights(Mapping):
         for path in weight_files(self.folder):
             try:
                 file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
-            except (SafetensorError, OSError, RuntimeError, UnpicklingError) as error:
+            except (SafetensorError, OSError, RuntimeError, EOFError, UnpicklingError) as error:
                 raise HFTError(
                     f"{path} is not a complete weights file ({reason(error)}); fetch or save it again"
                 ) from error
@@ -118,7 +118,8 @@ class TorchFile:
 
     def __init__(self, path: Path):
         mmap = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, which can only be read whole
-        self._tensors = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+        content = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+        self._tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
 
     def names(self) -> Iterable[str]:
         return self._tensors.keys()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,14 @@ def parse_config(objective: str, arguments: Sequence[str]) -> Config:
 
 def resolve_config(objective: str, given: Given) -> Config:
     """Type and check all keys, and complete them with defaults, round, name and folder."""
-    values, flags = given.resolve(keys_of(objective, given.raw))
+    values, flags = given.resolve(keys_of(objective, given))
     if not values.get("model_name_or_path") or not values.get("dataset_name"):
         raise HFTError("model_name_or_path and dataset_name are needed: give a recipe with --config, or both as flags")
     values = DEFAULTS | values
     if "model_name_or_path" in flags and "architecture" not in flags:
         values.pop("architecture", None)  # the recipe's is that of the recipe's model
+    if "model_name_or_path" in flags and "round" not in flags:
+        values.pop("round", None)  # that of the saved config's own base
     if "learning_rate" in flags and "learning_rate_factor" in values:
         values["learning_rate_factor"] = 1.0
     check_base_is_a_model(values["model_name_or_path"])
@@ -95,12 +97,9 @@ def resolve_config(objective: str, given: Given) -> Config:
     return Config(objective, {key: value for key, value in values.items() if key != "dry_run"}, run, method)
 
 
-def keys_of(objective: str, raw: dict[str, Any]) -> Keys:
-    """The keys of an objective's config, given the keys so far, which name the method."""
-    config = config_class(objective)
-    own = (RunConfig, SelectionConfig, *classes_of(raw), config)
-    selectors = {"method", "schedule", "update", "adapter"}
-    replaced = selectors | {f.name for cls in (SelectionConfig, *all_classes()) for f in fields(cls)}
+def keys_of(objective: str, given: Given) -> Keys:
+    """The keys of an objective's config, with those of the methods that are named in the end."""
+    own = (RunConfig, SelectionConfig, *classes_of(given.merge(replaced_keys, ALIASES)[0]), config_class(objective))
 
     def explain(key: str) -> str | None:
         if owners := owners_of(key):
@@ -108,7 +107,14 @@ def keys_of(objective: str, raw: dict[str, Any]) -> Keys:
         others = [other for other in OBJECTIVES if key in {f.name for f in fields(config_class(other))}]
         return f"{key!r} is a key of {others[0]}, not of {objective}" if others else None
 
-    return Keys(own, explain, frozenset(replaced - {"selection_seed", "round"}), ALIASES)
+    return Keys(own, explain, replaced_keys, ALIASES)
+
+
+def replaced_keys(config: Mapping[str, Any]) -> set[str]:
+    """The keys that a method's file resets: all of the selection, of every method, and of those the config names."""
+    classes = (SelectionConfig, *all_classes(), *classes_of(config))
+    names = {f.name for cls in classes for f in fields(cls)} | {"method", "schedule", "update", "adapter"}
+    return names - {"selection_seed", "round"}
 
 
 def run_name(objective: str, values: dict[str, Any], flags: dict[str, Any], files: Sequence[str]) -> str:

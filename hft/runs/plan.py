@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hft.config import fill, to_yaml
 from hft.errors import HFTError, reason
 from hft.machine import broadcast, cpu_has_bfloat16, indented, is_main, is_sharded, world_size
-from hft.model.vocabulary import check_ids
+from hft.model.vocabulary import ids_beyond
 from hft.planning.memory import Memory, memory_of, why_it_does_not_fit
 from hft.record.checkpoints import last_checkpoint
 from hft.record.identity import check_same_run, differences
@@ -80,7 +80,11 @@ class RunPlan:
 
     def steps_over(self, rows: int) -> int:
         """Steps of all epochs over that many rows."""
-        return math.ceil(self.args.num_train_epochs * math.ceil(rows / self.global_batch))
+        args = self.args
+        count = rows // args.world_size if args.dataloader_drop_last else math.ceil(rows / args.world_size)
+        batches = count / args.per_device_train_batch_size
+        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+        return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
 
     @property
     def is_deferred(self) -> bool:
@@ -127,14 +131,14 @@ def make_plan(config: Config) -> RunPlan:
         return replace(plan, misfit=misfit)
 
     tokenizer, machine = load_tokenizer(config), machine_settings(config.values)
-    check_ids(tokenizer.get_vocab(), model_config.get_text_config().vocab_size, config.run.model_name_or_path)
     args, notes = training_arguments(config, machine)
     check_output(config)
     with args.main_process_first(desc="loading the data"):
         from hft.data import load_data
 
         data = load_data(config.run, rows_of(objective), evaluate=args.eval_strategy != "no")
-    plan = replace(plan, args=args, machine=machine, tokenizer=tokenizer, data=data, notes=[*notes, *data.notes])
+    notes += [*data.notes, *ids_beyond(tokenizer.get_vocab(), model_config.get_text_config().vocab_size)]
+    plan = replace(plan, args=args, machine=machine, tokenizer=tokenizer, data=data, notes=notes)
     # One process looks and decides for all, since it also writes to the folder that the others would look at.
     found = broadcast(look_into_folder(plan) if is_main() else None)
     return replace(plan, **(found | {"notes": [*plan.notes, *found["notes"]]}))
@@ -173,19 +177,12 @@ def load_model_config(config: Config) -> PretrainedConfig:
     Raises:
         HFTError: it cannot be loaded, or the model is quantized.
     """
-    from transformers import AutoConfig
+    from hft.model.load import read_config
 
     source = config.run.model_name_or_path
     if config.run.architecture and not Path(source).is_dir():
         source = config.run.architecture
-    try:
-        model_config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        hint = f"; `hft fetch {Path(source).name}` makes it" if source.startswith("models/") else ""
-        raise HFTError(f"cannot read the config of {source}: {reason(error)}{hint}") from error
-    if getattr(model_config, "quantization_config", None) is not None:
-        raise HFTError(f"{source} is quantized; half fine-tuning trains the weights themselves, give the original")
-    return model_config
+    return read_config(config.run.model_name_or_path, source)
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -257,7 +254,9 @@ def accumulation_steps(values: dict[str, Any], default: int) -> dict[str, int]:
         return {}
     if "gradient_accumulation_steps" in values:
         raise HFTError("gradient_accumulation_steps is derived from global_batch_size; give only one of them")
-    per_device = values.get("per_device_train_batch_size") or default
+    per_device = values.get("per_device_train_batch_size", default)
+    if per_device < 1 or total < 1:
+        raise HFTError(f"batch sizes must be at least 1, got {per_device} rows per device, {total} in all")
     accumulation, remainder = divmod(total, per_device * world_size())
     if remainder or not accumulation:
         raise HFTError(

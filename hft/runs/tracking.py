@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hft.errors import reason
 from hft.machine import say
 from hft.record.manifest import MANIFEST_NAME
 from hft.runs.result import PICTURE_NAME, RunResult
@@ -60,13 +61,15 @@ def start(name: str, config: dict[str, Any], selection: Selection | AdapterFootp
 
     mode, why = os.environ.get("WANDB_MODE"), "WANDB_MODE is set"
     if mode is None:
-        has_key = wandb.login(prompt=False, verify=False)
-        mode, why = ("online", "") if has_key else ("offline", "no API key")
+        try:
+            mode, why = ("online", "") if wandb.login(prompt=False, verify=False) else ("offline", "no API key")
+        except wandb.Error as error:
+            mode, why = "offline", reason(error)
     settings = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "name": name, "config": config}
     try:
         run = wandb.init(**settings, mode=mode, settings=wandb.Settings(quiet=True))
     except wandb.Error as error:
-        why = f"it cannot be reached: {' '.join(str(error).split())}"
+        why = f"it cannot be reached: {reason(error)}"
         run = wandb.init(**settings, mode="offline", settings=wandb.Settings(quiet=True))
     fractions = {"layers": selection.fraction_of_layers, "model": selection.fraction_of_model}
     counts = {block: f"{trained}/{total}" for block, (trained, total) in selection.counts().items()}

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hft.errors import HFTError
+from hft.errors import HFTError, reason
 from hft.model.anatomy import Anatomy
 from hft.selection.masks import Mask
 from hft.selection.policies import SCORES, Selection, SelectionConfig, build_selection, category, half_of_the_norms
@@ -222,8 +223,13 @@ def text_batches(
     for row in rows:
         if taken == count:
             return
-        text, rendered = _text(tokenizer, row)
-        ids = tokenizer(text, truncation=True, max_length=max_length, add_special_tokens=not rendered)["input_ids"]
+        try:
+            text, rendered = _text(tokenizer, row)
+            ids = tokenizer(text, truncation=True, max_length=max_length, add_special_tokens=not rendered)["input_ids"]
+        except HFTError:
+            raise
+        except (TemplateError, ValueError, TypeError, LookupError) as error:
+            raise HFTError(f"a row of the text to score by cannot be used: {reason(error)}; drop it") from error
         if len(ids) > 1:
             taken += 1
             yield {"input_ids": torch.tensor([ids])}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import inspect
 import math
 import runpy
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -118,6 +119,8 @@ class SelectionConfig:
                 f"the importance policy needs a granularity ({', '.join(GRANULARITIES)}) and a score "
                 f"({', '.join(SCORES)})"
             )
+        if self.policy in ("all", "explicit") and self.fraction != 0.5:
+            raise HFTError(f"fraction means nothing to the {self.policy} policy; remove it")
         if self.round < 1:
             raise HFTError(f"round counts from 1, got {self.round}")
 
@@ -317,8 +320,11 @@ def build_selection(anatomy: Anatomy, config: SelectionConfig, choice: Choice) -
                 f"policy {config.policy} gives {name}, of shape {shapes[name]}, a mask of shape {mask.shape}; each "
                 "dimension must be as long or 1"
             )
+    routers = {unit.name for unit in anatomy.units if unit.block == "router"}
     if config.freeze_router:
-        trained -= {unit.name for unit in anatomy.units if unit.block == "router"}
+        trained -= routers
+    elif config.policy in ("layer", "model"):
+        trained |= routers
     return Selection(anatomy, config, trained, masks)
 
 
@@ -361,7 +367,16 @@ def _load(policy: str) -> Callable[[Anatomy, SelectionConfig], Choice]:
     function = runpy.run_path(path).get(name)
     if not callable(function):
         raise HFTError(f"policy {policy}: {path} has no function {name}")
-    return lambda anatomy, config: function(anatomy, config, **(config.policy_options or {}))
+
+    def choose(anatomy: Anatomy, config: SelectionConfig) -> Choice:
+        options = config.policy_options or {}
+        try:
+            inspect.signature(function).bind(anatomy, config, **options)
+        except TypeError as error:
+            raise HFTError(f"policy {policy}: policy_options do not fit {name}: {error}") from error
+        return function(anatomy, config, **options)
+
+    return choose
 
 
 def sample_names(names: Iterable[str], count: int, *key: object) -> list[str]:
@@ -454,7 +469,7 @@ def _model(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
 
     Norms, which are not matrices, are drawn as in the category policy.
     """
-    matrices = [unit.name for unit in anatomy.units if unit.block != "norm"]
+    matrices = [unit.name for unit in anatomy.units if unit.block not in ("norm", "router")]
     count = round(config.fraction * len(matrices))
     drawn = set(sample_names(matrices, count, "model", config.selection_seed, config.round))
     return [unit for unit in half_of_the_norms(anatomy, config) if unit.block == "norm" or unit.name in drawn]

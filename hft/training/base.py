@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hft.machine import peak_memory
-from hft.record.checkpoints import last_checkpoint
+from hft.record.checkpoints import TRAINER_STATE, last_checkpoint
 from hft.record.manifest import Manifest
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+    from transformers import TrainingArguments
+
     from hft.methods.callback import ScheduleCallback
 
 
@@ -38,6 +43,14 @@ class ManifestMixin:
         self.check_resumable(resume_from_checkpoint)
         self.resumed_from = resume_from_checkpoint or None
         return super().train(resume_from_checkpoint=self.resumed_from, **kwargs)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
+        """Leave no epoch to a run that resumes from its last step, where Trainer would take one step more."""
+        epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        if self.resumed_from:
+            state = json.loads((Path(self.resumed_from) / TRAINER_STATE).read_text())
+            epochs = 0 if state["global_step"] >= max_steps else epochs
+        return (epochs, *others, max_steps)
 
     def check_resumable(self, checkpoint: str | None) -> None:
         """Refuse a checkpoint that was trained with another selection or base (`Manifest.check_resumable`)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,7 +127,8 @@ class HalfFineTuning(ManifestMixin):
         Returns:
             The remaining arguments of TRL's constructor.
         """
-        if not is_sharded(args):  # accelerate upcasts the trained parameters of an FSDP2 model itself
+        # accelerate upcasts the trained parameters of an FSDP2 model itself, but only if it computes in half precision.
+        if not is_sharded(args) or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
             upcast(model, autocast=args.bf16 or args.fp16)
         return kwargs
 

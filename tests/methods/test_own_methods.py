@@ -54,7 +54,7 @@ def test_an_own_update_moves_weights_as_it_says(tmp_path, tiny, data, capsys):
     capsys.readouterr()
     for wrong, message in (
         ("docs/examples/small_steps.py:BigSteps", "has no class BigSteps that extends Update"),
-        ("docs/examples/none.py:SmallSteps", "file docs/examples/none.py not found"),
+        ("docs/examples/none.py:SmallSteps", "docs/examples/none.py is not a Python file"),
     ):
         assert main(command("sft", tmp_path / "no", "--update", wrong, model=tiny, data=data)) == 2
         assert message in error_of(capsys)

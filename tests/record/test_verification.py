@@ -75,6 +75,17 @@ def test_the_result_is_that_of_the_weights_that_were_saved(tmp_path, sft, data):
     assert (before, after) == (losses[0], pytest.approx(state["best_metric"], rel=1e-6))
 
 
+def test_a_run_that_was_killed_after_its_last_step_takes_no_other(tmp_path, sft):
+    flags = ["--lr_scheduler_type", "constant", "--warmup_steps", "0"]
+    assert sft(tmp_path / "out", *flags) == 0
+    straight = tensors(tmp_path / "out")
+    (tmp_path / "out" / "results.json").unlink()
+    (tmp_path / "out" / "model.safetensors").unlink()
+    assert sft(tmp_path / "out", *flags) == 0
+    assert RunResult.load(tmp_path / "out").steps == 4
+    assert all(torch.equal(straight[name], tensor) for name, tensor in tensors(tmp_path / "out").items())
+
+
 def test_a_checkpoint_without_optimizer_state_is_not_resumed(tmp_path, sft, capsys):
     assert sft(tmp_path / "out", "--save_only_model", "true", "--max_steps", "2") == 0
     (tmp_path / "out" / "results.json").unlink()
