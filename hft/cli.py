@@ -76,6 +76,8 @@ def _imported(target: str) -> Callable[[Sequence[str]], int]:
     the time that a short command takes.
     """
     module, _, function = target.partition(":")
+    if module in sys.modules:
+        return getattr(sys.modules[module], function)
     gc.disable()
     try:
         return getattr(importlib.import_module(module), function)

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from trl import SFTConfig, SFTTrainer
 
 import hft
-from hft.data import load_split, preference_rows, sft_rows
+from hft.data import preference_rows, sft_rows
 from hft.errors import HFTError
 from hft.runs.train import make_trainer
 from tests.conftest import error_of, write_jsonl
@@ -179,11 +179,12 @@ def test_an_id_without_an_embedding_is_refused_where_a_row_holds_it(tmp_path, ti
     assert "hold '<|im_start|>', id 2048, and the embeddings have 2048 rows" in message
 
 
-def test_numbers_in_tool_calls_keep_their_digits(tmp_path):
+def test_numbers_in_tool_calls_keep_their_digits():
+    """Those that a dataset has: datasets' own JSON reader keeps ten decimals where rows have different keys."""
     arguments = {"x": 3.141592653589793, "y": 1e-12}
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
-    file = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [USER, call], "chat_template_kwargs": {"t": 1e-11}}])
-    dataset, _ = sft_rows(load_split(str(file), "train"), "x")
+    stored = Dataset.from_list([{"messages": [USER, call], "chat_template_kwargs": {"t": 1e-11}}])
+    dataset, _ = sft_rows(stored, "x")
     assert dataset[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == arguments
     assert dataset[0]["chat_template_kwargs"] == {"t": 1e-11}
 

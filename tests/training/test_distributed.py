@@ -12,7 +12,7 @@ from hft.record.manifest import Manifest
 from tests.conftest import ROOT, command, identical, losses, tensors
 
 
-@pytest.mark.parametrize(("stage", "method"), [("sft", "hft"), ("dpo", "hft"), ("sft", "random-element")])
+@pytest.mark.parametrize(("stage", "method"), [("dpo", "hft"), ("sft", "random-element")])
 def test_two_processes_agree_with_one_at_the_same_global_batch(tmp_path, tiny, data, pairs, stage, method):
     settings = ["--bf16", "false", "--per_device_train_batch_size", "4", "--global_batch_size", "8"]
     inputs = {"method": method, "model": tiny, "data": data if stage == "sft" else pairs}
@@ -38,17 +38,16 @@ ONLY_ONE_FAILS = """
 import os, sys, time
 from hft.cli import main
 
-if os.environ["RANK"] == sys.argv[1]:
+if os.environ["RANK"] == "1":
     sys.exit(main(["sft", "--config", "none.yaml"]))
 time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_mistake_is_printed_whichever_process_finds_it(tmp_path, rank):
+def test_a_mistake_is_printed_though_only_another_process_finds_it(tmp_path):
     (tmp_path / "script.py").write_text(ONLY_ONE_FAILS)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = [*launch, str(tmp_path / "script.py"), rank]
+    words = [*launch, str(tmp_path / "script.py")]
     run = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert run.returncode != 0
     assert "hft: cannot read none.yaml: No such file or directory" in run.stderr
