@@ -81,9 +81,8 @@ class RunPlan:
     def steps_over(self, rows: int) -> int:
         """Steps of all epochs over that many rows."""
         args = self.args
-        count = rows // args.world_size if args.dataloader_drop_last else math.ceil(rows / args.world_size)
-        batches = count / args.per_device_train_batch_size
-        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+        at_once = args.per_device_train_batch_size * args.world_size
+        batches = rows // at_once if args.dataloader_drop_last else math.ceil(rows / at_once)
         return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
 
     @property

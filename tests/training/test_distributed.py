@@ -12,7 +12,7 @@ from hft.record.manifest import Manifest
 from tests.conftest import ROOT, command, identical, losses, tensors
 
 
-@pytest.mark.parametrize(("stage", "method"), [("dpo", "hft"), ("sft", "random-element")])
+@pytest.mark.parametrize(("stage", "method"), [("sft", "random-element")])
 def test_two_processes_agree_with_one_at_the_same_global_batch(tmp_path, tiny, data, pairs, stage, method):
     settings = ["--bf16", "false", "--per_device_train_batch_size", "4", "--global_batch_size", "8"]
     inputs = {"method": method, "model": tiny, "data": data if stage == "sft" else pairs}

@@ -87,14 +87,16 @@ def folder(tmp_path_factory, tiny, data, pairs):
 
     for run in listed(1):
         assert hft.train(hft.make_plan(hft.load_config(run["objective"], *run["files"], **run["flags"]))).ok
-    (folder / "runs.json").write_text(json.dumps(listed(2)))
+    half, resumed = folder / "two" / "sft" / "checkpoint-2", folder / "two" / "sft-resumed"
+    values = SETTINGS | {"model_name_or_path": str(tiny), "dataset_name": str(data), "output_dir": str(resumed)}
+    values["per_device_train_batch_size"] = 4
+    files = ["recipes/tiny/sft.yaml", "recipes/methods/hft.yaml"]
+    runs = [*listed(2), {"copy": [str(half), str(resumed)]}, {"objective": "sft", "files": files, "flags": values}]
+    (folder / "runs.json").write_text(json.dumps(runs))
     launch(2, "--runs", folder / "runs.json")
-    resumed = folder / "two" / "sft-resumed"
     again = folder / "four" / "sft"
-    for out in (resumed, again):
-        out.mkdir(parents=True)
-        (out / "checkpoint-2").symlink_to(folder / "two" / "sft" / "checkpoint-2")
-    launch(2, *command("sft", resumed, *flags(2), model=tiny, data=data))
+    again.mkdir(parents=True)
+    (again / "checkpoint-2").symlink_to(half)
     launch(4, *command("sft", again, *flags(4), model=tiny, data=data))
     return folder
 
