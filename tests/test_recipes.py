@@ -25,8 +25,10 @@ RECIPES = sorted(Path("recipes").glob("*/*.yaml"))
 
 
 def make(*words: str, cwd: Path = ROOT, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"NUM_GPUS": "1"} | variables
-    command = ["make", "--no-print-directory", "-f", str(ROOT / "Makefile"), *words]
+    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS", "MODEL")  # of the make that runs the tests
+    environment = {key: value for key, value in os.environ.items() if key not in outer}
+    environment |= {"NUM_GPUS": "1"} | variables
+    command = ["make", "-f", str(ROOT / "Makefile"), *words]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=check)
 
 
