@@ -144,7 +144,7 @@ def note_dtypes(model: nn.Module) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let a model name its sharded parameters, which FSDP2 leaves gathered at the end of a pass without gradients."""
+    """Let a model name its sharded parameters, which FSDP2 may leave gathered after a pass without gradients."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -24,7 +24,7 @@ SETTINGS |= {"bf16": True, "global_batch_size": 8, "logging_steps": 1}
 RUNS = {
     "random-element": ("sft", "random-element", {}),
     "lisa": ("sft", "lisa", {"switch_every": 1}),
-    # Evaluations leave the last group of FSDP2 gathered when the schedule switches; its final norm must stay frozen.
+    # Evaluated between switches.
     "badam": ("sft", "badam", {"switch_every": 1, "eval_strategy": "steps", "eval_steps": 1, "eval_rows": 4}),
     "mofo": ("sft", "mofo", {}),
     "experts": ("sft", "hft", {}),
