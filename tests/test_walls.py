@@ -18,6 +18,9 @@ FLOORS = [
     {"data", "loop", "planning", "training"},
     {"runs"},
     {"merging"},
+    {"evaluation"},
+    {"reporting"},
+    {"continual", "cpi"},
     {"cli"},
 ]
 

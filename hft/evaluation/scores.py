@@ -1,0 +1,94 @@
+"""Scores as a value that saves and loads itself, beside the model that was scored."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hft.errors import HFTError, reason
+from hft.record.manifest import write_json
+
+SCORES_FOLDER = "scores"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of one task.
+
+    Attributes:
+        task: its name in the suite, e.g. `gsm8k` or `facts_capitals`.
+        metric: e.g. `exact_match`, `acc`, `acc_centered`, `loss`.
+        value: in `unit`.
+        stderr: standard error of the mean over the rows, in `unit`; None if the metric has none.
+        n: rows that it is a mean over.
+        unit: `%`, or `nats/token` for a loss or a divergence.
+        higher_is_better: whether more is better.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    n: int
+    unit: str = "%"
+    higher_is_better: bool = True
+
+
+@dataclass
+class Scores:
+    """The scores of one model on one suite, with what they depend on.
+
+    Attributes:
+        suite: `quick`, `general`, `knowledge` or `recent`.
+        model: folder or Hub id.
+        model_sha256: of the weights' tensors; for a Hub id the commit.
+        dtype: in which the model ran.
+        settings: limit, subsets, chat template, backend, batch size, seeds.
+        data: for each task the SHA-256 of its rows.
+        versions: packages.
+        scores: the numbers.
+    """
+
+    suite: str
+    model: str
+    model_sha256: str
+    dtype: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    scores: list[Score] = field(default_factory=list)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `FOLDER/scores/SUITE.json`, in one step."""
+        path = Path(folder) / SCORES_FOLDER / f"{self.suite}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read a file that `save` wrote.
+
+        Raises:
+            HFTError: it is not there or not valid.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(**content | {"scores": [Score(**score) for score in content["scores"]]})
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise HFTError(f"{path} holds no valid scores: {reason(error)}") from error
+
+    def find(self, task: str, metric: str | None = None) -> Score | None:
+        """The score of a task, by default that of its first metric."""
+        found = [score for score in self.scores if score.task == task and metric in (None, score.metric)]
+        return found[0] if found else None
+
+
+def scores_of(folder: str | Path) -> dict[str, Scores]:
+    """All scores that are saved in a model's folder, by suite.
+
+    Raises:
+        HFTError: one of the files is not valid.
+    """
+    return {path.stem: Scores.load(path) for path in sorted((Path(folder) / SCORES_FOLDER).glob("*.json"))}
