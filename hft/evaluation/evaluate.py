@@ -1,0 +1,319 @@
+"""Scores models on a suite with lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hft.errors import HFTError, reason
+from hft.evaluation.local import GROUP, as_dataset, local_spec, on_rows
+from hft.evaluation.scores import SCORES_FOLDER, Score, Scores
+from hft.evaluation.suites import SUITES, UNITS, Benchmark
+from hft.machine import is_main, say
+from hft.runs.result import RESULTS_NAME
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from transformers import PreTrainedTokenizerBase
+
+TASKS = Path(__file__).with_name("tasks")
+PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "hft")
+# Settings that decide which benchmarks are run and how fast, not what comes out.
+NEUTRAL = ("tasks", "batch_size", "dtype", "allow_code")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a suite is run.
+
+    Attributes:
+        limit: rows of each task; None for all.
+        paper_subsets: the HFT paper's subsets of GSM8K, BBH and TyDiQA.
+        tasks: names of benchmarks, if not all of the suite.
+        chat: whether prompts are rendered with the model's chat template; None where it has one, except in quick.
+        dtype: of the model; None for bfloat16 on a GPU and float32 elsewhere.
+        batch_size: rows per forward pass.
+        backend: lm-eval's name of the engine, `hf` or `vllm`.
+        backend_args: more arguments of the engine.
+        base: what a tuned model is compared with, if its folder does not say.
+        task_data: a run whose held-out rows are scored, for a model that is not a run.
+        data: a folder with rows of the benchmarks, instead of the Hub (docs/evaluation.md).
+        allow_code: run generated code.
+    """
+
+    limit: int | None = None
+    paper_subsets: bool = False
+    tasks: tuple[str, ...] = ()
+    chat: bool | None = None
+    dtype: str | None = None
+    batch_size: int = 8
+    backend: str = "hf"
+    backend_args: Mapping[str, Any] = field(default_factory=dict)
+    base: str | None = None
+    task_data: str | None = None
+    data: str | None = None
+    allow_code: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to score.
+
+    Attributes:
+        name: as it was given.
+        weights: folder of the model itself, or of the base under an adapter.
+        adapter: folder of the adapter, or None.
+        base: what it was tuned from, or None.
+        sha256: of its weight files; for a model from the Hub the commit.
+    """
+
+    name: str
+    weights: Path
+    adapter: Path | None
+    base: str | None
+    sha256: str
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.adapter or self.weights
+
+
+def subject_of(model: str, base: str | None = None) -> Subject:
+    """Find a model, its adapter and what it was tuned from.
+
+    Raises:
+        HFTError: it is neither a folder nor on the Hub, or has no weights.
+    """
+    from hft.model.weights import local_folder
+    from hft.record.manifest import MANIFEST_NAME, Manifest
+    from hft.record.verification import ADAPTER_NAME
+
+    folder = local_folder(model)
+    if (folder / MANIFEST_NAME).exists():
+        base = base or Manifest.load(folder).base
+    if (folder / ADAPTER_NAME).exists():
+        if base is None:
+            raise HFTError(f"{model} is an adapter without a manifest; name its base with --base")
+        return Subject(model, local_folder(base), folder, base, _weights_sha256(folder))
+    sha256 = _weights_sha256(folder) if Path(model).is_dir() else folder.name
+    return Subject(model, folder, None, base, sha256)
+
+
+def _weights_sha256(folder: Path) -> str:
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    if not files:
+        raise HFTError(f"{folder} has no weights to score")
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def evaluate(model: str, suite: str, settings: Settings | None = None, out: str | Path | None = None) -> Scores:
+    """Score a model on a suite.
+
+    Args:
+        model: a model, a run's folder, an adapter, a checkpoint, or a Hub id.
+        suite: a key of `SUITES`.
+        settings: how.
+        out: folder whose `scores/SUITE.json` is written after each benchmark. Benchmarks that it already holds for the
+            same weights and settings are not run again.
+
+    Returns:
+        The scores; under `accelerate launch` they are complete in the first process only.
+
+    Raises:
+        HFTError: the model or data are not found, or a benchmark cannot be run as asked.
+    """
+    settings = settings or Settings()
+    subject = subject_of(model, settings.base)
+    settings = _resolved(suite, subject, settings)
+    scores, lm = _earlier(suite, subject, settings, out), None
+    for benchmark in _chosen(suite, settings):
+        if scores.find(benchmark.name):
+            continue
+        spec = _spec(benchmark, subject, settings)
+        if spec is None:
+            continue
+        lm = lm or open_lm(subject, settings)
+        results = _run(benchmark, spec, lm, subject, settings)
+        if not is_main():
+            continue
+        scores.scores += _scores_of(benchmark, results)
+        scores.data[benchmark.name] = _rows_sha256(results)
+        if out is not None:
+            scores.save(out)
+    return scores
+
+
+def _chosen(suite: str, settings: Settings) -> list[Benchmark]:
+    benchmarks = {benchmark.name: benchmark for benchmark in SUITES[suite]}
+    if unknown := set(settings.tasks) - benchmarks.keys():
+        raise HFTError(f"suite {suite} has no {', '.join(sorted(unknown))}, only {', '.join(benchmarks)}")
+    chosen = [benchmarks[name] for name in settings.tasks or benchmarks]
+    for benchmark in chosen:
+        if benchmark.runs_code and not settings.allow_code:
+            say(f"{benchmark.name} is left out: it runs generated code, which needs --allow_code")
+    return [benchmark for benchmark in chosen if settings.allow_code or not benchmark.runs_code]
+
+
+def _earlier(suite: str, subject: Subject, settings: Settings, out: str | Path | None) -> Scores:
+    """The scores that a folder already has for the same weights and settings, or none."""
+    same = {key: value for key, value in asdict(settings).items() if key not in NEUTRAL}
+    versions = {package: version(package) for package in PACKAGES}
+    new = Scores(suite, subject.name, subject.sha256, settings.dtype, same, {}, versions)
+    path = Path(out or "", SCORES_FOLDER, f"{suite}.json")
+    if out is None or not path.exists():
+        return new
+    old = Scores.load(path)
+    return old if replace(old, scores=[], data={}) == new else new
+
+
+def _resolved(suite: str, subject: Subject, settings: Settings) -> Settings:
+    """Settings whose chat format and dtype are decided."""
+    import torch
+
+    chat = settings.chat
+    if chat is None:
+        chat = suite != "quick" and bool(_tokenizer(subject).chat_template)
+    return replace(
+        settings, chat=chat, dtype=settings.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    )
+
+
+def _tokenizer(subject: Subject) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(subject.tokenizer)
+    except (OSError, ValueError) as error:
+        raise HFTError(f"cannot load the tokenizer of {subject.name}: {reason(error)}") from error
+
+
+def open_lm(subject: Subject, settings: Settings) -> LM:
+    """The lm-eval model that answers for a subject."""
+    return _open(settings, pretrained=subject.weights, peft=subject.adapter, tokenizer=subject.tokenizer)
+
+
+def _open(settings: Settings, **of_model: Path | None) -> LM:
+    import torch
+    from lm_eval.api.registry import get_model
+
+    arguments = {key: str(value) for key, value in of_model.items() if value is not None}
+    arguments |= {"dtype": settings.dtype, "batch_size": settings.batch_size}
+    if settings.backend == "hf":
+        arguments |= {"device": "cuda" if torch.cuda.is_available() else "cpu", "max_batch_size": settings.batch_size}
+    elif "peft" in arguments:
+        raise HFTError(
+            f"{settings.backend} takes no adapter here; make a plain model of it with `hft merge --method adapter`"
+        )
+    try:
+        return get_model(settings.backend)(**arguments, **settings.backend_args)
+    except (OSError, ValueError, KeyError, ModuleNotFoundError) as error:
+        raise HFTError(f"cannot open {of_model['pretrained']} with {settings.backend}: {reason(error)}") from error
+
+
+def _spec(benchmark: Benchmark, subject: Subject, settings: Settings) -> str | dict[str, Any] | None:
+    """What lm-eval is to run, with rows of our own where they are not the task's; None if there are no rows."""
+    if benchmark.name in ("drift", "task", "kl"):
+        made = _quick_rows(benchmark.name, subject, settings)
+        return None if made is None else on_rows({benchmark.task: as_dataset(test=made)})
+    if settings.data is None:
+        return benchmark.task
+    spec = local_spec(benchmark, Path(settings.data))
+    if spec is None:
+        say(f"{benchmark.name} is left out: {settings.data} has no rows of it")
+    return spec
+
+
+def _quick_rows(name: str, subject: Subject, settings: Settings) -> list[dict[str, Any]] | None:
+    from hft.evaluation.rows import answer_rows, general_texts, held_out_rows, text_rows
+
+    tokenizer = _tokenizer(subject)
+    if name == "drift":
+        return text_rows(general_texts(), tokenizer)
+    run = Path(settings.task_data or subject.name)
+    if not (run / RESULTS_NAME).exists():
+        say(f"{name} is left out: {run} is not a finished run with held-out rows; name one with --task_data")
+        return None
+    if name == "kl" and subject.base is None:
+        say(f"{name} is left out: {subject.name} says no base; name it with --base")
+        return None
+    return answer_rows(held_out_rows(run), tokenizer)
+
+
+def _run(
+    benchmark: Benchmark, spec: str | dict[str, Any], lm: LM, subject: Subject, settings: Settings
+) -> dict[str, Any]:
+    """Run one benchmark.
+
+    Returns:
+        lm-eval's results; empty in all processes but the first.
+    """
+    import lm_eval
+    from datasets.exceptions import DatasetsError
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+    folders = [Path(lm_eval.__file__).parent / "tasks" / folder for folder in benchmark.folders]
+    manager = TaskManager(include_path=[*folders, TASKS], include_defaults=False)
+    if benchmark.name == "kl":
+        from hft.evaluation.divergence import Divergence
+
+        lm = Divergence(lm, _open(settings, pretrained=Path(subject.base)))
+    limits = [n for n in (settings.limit, benchmark.paper_rows if settings.paper_subsets else None) if n is not None]
+    say(f"{subject.name}: {benchmark.name}")
+    try:
+        return (
+            lm_eval.simple_evaluate(
+                model=lm,
+                tasks=[spec],
+                task_manager=manager,
+                num_fewshot=benchmark.num_fewshot,
+                limit=min(limits, default=None),
+                apply_chat_template=settings.chat,
+                bootstrap_iters=1000,
+                confirm_run_unsafe_code=settings.allow_code,
+            )
+            or {}
+        )
+    except (DatasetsError, OSError, ValueError) as error:
+        raise HFTError(f"{benchmark.name} cannot be run: {reason(error)}") from error
+
+
+def _scores_of(benchmark: Benchmark, results: dict[str, Any]) -> list[Score]:
+    """lm-eval's numbers under our names, fractions as percentages."""
+    scores = []
+    counts = {name: n["effective"] for name, n in results["n-samples"].items()}
+    for name, task in {benchmark.name: benchmark.task, **benchmark.parts}.items():
+        where = next(name for name in (task, GROUP) if name in results["results"])
+        leaves, values = results["group_subtasks"].get(where) or [where], results["results"][where]
+        for metric, key in benchmark.metrics.items():
+            base, _, kind = key.partition(",")
+            unit, scale = (UNITS[metric], 1) if metric in UNITS else ("%", 100)
+            error = values.get(f"{base}_stderr,{kind}")
+            scores.append(
+                Score(
+                    task=name,
+                    metric=metric,
+                    value=scale * values[key],
+                    stderr=None if error in (None, "N/A") else scale * error,
+                    n=sum(counts[leaf] for leaf in leaves),
+                    unit=unit,
+                    higher_is_better=metric not in UNITS,
+                )
+            )
+    return scores
+
+
+def _rows_sha256(results: dict[str, Any]) -> str:
+    """Of the rows that were scored, in order."""
+    hashes = [sample["doc_hash"] for task in sorted(results["samples"]) for sample in results["samples"][task]]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()

@@ -1,0 +1,90 @@
+"""The rows of the quick tasks that depend on a tokenizer: texts to drift on, and held-out rows of what was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hft.errors import HFTError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHARACTERS = 1000  # of each text: 200 to 300 tokens
+TEXTS_PER_TOPIC = 3
+ROWS = 64
+
+
+def general_texts() -> list[str]:
+    """Prose that every machine has and no demo data holds: from every other of Python's reference topics."""
+    return _texts(slice(0, None, 2))
+
+
+def replay_texts() -> list[str]:
+    """Prose of the same kind to train on: from the topics that `general_texts` leaves out."""
+    return _texts(slice(1, None, 2))
+
+
+def _texts(which: slice) -> list[str]:
+    from pydoc_data.topics import topics
+
+    texts = [" ".join(text.split()) for _, text in sorted(topics.items())[which]]
+    starts = range(0, TEXTS_PER_TOPIC * CHARACTERS, CHARACTERS)
+    return [text[start:][:CHARACTERS] for text in texts for start in starts if len(text) >= start + CHARACTERS]
+
+
+def text_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Whole texts, scored without a context."""
+    return [_row(tokenizer, "", text) for text in texts]
+
+
+def answer_rows(rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """The last answer of each conversation or pair, after what comes before it, as the chat template renders them."""
+    made = []
+    for prompt, answer in _prompts_and_answers(rows):
+        context = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if prompt else ""
+        whole = tokenizer.apply_chat_template([*prompt, answer], tokenize=False)
+        if not whole.startswith(context):
+            raise HFTError(
+                "the chat template renders a conversation differently with its answer; quick needs one prefix"
+            )
+        made.append(_row(tokenizer, context, whole[len(context) :]))
+    return made
+
+
+def _prompts_and_answers(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[list[dict], dict]]:
+    for row in rows:
+        if "messages" in row:
+            messages = row["messages"]
+            last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+            yield messages[:last], messages[last]
+        else:
+            completion = row.get("completion") or row["chosen"]
+            yield [*row["prompt"], *completion[:-1]], completion[-1]
+
+
+def _row(tokenizer: PreTrainedTokenizerBase, context: str, answer: str) -> dict[str, Any]:
+    """A row as the tasks read it. lm-eval tokenizes the context without the whitespace that ends it."""
+    stripped = context.rstrip()
+    answer = context[len(stripped) :] + answer
+    before = len(tokenizer(stripped, add_special_tokens=False)["input_ids"])
+    tokens = len(tokenizer(stripped + answer, add_special_tokens=False)["input_ids"]) - before
+    return {"context": stripped, "answer": answer, "tokens": tokens}
+
+
+def held_out_rows(folder: Path) -> list[dict[str, Any]]:
+    """The first rows that a run's own evaluation reads, in the form that its trainer takes.
+
+    Args:
+        folder: of the run, with its `config.yaml`.
+    """
+    from hft.data import load_data
+    from hft.runs.config import load_config
+    from hft.runs.objective import rows_of
+    from hft.runs.result import CONFIG_NAME, RunResult
+
+    objective = RunResult.load(folder).objective
+    config = load_config(objective, folder / CONFIG_NAME)
+    test = load_data(config.run, rows_of(objective), evaluate=True).test
+    return list(test.select(range(min(ROWS, len(test)))))
