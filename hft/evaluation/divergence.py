@@ -16,8 +16,8 @@ class Divergence(LM):
     """Minus the KL divergence of a tuned model from its base, in the place of a log-likelihood.
 
     For a context and an answer it is the sum over the answer's tokens of KL(base || tuned) between the two next-token
-    distributions, in nats, computed over the whole vocabulary. On the new task's prompts this predicts forgetting better
-    than how far the weights moved (RL's Razor, arXiv 2509.04259).
+    distributions, in nats, computed over the whole vocabulary. On the new task's prompts this predicts forgetting
+    better than how far the weights moved (RL's Razor, arXiv 2509.04259).
     """
 
     def __init__(self, tuned: HFLM, base: HFLM) -> None:

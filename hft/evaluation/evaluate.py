@@ -181,19 +181,19 @@ def _resolved(suite: str, subject: Subject, settings: Settings) -> Settings:
 
     chat = settings.chat
     if chat is None:
-        chat = suite != "quick" and bool(_tokenizer(subject).chat_template)
+        chat = suite != "quick" and bool(_tokenizer(subject.tokenizer).chat_template)
     return replace(
         settings, chat=chat, dtype=settings.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     )
 
 
-def _tokenizer(subject: Subject) -> PreTrainedTokenizerBase:
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(subject.tokenizer)
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise HFTError(f"cannot load the tokenizer of {subject.name}: {reason(error)}") from error
+        raise HFTError(f"cannot load the tokenizer of {folder}: {reason(error)}") from error
 
 
 def open_lm(subject: Subject, settings: Settings) -> LM:
@@ -235,7 +235,7 @@ def _spec(benchmark: Benchmark, subject: Subject, settings: Settings) -> str | d
 def _quick_rows(name: str, subject: Subject, settings: Settings) -> list[dict[str, Any]] | None:
     from hft.evaluation.rows import answer_rows, general_texts, held_out_rows, text_rows
 
-    tokenizer = _tokenizer(subject)
+    tokenizer = _tokenizer(subject.tokenizer)
     if name == "drift":
         return text_rows(general_texts(), tokenizer)
     run = Path(settings.task_data or subject.name)
@@ -245,7 +245,7 @@ def _quick_rows(name: str, subject: Subject, settings: Settings) -> list[dict[st
     if name == "kl" and subject.base is None:
         say(f"{name} is left out: {subject.name} says no base; name it with --base")
         return None
-    return answer_rows(held_out_rows(run), tokenizer)
+    return answer_rows(held_out_rows(run), _tokenizer(run), tokenizer)
 
 
 def _run(

@@ -39,15 +39,23 @@ def text_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[
     return [_row(tokenizer, "", text) for text in texts]
 
 
-def answer_rows(rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """The last answer of each conversation or pair, after what comes before it, as the chat template renders them."""
+def answer_rows(
+    rows: Iterable[dict[str, Any]], template: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """The last answer of each conversation or pair, up to its end token, after what comes before it.
+
+    Args:
+        rows: in the form that a trainer takes.
+        template: the tokenizer whose chat template renders them, that of the run.
+        tokenizer: that of the model that is scored.
+    """
     made = []
     for prompt, answer in _prompts_and_answers(rows):
-        context = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if prompt else ""
-        whole = tokenizer.apply_chat_template([*prompt, answer], tokenize=False)
+        context = template.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if prompt else ""
+        whole = template.apply_chat_template([*prompt, answer], tokenize=False).rstrip()
         if not whole.startswith(context):
             raise HFTError(
-                "the chat template renders a conversation differently with its answer; quick needs one prefix"
+                "the chat template renders a prompt differently once it is answered; quick cannot score that"
             )
         made.append(_row(tokenizer, context, whole[len(context) :]))
     return made
