@@ -9,6 +9,7 @@ from typing import Any
 
 from hft.errors import HFTError, reason
 from hft.evaluation.suites import Benchmark
+from hft.machine import say
 
 Row = dict[str, Any]
 Rows = Callable[..., Any]  # returns a DatasetDict
@@ -100,7 +101,12 @@ def _humaneval(folder: Path) -> dict[str, Any]:
 
 
 def _mbpp(folder: Path) -> dict[str, Any]:
-    return on_rows({"hft_mbpp": as_dataset(test=_read(folder / "mbpp_test.jsonl"))})
+    test, shots = _read(folder / "mbpp_test.jsonl"), folder / "mbpp_prompt.jsonl"
+    if shots.exists():
+        return on_rows({"hft_mbpp": as_dataset(test=test, prompt=_read(shots))})
+    say(f"mbpp runs without examples in its prompt: {shots} not found")
+    zero_shot = {"fewshot_split": None, "fewshot_config": None, "num_fewshot": 0}
+    return on_rows({"hft_mbpp": as_dataset(test=test)}, **zero_shot)
 
 
 def _ifeval(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,69 @@
+"""Runs a generated program in a process of its own, with limits on time and memory and without a network."""
+
+from __future__ import annotations
+
+import functools
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+
+SECONDS = 10
+MEMORY = 2**30  # bytes
+# Runs in the child before the program. The limits come first, then the hook, which cannot be removed again.
+GUARD = """
+import resource, sys
+seconds, memory, token = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+program = sys.stdin.read()
+for limit, value in (("AS", memory), ("CPU", seconds), ("FSIZE", 2**20), ("CORE", 0)):
+    resource.setrlimit(getattr(resource, "RLIMIT_" + limit), (value, value))
+def hook(event, arguments):
+    if event.startswith(("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "ctypes.")):
+        raise PermissionError(event)
+del sys.argv[1:]
+sys.addaudithook(hook)
+exec(compile(program, "program", "exec"), {"__name__": "__main__"})
+print(token)
+"""
+
+
+def passes(program: str, seconds: int = SECONDS, memory: int = MEMORY) -> bool:
+    """Whether a program runs to its end without an error.
+
+    A program that leaves early, by `sys.exit` or `os._exit`, does not reach its end. On Linux the process has no network
+    interface, where the kernel lets users make namespaces; everywhere Python's audit hooks refuse sockets and further
+    processes. That stops what models write, not an attacker: to run code that may be hostile, use a container.
+
+    Args:
+        program: the source, with its tests at the end.
+        seconds: of processor time, and about as many of wall time.
+        memory: bytes of address space.
+    """
+    token = secrets.token_hex()
+    command = [*_no_network(), sys.executable, "-I", "-c", GUARD, str(seconds), str(memory), token]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                command,
+                input=program.encode(),
+                capture_output=True,
+                timeout=seconds + 2,
+                cwd=folder,
+                env={},
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return False
+    return done.stdout.decode(errors="replace").rstrip("\n").endswith(token)
+
+
+@functools.cache
+def _no_network() -> tuple[str, ...]:
+    """The words in front of a command that take its network away, where that is possible."""
+    command = (shutil.which("unshare") or "unshare", "--map-root-user", "--net")
+    try:
+        works = subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        works = False
+    return command if works else ()
