@@ -45,7 +45,7 @@ P := $(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' recipes/$(MODEL)/
 S := runs/$(MODEL)-sft-fft
 D := runs/$(MODEL)-dpo-fft-from-$(notdir $(S))
 
-.PHONY: help install sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo lint test test-slow test-gpu clean
+.PHONY: help install eval forgetting sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo lint test test-slow test-gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PRECIOUS: models/%/config.json
@@ -58,6 +58,8 @@ help:
 	@echo "make reset [MODEL=$(firstword $(RESETS))|$(lastword $(RESETS))] [ARGS=...]    Half-Reset: Figure 1"
 	@echo "make reset-sft | reset-dpo [MODEL=...] [S=...] [D=...]    Half-Reset of your runs: Tables 1, 2 and 15"
 	@echo "make merge-MERGE [MODEL=...] [S=runs/an-sft-run] [D=runs/a-dpo-run] [ARGS=...]"
+	@echo "make eval [RUN=runs/a-run] [SUITE=quick|general|knowledge|recent] [ARGS=...]"
+	@echo "make forgetting [ARGS=...]    what each method learns and forgets, on SmolLM2-135M"
 	@echo "  METHOD  $(basename $(notdir $(wildcard recipes/methods/*.yaml)))"
 	@echo "  MODEL   $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/sft.yaml)))))"
 	@echo "  MERGE   $(basename $(notdir $(wildcard recipes/merges/*.yaml)))"
@@ -110,6 +112,19 @@ seed-%: $(INSTALLED) $(LOCAL_FILES)
 
 RESETS = $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/reset.yaml))))
 
+# RUN is one model or several; with several GPUs lm-eval splits the rows over them.
+RUN ?= $(wildcard runs/$(MODEL)-*)
+SUITE ?= quick
+eval: $(INSTALLED) $(LOCAL_FILES)
+	@test -n "$(RUN)" || { echo "no runs of $(MODEL) to evaluate; train one, or pass RUN=" >&2; exit 1; }
+	$(if $(filter-out 0 1,$(NUM_GPUS)),$(BIN)/accelerate launch --num_processes $(NUM_GPUS) -m hft,$(BIN)/hft) eval $(RUN) \
+		--suite $(SUITE) $(ARGS)
+
+# What each method learns and forgets: benchmarks/forgetting.yaml. Stopped anywhere, it goes on where it was.
+forgetting: models/smollm2-135m/config.json
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[forgetting]'
+	$(BIN)/python benchmarks/forgetting.py $(ARGS)
+
 reset: $(INSTALLED) $(LOCAL_FILES)
 	@test -f recipes/$(MODEL)/reset.yaml || { echo "only $(RESETS) have a reset.yaml; see also reset-sft"; exit 1; }
 	$(BIN)/hft reset --config recipes/$(MODEL)/reset.yaml --out runs/$(MODEL)-reset $(ARGS)
@@ -130,8 +145,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Two processes of one thread each take half the time of one process of two.
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadscope $(ARGS)
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow $(ARGS)

@@ -74,7 +74,7 @@ def train(keys: dict, grid: dict, method: str, rate: float, seed: int, share: fl
     """Train one cell, unless it is finished."""
     if (out / RESULTS_NAME).exists():
         return
-    recipe = out.with_suffix(".yaml")
+    recipe = out.with_name(f"{out.name}.yaml")
     recipe.parent.mkdir(parents=True, exist_ok=True)
     settings = {"max_steps": grid["max_steps"], "global_batch_size": grid["global_batch_size"], "learning_rate": rate}
     settings |= {"dataset_name": str(write_data(share)), "seed": seed, "selection_seed": seed}
@@ -110,7 +110,7 @@ def main() -> None:
     scored = []
 
     def score(model: Path | str, run: Path) -> None:
-        settings = Settings(limit=grid["limit"], batch_size=64, base=base, task_data=str(run))
+        settings = Settings(limit=grid["limit"], batch_size=16, base=base, task_data=str(run))
         evaluate(str(model), "quick", settings, options.out / "base" if model == base else model)
         scored.append(str(options.out / "base" if model == base else model))
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from hft.evaluation.evaluate import Settings, evaluate
 from hft.evaluation.scores import Scores
 from hft.evaluation.suites import SUITES
-from hft.machine import say
+from hft.machine import is_main, leave_process_group, say
+from hft.runs.result import RESULTS_NAME, RunResult
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -22,6 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--suite", choices=SUITES, default="quick", help="default: quick")
     parser.add_argument("--tasks", nargs="+", default=(), metavar="NAME", help="only these benchmarks of the suite")
     parser.add_argument("--limit", type=int, help="rows of each task")
+    parser.add_argument("--max_gen_toks", type=int, help="most tokens of an answer; default: each task's own number")
     parser.add_argument("--paper_subsets", action="store_true", help="GSM8K 200, BBH 40 a task, TyDiQA 100 a language")
     parser.add_argument("--chat", choices=("true", "false"), help="use the chat template; default: if there is one")
     parser.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 elsewhere")
@@ -44,7 +47,19 @@ def main(arguments: Sequence[str]) -> int:
         out = folder_of(model)
         scores = evaluate(model, suite, settings, out)
         say("", table(scores), "", f"saved in {out}/scores/{suite}.json")
+        if is_main():
+            _log(scores, out)
+    leave_process_group()
     return 0
+
+
+def _log(scores: Scores, out: Path) -> None:
+    """Add the scores to the wandb run of the model, if it has one."""
+    run = RunResult.load(out).wandb if (out / RESULTS_NAME).exists() else None
+    if run and os.environ.get("WANDB_MODE") != "disabled":
+        from hft.runs.tracking import log_scores
+
+        log_scores(run, {f"{scores.suite}/{score.task}/{score.metric}": score.value for score in scores.scores})
 
 
 def folder_of(model: str) -> Path:

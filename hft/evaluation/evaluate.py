@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ class Settings:
         limit: rows of each task; None for all.
         paper_subsets: the HFT paper's subsets of GSM8K, BBH and TyDiQA.
         tasks: names of benchmarks, if not all of the suite.
+        max_gen_toks: most tokens of an answer; None for the task's own number.
         chat: whether prompts are rendered with the model's chat template; None where it has one, except in quick.
         dtype: of the model; None for bfloat16 on a GPU and float32 elsewhere.
         batch_size: rows per forward pass.
@@ -49,6 +51,7 @@ class Settings:
     limit: int | None = None
     paper_subsets: bool = False
     tasks: tuple[str, ...] = ()
+    max_gen_toks: int | None = None
     chat: bool | None = None
     dtype: str | None = None
     batch_size: int = 8
@@ -131,6 +134,8 @@ def evaluate(model: str, suite: str, settings: Settings | None = None, out: str 
     Raises:
         HFTError: the model or data are not found, or a benchmark cannot be run as asked.
     """
+    if find_spec("lm_eval") is None:
+        raise HFTError("evaluation needs lm-evaluation-harness: pip install 'hft[eval]'")
     settings = settings or Settings()
     subject = subject_of(model, settings.base)
     settings = _resolved(suite, subject, settings)
@@ -278,13 +283,14 @@ def _run(
                 task_manager=manager,
                 num_fewshot=benchmark.num_fewshot,
                 limit=min(limits, default=None),
-                apply_chat_template=settings.chat,
+                gen_kwargs={"max_gen_toks": settings.max_gen_toks} if settings.max_gen_toks else None,
+            apply_chat_template=settings.chat,
                 bootstrap_iters=1000,
                 confirm_run_unsafe_code=settings.allow_code,
             )
             or {}
         )
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, ImportError, LookupError, OSError, ValueError) as error:
         raise HFTError(f"{benchmark.name} cannot be run: {reason(error)}") from error
 
 

@@ -31,9 +31,9 @@ print(token)
 def passes(program: str, seconds: int = SECONDS, memory: int = MEMORY) -> bool:
     """Whether a program runs to its end without an error.
 
-    A program that leaves early, by `sys.exit` or `os._exit`, does not reach its end. On Linux the process has no network
-    interface, where the kernel lets users make namespaces; everywhere Python's audit hooks refuse sockets and further
-    processes. That stops what models write, not an attacker: to run code that may be hostile, use a container.
+    A program that leaves early, by `sys.exit` or `os._exit`, does not reach its end. Where Linux lets users make
+    namespaces, the process has no network interface; everywhere Python's audit hooks refuse sockets and further
+    processes. That stops what models write, not an attacker: run code that may be hostile in a container.
 
     Args:
         program: the source, with its tests at the end.

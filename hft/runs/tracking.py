@@ -59,18 +59,7 @@ def start(name: str, config: dict[str, Any], selection: Selection | AdapterFootp
     """
     import wandb
 
-    mode, why = os.environ.get("WANDB_MODE"), "WANDB_MODE is set"
-    if mode is None:
-        try:
-            mode, why = ("online", "") if wandb.login(prompt=False, verify=False) else ("offline", "no API key")
-        except wandb.Error as error:
-            mode, why = "offline", reason(error)
-    settings = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "name": name, "config": config}
-    try:
-        run = wandb.init(**settings, mode=mode, settings=wandb.Settings(quiet=True))
-    except wandb.Error as error:
-        why = f"it cannot be reached: {reason(error)}"
-        run = wandb.init(**settings, mode="offline", settings=wandb.Settings(quiet=True))
+    run, why = _init(project=os.environ.get("WANDB_PROJECT", PROJECT), name=name, config=config)
     fractions = {"layers": selection.fraction_of_layers, "model": selection.fraction_of_model}
     counts = {block: f"{trained}/{total}" for block, (trained, total) in selection.counts().items()}
     run.config.update({"trainable_fraction": fractions, "trained_units": counts})
@@ -79,6 +68,46 @@ def start(name: str, config: dict[str, Any], selection: Selection | AdapterFootp
     if run.offline:
         return f"wandb is offline ({why}); upload later with `wandb sync {Path(run.dir).parent}`"
     return f"wandb: {run.url}"
+
+
+def _init(**settings: Any) -> tuple[Any, str]:
+    """A wandb run, and why it is offline if it is."""
+    import wandb
+
+    mode, why = os.environ.get("WANDB_MODE"), "WANDB_MODE is set"
+    if mode is None:
+        try:
+            mode, why = ("online", "") if wandb.login(prompt=False, verify=False) else ("offline", "no API key")
+        except wandb.Error as error:
+            mode, why = "offline", reason(error)
+    try:
+        return wandb.init(**settings, mode=mode, settings=wandb.Settings(quiet=True)), why
+    except wandb.Error as error:
+        why = f"it cannot be reached: {reason(error)}"
+        return wandb.init(**settings, mode="offline", settings=wandb.Settings(quiet=True)), why
+
+
+def current() -> dict[str, str]:
+    """What `log_scores` needs to find the wandb run again."""
+    import wandb
+
+    found = {"id": wandb.run.id, "project": wandb.run.project, "entity": wandb.run.entity}
+    return {key: value for key, value in found.items() if value}
+
+
+def log_scores(run: dict[str, str], scores: dict[str, float]) -> None:
+    """Add scores to the summary of a wandb run that has ended.
+
+    Args:
+        run: what `current` returned.
+        scores: by name.
+    """
+    import wandb
+
+    again, _ = _init(**run, resume="allow")
+    again.summary.update(scores)
+    wandb.finish()
+    wandb.teardown()
 
 
 def log_picture(name: str, picture: Path) -> None:

@@ -58,7 +58,9 @@ def train(plan: RunPlan) -> RunResult:
         result = None
         if is_main():
             draw_history(trainer, plan, on_wandb)
-            result = conclude(measure(plan.config.objective, trainer, plan.machine, final), plan.out)
+            measured = measure(plan.config.objective, trainer, plan.machine, final)
+            measured.wandb = tracking.current() if on_wandb else None
+            result = conclude(measured, plan.out)
             if on_wandb:
                 tracking.log_result(result, plan.out)
     return broadcast(result)
