@@ -284,7 +284,7 @@ def _run(
                 num_fewshot=benchmark.num_fewshot,
                 limit=min(limits, default=None),
                 gen_kwargs={"max_gen_toks": settings.max_gen_toks} if settings.max_gen_toks else None,
-            apply_chat_template=settings.chat,
+                apply_chat_template=settings.chat,
                 bootstrap_iters=1000,
                 confirm_run_unsafe_code=settings.allow_code,
             )

@@ -22,6 +22,8 @@ from hft.errors import HFTError
 from hft.machine import cpu_has_bfloat16
 from hft.record.checkpoints import last_checkpoint
 from hft.record.manifest import Manifest
+from hft.runs.result import RunResult
+from hft.runs.tracking import log_scores
 from hft.selection import SelectionConfig
 from hft.training import HFTSFTTrainer
 from tests.conftest import command, error_of, finished_run, identical, losses, tensors, write_jsonl
@@ -391,3 +393,8 @@ def test_wandb_is_offline_without_a_key_and_holds_the_selection(tmp_path, sft, c
         assert logged in content, logged
     for logged in (b"manifest-", b"hft_manifest.json", b"identical", b"global_batch_size"):
         assert logged in content, logged
+    log_scores(RunResult.load(tmp_path / "out").wandb, {"quick/drift/loss": 2.5})
+    again = [
+        path for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb") if b"quick/drift/loss" in path.read_bytes()
+    ]
+    assert [path.name for path in again] == [log.name]

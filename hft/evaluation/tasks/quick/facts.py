@@ -38,15 +38,17 @@ def _countries() -> Iterable[dict]:
 
 
 def _questions(prompt: str, rows: list[tuple]) -> DatasetDict:
-    """A question for each row (subject, answer, kind); its candidates are answers to other rows of the same kind.
+    """A question for each row (subject, answer, kind); its candidates are answers to other rows, of its kind first.
 
-    The candidates of a row depend on the row alone, so that a limit or another row changes none of them.
+    The candidates of a row depend on the row and the package's data, so that a limit changes none of them.
     """
     questions = []
     for subject, answer, kind in rows:
-        others = sorted({other for _, other, its_kind in rows if its_kind == kind} - {answer})
         rng = random.Random(f"{prompt} {subject}")
-        choices = [answer, *rng.sample(others, min(CANDIDATES - 1, len(others)))]
+        kinds = {other: its_kind for _, other, its_kind in rows if other != answer}
+        others = rng.sample(sorted(kinds), len(kinds))
+        others.sort(key=lambda other: kinds[other] != kind)  # stable: in random order within each part
+        choices = [answer, *others[: CANDIDATES - 1]]
         rng.shuffle(choices)
         questions.append({"prompt": prompt.format(subject), "choices": choices, "label": choices.index(answer)})
     random.Random(prompt).shuffle(questions)  # a limit takes a sample, not the first letters of the alphabet
