@@ -38,6 +38,13 @@ def test_modules_import_only_from_below_and_never_in_a_circle():
     TopologicalSorter(graph).prepare()  # raises CycleError and names the circle
 
 
+def test_who_scores_and_reports_imports_no_trainer():
+    for path in [*Path("hft/evaluation").rglob("*.py"), *Path("hft/reporting").rglob("*.py")]:
+        nodes = ast.walk(ast.parse(path.read_text()))
+        names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert not any(name.startswith(("trl", "hft.training", "hft.runs.train")) for name in names if name), path
+
+
 def test_no_file_but_its_own_compares_a_methods_name():
     """A method is one file: what depends on it is asked of its class."""
     names = {path.stem for path in Path("recipes/methods").glob("*.yaml")} | {cls.name for cls in all_classes()}

@@ -63,8 +63,8 @@ def _log(scores: Scores, out: Path) -> None:
 
 
 def folder_of(model: str) -> Path:
-    """Where a model's scores are saved: its own folder; for a Hub id one under runs/."""
-    return Path(model) if Path(model).is_dir() else Path("runs") / model.replace("/", "--")
+    """Where a model's scores are saved: its own folder; for a Hub id one of its name under runs/."""
+    return Path(model) if Path(model).is_dir() else Path("runs", Path(model).name)
 
 
 def table(scores: Scores) -> str:
