@@ -138,8 +138,8 @@ def test_every_frozen_bit_stays_under_fsdp2(folder, name):
 def test_dpo_starts_at_the_reference_in_fp32(folder):
     history = json.loads((folder / "two" / "dpo" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     first = next(row for row in history if "loss" in row)
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert [first[f"rewards/{side}"] for side in ("chosen", "rejected", "margins")] == pytest.approx([0] * 3, abs=1e-4)
+    assert first["loss"] == pytest.approx(math.log(2), abs=5e-4)
+    assert [first[f"rewards/{side}"] for side in ("chosen", "rejected", "margins")] == pytest.approx([0] * 3, abs=5e-4)
     alone = json.loads((folder / "one" / "dpo" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     theirs = next(row for row in alone if "loss" in row)
     assert first["logps/chosen"] == pytest.approx(theirs["logps/chosen"], rel=1e-3)
