@@ -11,6 +11,7 @@ import pytest
 
 from hft.reporting.paper import read_runs
 from hft.runs.config import parse_config
+from hft.runs.objective import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -87,6 +88,8 @@ def test_the_commands_of_the_papers_rows_leave_the_runs_that_their_scores_are_re
             continue
         *_, last = commands(*words)
         _, objective, *flags = shlex.split(last)
+        if not (objective in OBJECTIVES or "--out" in flags):
+            continue  # a sequence of runs, whose folder parse_config does not name
         out = flags[len(flags) - flags[::-1].index("--out")] if "--out" in flags else None
         assert (out or str(parse_config(objective, flags).out)) == f"runs/{run}"
         checked += 1

@@ -141,7 +141,7 @@ def _table(name: str, entry: dict[str, Any], runs: Mapping[str, Any], harnesses:
 def _row(entry: dict[str, Any], runs: Mapping[str, tuple[str, tuple[str, ...]]]) -> Row:
     run = entry.get("run")
     model, commands = runs[run] if run else (entry["model"], ())
-    folder = f"{run}/checkpoint-{entry['checkpoint']}" if "checkpoint" in entry else run
+    folder = f"{run}/{entry['inside']}" if "inside" in entry else run
     return Row(entry["row"], model, tuple(entry["values"]), folder, commands, entry.get("note"))
 
 
@@ -170,7 +170,7 @@ def find_rows(table: Table, model: str | None = None) -> list[Row]:
 
 
 def rows_of(run: str) -> list[tuple[Table, Row]]:
-    """All rows of a run and its checkpoints, with their tables; `run` is the name of its folder."""
+    """All rows of a run and of what is inside it, with their tables; `run` is the name of its folder."""
     return [(table, row) for table in tables().values() for row in table.rows if (row.run or "").split("/")[0] == run]
 
 
@@ -195,10 +195,10 @@ def folders_of(table: Table, row: Row, runs: Path) -> list[Path]:
     """The folders of a row: its run, and other seeds of it that are no row of their own."""
     if row.run is None:
         return []
-    name, _, checkpoint = row.run.partition("/")
+    name, _, inside = row.run.partition("/")
     seeds = [path.name for path in sorted(runs.glob(f"{name}*")) if SEEDS.fullmatch(path.name.removeprefix(name))]
     taken = {other.run for other in table.rows}
-    found = [row.run, *(run for seed in seeds if (run := str(Path(seed, checkpoint))) not in taken)]
+    found = [row.run, *(run for seed in seeds if (run := str(Path(seed, inside))) not in taken)]
     return [runs / run for run in found]
 
 
