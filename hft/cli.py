@@ -24,6 +24,10 @@ COMMANDS = {
     "merge": ("hft.merging.merge:main", "merge models, or an adapter into its base"),
     "diff": ("hft.merging.diff:main", "how far models have moved from where they started, by layer and block"),
     "eval": ("hft.evaluation.command:main", "score models with lm-evaluation-harness"),
+    "paper": (
+        "hft.reporting.paper_command:paper",
+        "print the paper's tables, their commands, and your scores beside them",
+    ),
     "fetch": ("hft.demo.command:fetch", "make smollm2-135m or tiny, by default in models/MODEL"),
     "demo": ("hft.demo.command:demo", "write the demo data, by default to data/"),
     "engine": ("hft.methods.command:engine", "print how a method runs on several GPUs: fsdp2 or ddp"),

@@ -79,6 +79,12 @@ def finished_run(stage: str, out: Path, *, model: Path, data: Path) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, tiny, data) -> Path:
+    """A finished run of `hft sft`, to look at or to copy."""
+    return finished_run("sft", tmp_path_factory.mktemp("runs") / "finished", model=tiny, data=data)
+
+
 @pytest.fixture
 def sft(tiny, data):
     """Run `hft sft` in process."""

@@ -38,3 +38,5 @@ def test_an_installed_wheel_works_in_an_empty_folder(tmp_path):
     mine |= {"assistant_only_loss": True, "max_length": 64, "max_steps": 2, "eval_strategy": "no", "report_to": "none"}
     (work / "mine.yaml").write_text(yaml.safe_dump(mine | {"output_dir": "out", "per_device_train_batch_size": 2}))
     assert "verify passed" in hft("sft", "--config", "mine.yaml")
+    assert (work / "out" / "README.md").exists()
+    assert "make sft-lora MODEL=llama2-7b" in hft("paper", "5")

@@ -24,6 +24,7 @@ from hft.merging.checkpoint import (
 )
 from hft.model.anatomy import anatomy_of, meta_model
 from hft.model.weights import checksum
+from hft.record.card import write_card
 from hft.record.manifest import Manifest, rounds_so_far
 from hft.record.verification import check_base, verify_folder
 from hft.runs.result import CONFIG_NAME, PICTURE_NAME
@@ -76,6 +77,8 @@ def main(arguments: Sequence[str]) -> int:
         say(write_reset(folder, selection, tuned, base, config.max_shard_size))
         (folder / CONFIG_NAME).write_text(to_yaml(given))
     found = verify_folder(out)
+    settings = {key: value for key, value in given.items() if key != "out"}
+    write_card(out, Manifest.load(out), settings, ("hft", "half-reset"), verified=found.counts())
     say("verify", indented(found.report()), "", str(out))
     return 0 if found.ok else 1
 

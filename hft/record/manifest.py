@@ -36,6 +36,7 @@ class Manifest:
         frozen_checksums: SHA-256 of each frozen parameter, by name (`hft.model.weights.checksum`). A partly frozen one
             is among the trained parameters too; its checksum is that of its frozen elements.
         trainable_fraction: that of the layers and of the whole model.
+        counts: for each block how many of its units train, and how many there are.
         earlier: base, selection and frozen units of the rounds that led to the base, oldest first.
         revision: the Hub revision of the base, if one was asked for.
         masks: SHA-256 of the mask of each partly frozen parameter; the masks are in `hft_masks.safetensors`.
@@ -56,6 +57,7 @@ class Manifest:
     trained_parameters: list[str]
     frozen_checksums: dict[str, str]
     trainable_fraction: dict[str, float]
+    counts: dict[str, list[int]] = field(default_factory=dict)
     earlier: list[dict] = field(default_factory=list)
     revision: str | None = None
     masks: dict[str, str] = field(default_factory=dict)
@@ -91,6 +93,7 @@ class Manifest:
             trained_parameters=selection.trained_parameters,
             frozen_checksums=checksums,
             trainable_fraction={"layers": selection.fraction_of_layers, "model": selection.fraction_of_model},
+            counts={block: list(count) for block, count in selection.counts().items()},
             masks={name: mask.digest() for name, mask in selection.frozen_masks.items()},
             earlier=rounds_so_far(base),
             **record,

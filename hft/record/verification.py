@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -52,6 +52,10 @@ class Verification:
     @property
     def num_wrong(self) -> int:
         return len(self.broken) + len(self.lost) + len(self.unlisted)
+
+    def counts(self) -> dict[str, int]:
+        """For each finding how many tensors it concerns."""
+        return {name: len(value) for name, value in asdict(self).items() if isinstance(value, list | dict)}
 
     def count(self, part: str = "part") -> str:
         """How many of the frozen tensors are identical, in words."""
@@ -101,6 +105,11 @@ class ResetVerification:
     @property
     def ok(self) -> bool:
         return self.back.ok and (self.kept is None or self.kept.ok)
+
+    def counts(self) -> dict[str, int]:
+        """For each finding how many tensors it concerns; what should have stayed and did not counts as lost."""
+        counts = self.back.counts()
+        return counts | {"lost": counts["lost"] + (self.kept.num_wrong if self.kept else 0)}
 
     def report(self) -> str:
         """The result in words, one finding per line."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hft.config import to_yaml
 from hft.machine import indented, leave_process_group, say
+from hft.record.card import CARD_NAME
 from hft.record.manifest import Manifest
 from hft.record.verification import ADAPTER_NAME
 from hft.runs.config import parse_config
@@ -89,6 +90,7 @@ result
   hft_manifest.json       what was frozen, with checksums
 {picture}  {CONFIG_NAME}             the resolved config
   {RESULTS_NAME}            the numbers above
+  {CARD_NAME}               the model card
 
 try next
   {hft} verify {out}

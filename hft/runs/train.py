@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft.config import to_yaml
 from hft.errors import HFTError, reason
 from hft.machine import broadcast, indented, is_main, reset_peak_memory, say
+from hft.record.card import CARD_NAME, SCORES_FOLDER, write_card
 from hft.record.checkpoints import checkpoints
 from hft.record.manifest import MANIFEST_NAME, Manifest
 from hft.record.verification import masks_of, verify_folder
+from hft.runs.config import NEUTRAL_KEYS, read_config
 from hft.runs.objective import trainer_class
 from hft.runs.plan import RunPlan
 from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, RunResult, measure
@@ -52,7 +53,7 @@ def train(plan: RunPlan) -> RunResult:
     selection = getattr(trainer, "selection", plan.selection)
     with tracking.tracked(on_wandb, plan.args.run_name, plan.config.values, selection, plan.out):
         trainer.train(resume_from_checkpoint=plan.resume_from)
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # is pushed to the Hub once it is verified
         final = metrics_of_what_was_saved(trainer)
         trainer.accelerator.wait_for_everyone()
         result = None
@@ -63,7 +64,19 @@ def train(plan: RunPlan) -> RunResult:
             result = conclude(measured, plan.out)
             if on_wandb:
                 tracking.log_result(result, plan.out)
-    return broadcast(result)
+        result = broadcast(result)
+        if plan.args.push_to_hub:
+            push_to_hub(trainer, result)
+    return result
+
+
+def push_to_hub(trainer: ManifestMixin, result: RunResult) -> None:
+    """Push a run's folder to the Hub with a card that says what verify found; nothing if it found something wrong."""
+    if not result.ok:
+        say("not pushed to the Hub: verify failed")
+        return
+    trainer.verified = result.verify
+    trainer.push_to_hub()
 
 
 def make_trainer(plan: RunPlan) -> ManifestMixin:
@@ -91,6 +104,7 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
             processing_class=plan.tokenizer,
         )
     trainer.manifest.data = plan.data.fingerprint
+    trainer.resolved_config = card_settings(plan.config.values)
     say(*check_prepared(trainer, plan.data), *trainer.notes(), *steps_of_packed(plan, len(trainer.train_dataset)), "")
     trainer.check_resumable(plan.resume_from)
     return trainer
@@ -156,9 +170,10 @@ def clear(out: Path) -> None:
             say(f"removing {checkpoint} of an earlier run")
             shutil.rmtree(checkpoint)
     if (out / MANIFEST_NAME).exists():
-        names = (MASKS_NAME, MANIFEST_NAME, RESULTS_NAME, PICTURE_NAME)
+        names = (MASKS_NAME, MANIFEST_NAME, RESULTS_NAME, PICTURE_NAME, CARD_NAME)
         for path in (*out.glob("model*.safetensors*"), *out.glob("adapter_*"), *(out / name for name in names)):
             path.unlink(missing_ok=True)
+        shutil.rmtree(out / SCORES_FOLDER, ignore_errors=True)
 
 
 def metrics_of_what_was_saved(trainer: ManifestMixin) -> dict[str, float]:
@@ -190,10 +205,22 @@ def draw_history(trainer: ManifestMixin, plan: RunPlan, on_wandb: bool) -> None:
 
 
 def conclude(result: RunResult, out: Path) -> RunResult:
-    """Verify a finished run's folder, and save the result with what was found."""
+    """Verify a finished run's folder, and save the result and the model card with what was found."""
     found = verify_folder(out)
-    result.verify = {name: len(value) for name, value in asdict(found).items() if isinstance(value, list | dict)}
-    result.ok = found.ok
+    result.verify, result.ok = found.counts(), found.ok
     result.save(out)
     say("verify", indented(found.report()))
+    write_run_card(result, out)
     return result
+
+
+def write_run_card(result: RunResult, out: Path) -> None:
+    """Write the model card of a finished run's folder, with the scores that are in it by now."""
+    config = card_settings(read_config(out / CONFIG_NAME))
+    tags, model_id = ("trl", result.objective, "hft"), config.get("hub_model_id")
+    write_card(out, Manifest.load(out), config, tags, verified=result.verify, model_id=model_id)
+
+
+def card_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a run's config is in its model card: what makes it this run, wherever it ran."""
+    return {key: value for key, value in config.items() if key not in NEUTRAL_KEYS}

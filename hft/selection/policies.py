@@ -22,7 +22,15 @@ from hft.errors import HFTError
 from hft.model.anatomy import BLOCKS, Anatomy, Part, Unit
 from hft.selection.masks import Mask
 
-POLICIES = ("category", "layer", "model", "explicit", "all", "random-element", "importance")
+POLICIES = {
+    "category": "a fraction of each block of each layer trains (the paper's HFT, Algorithm 1)",
+    "layer": "every other layer trains as a whole",
+    "model": "half of all matrices train, anywhere in the model",
+    "explicit": "all but the units that match `freeze` train",
+    "all": "everything trains (FFT)",
+    "random-element": "random elements of every matrix train",
+    "importance": "what matters least to the base on a sample of text trains",
+}
 GRANULARITIES = ("unit", "column", "element")
 SCORES = ("magnitude", "wanda", "fisher")
 
@@ -34,10 +42,8 @@ class SelectionConfig:
     policy: str = field(
         default="category",
         metadata={
-            "help": "category: that fraction of each block of each layer (the paper's HFT, Algorithm 1); layer: every "
-            "other layer whole; model: half of all matrices anywhere; explicit: all but the units that match `freeze`; "
-            "all: everything trains (FFT); random-element: random elements of every matrix; importance: what matters "
-            "least to the base on a sample of text; FILE.py:FUNCTION: your own (docs/new-policy.md)."
+            "help": "; ".join(f"{name}: {what}" for name, what in POLICIES.items())
+            + "; FILE.py:FUNCTION: your own (docs/new-policy.md)."
         },
     )
     fraction: float = field(

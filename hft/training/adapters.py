@@ -96,6 +96,7 @@ class AdapterTuning(ManifestMixin):
             save_file({name: tensor.detach().contiguous() for name, tensor in state}, folder / STATE_NAME)
         self.manifest.moved = [name for name, now in self._checksums().items() if now != self._before[name]]
         self.manifest.save(folder)
+        self.write_card(folder, self._tag_names)  # in the place of PEFT's, which names the base by its path
 
     def restore(self, checkpoint: str) -> None:
         """Restore everything that trained, bit for bit.

@@ -1,14 +1,17 @@
-"""What every trainer here does with its manifest: check a checkpoint against it before resuming; and log memory."""
+"""What every trainer here does with its manifest: check a checkpoint against it, write the card; and log memory."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft.machine import peak_memory
+from hft.record.card import write_card
 from hft.record.checkpoints import TRAINER_STATE, last_checkpoint
-from hft.record.manifest import Manifest
+from hft.record.manifest import MANIFEST_NAME, Manifest
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -23,6 +26,8 @@ class ManifestMixin:
     manifest: Manifest
     schedule: ScheduleCallback | None = None
     resumed_from: str | None = None
+    resolved_config: Mapping[str, Any] | None = None  # where a command made the trainer
+    verified: Mapping[str, int] | None = None  # what verify found of the saved model, once it has run
 
     def notes(self) -> list[str]:
         """What is worth knowing about the trainer before it starts, one sentence each."""
@@ -61,3 +66,27 @@ class ManifestMixin:
         """Log, with the peak memory so far."""
         logs["peak_memory_gb"] = round(peak_memory() / 1e9, 2)
         super().log(logs, start_time)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write hft's model card where TRL would write its draft: before a checkpoint and before a push to the Hub."""
+        if self.is_world_process_zero():
+            more = [tags] if isinstance(tags, str) else tags or []
+            self.write_card(self.args.output_dir, [*self._tag_names, *more])
+
+    def write_card(self, folder: str | Path, tags: Sequence[str]) -> None:
+        """Write the model card of a folder that this trainer saves."""
+        settings = changed_arguments(self.args) if self.resolved_config is None else self.resolved_config
+        saved = not self.is_in_train and (Path(folder) / MANIFEST_NAME).exists()
+        manifest = Manifest.load(folder) if saved else self.manifest_so_far()
+        write_card(folder, manifest, settings, tags, verified=self.verified, model_id=self.hub_model_id)
+
+
+def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The plain values of a trainer's config that are not its defaults, but for names and folders."""
+    values = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in ("output_dir", "run_name")}
+    values = {key: getattr(value, "value", value) for key, value in values.items()}  # of an enum its value
+    defaults = {f.name: f.default for f in fields(args)}
+    plain = {key: value for key, value in values.items() if isinstance(value, bool | int | float | str)}
+    return {key: value for key, value in plain.items() if value != defaults[key]}

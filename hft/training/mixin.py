@@ -194,6 +194,10 @@ class HalfFineTuning(ManifestMixin):
             manifest,
             trained_units=[name for name in names if name in trained],
             frozen_units=[name for name in names if name not in trained],
+            counts={
+                block: [sum(unit.name in trained for unit in units if unit.block == block), total]
+                for block, (_, total) in manifest.counts.items()
+            },
             trained_parameters=[name for name in manifest.trained_parameters if name in touched],
             frozen_checksums=manifest.frozen_checksums | {name: self._base_checksums[name] for name in never},
         )

@@ -117,6 +117,9 @@ def test_reset_puts_back_what_hft_would_freeze_and_nothing_else(tmp_path, tuned,
     assert manifest.tuned == str(tuned)
     assert (manifest.base, list(manifest.frozen_checksums)) == (str(tiny), frozen)
     assert (tmp_path / "out" / "selection.png").stat().st_size > 1000
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Half-Reset of `S`: half of it went back to `tiny`" in card
+    assert f"| verify | passed: {len(frozen)} of {len(frozen)} reset tensors bit-identical to the base |" in card
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
@@ -91,6 +92,11 @@ def test_the_folder_is_a_plain_peft_folder(runs, tiny, method):
     """What PEFT loads computes what was trained; where it can be merged, so does the merged model."""
     out = runs(method)
     assert PeftConfig.from_pretrained(out).base_model_name_or_path == str(tiny)
+    for folder in (out, out / "checkpoint-20"):  # PEFT's own card would name the base by its path
+        card = ModelCard.load(folder / "README.md")
+        assert (card.data.library_name, card.data.base_model) == ("peft", None)
+        assert f"| adapter | {method}: " in card.text
+        assert str(tiny.parent) not in card.content
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.chat_template == Path("hft/demo/templates/tulu.jinja").read_text()
     base = AutoModelForCausalLM.from_pretrained(tiny)  # in the dtype it is stored in, as OSF needs

@@ -103,7 +103,11 @@ def test_exactly_what_the_schedule_says_moves_at_each_step(straight, tiny, tiny_
 
 @pytest.mark.parametrize("method", ["dynamic", "lisa", "badam"])
 def test_a_run_keeps_to_the_pure_schedule(straight, tiny_selection, method):
-    record = Manifest.load(straight(method)).schedule
+    manifest, card = Manifest.load(straight(method)), (straight(method) / "README.md").read_text()
+    record = manifest.schedule
+    assert f"| schedule | {method}: " in card
+    assert f"; of the layers {record['fractions']['mean']:.1%} at a time, on average" in card
+    assert sum(trained for trained, _ in manifest.counts.values()) == len(manifest.trained_units)
     schedule = method_of(record["config"]).schedule
     selection = tiny_selection
     if method == "badam":

@@ -11,12 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import hft
 from hft.cli import main
 from hft.runs.result import RunResult
-from tests.conftest import error_of, finished_run, tensors
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny, data):
-    return finished_run("sft", tmp_path_factory.mktemp("runs") / "finished", model=tiny, data=data)
+from tests.conftest import error_of, tensors
 
 
 def rewritten(folder, change) -> None:

@@ -26,12 +26,7 @@ from hft.runs.result import RunResult
 from hft.runs.tracking import log_scores
 from hft.selection import SelectionConfig
 from hft.training import HFTSFTTrainer
-from tests.conftest import command, error_of, finished_run, identical, losses, tensors, write_jsonl
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny, data):
-    return finished_run("sft", tmp_path_factory.mktemp("runs") / "finished", model=tiny, data=data)
+from tests.conftest import command, error_of, identical, losses, tensors, write_jsonl
 
 
 def test_half_moves_and_half_does_not(finished, tiny):

@@ -1,0 +1,162 @@
+"""The model card: a README.md that says what a folder's model is, how it was made and what was proved of it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hft.config import to_yaml
+from hft.errors import HFTError, reason, shorten
+from hft.methods import NOTHING, find
+from hft.record.manifest import Manifest
+from hft.selection.policies import POLICIES
+
+CARD_NAME = "README.md"
+SCORES_FOLDER = "scores"  # as hft.evaluation.scores writes it, which stands above this module
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+SECRETS = ("hub_token",)  # keys of a config that stay out of the card
+
+
+def write_card(
+    folder: str | Path,
+    manifest: Manifest,
+    config: Mapping[str, Any],
+    tags: Sequence[str],
+    *,
+    verified: Mapping[str, int] | None = None,
+    model_id: str | None = None,
+) -> Path:
+    """Write the model card of a folder.
+
+    No path of this machine gets into it: what has one is called by its last part.
+
+    Args:
+        folder: where the model is, or will be.
+        manifest: what trained.
+        config: the settings.
+        tags: of the model on the Hub, such as `trl`, `sft`, `hft`.
+        verified: for each finding of `hft verify` how many tensors it concerns; None before it has run.
+        model_id: the model's id on the Hub; by default the folder's name.
+
+    Raises:
+        HFTError: a file of scores in the folder is not valid.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    folder, dataset = Path(folder), manifest.data.get("id")
+    name = folder.resolve().name
+    starts = [manifest.tuned, manifest.base, *(one["base"] for one in reversed(manifest.earlier))]
+    data = ModelCardData(
+        base_model=next((start for start in starts if start and not is_local(start)), None),
+        datasets=dataset,
+        library_name="peft" if manifest.is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys(tags)),
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        model_id=model_id or name,
+        base=linked(manifest.base),
+        base_id=portable(manifest.base),
+        is_adapter=manifest.is_adapter,
+        tuned=manifest.tuned and linked(manifest.tuned),
+        facts=facts(manifest, config, verified),
+        scores=read_scores(folder),
+        settings=to_yaml(portable({key: value for key, value in config.items() if key not in SECRETS})),
+    )
+    card.save(folder / CARD_NAME)
+    return folder / CARD_NAME
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is a path that holds on this machine only."""
+    return Path(name).is_absolute() or name.startswith("~")
+
+
+def portable(value: Any) -> Any:
+    """A value in which such paths are reduced to their last part."""
+    if isinstance(value, Mapping):
+        return {key: portable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [portable(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and is_local(value) else value
+
+
+def linked(name: str, kind: str = "") -> str:
+    """A model or dataset as a link to the Hub, or by the name of its folder."""
+    return f"`{portable(name)}`" if is_local(name) else f"[{name}](https://huggingface.co/{kind}{name})"
+
+
+def facts(manifest: Manifest, config: Mapping[str, Any], verified: Mapping[str, int] | None) -> list[tuple[str, str]]:
+    """What to know about a model, as names and values: method, selection, data, verify's result."""
+    named = [("method", portable(config["method"]))] if config.get("method") else []
+    rows = [*named, *parts(manifest), *sizes(manifest)]
+    if "id" in manifest.data:
+        revision = manifest.data.get("revision")
+        rows.append(("data", linked(manifest.data["id"], "datasets/") + (f" at {revision}" if revision else "")))
+    elif files := manifest.data.get("files"):
+        rows.append(("data", shorten([f"`{file}`" for file in files])))
+    result = in_words(verified, "reset" if manifest.tuned else "frozen") if verified else "has not run yet"
+    return [*rows, ("verify", result)]
+
+
+def parts(manifest: Manifest) -> list[tuple[str, str]]:
+    """The policy, schedule, update and adapter of a run, each with what it does."""
+    selection, schedule = manifest.selection, manifest.schedule.get("config", {})
+    named = {"policy": selection.get("policy"), "schedule": schedule.get("schedule")}
+    named |= {"update": manifest.update.get("update"), "adapter": selection.get("adapter")}
+    rows = []
+    for kind, name in named.items():
+        if name not in NOTHING:
+            own = ":" in name  # FILE.py:NAME of the user's own, which may not be there any more
+            what = "" if own else POLICIES[name] if kind == "policy" else find(kind, name).description
+            rows.append((kind, f"{portable(name)}{': ' if what else ''}{what}"))
+    return rows
+
+
+def sizes(manifest: Manifest) -> list[tuple[str, str]]:
+    """Which selection it is, and how much trains; of a Half-Reset, how much stays tuned."""
+    selection, fraction = manifest.selection, manifest.trainable_fraction
+    if manifest.is_adapter:
+        return [("trainable fraction", f"{fraction['model']:.2%} of the size of the base, which is frozen whole")]
+    which = f"seed {selection['selection_seed']}, round {selection['round']}"
+    counts = [f"{block} {trained} of {total}" for block, (trained, total) in manifest.counts.items()]
+    ends = f"embeddings and head {'none' if selection['freeze_embeddings'] else 'all'}"
+    size = f"{fraction['layers']:.1%} of the layers, {fraction['model']:.1%} of the whole model"
+    if over_steps := manifest.schedule.get("fractions"):
+        size += f"; of the layers {over_steps['mean']:.1%} at a time, on average"
+    return [
+        ("selection", which + (f", after {len(manifest.earlier)} earlier" if manifest.earlier else "")),
+        ("units that stay tuned" if manifest.tuned else "units that train", ", ".join([*counts, ends])),
+        ("fraction that stays tuned" if manifest.tuned else "trainable fraction", size),
+    ]
+
+
+def in_words(verified: Mapping[str, int], kind: str) -> str:
+    """What verify found, in a line; `kind` is how the tensors are called that must equal the base's."""
+    count = Counter(verified)
+    total, trained = count["identical"] + count["broken"], count["changed"] + count["unchanged"]
+    verdict = "FAILED" if count["broken"] + count["lost"] + count["unlisted"] else "passed"
+    moved = f", {count['changed']} of {trained} trained tensors changed" if trained else ""
+    return f"{verdict}: {count['identical']} of {total} {kind} tensors bit-identical to the base{moved}"
+
+
+def read_scores(folder: Path) -> list[dict[str, Any]]:
+    """The scores in a folder as rows, from the files that `hft.evaluation.scores` saves.
+
+    Raises:
+        HFTError: a file is not valid.
+    """
+    rows = []
+    for path in sorted((folder / SCORES_FOLDER).glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            rows += [{"suite": content["suite"]} | score for score in content["scores"]]
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise HFTError(f"{path} holds no valid scores: {reason(error)}") from error
+    return rows
