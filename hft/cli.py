@@ -23,6 +23,7 @@ COMMANDS = {
     "reset": ("hft.merging.reset:main", "Half-Reset: put what would be frozen back to the base"),
     "merge": ("hft.merging.merge:main", "merge models, or an adapter into its base"),
     "diff": ("hft.merging.diff:main", "how far models have moved from where they started, by layer and block"),
+    "report": ("hft.reporting.command:report", "lay runs side by side: one HTML page, and Markdown with figures"),
     "fetch": ("hft.demo.command:fetch", "make smollm2-135m or tiny, by default in models/MODEL"),
     "demo": ("hft.demo.command:demo", "write the demo data, by default to data/"),
     "engine": ("hft.methods.command:engine", "print how a method runs on several GPUs: fsdp2 or ddp"),

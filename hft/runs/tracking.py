@@ -15,6 +15,8 @@ from hft.record.manifest import MANIFEST_NAME
 from hft.runs.result import PICTURE_NAME, RunResult
 
 if TYPE_CHECKING:
+    import wandb
+
     from hft.methods.adapter import AdapterFootprint
     from hft.selection import Selection
 
@@ -59,26 +61,41 @@ def start(name: str, config: dict[str, Any], selection: Selection | AdapterFootp
     """
     import wandb
 
+    run, where = open_run(name=name, config=config)
+    fractions = {"layers": selection.fraction_of_layers, "model": selection.fraction_of_model}
+    counts = {block: f"{trained}/{total}" for block, (trained, total) in selection.counts().items()}
+    run.config.update({"trainable_fraction": fractions, "trained_units": counts})
+    if picture.exists():
+        run.log({"selection": wandb.Image(str(picture))})
+    return where
+
+
+def open_run(**settings: Any) -> tuple[wandb.Run, str]:
+    """Start a wandb run; offline if no API key is found.
+
+    Args:
+        settings: of `wandb.init`.
+
+    Returns:
+        The run, and a sentence on where to find it.
+    """
+    import wandb
+
     mode, why = os.environ.get("WANDB_MODE"), "WANDB_MODE is set"
     if mode is None:
         try:
             mode, why = ("online", "") if wandb.login(prompt=False, verify=False) else ("offline", "no API key")
         except wandb.Error as error:
             mode, why = "offline", reason(error)
-    settings = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "name": name, "config": config}
+    settings = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "settings": wandb.Settings(quiet=True)} | settings
     try:
-        run = wandb.init(**settings, mode=mode, settings=wandb.Settings(quiet=True))
+        run = wandb.init(**settings, mode=mode)
     except wandb.Error as error:
         why = f"it cannot be reached: {reason(error)}"
-        run = wandb.init(**settings, mode="offline", settings=wandb.Settings(quiet=True))
-    fractions = {"layers": selection.fraction_of_layers, "model": selection.fraction_of_model}
-    counts = {block: f"{trained}/{total}" for block, (trained, total) in selection.counts().items()}
-    run.config.update({"trainable_fraction": fractions, "trained_units": counts})
-    if picture.exists():
-        run.log({"selection": wandb.Image(str(picture))})
+        run = wandb.init(**settings, mode="offline")
     if run.offline:
-        return f"wandb is offline ({why}); upload later with `wandb sync {Path(run.dir).parent}`"
-    return f"wandb: {run.url}"
+        return run, f"wandb is offline ({why}); upload later with `wandb sync {Path(run.dir).parent}`"
+    return run, f"wandb: {run.url}"
 
 
 def log_picture(name: str, picture: Path) -> None:
