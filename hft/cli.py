@@ -23,6 +23,10 @@ COMMANDS = {
     "reset": ("hft.merging.reset:main", "Half-Reset: put what would be frozen back to the base"),
     "merge": ("hft.merging.merge:main", "merge models, or an adapter into its base"),
     "diff": ("hft.merging.diff:main", "how far models have moved from where they started, by layer and block"),
+    "paper": (
+        "hft.reporting.paper_command:paper",
+        "print the paper's tables, their commands, and your scores beside them",
+    ),
     "report": ("hft.reporting.command:report", "lay runs side by side: one HTML page, and Markdown with figures"),
     "fetch": ("hft.demo.command:fetch", "make smollm2-135m or tiny, by default in models/MODEL"),
     "demo": ("hft.demo.command:demo", "write the demo data, by default to data/"),

@@ -1,1 +1,1 @@
-"""Runs side by side with each other and with the paper, as one page."""
+"""What was measured, side by side and beside what the papers have."""

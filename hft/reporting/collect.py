@@ -74,7 +74,7 @@ class Run:
 
     @property
     def is_ratio(self) -> bool:
-        """Whether a random fraction of each block trained, or everything, and nothing else tells it from HFT and FFT."""
+        """Whether it is HFT at some fraction, or full fine-tuning, and no other method."""
         made = self.manifest
         if not made or made.schedule or made.tuned or made.update != {"update": "plain"}:
             return False

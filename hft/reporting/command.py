@@ -35,7 +35,7 @@ def report(arguments: Sequence[str]) -> int:
     found, out = collect(options.runs), Path(options.out)
     runs = f"{sum(len(group.runs) for group in found.groups)} runs of {', '.join(found.models)}"
     try:
-        paths = write_report(runs, make_sections(found, lambda group, column: None), out)
+        paths = write_report(runs, make_sections(found), out)
     except OSError as error:
         raise HFTError(f"cannot write to {out}: {error.strerror or reason(error)}") from error
     if options.report_to != "none":

@@ -8,9 +8,10 @@ from matplotlib import rc_context
 
 from hft.evaluation.scores import Score
 from hft.reporting import figures
-from hft.reporting.collect import Column, Found, Group, Run, Spread, baseline_of
+from hft.reporting.collect import SEED_IN_NAME, Column, Found, Group, Run, Spread, baseline_of
 from hft.reporting.figures import Styles
 from hft.reporting.page import Cell, Drawing, Section, Table
+from hft.reporting.paper import rows_of
 
 # Suites and tasks in the order of their tables, by the names that people know; others follow under their own.
 SUITES = {"quick": "task, drift and facts", "general": "general ability", "knowledge": "basic knowledge"}
@@ -46,18 +47,15 @@ MEASURES = (TASK_LOSS, DRIFT, KL, FACTS, GENERAL, KNOWLEDGE)
 FRONTIERS = ((TASK_LOSS, DRIFT), (TASK_LOSS, FACTS), (KL, DRIFT), (KL, FACTS), (GENERAL, KNOWLEDGE))
 BLOCKS = ("attention", "mlp", "experts")  # Figure 4
 
-# The paper's number for a group in a column, None if it has none.
-Paper = Callable[[Group, Column], float | None]
 
-
-def make_sections(found: Found, paper: Paper) -> list[Section]:
+def make_sections(found: Found) -> list[Section]:
     """All sections, also those that have nothing to show."""
     styles = figures.styles_of(group.first.method for group in found.groups)
     with rc_context(figures.RC):
         return [
             opening(found),
             frontiers(found, styles),
-            scores(found, paper),
+            scores(found),
             radars(found, styles),
             ratios(found, styles),
             variations(found, styles),
@@ -120,7 +118,7 @@ def frontiers(found: Found, styles: Styles) -> Section:
     return Section("Learned and kept", text, drawings=drawings)
 
 
-def scores(found: Found, paper: Paper) -> Section:
+def scores(found: Found) -> Section:
     """Method by benchmark: a table for each suite of each model."""
     tables = []
     for model, groups in found.models.items():
@@ -129,7 +127,7 @@ def scores(found: Found, paper: Paper) -> Section:
             rows = []
             for group in groups:
                 baseline = baseline_of(group, groups)
-                cells = [score_cell(group, baseline, column, paper) for column in columns]
+                cells = [score_cell(group, baseline, column) for column in columns]
                 if any(cell.text for cell in cells):
                     rows.append([Cell(group.label), Cell(str(len(group.runs))), *cells])
             tables.append(Table(f"{model}: {SUITES.get(suite, suite)}", [Cell(""), Cell("n"), *head], rows))
@@ -151,7 +149,7 @@ def told(column: Column, groups: Iterable[Group]) -> list[str]:
     return lines
 
 
-def score_cell(group: Group, baseline: Group | None, column: Column, paper: Paper) -> Cell:
+def score_cell(group: Group, baseline: Group | None, column: Column) -> Cell:
     """Mean and spread; below, the difference to the baseline and the paper's number."""
     spread = column.spread(group)
     if spread is None:
@@ -167,9 +165,20 @@ def score_cell(group: Group, baseline: Group | None, column: Column, paper: Pape
         change = round(spread.mean, digits) - round(other.mean, digits)
         kind = "better" if (change > 0) == column.higher_is_better else "worse"
         notes.append((f"{change:+.{digits}f} to fft", kind if abs(change) > 10**-digits / 2 else ""))
-    if (theirs := paper(group, column)) is not None:
+    if (theirs := papers_number(group.first, column)) is not None:
         notes.append((f"paper {theirs:.{digits}f}", ""))
     return Cell(show(spread, digits), notes)
+
+
+def papers_number(run: Run, column: Column) -> float | None:
+    """What the paper has for a run, known by the name of its folder; None if nothing."""
+    ours = {(column.suite, task) for task, _ in column.tasks}
+    for table, row in rows_of(SEED_IN_NAME.sub("", run.folder.name)):
+        means = {name: {table.scores[one][:2] for one in members} for name, members in table.means.items()}
+        for name, tasks in ({name: {score[:2]} for name, score in table.scores.items()} | means).items():
+            if tasks == ours and "/" not in row.run:  # not of one of its checkpoints
+                return row.values[table.columns.index(name)]
+    return None
 
 
 def columns_of(groups: Iterable[Group], *, steps: bool = False) -> dict[str, list[Column]]:
@@ -315,10 +324,13 @@ def values_over_steps(run: Run, column: Column) -> list[tuple[int, float]]:
 def runs(found: Found) -> Section:
     """Which folders the groups are made of, and whether each was verified."""
     rows = []
-    for group, run in ((group, run) for group in found.groups for run in group.runs):
-        done, suites = run.result, [f"{name} ({one.dtype})" for name, one in run.scores.items()]
-        verify = "" if done is None else f"passed, {done.verify.get('identical', 0)} frozen" if done.ok else "failed"
-        texts = [run.folder.name, group.label, f"{done.steps:,}" if done else "", verify, ", ".join(suites)]
-        rows.append([Cell(text) for text in texts])
+    for group in found.groups:
+        for run in group.runs:
+            done, suites = run.result, [f"{name} ({one.dtype})" for name, one in run.scores.items()]
+            texts = [run.folder.name, group.label, "", "", ", ".join(suites)]
+            if done:
+                verified = f"passed, {done.verify.get('identical', 0)} frozen" if done.ok else "failed"
+                texts[2:4] = f"{done.steps:,}", verified
+            rows.append([Cell(text) for text in texts])
     head = [Cell(text) for text in ("run", "group", "steps", "verify", "scores")]
     return Section("Runs", "", [Table("", head, rows)] if rows else [])

@@ -1,0 +1,224 @@
+"""The tables of the HFT paper and of CPI-FT as data, from `paper/*.yaml`, and what our runs scored in them."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hft.config import read_yaml
+from hft.errors import HFTError
+from hft.evaluation.scores import Scores, scores_of
+
+DATA = Path(__file__).with_name("paper")
+# A run that differs from another in its seed only, by what its name adds (`hft.runs.config.run_name`).
+SEEDS = re.compile(r"(-(selection_)?seed=\d+)+")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's row of a table.
+
+    Attributes:
+        label: as the paper has it.
+        model: our name of the model, that of its recipes; the paper's where we have none.
+        values: one per column, as printed; None where the paper has a dash.
+        run: the folder below `runs/` whose scores are its counterpart; None if we have no command for it.
+        commands: what leaves that folder, from nothing.
+        note: where the paper contradicts itself, or a value looks wrong.
+    """
+
+    label: str
+    model: str
+    values: tuple[float | None, ...]
+    run: str | None = None
+    commands: tuple[str, ...] = ()
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of a paper.
+
+    Attributes:
+        name: its number, such as `5`; `figure-1` and the like; `cpi-1` for CPI-FT.
+        title: what it shows, in our words.
+        section: where the paper speaks of it.
+        columns: as printed, from left to right.
+        rows: from top to bottom.
+        means: columns that are averages, with the columns that they average.
+        scores: suite, task and metric of our score, by column.
+        notes: what is worth knowing about all of it.
+    """
+
+    name: str
+    title: str
+    section: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    means: Mapping[str, tuple[str, ...]]
+    scores: Mapping[str, tuple[str, str, str]]
+    notes: tuple[str, ...]
+
+    @property
+    def models(self) -> list[str]:
+        """The models of its rows, in order."""
+        return list(dict.fromkeys(row.model for row in self.rows))
+
+    @property
+    def suites(self) -> list[str]:
+        """The suites of `hft eval` that hold its scores."""
+        return list(dict.fromkeys(suite for suite, _, _ in self.scores.values()))
+
+    @property
+    def heading(self) -> str:
+        """Name, title and section in a line."""
+        kind, _, number = self.name.rpartition("-")
+        name = {"": "Table", "figure": "Figure", "cpi": "CPI-FT's Table"}[kind]
+        return f"{name} {number}: {self.title} ({'section ' if self.section[0].isdigit() else ''}{self.section})"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What our runs scored in one column.
+
+    Attributes:
+        value: the mean over the runs, in percent.
+        spread: the sample standard deviation over the runs; of a single run the standard error of its score, None if
+            that is not known.
+        n: number of runs.
+    """
+
+    value: float
+    spread: float | None
+    n: int
+
+
+@functools.cache
+def tables() -> dict[str, Table]:
+    """All tables by name: those with a number, then the figures and other papers'."""
+    runs, harnesses = read_runs(), read_yaml(DATA / "harnesses.yaml")
+    entries: dict[str, Any] = {}
+    for file in ("tables.yaml", "trace.yaml", "cpi.yaml"):
+        entries |= read_yaml(DATA / file)
+    return {
+        name: _table(name, entries[name], runs, harnesses)
+        for name in sorted(entries, key=lambda name: not name.isdigit())
+    }
+
+
+def read_runs() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """The model and the commands of each run."""
+    content = read_yaml(DATA / "runs.yaml")
+    pairs = ((model, run, made) for model, runs in content.items() for run, made in runs.items())
+    return {run: (model, (made,) if isinstance(made, str) else tuple(made)) for model, run, made in pairs}
+
+
+def _table(name: str, entry: dict[str, Any], runs: Mapping[str, Any], harnesses: Mapping[str, Any]) -> Table:
+    columns, rows = entry.get("columns"), entry.get("rows")
+    if "matrix" in entry:  # of TRACE: tasks by rounds, of one run
+        columns = [str(number) for number in range(1, 9)]
+        rows = [{"row": task, "run": entry["run"], "values": values} for task, values in entry["matrix"].items()]
+    harness = harnesses.get(entry.get("harness"), {})
+    scores, notes = harness.get("columns", {}), harness.get("notes", {})
+    return Table(
+        name=name,
+        title=entry["title"],
+        section=entry["section"],
+        columns=tuple(columns),
+        rows=tuple(_row(row, runs) for row in rows),
+        means={column: tuple(members) for column, members in entry.get("means", {}).items()},
+        scores={column: tuple(scores[column]) for column in columns if column in scores},
+        notes=tuple(note for note in (entry.get("note"), *(notes.get(column) for column in columns)) if note),
+    )
+
+
+def _row(entry: dict[str, Any], runs: Mapping[str, tuple[str, tuple[str, ...]]]) -> Row:
+    run = entry.get("run")
+    model, commands = runs[run] if run else (entry["model"], ())
+    folder = f"{run}/checkpoint-{entry['checkpoint']}" if "checkpoint" in entry else run
+    return Row(entry["row"], model, tuple(entry["values"]), folder, commands, entry.get("note"))
+
+
+def find_table(name: str) -> Table:
+    """The table of a name.
+
+    Raises:
+        HFTError: there is none; the sentence names the nearest.
+    """
+    if name in tables():
+        return tables()[name]
+    near = difflib.get_close_matches(name.lower().removeprefix("table").strip(" -"), tables(), n=1, cutoff=0)
+    raise HFTError(f"there is no table {name!r}, did you mean {near[0]}? `hft paper` lists all")
+
+
+def find_rows(table: Table, model: str | None = None) -> list[Row]:
+    """The rows of a model, or all of them.
+
+    Raises:
+        HFTError: the table has no such model; the sentence names the nearest.
+    """
+    if model is None or model in table.models:
+        return [row for row in table.rows if model in (None, row.model)]
+    [near] = difflib.get_close_matches(model, table.models, n=1, cutoff=0)
+    raise HFTError(f"table {table.name} has no rows of {model!r}, did you mean {near}?")
+
+
+def rows_of(run: str) -> list[tuple[Table, Row]]:
+    """All rows of a run and its checkpoints, with their tables; `run` is the name of its folder."""
+    return [(table, row) for table in tables().values() for row in table.rows if (row.run or "").split("/")[0] == run]
+
+
+def ours(table: Table, row: Row, runs: str | Path = "runs") -> dict[str, Measured]:
+    """What we measured for a row, by column: over the row's run and those that differ from it in their seed only.
+
+    Args:
+        table: the table.
+        row: one of its rows.
+        runs: the folder with the runs.
+
+    Raises:
+        HFTError: a file of scores is not valid.
+    """
+    found = [numbers_of(table, scores_of(folder)) for folder in folders_of(table, row, Path(runs))]
+    return {
+        column: summarize(numbers) for column in table.columns if (numbers := [n[column] for n in found if column in n])
+    }
+
+
+def folders_of(table: Table, row: Row, runs: Path) -> list[Path]:
+    """The folders of a row: its run, and other seeds of it that are no row of their own."""
+    if row.run is None:
+        return []
+    name, _, checkpoint = row.run.partition("/")
+    seeds = [path.name for path in sorted(runs.glob(f"{name}*")) if SEEDS.fullmatch(path.name.removeprefix(name))]
+    taken = {other.run for other in table.rows}
+    found = [row.run, *(run for seed in seeds if (run := str(Path(seed, checkpoint))) not in taken)]
+    return [runs / run for run in found]
+
+
+def numbers_of(table: Table, scores: Mapping[str, Scores]) -> dict[str, tuple[float, float | None]]:
+    """Value and standard error of a run in each column that it has scores for, averages included."""
+    numbers: dict[str, tuple[float, float | None]] = {}
+    for column, (suite, task, metric) in table.scores.items():
+        if suite in scores and (score := scores[suite].find(task, metric)):
+            numbers[column] = (score.value, score.stderr)
+    for column, members in table.means.items():
+        if numbers.keys() >= set(members):
+            values, errors = zip(*(numbers[member] for member in members), strict=True)
+            known = None not in errors
+            error = sum(error**2 for error in errors) ** 0.5 / len(errors) if known else None  # of independent scores
+            numbers[column] = (statistics.fmean(values), error)
+    return numbers
+
+
+def summarize(numbers: Sequence[tuple[float, float | None]]) -> Measured:
+    """Values and standard errors of some runs as one number."""
+    values = [value for value, _ in numbers]
+    spread = statistics.stdev(values) if len(values) > 1 else numbers[0][1]
+    return Measured(statistics.fmean(values), spread, len(values))

@@ -1,0 +1,159 @@
+"""`hft paper`: the paper's tables with the commands that reproduce them and our scores, as text or Markdown."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from hft.errors import HFTError
+from hft.reporting.paper import Measured, Row, Table, find_rows, find_table, ours, read_runs, rows_of, tables
+
+# Between these lines of a file stands what `--update` makes.
+START = "<!-- made by `hft paper --update` from hft/reporting/paper/ -->"
+END = "<!-- end of what `hft paper --update` made -->"
+
+
+def paper(arguments: Sequence[str]) -> int:
+    """List the tables, or print one of them."""
+    description = "Print a table of the paper: commands, the paper's numbers, and what your runs scored."
+    parser = argparse.ArgumentParser(prog="hft paper", description=description)
+    parser.add_argument(
+        "table", metavar="TABLE", nargs="?", help="such as 5, figure-1 or cpi-1; without it all are listed"
+    )
+    parser.add_argument("--model", help="only the rows of this model, such as llama2-7b")
+    parser.add_argument("--runs", default="runs", help="the folder with your runs (default: runs)")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    parser.add_argument("--update", metavar="FILE", help="write all commands into a Markdown file, between its markers")
+    options = parser.parse_args(arguments)
+    if options.update:
+        update(Path(options.update))
+    elif options.table:
+        table = find_table(options.table)
+        rows = find_rows(table, options.model)
+        measured = [ours(table, row, options.runs) for row in rows]
+        print(as_markdown(table, rows, measured) if options.markdown else as_text(table, rows, measured))
+    else:
+        print("\n".join(f"{name:10} {table.title} [{', '.join(table.models)}]" for name, table in tables().items()))
+    return 0
+
+
+def as_text(table: Table, rows: Sequence[Row], measured: Sequence[dict[str, Measured]]) -> str:
+    """Some rows of a table in aligned columns below their commands: the paper's numbers, and ours if there are any."""
+    blocks = [numbers(table, row, mine) for row, mine in zip(rows, measured, strict=True)]
+    lines = [(name, *cells) for block in blocks for name, cells in block.items()]
+    widths = [max(map(len, column)) for column in zip(("", *table.columns), *lines, strict=True)]
+
+    def aligned(name: str, cells: Sequence[str]) -> str:
+        padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+        return "  " + "  ".join([name.ljust(widths[0]), *padded]).rstrip()
+
+    text = [table.heading, "", aligned("", table.columns)]
+    for commands, group in groupby(zip(rows, blocks, strict=True), key=lambda pair: pair[0].commands):
+        text += ["", *(commands or ["no command of ours:"])]
+        for row, block in group:
+            text += [aligned(name, cells) for name, cells in block.items()]
+            text += [f"    note: {row.note}"] if row.note else []
+    notes = [textwrap.fill(note, 120) for note in remarks(table, measured)]
+    return "\n".join([*text, "", *notes]).rstrip()
+
+
+def as_markdown(table: Table, rows: Sequence[Row], measured: Sequence[dict[str, Measured]]) -> str:
+    """The same as a Markdown table."""
+    text = [f"**{table.heading}**", "", *markdown_head("", "command", *table.columns)]
+    for row, mine in zip(rows, measured, strict=True):
+        commands = [then(row.commands), ""]
+        text += [markdown_row(name, commands.pop(0), *cells) for name, cells in numbers(table, row, mine).items()]
+    notes = [f"{row.label}: {row.note}" for row in rows if row.note]
+    return "\n".join([*text, "", *(f"- {note}" for note in [*notes, *remarks(table, measured)])]).rstrip()
+
+
+def markdown_head(*cells: str) -> list[str]:
+    return [markdown_row(*cells), markdown_row(*["---"] * len(cells))]
+
+
+def markdown_row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def then(commands: Sequence[str]) -> str:
+    """Commands that follow each other, in a sentence."""
+    return ", then ".join(f"`{command}`" for command in commands)
+
+
+def numbers(table: Table, row: Row, mine: dict[str, Measured]) -> dict[str, list[str]]:
+    """The lines of a row: the paper's numbers and, where there are any, ours."""
+    digits = [decimals(table, index) for index in range(len(table.columns))]
+    lines = {row.label: ["-" if v is None else f"{v:.{d}f}" for v, d in zip(row.values, digits, strict=True)]}
+    if mine:
+        counts = sorted({one.n for one in mine.values()})
+        several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+        pairs = zip(table.columns, digits, strict=True)
+        lines[f"ours, n = {several}"] = [_measured(mine[column], d) if column in mine else "" for column, d in pairs]
+    return lines
+
+
+def _measured(one: Measured, digits: int) -> str:
+    return f"{one.value:.{digits}f}" + ("" if one.spread is None else f"±{one.spread:.{digits}f}")
+
+
+def decimals(table: Table, column: int) -> int:
+    """Decimals that the paper prints in a column."""
+    return max(
+        len(str(float(row.values[column])).partition(".")[2]) for row in table.rows if row.values[column] is not None
+    )
+
+
+def remarks(table: Table, measured: Sequence[dict[str, Measured]]) -> list[str]:
+    """What is to be said about a table as a whole."""
+    if any(measured):
+        mine = ["ours: mean ± standard deviation over n runs that differ in their seed; ± standard error where n = 1"]
+    else:
+        score = " and ".join(f"`hft eval RUN --suite {suite}`" for suite in table.suites)
+        mine = [f"None of these runs is scored yet: {score} scores one."] if score else []
+    return [*table.notes, *mine]
+
+
+def update(path: Path) -> None:
+    """Write the commands and numbers of all runs into a Markdown file, between its markers.
+
+    Raises:
+        HFTError: it cannot be read, or has no markers.
+    """
+    try:
+        before, start, rest = path.read_text(encoding="utf-8").partition(START)
+    except OSError as error:
+        raise HFTError(f"cannot read {path}: {error.strerror}") from error
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise HFTError(f"{path} has no place for the commands: add the lines {START} and {END}")
+    path.write_text(f"{before}{START}\n\n{all_runs()}\n\n{END}{after}", encoding="utf-8")
+
+
+def all_runs() -> str:
+    """For each model a Markdown table of its runs: commands, what the paper has for them, and in which tables."""
+    runs, lines = read_runs(), []
+    for model in dict.fromkeys(model for model, _ in runs.values()):
+        lines += [f"### {model}", "", *markdown_head("command", "the paper", "tables")]
+        for run, (owner, commands) in runs.items():
+            if owner == model:
+                found = [(table, row) for table, row in rows_of(run) if not table.name.startswith("figure")]
+                names = dict.fromkeys(table.name for table, _ in found)
+                lines.append(markdown_row(then(commands), "; ".join(headlines(found)), ", ".join(names)))
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def headlines(found: Sequence[tuple[Table, Row]]) -> list[str]:
+    """What tables have for a run in a few words: averages, or all columns where there are only a few."""
+    values: dict[str, list[str]] = {}
+    for table, row in found:
+        if not (table.means or len(table.columns) <= 6):
+            continue
+        cells = dict(zip(table.columns, numbers(table, row, {})[row.label], strict=True))
+        for column in table.means or table.columns:
+            name = f"mean of {len(table.means[column])}" if table.means else column
+            values.setdefault(name, []).append(cells[column])
+    return [f"{name}: {', '.join(dict.fromkeys(cells))}" for name, cells in values.items()]
