@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from hft.errors import HFTError, reason
 from hft.evaluation.scores import Score, Scores, scores_of
 from hft.record.checkpoints import TRAINER_STATE, checkpoints
 from hft.record.manifest import MANIFEST_NAME, Manifest
+from hft.reporting.paper import Measured, mean_of, summarize
 from hft.runs.config import NEUTRAL_KEYS, read_config
 from hft.runs.result import CONFIG_NAME, RESULTS_NAME, RunResult
 
@@ -110,22 +110,6 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Mean of `n` numbers and their sample standard deviation, None for a single one."""
-
-    mean: float
-    sd: float | None
-    n: int
-
-    @classmethod
-    def of(cls, values: Iterable[float | None]) -> Spread | None:
-        """The spread of the numbers among some values; None if there are none."""
-        found = [value for value in values if value is not None]
-        sd = statistics.stdev(found) if len(found) > 1 else None
-        return cls(statistics.fmean(found), sd, len(found)) if found else None
-
-
-@dataclass(frozen=True)
 class Column:
     """A metric of one task, or the mean over several tasks of their first metrics.
 
@@ -154,14 +138,15 @@ class Column:
         found = [suite.find(*task) for task in self.tasks] if suite else []
         return [] if None in found else found
 
-    def value(self, scores: Mapping[str, Scores]) -> float | None:
-        """Its value among a model's scores."""
+    def number(self, scores: Mapping[str, Scores]) -> tuple[float, float | None] | None:
+        """Its value among a model's scores, and the standard error if it is known; None unless all are there."""
         parts = self.parts(scores)
-        return statistics.fmean(part.value for part in parts) if parts else None
+        return mean_of([(part.value, part.stderr) for part in parts]) if parts else None
 
-    def spread(self, group: Group) -> Spread | None:
-        """Its spread over a group's runs."""
-        return Spread.of(self.value(run.scores) for run in group.runs)
+    def measured(self, group: Group) -> Measured | None:
+        """Its mean and spread over a group's runs; None if none has it."""
+        numbers = [number for run in group.runs if (number := self.number(run.scores))]
+        return summarize(numbers) if numbers else None
 
 
 @dataclass(frozen=True)

@@ -60,4 +60,5 @@ def log_report(page: Path, out: Path) -> str:
         artifact = wandb.Artifact(f"report-{run.id}", type="report")
         artifact.add_dir(str(out))
         run.log_artifact(artifact)
+    wandb.teardown()  # another run in this process reads its settings again
     return where

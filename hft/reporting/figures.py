@@ -15,7 +15,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from hft.config import fill
-from hft.reporting.collect import FIRST, Column, Group, Run, Spread, rate_text
+from hft.reporting.collect import FIRST, Column, Group, Run, rate_text
+from hft.reporting.paper import Measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,12 +100,13 @@ def with_legend(figure: Figure) -> Figure:
 
 def frontier(groups: Sequence[Group], x: Column, y: Column, styles: Styles) -> Figure | None:
     """What was learned against what was kept: a curve per arm over learning rates, both axes turned so that up and to
-    the right is better. Error bars are standard deviations over seeds; a larger marker is a higher learning rate.
+    the right is better; a larger marker is a higher learning rate. Error bars are standard deviations over seeds, of a
+    single run the standard error.
 
     Returns:
         The figure; None unless two groups have both scores.
     """
-    placed = [(group, a, b) for group in groups if (a := x.spread(group)) and (b := y.spread(group))]
+    placed = [(group, a, b) for group in groups if (a := x.measured(group)) and (b := y.measured(group))]
     if len(placed) < 2:
         return None
     figure, axes = canvas(f"{x.name}, {x.unit} → better", f"{y.name}, {y.unit} → better", 3.2)
@@ -112,9 +114,9 @@ def frontier(groups: Sequence[Group], x: Column, y: Column, styles: Styles) -> F
         own = [place for place in placed if place[0].arm == arm]
         group = own[0][0]
         style = look(styles[group.first.method], group.first.objective)
-        axes.plot([a.mean for _, a, _ in own], [b.mean for *_, b in own], **style | {"marker": ""})
+        axes.plot([a.value for _, a, _ in own], [b.value for *_, b in own], **style | {"marker": ""})
         for size, (_, a, b) in enumerate(own):
-            axes.errorbar(a.mean, b.mean, b.sd, a.sd, elinewidth=1, **style | {"markersize": 6 + 1.5 * size})
+            axes.errorbar(a.value, b.value, b.spread, a.spread, elinewidth=1, **style | {"markersize": 6 + 1.5 * size})
         if group.kind not in axes.get_legend_handles_labels()[1]:
             axes.plot([], [], label=group.kind, **style)
     for column, axis in ((x, axes.xaxis), (y, axes.yaxis)):
@@ -127,10 +129,10 @@ def radar(groups: Sequence[Group], columns: Sequence[Column], styles: Styles) ->
     """Figure 1: a polygon per group; each axis runs from 0 to the best of the groups, which is printed at its end."""
     figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
     axes = figure.add_subplot(projection="polar", theta_offset=pi / 2, theta_direction=-1)
-    best = [max(column.spread(group).mean for group in groups) or 1 for column in columns]
+    best = [max(column.measured(group).value for group in groups) or 1 for column in columns]
     angles = [2 * pi * index / len(columns) for index in range(len(columns) + 1)]
     for group in groups:
-        values = [column.spread(group).mean / top for column, top in zip(columns, best, strict=True)]
+        values = [column.measured(group).value / top for column, top in zip(columns, best, strict=True)]
         style = look(styles[group.first.method], group.first.objective)
         axes.plot(angles, [*values, values[0]], label=group.label, **style)
     axes.set_xticks(angles[:-1], [f"{column.label}\n{top:.1f}" for column, top in zip(columns, best, strict=True)])
@@ -147,18 +149,18 @@ def ratios(groups: Sequence[Group], column: Column, styles: Styles) -> Figure | 
     Returns:
         The figure; None unless three fractions of one learning rate were scored.
     """
-    curves: dict[tuple[str, float | None], list[tuple[float, Spread]]] = {}
-    for run, spread in ((group.first, column.spread(group)) for group in groups if group.first.is_ratio):
-        if spread:
+    curves: dict[tuple[str, float | None], list[tuple[float, Measured]]] = {}
+    for run, number in ((group.first, column.measured(group)) for group in groups if group.first.is_ratio):
+        if number:
             points = curves.setdefault((run.objective, run.learning_rate), [])
-            points.append((100 * run.fractions["layers"], spread))
+            points.append((100 * run.fractions["layers"], number))
     curves = {key: sorted(points, key=lambda point: point[0]) for key, points in curves.items() if len(points) > 2}
     if not curves:
         return None
     figure, axes = canvas("trainable fraction of the layers, %", f"{column.name}, {column.unit}")
     for (objective, rate), points in curves.items():
         more = f" {rate_text(rate)}" if len(curves) > 1 and rate else ""
-        x, y, errors = zip(*((x, spread.mean, spread.sd or 0) for x, spread in points), strict=True)
+        x, y, errors = zip(*((x, number.value, number.spread or 0) for x, number in points), strict=True)
         axes.errorbar(x, y, errors, label=f"hft{more}", **look(styles["hft"], objective))
         if x[-1] == 100:
             axes.axhline(y[-1], color=styles["fft"][0], linestyle=":", label=f"fft{more}")

@@ -8,10 +8,10 @@ from matplotlib import rc_context
 
 from hft.evaluation.scores import Score
 from hft.reporting import figures
-from hft.reporting.collect import SEED_IN_NAME, Column, Found, Group, Run, Spread, baseline_of
+from hft.reporting.collect import SEED_IN_NAME, Column, Found, Group, Run, baseline_of
 from hft.reporting.figures import Styles
 from hft.reporting.page import Cell, Drawing, Section, Table
-from hft.reporting.paper import rows_of
+from hft.reporting.paper import Measured, rows_of, summarize
 
 # Suites and tasks in the order of their tables, by the names that people know; others follow under their own.
 SUITES = {"quick": "task, drift and facts", "general": "general ability", "knowledge": "basic knowledge"}
@@ -111,9 +111,9 @@ def frontiers(found: Found, styles: Styles) -> Section:
     ]
     text = (
         "Further to the right a model learned more, further up it kept more: axes on which lower is better are turned "
-        "around. A curve per method over its learning rates, with larger markers for higher rates; bars are standard "
-        "deviations over seeds. Drift is the loss on general text. Against KL: if the distance to the base alone "
-        "decided what is forgotten, all methods would lie on one curve."
+        "around. A curve per method over its learning rates, the higher the rate the larger the marker. Bars are "
+        "standard deviations over seeds, of a single run the standard error. Drift is the loss on general text. If the "
+        "KL to the base alone decided what is forgotten, all methods would lie on one curve against it."
     )
     return Section("Learned and kept", text, drawings=drawings)
 
@@ -151,23 +151,22 @@ def told(column: Column, groups: Iterable[Group]) -> list[str]:
 
 def score_cell(group: Group, baseline: Group | None, column: Column) -> Cell:
     """Mean and spread; below, the difference to the baseline and the paper's number."""
-    spread = column.spread(group)
-    if spread is None:
+    number = column.measured(group)
+    if number is None:
         return Cell("")
     digits, notes = (1 if column.unit == "%" else 3), []
-    if spread.n < len(group.runs):
-        notes.append((f"n = {spread.n}", ""))
-    errors = [part.stderr for run in group.runs for part in column.parts(run.scores)]
-    if len(errors) == 1 and errors[0] is not None:
-        notes.append((f"se {errors[0]:.{digits}f}", ""))
-    other = column.spread(baseline) if baseline and baseline is not group else None
+    if number.n < len(group.runs):
+        notes.append((f"n = {number.n}", ""))
+    if number.n == 1 and number.spread is not None:
+        notes.append((f"se {number.spread:.{digits}f}", ""))
+    other = column.measured(baseline) if baseline and baseline is not group else None
     if other:
-        change = round(spread.mean, digits) - round(other.mean, digits)
+        change = round(number.value, digits) - round(other.value, digits)
         kind = "better" if (change > 0) == column.higher_is_better else "worse"
         notes.append((f"{change:+.{digits}f} to fft", kind if abs(change) > 10**-digits / 2 else ""))
     if (theirs := papers_number(group.first, column)) is not None:
         notes.append((f"paper {theirs:.{digits}f}", ""))
-    return Cell(show(spread, digits), notes)
+    return Cell(show(number, digits), notes)
 
 
 def papers_number(run: Run, column: Column) -> float | None:
@@ -203,7 +202,7 @@ def columns_of(groups: Iterable[Group], *, steps: bool = False) -> dict[str, lis
             column = Column(suite, ((task, metric),), label, score.unit, score.higher_is_better)
             columns.setdefault(suite, []).append(column)
         means = [mean for mean in (GENERAL, KNOWLEDGE) if mean.suite == suite]
-        columns[suite] += [mean for mean in means if any(mean.parts(one) for one in scored)]
+        columns[suite] += [mean for mean in means if any(mean.number(one) for one in scored)]
     return columns
 
 
@@ -217,7 +216,7 @@ def radars(found: Found, styles: Styles) -> Section:
     for model, groups in found.models.items():
         columns = [one for suite in columns_of(groups).values() for one in suite if len(one.tasks) == 1]
         columns = [one for one in columns if one.tasks[0][0] in (*GENERAL_TASKS, *KNOWLEDGE_TASKS)]
-        whole = [group for group in groups if all(column.spread(group) for column in columns)][:6]
+        whole = [group for group in groups if all(column.measured(group) for column in columns)][:6]
         if len(columns) > 2 and whole:
             drawings.append(Drawing(f"{model}: abilities", figures.radar(whole, columns, styles)))
     text = "As the paper's Figure 1. Each axis runs from 0 to the best score, which is printed at its end."
@@ -275,18 +274,24 @@ def cost_cells(group: Group, baseline: Group | None) -> list[Cell]:
         (1, lambda run: run.optimizer_bytes and run.optimizer_bytes / 1e6),
     ]
     for digits, measure in measures:
-        ours = Spread.of(map(measure, group.runs))
-        theirs = Spread.of(map(measure, baseline.runs)) if baseline and baseline is not group else None
-        note = [(f"{ours.mean / theirs.mean:.2f} of fft", "")] if ours and theirs else []
-        cells.append(Cell(show(ours, digits), note))
+        ours = over_runs(group, measure)
+        theirs = over_runs(baseline, measure) if baseline and baseline is not group else None
+        notes = [(f"{ours.value / theirs.value:.2f} of fft", "")] if ours and theirs else []
+        cells.append(Cell(show(ours, digits), notes))
     return cells
 
 
-def show(spread: Spread | None, digits: int) -> str:
-    """`12.3 ± 0.4`; a single number has no spread, and none is nothing."""
-    if spread is None:
+def over_runs(group: Group, measure: Callable[[Run], float | None]) -> Measured | None:
+    """Mean and spread over the runs of a group for which something was measured."""
+    numbers = [(value, None) for run in group.runs if (value := measure(run))]
+    return summarize(numbers) if numbers else None
+
+
+def show(number: Measured | None, digits: int) -> str:
+    """`12.3 ± 0.4`, the spread only over several runs; nothing for None."""
+    if number is None:
         return ""
-    return f"{spread.mean:,.{digits}f}" + (f" ± {spread.sd:,.{digits}f}" if spread.sd is not None else "")
+    return f"{number.value:,.{digits}f}" + (f" ± {number.spread:,.{digits}f}" if number.n > 1 else "")
 
 
 def sequences(found: Found) -> Section:
@@ -310,15 +315,15 @@ def steps(found: Found, styles: Styles) -> Section:
         for column in (column for suite in columns.values() for column in suite):
             title, ylabel = f"{model}: {column.name} over the steps", f"{column.name}, {column.unit}"
             draw(title, ylabel, groups, lambda run, column=column: values_over_steps(run, column))
-    return Section("Over the steps", "", drawings=drawings)
+    return Section("Over the steps", "As Tables 20 and 21; the mean over seeds.", drawings=drawings)
 
 
 def values_over_steps(run: Run, column: Column) -> list[tuple[int, float]]:
     """The values of a run's checkpoints and of its end; none if only the end was scored."""
-    scored = {step: column.value(scores) for step, scores in run.steps.items()}
-    if any(value is not None for value in scored.values()) and run.result:
-        scored[run.result.steps] = column.value(run.scores)
-    return [(step, value) for step, value in sorted(scored.items()) if value is not None]
+    scored = {step: number for step, scores in run.steps.items() if (number := column.number(scores))}
+    if scored and run.result and (last := column.number(run.scores)):
+        scored[run.result.steps] = last
+    return [(step, value) for step, (value, _) in sorted(scored.items())]
 
 
 def runs(found: Found) -> Section:
@@ -333,4 +338,4 @@ def runs(found: Found) -> Section:
                 texts[2:4] = f"{done.steps:,}", verified
             rows.append([Cell(text) for text in texts])
     head = [Cell(text) for text in ("run", "group", "steps", "verify", "scores")]
-    return Section("Runs", "", [Table("", head, rows)] if rows else [])
+    return Section("Runs", "The folders behind the numbers.", [Table("", head, rows)] if rows else [])
