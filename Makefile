@@ -45,7 +45,8 @@ P := $(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' recipes/$(MODEL)/
 S := runs/$(MODEL)-sft-fft
 D := runs/$(MODEL)-dpo-fft-from-$(notdir $(S))
 
-.PHONY: help install eval forgetting sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo lint test test-slow test-gpu clean
+.PHONY: help install eval report forgetting sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo lint test test-slow \
+	test-gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PRECIOUS: models/%/config.json
@@ -63,6 +64,7 @@ help:
 	@echo "  METHOD  $(basename $(notdir $(wildcard recipes/methods/*.yaml)))"
 	@echo "  MODEL   $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/sft.yaml)))))"
 	@echo "  MERGE   $(basename $(notdir $(wildcard recipes/merges/*.yaml)))"
+	@echo "make report [RUNS='runs/a runs/b'] [ARGS=...]    runs side by side, as a page: report/report.html"
 	@echo "make install | test | lint | test-slow | test-gpu | clean"
 
 install: $(INSTALLED)
@@ -141,6 +143,12 @@ merge-%: $(INSTALLED) $(LOCAL_FILES)
 	$(BIN)/hft merge --config recipes/merges/$*.yaml --models $(S) $(if $(filter %-sd,$*),$(D)) \
 		$(if $(filter-out average-%,$*),--base $(P)) --out runs/$(MODEL)-merge-$* $(ARGS)
 
+# All runs, and the models made here that were scored.
+RUNS ?= $(wildcard runs/*) $(patsubst %/scores,%,$(wildcard models/*/scores))
+
+report: $(INSTALLED)
+	$(BIN)/hft report $(RUNS) $(ARGS)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -156,4 +164,4 @@ test-gpu: $(INSTALLED)
 	$(BIN)/pytest -m gpu $(ARGS)
 
 clean:
-	rm -rf data models runs wandb
+	rm -rf data models report runs wandb

@@ -28,6 +28,7 @@ COMMANDS = {
         "hft.reporting.paper_command:paper",
         "print the paper's tables, their commands, and your scores beside them",
     ),
+    "report": ("hft.reporting.command:report", "lay runs side by side: one HTML page, and Markdown with figures"),
     "fetch": ("hft.demo.command:fetch", "make smollm2-135m or tiny, by default in models/MODEL"),
     "demo": ("hft.demo.command:demo", "write the demo data, by default to data/"),
     "engine": ("hft.methods.command:engine", "print how a method runs on several GPUs: fsdp2 or ddp"),

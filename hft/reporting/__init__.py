@@ -1,1 +1,1 @@
-"""What was measured beside what the papers have."""
+"""What was measured, side by side and beside what the papers have."""

@@ -210,11 +210,15 @@ def numbers_of(table: Table, scores: Mapping[str, Scores]) -> dict[str, tuple[fl
             numbers[column] = (score.value, score.stderr)
     for column, members in table.means.items():
         if numbers.keys() >= set(members):
-            values, errors = zip(*(numbers[member] for member in members), strict=True)
-            known = None not in errors
-            error = sum(error**2 for error in errors) ** 0.5 / len(errors) if known else None  # of independent scores
-            numbers[column] = (statistics.fmean(values), error)
+            numbers[column] = mean_of([numbers[member] for member in members])
     return numbers
+
+
+def mean_of(numbers: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
+    """The mean of independent scores, each with its standard error, and that of the mean; None if one is not known."""
+    values, errors = zip(*numbers, strict=True)
+    error = None if None in errors else sum(error**2 for error in errors) ** 0.5 / len(errors)
+    return statistics.fmean(values), error
 
 
 def summarize(numbers: Sequence[tuple[float, float | None]]) -> Measured:

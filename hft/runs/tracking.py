@@ -15,6 +15,8 @@ from hft.record.manifest import MANIFEST_NAME
 from hft.runs.result import PICTURE_NAME, RunResult
 
 if TYPE_CHECKING:
+    import wandb
+
     from hft.methods.adapter import AdapterFootprint
     from hft.selection import Selection
 
@@ -59,19 +61,24 @@ def start(name: str, config: dict[str, Any], selection: Selection | AdapterFootp
     """
     import wandb
 
-    run, why = _init(project=os.environ.get("WANDB_PROJECT", PROJECT), name=name, config=config)
+    run, where = open_run(name=name, config=config)
     fractions = {"layers": selection.fraction_of_layers, "model": selection.fraction_of_model}
     counts = {block: f"{trained}/{total}" for block, (trained, total) in selection.counts().items()}
     run.config.update({"trainable_fraction": fractions, "trained_units": counts})
     if picture.exists():
         run.log({"selection": wandb.Image(str(picture))})
-    if run.offline:
-        return f"wandb is offline ({why}); upload later with `wandb sync {Path(run.dir).parent}`"
-    return f"wandb: {run.url}"
+    return where
 
 
-def _init(**settings: Any) -> tuple[Any, str]:
-    """A wandb run, and why it is offline if it is."""
+def open_run(**settings: Any) -> tuple[wandb.Run, str]:
+    """Start a wandb run; offline if no API key is found.
+
+    Args:
+        settings: of `wandb.init`.
+
+    Returns:
+        The run, and a sentence on where to find it.
+    """
     import wandb
 
     mode, why = os.environ.get("WANDB_MODE"), "WANDB_MODE is set"
@@ -80,11 +87,15 @@ def _init(**settings: Any) -> tuple[Any, str]:
             mode, why = ("online", "") if wandb.login(prompt=False, verify=False) else ("offline", "no API key")
         except wandb.Error as error:
             mode, why = "offline", reason(error)
+    settings = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "settings": wandb.Settings(quiet=True)} | settings
     try:
-        return wandb.init(**settings, mode=mode, settings=wandb.Settings(quiet=True)), why
+        run = wandb.init(**settings, mode=mode)
     except wandb.Error as error:
         why = f"it cannot be reached: {reason(error)}"
-        return wandb.init(**settings, mode="offline", settings=wandb.Settings(quiet=True)), why
+        run = wandb.init(**settings, mode="offline")
+    if run.offline:
+        return run, f"wandb is offline ({why}); upload later with `wandb sync {Path(run.dir).parent}`"
+    return run, f"wandb: {run.url}"
 
 
 def current() -> dict[str, str]:
@@ -104,7 +115,7 @@ def log_scores(run: dict[str, str], scores: dict[str, float]) -> None:
     """
     import wandb
 
-    again, _ = _init(**run, resume="allow")
+    again, _ = open_run(**run, resume="allow")
     again.summary.update(scores)
     wandb.finish()
     wandb.teardown()

@@ -1,0 +1,319 @@
+"""What runs left behind: each folder as a value, and runs that differ only in their seeds as one group."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hft.errors import HFTError, reason
+from hft.evaluation.scores import Score, Scores, scores_of
+from hft.record.checkpoints import TRAINER_STATE, checkpoints
+from hft.record.manifest import MANIFEST_NAME, Manifest
+from hft.reporting.paper import Measured, mean_of, summarize
+from hft.runs.config import NEUTRAL_KEYS, read_config
+from hft.runs.result import CONFIG_NAME, RESULTS_NAME, RunResult
+
+SEEDS = ("selection_seed", "seed", "data_seed")
+SEED_IN_NAME = re.compile(r"-(selection_|data_)?seed=\d+")
+ORIGINS = ("base", "model_name_or_path", "tuned", "models")  # settings that name other models
+FIRST = ("base", "fft", "hft")  # the order of methods; others follow by name
+# What `hft diff` and a sequence of runs write, and the keys that a report takes from it.
+EXTRAS = {"diff.json": ("layers", "rounds"), "matrix.json": ("tasks", "scores")}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One folder: a training run, a reset, a merge, or a model that was only scored.
+
+    Attributes:
+        folder: where it is.
+        model: name of the pretrained model that it goes back to, without path or organization.
+        method: as its config has it; `half-reset` for a reset, `base` for a plain model.
+        settings: what it was made with, without seeds; runs that agree in all of it form a group.
+        manifest: None for merges and plain models.
+        result: None for a run that is not finished, and for what was not trained.
+        scores: by suite.
+        steps: by step the scores of a checkpoint, by suite.
+        losses: step and training loss, as logged.
+        optimizer_bytes: size of the optimizer state in the last checkpoint; None without one.
+    """
+
+    folder: Path
+    model: str
+    method: str
+    settings: dict[str, Any]
+    manifest: Manifest | None
+    result: RunResult | None
+    scores: dict[str, Scores]
+    steps: dict[int, dict[str, Scores]] = field(default_factory=dict)
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    optimizer_bytes: int | None = None
+
+    @property
+    def objective(self) -> str:
+        """`sft` or `dpo`; empty for what was not trained."""
+        return self.result.objective if self.result else ""
+
+    @property
+    def learning_rate(self) -> float | None:
+        """That of the run, an adapter's factor included."""
+        rate = self.settings.get("learning_rate")
+        return rate and rate * self.settings.get("learning_rate_factor", 1.0)
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """Trainable fraction of the `layers`, on average under a schedule, and of the `model`; empty if unknown."""
+        if self.manifest is None:
+            return {}
+        schedule = self.manifest.schedule.get("fractions")
+        return self.manifest.trainable_fraction | ({"layers": schedule["mean"]} if schedule else {})
+
+    @property
+    def is_ratio(self) -> bool:
+        """Whether it is HFT at some fraction, or full fine-tuning, and no other method."""
+        made = self.manifest
+        if not made or made.schedule or made.tuned or made.update != {"update": "plain"}:
+            return False
+        by_name = made.selection.get("freeze") or made.selection.get("freeze_embeddings")
+        return made.selection.get("policy") in ("category", "all") and not by_name
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is full fine-tuning."""
+        return self.is_ratio and self.manifest.selection["policy"] == "all"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ only in their seeds.
+
+    Attributes:
+        runs: at least one.
+        kind: the method, after SFT or DPO where both were trained.
+        arm: the kind, and the settings other than the learning rate that tell it from other groups of it.
+        label: the arm, with its learning rate where there are several.
+    """
+
+    runs: list[Run]
+    kind: str
+    arm: str
+    label: str
+
+    @property
+    def first(self) -> Run:
+        """One of the runs; model, objective, method, settings and learning rate are those of all."""
+        return self.runs[0]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric of one task, or the mean over several tasks of their first metrics.
+
+    Attributes:
+        suite: that the tasks belong to.
+        tasks: each with the name of its metric, None for the first.
+        label: for people, in a table of its suite.
+        unit: as `Score` has it.
+        higher_is_better: likewise.
+    """
+
+    suite: str
+    tasks: tuple[tuple[str, str | None], ...]
+    label: str
+    unit: str = "%"
+    higher_is_better: bool = True
+
+    @property
+    def name(self) -> str:
+        """The label where nothing around it names the suite."""
+        return self.label if len(self.tasks) == 1 else f"{self.suite}, {self.label}"
+
+    def parts(self, scores: Mapping[str, Scores]) -> list[Score]:
+        """The scores that it is made of; empty unless all are there."""
+        suite = scores.get(self.suite)
+        found = [suite.find(*task) for task in self.tasks] if suite else []
+        return [] if None in found else found
+
+    def number(self, scores: Mapping[str, Scores]) -> tuple[float, float | None] | None:
+        """Its value among a model's scores, and the standard error if it is known; None unless all are there."""
+        parts = self.parts(scores)
+        return mean_of([(part.value, part.stderr) for part in parts]) if parts else None
+
+    def measured(self, group: Group) -> Measured | None:
+        """Its mean and spread over a group's runs; None if none has it."""
+        numbers = [number for run in group.runs if (number := self.number(run.scores))]
+        return summarize(numbers) if numbers else None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What some folders hold: groups by model, and by folder name the contents of `diff.json` and `matrix.json`."""
+
+    models: dict[str, list[Group]]
+    diffs: dict[str, dict[str, Any]]
+    matrices: dict[str, dict[str, Any]]
+
+    @property
+    def groups(self) -> list[Group]:
+        return [group for groups in self.models.values() for group in groups]
+
+
+def collect(folders: Iterable[str | Path]) -> Found:
+    """Read folders of runs, resets, merges, scored models, `hft diff` and sequences.
+
+    Raises:
+        HFTError: a folder holds none of these, or a file in it is not valid.
+    """
+    runs: list[Run] = []
+    extras: dict[str, dict[str, Any]] = {name: {} for name in EXTRAS}
+    for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
+        names = [name for name in EXTRAS if (folder / name).exists()]
+        for name in names:
+            extras[name][folder.name] = read_json(folder / name, EXTRAS[name])
+        if run := read_run(folder):
+            runs.append(run)
+        elif not names:
+            raise HFTError(f"{folder} holds no run and no scores; give folders of runs, or of models that were scored")
+    return Found(group_by_model(runs), *extras.values())
+
+
+def read_run(folder: Path) -> Run | None:
+    """What a folder holds; None if it is neither a run nor a model that was scored.
+
+    Raises:
+        HFTError: a file in it is not valid.
+    """
+    config, manifest, scores = config_of(folder), manifest_of(folder), scores_of(folder)
+    if not (config or manifest or scores):
+        return None
+    if not (config or manifest):
+        name = next(iter(scores.values())).model
+        return Run(folder, Path(name).name, "base", {"model": name}, None, None, scores)
+    states = [path / TRAINER_STATE for path in checkpoints(folder) if (path / TRAINER_STATE).exists()]
+    log = read_json(states[-1], ["log_history"])["log_history"] if states else []
+    return Run(
+        folder,
+        pretrained(folder),
+        method_of(config, manifest),
+        settings_of(config or manifest.selection),
+        manifest,
+        RunResult.load(folder) if (folder / RESULTS_NAME).exists() else None,
+        scores,
+        {int(path.name.rpartition("-")[2]): own for path in checkpoints(folder) if (own := scores_of(path))},
+        [(row["step"], row["loss"]) for row in log if "loss" in row],
+        optimizer_size(states[-1].parent) if states else None,
+    )
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """What a folder's config says; empty without one."""
+    return read_config(folder / CONFIG_NAME) if (folder / CONFIG_NAME).exists() else {}
+
+
+def manifest_of(folder: Path) -> Manifest | None:
+    return Manifest.load(folder) if (folder / MANIFEST_NAME).exists() else None
+
+
+def pretrained(model: str | Path) -> str:
+    """The name of the pretrained model that a model goes back to, without path or organization."""
+    config, manifest = config_of(Path(model)), manifest_of(Path(model))
+    if manifest:
+        origin = manifest.earlier[0]["base"] if manifest.earlier else manifest.base
+    else:
+        origin = next((config[key] for key in ORIGINS if config.get(key)), None)
+    return pretrained(origin[0] if isinstance(origin, list) else origin) if origin else Path(model).name
+
+
+def method_of(config: Mapping[str, Any], manifest: Manifest | None) -> str:
+    """The method by the config, or for what was made from Python by the manifest."""
+    if manifest and manifest.tuned:
+        return "half-reset"
+    made = manifest.selection if manifest else {}
+    policy = made.get("policy", "")
+    return config.get("method") or made.get("adapter") or {"category": "hft", "all": "fft"}.get(policy, policy)
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without seeds, also in the names of the models that it starts from."""
+    settings = {key: value for key, value in config.items() if key not in (*NEUTRAL_KEYS, *SEEDS, "out")}
+    for key in settings.keys() & set(ORIGINS):
+        names = settings[key] if isinstance(settings[key], list) else [settings[key] or ""]
+        settings[key] = " ".join(SEED_IN_NAME.sub("", name) for name in names)
+    return settings
+
+
+def optimizer_size(checkpoint: Path) -> int | None:
+    """Bytes of the optimizer state in a checkpoint, one file or FSDP's folder; None if it was not saved."""
+    files = [path for found in checkpoint.glob("optimizer*") for path in (found, *found.rglob("*")) if path.is_file()]
+    return sum(path.stat().st_size for path in files) or None
+
+
+def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """Those keys of a JSON file.
+
+    Raises:
+        HFTError: it is not valid, or lacks one.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {key: content[key] for key in keys}
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise HFTError(f"{path} is not valid: {type(error).__name__} {reason(error)}") from error
+
+
+def group_by_model(runs: Sequence[Run]) -> dict[str, list[Group]]:
+    """Groups of runs by the name of their model: base, SFT, DPO, others, each by method and learning rate."""
+    found: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        settings = json.dumps(run.settings, sort_keys=True, default=str)
+        found.setdefault((run.model, run.objective, run.method, settings), []).append(run)
+    models: dict[str, list[Group]] = {}
+    for members in sorted(found.values(), key=lambda members: order_of(members[0])):
+        first = members[0]
+        others = [other[0] for other in found.values() if other[0].model == first.model]
+        both = {"sft", "dpo"} <= {other.objective for other in others} and first.objective
+        kind = f"{first.objective.upper()} {first.method}" if both else first.method
+        peers = [other for other in others if (other.objective, other.method) == (first.objective, first.method)]
+        arm = " ".join([kind, *differing(first, peers)])
+        several = first.learning_rate and len({peer.learning_rate for peer in peers}) > 1
+        label = f"{arm} {rate_text(first.learning_rate)}" if several else arm
+        models.setdefault(first.model, []).append(Group(members, kind, arm, label))
+    return models
+
+
+def order_of(run: Run) -> tuple[Any, ...]:
+    place = FIRST.index(run.method) if run.method in FIRST else len(FIRST)
+    objective = ("sft", "dpo", "").index(run.objective)
+    return run.model, place > 0, objective, place, run.method, run.learning_rate or 0
+
+
+def differing(run: Run, peers: Sequence[Run]) -> list[str]:
+    """The settings other than the learning rate in which a run differs from others of its method, in words."""
+    texts = []
+    for key, value in run.settings.items():
+        same = all(peer.settings.get(key) == value for peer in peers)
+        if not (same or value is None or key.startswith("learning_rate")):
+            name = "from" if key in ORIGINS else key.removesuffix("_fraction").replace("_", " ")
+            texts.append(f"{name} {Path(str(value)).name}")
+    return texts
+
+
+def rate_text(rate: float) -> str:
+    """A learning rate as `3e-4`."""
+    mantissa, exponent = f"{rate:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def baseline_of(group: Group, groups: Sequence[Group]) -> Group | None:
+    """Full fine-tuning with a group's recipe; without one, the only full fine-tuning of its objective."""
+    settings = group.first.settings
+    full = [one for one in groups if one.first.is_full and group.first.objective in ("", one.first.objective)]
+    # What an FFT run has beside these two keys is its recipe.
+    recipes = [{k: v for k, v in one.first.settings.items() if k not in ("method", "policy")} for one in full]
+    same = [one for one, recipe in zip(full, recipes, strict=True) if recipe.items() <= settings.items()]
+    found = same or full
+    return found[0] if len(found) == 1 else None

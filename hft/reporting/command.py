@@ -1,0 +1,64 @@
+"""`hft report`: a command line in, an exit status out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from hft.errors import HFTError, reason
+from hft.machine import say
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Lay runs side by side as one HTML page and as Markdown.
+
+    Args:
+        arguments: `RUN [RUN ...] [--out report] [--report_to none|wandb]`.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        HFTError: a folder is not a run, a file in it is not valid, or the output cannot be written.
+    """
+    parser = argparse.ArgumentParser(prog="hft report", description="Lay runs side by side, as HTML and as Markdown.")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, reset, merge or scored model")
+    parser.add_argument("--out", default="report", help="folder for report.html, report.md and figures (%(default)s)")
+    parser.add_argument("--report_to", choices=("none", "wandb"), default="none", help="log the page (%(default)s)")
+    options = parser.parse_args(arguments)
+
+    from hft.reporting.collect import collect
+    from hft.reporting.page import write_report
+    from hft.reporting.sections import make_sections
+
+    found, out = collect(options.runs), Path(options.out)
+    runs = f"{sum(len(group.runs) for group in found.groups)} runs of {', '.join(found.models)}"
+    try:
+        paths = write_report(runs, make_sections(found), out)
+    except OSError as error:
+        raise HFTError(f"cannot write to {out}: {error.strerror or reason(error)}") from error
+    if options.report_to != "none":
+        say(log_report(paths[0], out))
+    say(*paths)
+    return 0
+
+
+def log_report(page: Path, out: Path) -> str:
+    """Log a page to wandb, to look at, and with its folder as an artifact of type report; offline without an API key.
+
+    Returns:
+        A sentence on where to find it.
+    """
+    import wandb
+
+    from hft.runs.tracking import open_run
+
+    run, where = open_run(name=out.resolve().name, job_type="report")
+    with run:
+        run.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+        artifact = wandb.Artifact(f"report-{run.id}", type="report")
+        artifact.add_dir(str(out))
+        run.log_artifact(artifact)
+    wandb.teardown()  # another run in this process reads its settings again
+    return where

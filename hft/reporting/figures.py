@@ -1,0 +1,279 @@
+"""Figures of a report, as SVG whose colors are CSS variables, so that one picture serves light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite, pi
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from hft.config import fill
+from hft.reporting.collect import FIRST, Column, Group, Run, rate_text
+from hft.reporting.paper import Measured
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH = 4.6  # inches, so that 9 points are readable on a phone
+# In light and in dark. Those of methods are told apart by color-blind readers too (after Okabe and Ito).
+COLORS = {
+    "ink": ("#1f2328", "#e6edf3"),
+    "faint": ("#d0d7de", "#3d444d"),
+    "page": ("#ffffff", "#0d1117"),
+    "frozen": ("#cfd8dc", "#39434c"),
+    "trained": ("#e4572e", "#f0764f"),
+    "base": ("#59636e", "#9198a1"),
+    "fft": ("#0072b2", "#4ba3dd"),
+    "hft": ("#d55e00", "#f0883e"),
+    "c0": ("#009e73", "#3fbf95"),
+    "c1": ("#aa4499", "#d884c8"),
+    "c2": ("#b8860b", "#e3b341"),
+    "c3": ("#4b4fc4", "#9da3ff"),
+    "c4": ("#117a8b", "#56c8d8"),
+    "c5": ("#7a4b2a", "#c69a78"),
+}
+# What stands in their place until the figure is SVG; the last three are `hft.record.picture`'s.
+MARKS = {name: f"#fe01{index:02x}" for index, name in enumerate(COLORS)}
+NAMES = {mark: name for name, mark in MARKS.items()} | {"#cfd8dc": "frozen", "#e4572e": "trained", "#ffffff": "page"}
+SHAPES, DASHES = "sDv^Pph<>", ("-", "--", ":", "-.")
+RC = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hft",
+    "text.parse_math": False,
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.edgecolor": MARKS["base"],
+    "grid.color": MARKS["faint"],
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.3,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), MARKS["ink"]),
+}
+
+# Color and marker of each method, in every figure.
+Styles = Mapping[str, tuple[str, str]]
+
+
+def styles_of(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """A style for each method: base, fft and hft have their own, the others take turns."""
+    colors = [mark for name, mark in MARKS.items() if re.fullmatch(r"c\d", name)]
+    others = sorted(set(methods) - set(FIRST))
+    turns = {name: (colors[i % len(colors)], SHAPES[i % len(SHAPES)]) for i, name in enumerate(others)}
+    return {name: (MARKS[name], marker) for name, marker in zip(FIRST, "X^o", strict=True)} | turns
+
+
+def look(style: tuple[str, str], objective: str = "") -> dict[str, Any]:
+    """Arguments of `plot` for a style; DPO is dashed, with hollow markers."""
+    color, marker = style
+    inside, edge, line = (MARKS["page"], color, "--") if objective == "dpo" else (color, MARKS["page"], "-")
+    markers = {"marker": marker, "markerfacecolor": inside, "markeredgecolor": edge, "markeredgewidth": 0.8}
+    return {"color": color, "linestyle": line, "markersize": 6} | markers
+
+
+def canvas(xlabel: str, ylabel: str, height: float = 2.9) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+    axes.tick_params(length=0)
+    return figure, axes
+
+
+def with_legend(figure: Figure) -> Figure:
+    """The figure, grown by a legend below its axes."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = max(1, min(len(labels), int(66 / (max(map(len, labels)) + 7))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=1.8, columnspacing=1.2)
+    figure.set_figheight(figure.get_figheight() + 0.17 * -(-len(labels) // columns))
+    return figure
+
+
+def frontier(groups: Sequence[Group], x: Column, y: Column, styles: Styles) -> Figure | None:
+    """What was learned against what was kept: a curve per arm over learning rates, both axes turned so that up and to
+    the right is better; a larger marker is a higher learning rate. Error bars are standard deviations over seeds, of a
+    single run the standard error.
+
+    Returns:
+        The figure; None unless two groups have both scores.
+    """
+    placed = [(group, a, b) for group in groups if (a := x.measured(group)) and (b := y.measured(group))]
+    if len(placed) < 2:
+        return None
+    figure, axes = canvas(f"{x.name}, {x.unit} → better", f"{y.name}, {y.unit} → better", 3.2)
+    for arm in dict.fromkeys(group.arm for group, *_ in placed):
+        own = [place for place in placed if place[0].arm == arm]
+        group = own[0][0]
+        style = look(styles[group.first.method], group.first.objective)
+        axes.plot([a.value for _, a, _ in own], [b.value for *_, b in own], **style | {"marker": ""})
+        for size, (_, a, b) in enumerate(own):
+            axes.errorbar(a.value, b.value, b.spread, a.spread, elinewidth=1, **style | {"markersize": 6 + 1.5 * size})
+        if group.kind not in axes.get_legend_handles_labels()[1]:
+            axes.plot([], [], label=group.kind, **style)
+    for column, axis in ((x, axes.xaxis), (y, axes.yaxis)):
+        axis.set_inverted(not column.higher_is_better)
+        axis.set_major_locator(MaxNLocator(6))
+    return with_legend(figure)
+
+
+def radar(groups: Sequence[Group], columns: Sequence[Column], styles: Styles) -> Figure:
+    """Figure 1: a polygon per group; each axis runs from 0 to the best of the groups, which is printed at its end."""
+    figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
+    axes = figure.add_subplot(projection="polar", theta_offset=pi / 2, theta_direction=-1)
+    best = [max(column.measured(group).value for group in groups) or 1 for column in columns]
+    angles = [2 * pi * index / len(columns) for index in range(len(columns) + 1)]
+    for group in groups:
+        values = [column.measured(group).value / top for column, top in zip(columns, best, strict=True)]
+        style = look(styles[group.first.method], group.first.objective)
+        axes.plot(angles, [*values, values[0]], label=group.label, **style)
+    axes.set_xticks(angles[:-1], [f"{column.label}\n{top:.1f}" for column, top in zip(columns, best, strict=True)])
+    axes.set_yticks([0.25, 0.5, 0.75, 1], [])
+    axes.set_ylim(0, 1.04)
+    axes.tick_params(pad=9)
+    axes.spines["polar"].set_color(MARKS["faint"])
+    return with_legend(figure)
+
+
+def ratios(groups: Sequence[Group], column: Column, styles: Styles) -> Figure | None:
+    """Figure 3: a score against the trainable fraction of the layers, a curve per learning rate; dotted, that of FFT.
+
+    Returns:
+        The figure; None unless three fractions of one learning rate were scored.
+    """
+    curves: dict[tuple[str, float | None], list[tuple[float, Measured]]] = {}
+    for run, number in ((group.first, column.measured(group)) for group in groups if group.first.is_ratio):
+        if number:
+            points = curves.setdefault((run.objective, run.learning_rate), [])
+            points.append((100 * run.fractions["layers"], number))
+    curves = {key: sorted(points, key=lambda point: point[0]) for key, points in curves.items() if len(points) > 2}
+    if not curves:
+        return None
+    figure, axes = canvas("trainable fraction of the layers, %", f"{column.name}, {column.unit}")
+    for (objective, rate), points in curves.items():
+        more = f" {rate_text(rate)}" if len(curves) > 1 and rate else ""
+        x, y, errors = zip(*((x, number.value, number.spread or 0) for x, number in points), strict=True)
+        axes.errorbar(x, y, errors, label=f"hft{more}", **look(styles["hft"], objective))
+        if x[-1] == 100:
+            axes.axhline(y[-1], color=styles["fft"][0], linestyle=":", label=f"fft{more}")
+    return with_legend(figure)
+
+
+def variation(
+    rows: Sequence[Mapping[str, Any]], xlabel: str, models: Mapping[str, tuple[str, tuple[str, str]]]
+) -> Figure:
+    """Figure 4: mean absolute change of a block by layer, or of units by the rounds in which they were trained.
+
+    Args:
+        rows: of `hft diff`.
+        xlabel: what tells the rows apart.
+        models: label and style of each model that was compared.
+    """
+    figure, axes = canvas(xlabel, "mean |change|", 2.6)
+    x = [int(row["what"].partition("-")[0]) for row in rows]
+    for model, (label, style) in models.items():
+        axes.plot(x, [row["change"][model] for row in rows], label=label, **look(style))
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    return with_legend(figure)
+
+
+def selection(run: Run) -> Figure:
+    """What trained, units by layers or layers by steps, as `hft.record.picture` draws it.
+
+    Args:
+        run: with a manifest and a model's config.
+    """
+    from hft.model.anatomy import anatomy_of, meta_model
+    from hft.model.load import read_config
+    from hft.record.picture import plot_schedule, plot_selection
+    from hft.record.verification import masks_of
+    from hft.selection import SelectionConfig
+    from hft.selection.importance import selection_from_masks
+
+    made = run.manifest
+    anatomy = anatomy_of(meta_model(read_config(str(run.folder), run.folder)))
+    masks = masks_of(run.folder, made)
+    drawn = selection_from_masks(anatomy, fill(SelectionConfig, made.selection), made.trained_units, masks)
+    if history := made.schedule.get("history"):
+        figure = plot_schedule(drawn, history, made.schedule["steps"])
+    else:
+        words = ("stays tuned", "goes back") if made.tuned else ("trains", "frozen")
+        figure = plot_selection(drawn, words=words)
+    figure.set_size_inches(WIDTH, 0.65 * figure.get_figheight())
+    axes = figure.axes[0]
+    axes.set_yticks(axes.get_yticks(), [one.get_text().replace("layernorm", "norm") for one in axes.get_yticklabels()])
+    axes.set_xlabel(axes.get_xlabel(), loc="left")
+    figure.tight_layout()
+    return figure
+
+
+def heatmap(matrix: Mapping[str, Any]) -> Figure:
+    """Scores of a sequence of tasks: a row per round, a column per task; the stronger the color the higher.
+
+    Args:
+        matrix: `tasks`, and `scores` of shape (rounds, tasks), in %, None where a task was not scored. With one row
+            more than there are tasks the first one is the start.
+    """
+    tasks, scores = matrix["tasks"], matrix["scores"]
+    rounds = ["start", *range(1, len(scores))] if len(scores) > len(tasks) else range(1, len(scores) + 1)
+    figure, axes = canvas("", "after round", 0.9 + 0.3 * len(scores))
+    known = [(x, y, v) for y, row in enumerate(scores) for x, v in enumerate(row) if v is not None and isfinite(v)]
+    top = max((value for *_, value in known), default=0) or 1
+    for x, y, value in known:
+        axes.add_patch(Rectangle((x, y), 1, 1, color=MARKS["hft"], alpha=0.75 * max(0, value / top), linewidth=0))
+        axes.text(x + 0.5, y + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=8)
+    axes.set(xlim=(0, len(tasks)), ylim=(len(scores), 0), frame_on=False)
+    axes.grid(visible=False)
+    axes.set_xticks([x + 0.5 for x in range(len(tasks))], tasks, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks([y + 0.5 for y in range(len(scores))], map(str, rounds))
+    return figure
+
+
+def curves(series: Sequence[tuple[Group, Sequence[tuple[int, float]]]], ylabel: str, styles: Styles) -> Figure:
+    """Values over steps, a line per group; groups of one method differ in their dashes.
+
+    Args:
+        series: each group with steps and values of its runs, which are averaged; many steps are averaged in bins.
+        ylabel: what the values are.
+        styles: by method.
+    """
+    figure, axes = canvas("step", ylabel)
+    drawn: dict[str, int] = {}
+    for group, values in series:
+        number = drawn[group.first.method] = drawn.get(group.first.method, -1) + 1
+        steps = sorted({step for step, _ in values})
+        size = -(-len(steps) // 150)
+        bins = [set(steps[first : first + size]) for first in range(0, len(steps), size)]
+        y = [fmean(value for step, value in values if step in one) for one in bins]
+        style = look(styles[group.first.method]) | {"linestyle": DASHES[number % len(DASHES)]}
+        axes.plot([fmean(one) for one in bins], y, label=group.label, **style | ({"marker": ""} if len(y) > 30 else {}))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return with_legend(figure)
+
+
+def to_svg(figure: Figure, name: str, title: str) -> str:
+    """A figure as SVG to stand in a page among others.
+
+    Args:
+        figure: drawn under `RC`.
+        name: goes before its ids, which would clash with those of other figures.
+        title: for those who cannot see it, escaped.
+    """
+    with io.StringIO() as file, rc_context(RC):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
+    return re.sub("|".join(NAMES), lambda found: f"var(--{NAMES[found[0]]})", svg)

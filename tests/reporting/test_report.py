@@ -1,0 +1,343 @@
+"""Reports of real small runs: what they say, and what they look like in a browser."""
+
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from hft.cli import main
+from hft.evaluation.scores import Score, Scores
+from hft.reporting.collect import collect
+from hft.reporting.figures import frontier, heatmap, styles_of
+from hft.reporting.sections import DRIFT, FACTS, TASK_LOSS
+from tests.conftest import ROOT, command, error_of
+from tests.test_recipes import commands
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SMALL = ["--max_length", "32", "--global_batch_size", "4", "--per_device_train_batch_size", "4"]
+LOSSES = {"task": ("loss", 128), "drift": ("loss", 40), "kl": ("kl", 128)}
+PAPER = {  # LLAMA 2-7B in Tables 1 and 2
+    "general": {"mmlu_0shot": 41.6, "gsm8k": 12.0, "bbh": 39.9, "tydiqa": 48.4, "truthfulqa": 38.5, "humaneval": 26.2},
+    "knowledge": {"nq_open": 12.9, "triviaqa": 40.2, "hotpotqa": 15.6},
+}
+METRICS = {"mmlu_0shot": "acc", "truthfulqa": "acc", "tydiqa": "f1", "humaneval": "pass@10"}
+
+
+def quick(folder: Path, task: float, drift: float, kl: float, facts: float, model: str = "x/tiny") -> Path:
+    """Save scores as `hft eval --suite quick` does."""
+    scores = [Score("facts", "acc", 50 + facts, 1.9, 684), Score("facts", "acc_centered", facts, 2.1, 684)]
+    for name, value in (("task", task), ("drift", drift), ("kl", kl)):
+        scores.append(Score(name, LOSSES[name][0], value, 0.01, LOSSES[name][1], "nats/token", False))
+    Scores("quick", model, "0" * 64, "float32", scores=scores).save(folder)
+    return folder
+
+
+def benchmarks(folder: Path, more: float, model: str) -> Path:
+    """Save the paper's scores of Llama-2-7B, moved by `more`, under both suites."""
+    for suite, tasks in PAPER.items():
+        scores = [Score(t, METRICS.get(t, "exact_match"), value + more, 1.0, 200) for t, value in tasks.items()]
+        Scores(suite, model, "0" * 64, "bfloat16", scores=scores).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny, data) -> dict[str, Path]:
+    """A scored base, FFT, two seeds of HFT with a scored checkpoint, a Half-Reset, and `hft diff` of them."""
+    folder = tmp_path_factory.mktemp("report")
+    flags = {"fft": ("fft", SMALL), "hft-a": ("hft", SMALL), "hft-b": ("hft", [*SMALL, "--selection_seed", "1"])}
+    for name, (method, more) in flags.items():
+        assert main(command("sft", folder / name, *more, method=method, model=tiny, data=data)) == 0
+    words = ["--tuned", folder / "fft", "--base", tiny, "--out", folder / "reset"]
+    assert main(["reset", *map(str, words)]) == 0
+    assert main(["diff", *map(str, (tiny, folder / "fft", folder / "hft-a", "--out", folder / "diff"))]) == 0
+    quick(folder / "tiny", 1.5, 2.8, 0, 20)
+    quick(folder / "fft", 1.1, 3.1, 0.4, 14)
+    quick(folder / "hft-a" / "checkpoint-2", 1.3, 2.85, 0.1, 18)
+    quick(folder / "hft-a", 1.0, 2.9, 0.2, 17)
+    quick(folder / "hft-b", 1.1, 3.0, 0.3, 16)
+    return {path.name: path for path in folder.iterdir()}
+
+
+def report(out: Path, *folders: Path) -> tuple[str, str]:
+    """The HTML and the Markdown of some folders."""
+    assert main(["report", *map(str, folders), "--out", str(out)]) == 0
+    return (out / "report.html").read_text(), (out / "report.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(runs, tmp_path_factory) -> tuple[str, str]:
+    """The report of all of them."""
+    os.chdir(ROOT)
+    return report(tmp_path_factory.mktemp("whole"), *runs.values())
+
+
+def table(markdown: str, caption: str) -> dict[str, dict[str, str]]:
+    """The cells of a Markdown table, by first cell and heading."""
+    lines = markdown.split(f"\n{caption}\n\n")[1].partition("\n\n")[0].splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: dict(zip([name.split(" (")[0] for name in head], row, strict=True)) for row in rows}
+
+
+def copied(source: Path, folder: Path, **settings) -> Path:
+    """A run's records without its weights, under other settings."""
+    folder.mkdir()
+    for name in ("hft_manifest.json", "results.json", "config.json"):
+        shutil.copy(source / name, folder / name)
+    config = yaml.safe_load((source / "config.yaml").read_text()) | settings
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_runs_that_differ_in_their_seed_are_one_row(whole):
+    text = whole[1]
+    rows = table(text, "tiny: task, drift and facts")
+    assert list(rows) == ["base", "fft", "hft"]
+    spread = statistics.stdev([1.0, 1.1])
+    assert rows["hft"]["task loss"] == f"1.050 ± {spread:.3f} (-0.050 to fft)"
+    assert rows["hft"]["facts, centered"] == "16.5 ± 0.7 (+2.5 to fft)"
+    assert rows["hft"]["n"] == "2"
+    assert rows["fft"]["drift"] == "3.100 (se 0.010)"
+    assert rows["base"]["KL to base"] == "0.000 (se 0.010, -0.400 to fft)"
+    cost = table(text, "tiny")
+    assert (cost["fft"]["trains, % of layers"], cost["hft"]["trains, % of layers"]) == ("100.0", "50.0")
+    sizes = {name: float(row["optimizer state, MB"].split()[0]) for name, row in cost.items()}
+    assert sizes["hft"] < 0.75 * sizes["fft"]
+    assert text.count("| half-reset |") == 1
+
+
+def test_better_and_worse_go_by_the_metric(whole):
+    kinds = {text: kind for kind, text in re.findall(r'<small class="(\w+)">([^<]*) to fft</small>', whole[0])}
+    assert kinds["-0.050"] == "better"  # a loss
+    assert kinds["+2.5"] == "better"
+    assert kinds["+0.400"] == "worse"  # the loss of the base
+
+
+def test_every_section_is_there_when_its_data_is(runs, tmp_path):
+    folders = [
+        runs["hft-a"],
+        runs["fft"],
+        runs["diff"],
+        benchmarks(tmp_path / "Llama-2-7b-hf", 0.5, "meta/Llama-2-7b-hf"),
+    ]
+    for fraction, name in ((0.25, "a"), (0.75, "b")):
+        folders.append(copied(runs["hft-b"], tmp_path / name, method="hft-ratio", attention_fraction=fraction))
+        manifest = json.loads((tmp_path / name / "hft_manifest.json").read_text())
+        manifest["trainable_fraction"]["layers"] = fraction
+        (tmp_path / name / "hft_manifest.json").write_text(json.dumps(manifest))
+        quick(tmp_path / name, 1.1, 2.9, 0.2, 16)
+    (tmp_path / "trace").mkdir()
+    matrix = {"tasks": ["FOMC", "Py150"], "scores": [[50.1, 20.2], [70.3, None], [60.4, 45.5]]}
+    (tmp_path / "trace" / "matrix.json").write_text(json.dumps(matrix))
+    html, text = report(tmp_path / "out", *folders, tmp_path / "trace")
+    titles = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert titles == [
+        "What trains",
+        "Learned and kept",
+        "Scores",
+        "Abilities",
+        "Trainable fraction",
+        "Change of the parameters",
+        "Selections",
+        "Cost",
+        "Sequences",
+        "Over the steps",
+        "Runs",
+    ]
+    assert titles == re.findall(r"<h2>(.*)</h2>", html)
+    pictures = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert sorted(pictures) == sorted(path.name for path in (tmp_path / "out").glob("*.svg"))
+    for name in pictures:
+        ElementTree.parse(tmp_path / "out" / name)
+    assert ">60.4<" in html
+    assert ">start<" in html
+    assert "hft-ratio attention 0.25" in table(text, "tiny: task, drift and facts")
+    assert "After training, all 18 frozen tensors were bit-identical to the base." in text
+    text = report(tmp_path / "out", runs["hft-b"].parent / "reset")[1]  # nothing was scored or trained there
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["What trains", "Runs"]
+    assert "what it put back to the base" in text
+
+
+def test_the_papers_number_stands_beside_ours(tmp_path):
+    folders = [
+        benchmarks(tmp_path / name, more, "meta-llama/Llama-2-7b-hf")
+        for name, more in (("Llama-2-7b-hf", 0.5), ("another-copy", 1.5))
+    ]
+    _, text = report(tmp_path / "out", folders[0])
+    row = table(text, "Llama-2-7b-hf: general ability")["base"]
+    assert row["GSM8K"] == "12.5 (se 1.0, paper 12.0)"
+    assert row["mean of 6"] == "34.9 (se 0.4, paper 34.4)"
+    assert table(text, "Llama-2-7b-hf: basic knowledge")["base"]["mean of 3"] == "23.4 (se 0.6, paper 22.9)"
+    _, text = report(tmp_path / "out", folders[1])
+    assert "paper 12.0" not in text
+
+
+def test_a_learning_rate_is_compared_with_fft_at_the_same_one(runs, tmp_path):
+    folders = [runs["fft"], runs["hft-a"]]
+    folders += [copied(runs[name], tmp_path / f"{name}-hot", learning_rate=0.01) for name in ("fft", "hft-a")]
+    quick(tmp_path / "fft-hot", 2.0, 4.0, 1.0, 5)
+    quick(tmp_path / "hft-a-hot", 1.5, 3.5, 0.5, 8)
+    (tmp_path / "unlike").mkdir()
+    folders += [copied(runs["hft-a"], tmp_path / "unlike" / "hft", max_length=48)]
+    quick(folders[-1], 1.2, 2.9, 0.2, 16)
+    rows = table(report(tmp_path / "out", *folders)[1], "tiny: task, drift and facts")
+    assert list(rows) == [
+        "fft 1e-3",
+        "fft 1e-2",
+        "hft max length 32 1e-3",
+        "hft max length 48 1e-3",
+        "hft max length 32 1e-2",
+    ]
+    assert rows["hft max length 32 1e-2"]["task loss"] == "1.500 (se 0.010, -0.500 to fft)"
+    assert rows["hft max length 48 1e-3"]["task loss"] == "1.200 (se 0.010)"  # no FFT of its recipe
+
+
+def test_each_model_has_its_own_table_and_a_run_without_scores_none(runs, tmp_path):
+    other = benchmarks(tmp_path / "other", 0, "somebody/other-1b")
+    _, text = report(tmp_path / "out", runs["fft"], other, runs["reset"])
+    assert list(table(text, "tiny: task, drift and facts")) == ["fft"]
+    assert list(table(text, "other-1b: general ability")) == ["base"]
+    _, text = report(tmp_path / "alone", copied(runs["hft-a"], tmp_path / "unscored"))
+    assert "## Scores" not in text
+    assert "## Cost" in text
+
+
+def test_up_and_right_is_better(runs):
+    groups = collect([runs["fft"], runs["hft-a"]]).groups
+    styles = styles_of(["fft", "hft"])
+    (axes,) = frontier(groups, TASK_LOSS, DRIFT, styles).axes
+    assert (axes.xaxis_inverted(), axes.yaxis_inverted()) == (True, True)
+    (axes,) = frontier(groups, TASK_LOSS, FACTS, styles).axes
+    assert (axes.xaxis_inverted(), axes.yaxis_inverted()) == (True, False)
+    assert frontier(groups[:1], TASK_LOSS, DRIFT, styles) is None
+
+
+def test_a_matrix_without_a_start_counts_rounds_from_one():
+    (axes,) = heatmap({"tasks": ["a", "b"], "scores": [[50, float("nan")], [40, 60]]}).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2"]
+    assert [text.get_text() for text in axes.texts] == ["50.0", "40.0", "60.0"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "results.json",
+        "hft_manifest.json",
+        "config.yaml",
+        "scores/quick.json",
+        "checkpoint-4/trainer_state.json",
+        "diff.json",
+        "matrix.json",
+    ],
+)
+def test_a_file_that_is_not_valid_is_named(runs, tmp_path, capsys, name):
+    run = shutil.copytree(runs["hft-a"], tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors", "*.pt"))
+    (run / name).write_text('{"a": ')
+    assert main(["report", str(run), "--out", str(tmp_path / "out")]) == 2
+    assert f"{run / name}" in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_run_and_where_nothing_can_be_written_is_told(runs, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(runs["fft"]), str(tmp_path / "empty")]) == 2
+    assert f"{tmp_path}/empty holds no run and no scores; give folders of runs" in error_of(capsys)
+    (tmp_path / "file").write_text("")
+    assert main(["report", str(runs["tiny"]), "--out", str(tmp_path / "file")]) == 2
+    assert "cannot write" in error_of(capsys)
+
+
+class Page(HTMLParser):
+    """What a page refers to."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.ids, self.links = [], re.findall(r"url\(([^)]*)\)", text)
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        assert tag not in ("script", "link", "iframe", "img", "image")
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.links += [value for name, value in attrs if name in ("href", "xlink:href", "src", "srcset", "action")]
+
+
+def test_the_page_is_whole_and_the_same_every_time(runs, whole, tmp_path, capsys):
+    html, _ = whole
+    page = Page(html)
+    assert len(set(page.ids)) == len(page.ids)
+    assert {link[0] for link in page.links} == {"#"}
+    assert {link[1:] for link in page.links} <= set(page.ids)
+    assert report(tmp_path, *runs.values()) == whole
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/report.html", f"{tmp_path}/report.md"]
+    assert "#fe01" not in html  # every color is one of the page's
+
+
+def test_names_are_escaped(runs, tmp_path):
+    html, text = report(tmp_path / "out", copied(runs["hft-a"], tmp_path / "a<b>&|c"))
+    assert "a<b>" not in html
+    assert html.count("a&lt;b&gt;&amp;|c") >= 2
+    assert "| a<b>&\\|c |" in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
+def test_nothing_overflows_on_a_phone_or_a_desktop_and_nothing_is_fetched(runs, tmp_path):
+    wide = benchmarks(tmp_path / ("a-very-long-name-" * 8), 1, "meta/Llama-2-7b-hf")
+    html, _ = report(tmp_path / "out", *runs.values(), wide)
+    escaped = html.replace("&", "&amp;").replace('"', "&quot;")
+    frames = "".join(f'<iframe style="width:{width}px;border:0" srcdoc="{escaped}"></iframe>' for width in (400, 1400))
+    script = """
+    const look = ({contentWindow: w}) => ({
+      width: w.innerWidth,
+      content: w.document.documentElement.scrollWidth,
+      fetched: w.performance.getEntriesByType("resource").length,
+      figures: [...w.document.querySelectorAll("svg")].map(figure => figure.getBoundingClientRect().width),
+    })
+    onload = () => { document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(look)) }
+    """
+    page = tmp_path / "frames.html"
+    page.write_text(f"<!doctype html><title></title>{frames}<script>{script}</script>")
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--no-first-run",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+    ]
+    done = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    phone, desktop = json.loads(re.search(r"<title>(.*)</title>", done.stdout)[1].replace("&quot;", '"'))
+    assert (phone["width"], desktop["width"]) == (400, 1400)
+    for seen in (phone, desktop):
+        assert seen["content"] <= seen["width"]
+        assert seen["fetched"] == 0
+        assert all(350 < width <= seen["width"] for width in seen["figures"])
+
+
+def test_the_page_goes_to_wandb_as_an_artifact(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert main(["report", str(runs["fft"]), "--out", str(tmp_path / "out"), "--report_to", "wandb"]) == 0
+    assert "wandb is offline (no API key); upload later with `wandb sync" in capsys.readouterr().out
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    (page,) = run.glob("files/media/html/report*.html")
+    assert page.read_text() == (tmp_path / "out" / "report.html").read_text()
+    (log,) = run.glob("*.wandb")
+    content = log.read_bytes()
+    assert b"report.md" in content  # of the artifact's files
+    assert re.search(rb"report-\w+", content)
+
+
+def test_make_report_passes_runs_and_arguments_on():
+    assert commands("report", "RUNS=runs/a runs/b", ARGS="--out x") == ["hft report runs/a runs/b --out x"]
