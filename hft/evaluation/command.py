@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hft.evaluation.evaluate import Settings, evaluate
-from hft.evaluation.scores import Scores
 from hft.evaluation.suites import SUITES
 from hft.machine import is_main, leave_process_group, say
+from hft.record.scores import Scores
+from hft.runs.card import write_run_card
 from hft.runs.result import RESULTS_NAME, RunResult
 
 
@@ -48,18 +49,22 @@ def main(arguments: Sequence[str]) -> int:
         scores = evaluate(model, suite, settings, out)
         say("", table(scores), "", f"saved in {out}/scores/{suite}.json")
         if is_main():
-            _log(scores, out)
+            _record(scores, out)
     leave_process_group()
     return 0
 
 
-def _log(scores: Scores, out: Path) -> None:
-    """Add the scores to the wandb run of the model, if it has one."""
-    run = RunResult.load(out).wandb if (out / RESULTS_NAME).exists() else None
-    if run and os.environ.get("WANDB_MODE") != "disabled":
+def _record(scores: Scores, out: Path) -> None:
+    """Add the scores to the model card and the wandb run of a run."""
+    if not (out / RESULTS_NAME).exists():
+        return
+    result = RunResult.load(out)
+    write_run_card(result, out)
+    if result.wandb and os.environ.get("WANDB_MODE") != "disabled":
         from hft.runs.tracking import log_scores
 
-        log_scores(run, {f"{scores.suite}/{score.task}/{score.metric}": score.value for score in scores.scores})
+        named = {f"{scores.suite}/{score.task}/{score.metric}": score.value for score in scores.scores}
+        log_scores(result.wandb, named)
 
 
 def folder_of(model: str) -> Path:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from hft.errors import HFTError, reason
 from hft.evaluation.local import GROUP, as_dataset, local_spec, on_rows
-from hft.evaluation.scores import SCORES_FOLDER, Score, Scores
 from hft.evaluation.suites import SUITES, UNITS, Benchmark
 from hft.machine import is_main, say
+from hft.record.scores import SCORES_FOLDER, Score, Scores
 from hft.runs.result import RESULTS_NAME
 
 if TYPE_CHECKING:

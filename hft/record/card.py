@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hft.config import to_yaml
-from hft.errors import HFTError, reason, shorten
+from hft.errors import shorten
 from hft.methods import NOTHING, find
 from hft.record.manifest import Manifest
+from hft.record.scores import scores_of
 from hft.selection.policies import POLICIES
 
 CARD_NAME = "README.md"
-SCORES_FOLDER = "scores"  # as hft.evaluation.scores writes it, which stands above this module
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 SECRETS = ("hub_token",)  # keys of a config that stay out of the card
 
@@ -66,7 +65,7 @@ def write_card(
         is_adapter=manifest.is_adapter,
         tuned=manifest.tuned and linked(manifest.tuned),
         facts=facts(manifest, config, verified),
-        scores=read_scores(folder),
+        scores=[(suite, score) for suite, found in scores_of(folder).items() for score in found.scores],
         settings=to_yaml(portable({key: value for key, value in config.items() if key not in SECRETS})),
     )
     card.save(folder / CARD_NAME)
@@ -144,19 +143,3 @@ def in_words(verified: Mapping[str, int], kind: str) -> str:
     verdict = "FAILED" if count["broken"] + count["lost"] + count["unlisted"] else "passed"
     moved = f", {count['changed']} of {trained} trained tensors changed" if trained else ""
     return f"{verdict}: {count['identical']} of {total} {kind} tensors bit-identical to the base{moved}"
-
-
-def read_scores(folder: Path) -> list[dict[str, Any]]:
-    """The scores in a folder as rows, from the files that `hft.evaluation.scores` saves.
-
-    Raises:
-        HFTError: a file is not valid.
-    """
-    rows = []
-    for path in sorted((folder / SCORES_FOLDER).glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            rows += [{"suite": content["suite"]} | score for score in content["scores"]]
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise HFTError(f"{path} holds no valid scores: {reason(error)}") from error
-    return rows

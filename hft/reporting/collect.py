@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hft.errors import HFTError, reason
-from hft.evaluation.scores import Score, Scores, scores_of
 from hft.record.checkpoints import TRAINER_STATE, checkpoints
 from hft.record.manifest import MANIFEST_NAME, Manifest
+from hft.record.scores import Score, Scores, scores_of
 from hft.reporting.paper import Measured, mean_of, summarize
 from hft.runs.config import NEUTRAL_KEYS, read_config
 from hft.runs.result import CONFIG_NAME, RESULTS_NAME, RunResult

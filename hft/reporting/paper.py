@@ -13,7 +13,7 @@ from typing import Any
 
 from hft.config import read_yaml
 from hft.errors import HFTError
-from hft.evaluation.scores import Scores, scores_of
+from hft.record.scores import Scores, scores_of
 
 DATA = Path(__file__).with_name("paper")
 # A run that differs from another in its seed only, by what its name adds (`hft.runs.config.run_name`).

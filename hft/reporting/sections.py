@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from matplotlib import rc_context
 
-from hft.evaluation.scores import Score
+from hft.record.scores import Score
 from hft.reporting import figures
 from hft.reporting.collect import SEED_IN_NAME, Column, Found, Group, Run, baseline_of
 from hft.reporting.figures import Styles

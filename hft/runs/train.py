@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from hft.config import to_yaml
 from hft.errors import HFTError, reason
 from hft.machine import broadcast, indented, is_main, reset_peak_memory, say
-from hft.record.card import CARD_NAME, SCORES_FOLDER, write_card
+from hft.record.card import CARD_NAME
 from hft.record.checkpoints import checkpoints
 from hft.record.manifest import MANIFEST_NAME, Manifest
+from hft.record.scores import SCORES_FOLDER
 from hft.record.verification import masks_of, verify_folder
-from hft.runs.config import NEUTRAL_KEYS, read_config
+from hft.runs.card import card_settings, write_run_card
 from hft.runs.objective import trainer_class
 from hft.runs.plan import RunPlan
 from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, RunResult, measure
@@ -212,15 +213,3 @@ def conclude(result: RunResult, out: Path) -> RunResult:
     say("verify", indented(found.report()))
     write_run_card(result, out)
     return result
-
-
-def write_run_card(result: RunResult, out: Path) -> None:
-    """Write the model card of a finished run's folder, with the scores that are in it by now."""
-    config = card_settings(read_config(out / CONFIG_NAME))
-    tags, model_id = ("trl", result.objective, "hft"), config.get("hub_model_id")
-    write_card(out, Manifest.load(out), config, tags, verified=result.verify, model_id=model_id)
-
-
-def card_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a run's config is in its model card: what makes it this run, wherever it ran."""
-    return {key: value for key, value in config.items() if key not in NEUTRAL_KEYS}

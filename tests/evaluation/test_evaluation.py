@@ -16,9 +16,9 @@ from hft.evaluation import evaluate as module
 from hft.evaluation.evaluate import Settings, evaluate
 from hft.evaluation.rows import answer_rows, general_texts, held_out_rows, replay_texts
 from hft.evaluation.sandbox import passes
-from hft.evaluation.scores import Scores
 from hft.evaluation.tasks.code.code import pass_at
 from hft.evaluation.tasks.quick import facts
+from hft.record.scores import Scores
 from tests.conftest import error_of, finished_run, write_jsonl
 
 

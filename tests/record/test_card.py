@@ -12,8 +12,8 @@ from trl import SFTConfig
 import hft
 from hft.cli import main
 from hft.data import load_split
-from hft.evaluation.scores import Score, Scores
 from hft.record.card import write_card
+from hft.record.scores import Score, Scores
 from hft.record.verification import Verification
 from tests.conftest import error_of
 

@@ -8,7 +8,7 @@ import pytest
 
 from hft.cli import main
 from hft.errors import HFTError
-from hft.evaluation.scores import Score, Scores
+from hft.record.scores import Score, Scores
 from hft.reporting.paper import find_table, ours, rows_of, tables
 from tests.conftest import error_of
 

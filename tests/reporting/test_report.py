@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from hft.cli import main
-from hft.evaluation.scores import Score, Scores
+from hft.record.scores import Score, Scores
 from hft.reporting.collect import collect
 from hft.reporting.figures import frontier, heatmap, styles_of
 from hft.reporting.sections import DRIFT, FACTS, TASK_LOSS
