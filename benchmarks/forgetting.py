@@ -62,12 +62,12 @@ def write_data(replay: float = 0.0) -> Path:
 
 def cells(grid: dict) -> Iterator[tuple[str, str, float, int, float]]:
     """Name, method, learning rate, seed and share of replay of each run."""
+    arms = [(method, method, 0.0) for method in grid["methods"]]
+    arms += [(f"fft-replay={share:g}", "fft", share) for share in grid["replay"]]
     for seed in grid["seeds"]:
-        for rate in grid["learning_rates"]:
-            for method in grid["methods"]:
-                yield f"{method}-lr={rate:g}-seed={seed}", method, rate, seed, 0.0
-            for share in grid["replay"]:
-                yield f"fft-replay={share:g}-lr={rate:g}-seed={seed}", "fft", rate, seed, share
+        for arm, method, share in arms:
+            for rate in grid["learning_rates"]:
+                yield f"{arm}-lr={rate:g}-seed={seed}", method, rate, seed, share
 
 
 def train(keys: dict, grid: dict, method: str, rate: float, seed: int, share: float, out: Path) -> None:
