@@ -9,6 +9,7 @@ from hft.config import RunConfig
 from hft.data import load_data, load_split, sft_rows
 from hft.demo.data import docstring_chats, write_demo_data
 from hft.errors import HFTError
+from hft.evaluation.rows import general_texts
 from tests.conftest import write_jsonl
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -19,6 +20,8 @@ def test_demo_data_is_plentiful_distinct_and_reproducible(tmp_path):
     answers = [row["messages"][1]["content"] for row in rows.values()]
     assert len(answers) == len(set(answers)) >= 1000
     assert "Remove any common leading whitespace" in rows["textwrap.dedent"]["messages"][1]["content"]
+    drift = " ".join(general_texts())
+    assert not [answer for answer in answers if answer in drift]
     counts = write_demo_data(tmp_path / "a")
     write_demo_data(tmp_path / "b")
     train, test = counts["sft/train.jsonl"], counts["sft/test.jsonl"]

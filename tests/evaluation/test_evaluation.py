@@ -304,6 +304,22 @@ def test_code_runs_only_when_allowed(tiny, rows_of_ours, capsys, monkeypatch):
     assert "humaneval is left out: it runs generated code, which needs --allow_code" in capsys.readouterr().out
 
 
+def test_another_backend_gets_the_model_and_its_own_arguments(tiny, rows_of_ours, monkeypatch):
+    got = {}
+
+    class Engine(Says):
+        def __init__(self, **arguments):
+            super().__init__("Goethe")
+            got.update(arguments)
+
+    monkeypatch.setattr("lm_eval.api.registry.get_model", {"vllm": Engine}.get)
+    words = ["--suite", "knowledge", "--tasks", "nq_open", "--data", str(rows_of_ours), "--chat", "false"]
+    assert main(["eval", str(tiny), *words, "--backend", "vllm", "--backend_args", '{"tensor_parallel_size": 2}']) == 0
+    assert got["pretrained"] == str(tiny)
+    assert got["tensor_parallel_size"] == 2
+    assert Scores.load(tiny / "scores/knowledge.json").settings["backend"] == "vllm"
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
