@@ -62,12 +62,11 @@ def write_data(replay: float = 0.0) -> Path:
 
 def cells(grid: dict) -> Iterator[tuple[str, str, float, int, float]]:
     """Name, method, learning rate, seed and share of replay of each run."""
-    arms = [(method, method, 0.0) for method in grid["methods"]]
-    arms += [(f"fft-replay={share:g}", "fft", share) for share in grid["replay"]]
     for seed in grid["seeds"]:
-        for arm, method, share in arms:
+        for arm in grid["arms"]:
+            method, _, share = arm.partition("-replay=")
             for rate in grid["learning_rates"]:
-                yield f"{arm}-lr={rate:g}-seed={seed}", method, rate, seed, share
+                yield f"{arm}-lr={rate:g}-seed={seed}", method, rate, seed, float(share or 0)
 
 
 def train(keys: dict, grid: dict, method: str, rate: float, seed: int, share: float, out: Path) -> None:
