@@ -111,8 +111,10 @@ def remarks(table: Table, measured: Sequence[dict[str, Measured]]) -> list[str]:
     if any(measured):
         mine = ["ours: mean ± standard deviation over n runs that differ in their seed; ± standard error where n = 1"]
     else:
-        score = " and ".join(f"`hft eval RUN --suite {suite}`" for suite in table.suites)
-        mine = [f"None of these runs is scored yet: {score} scores one."] if score else []
+        code = {suite for suite, _, metric in table.scores.values() if metric.startswith("pass@")}
+        flags = [f"--suite {suite}{' --allow_code' if suite in code else ''}" for suite in table.suites]
+        score = " and ".join(f"`hft eval RUN {flag}`" for flag in flags)
+        mine = [f"None of these runs is scored yet; to score one: {score}."] if score else []
     return [*table.notes, *mine]
 
 
