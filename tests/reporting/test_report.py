@@ -156,6 +156,7 @@ def test_every_section_is_there_when_its_data_is(runs, tmp_path):
     assert sorted(pictures) == sorted(path.name for path in (tmp_path / "out").glob("*.svg"))
     for name in pictures:
         ElementTree.parse(tmp_path / "out" / name)
+    assert 'aria-label="tiny: drift over the steps"' in html
     assert ">60.4<" in html
     assert ">start<" in html
     assert "hft-ratio attention 0.25" in table(text, "tiny: task, drift and facts")
