@@ -94,4 +94,5 @@ result
 
 try next
   {hft} verify {out}
+  {hft} eval {out}  # what it learned and what it forgot
   {again} --output_dir NEW  # the same run again{others}"""
