@@ -14,7 +14,7 @@ from hft.record.checkpoints import TRAINER_STATE, checkpoints
 from hft.record.manifest import MANIFEST_NAME, Manifest
 from hft.record.scores import Score, Scores, scores_of
 from hft.reporting.paper import Measured, mean_of, summarize
-from hft.runs.config import NEUTRAL_KEYS, read_config
+from hft.runs.config import NEUTRAL_KEYS, read_config, replaced_keys
 from hft.runs.result import CONFIG_NAME, RESULTS_NAME, RunResult
 
 SEEDS = ("selection_seed", "seed", "data_seed")
@@ -93,8 +93,8 @@ class Group:
 
     Attributes:
         runs: at least one.
-        kind: the method, after SFT or DPO where both were trained.
-        arm: the kind, and the settings other than the learning rate that tell it from other groups of it.
+        kind: the method, after SFT or DPO where both were trained, and what of its recipe most groups do differently.
+        arm: the kind, and the method's own settings that tell it from other groups of it.
         label: the arm, with its learning rate where there are several.
     """
 
@@ -238,12 +238,23 @@ def method_of(config: Mapping[str, Any], manifest: Manifest | None) -> str:
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without seeds, also in the names of the models that it starts from."""
+    """A config without seeds; models that it starts from by theirs, where they are here, else by name.
+
+    What was made from runs without training has their learning rate.
+    """
     settings = {key: value for key, value in config.items() if key not in (*NEUTRAL_KEYS, *SEEDS, "out")}
     for key in settings.keys() & set(ORIGINS):
         names = settings[key] if isinstance(settings[key], list) else [settings[key] or ""]
-        settings[key] = " ".join(SEED_IN_NAME.sub("", name) for name in names)
+        settings[key] = [settings_of(config_of(Path(name))) or SEED_IN_NAME.sub("", name) for name in names]
+    if "learning_rate" not in settings:
+        rates = [origin.pop("learning_rate", None) for origin in origins_of(settings)]
+        settings |= {"learning_rate": rates[0]} if rates and rates[0] else {}
     return settings
+
+
+def origins_of(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The settings of the runs that a model was made from."""
+    return [one for key in ("tuned", "models") for one in settings.get(key) or [] if isinstance(one, dict)]
 
 
 def optimizer_size(checkpoint: Path) -> int | None:
@@ -275,10 +286,11 @@ def group_by_model(runs: Sequence[Run]) -> dict[str, list[Group]]:
     for members in sorted(found.values(), key=lambda members: order_of(members[0])):
         first = members[0]
         others = [other[0] for other in found.values() if other[0].model == first.model]
-        both = {"sft", "dpo"} <= {other.objective for other in others} and first.objective
-        kind = f"{first.objective.upper()} {first.method}" if both else first.method
         peers = [other for other in others if (other.objective, other.method) == (first.objective, first.method)]
-        arm = " ".join([kind, *differing(first, peers)])
+        both = {"sft", "dpo"} <= {other.objective for other in others} and first.objective
+        recipe, own = differing(first, peers, others)
+        kind = " ".join([*([first.objective.upper()] if both else []), first.method, *recipe])
+        arm = " ".join([kind, *own])
         several = first.learning_rate and len({peer.learning_rate for peer in peers}) > 1
         label = f"{arm} {rate_text(first.learning_rate)}" if several else arm
         models.setdefault(first.model, []).append(Group(members, kind, arm, label))
@@ -291,15 +303,29 @@ def order_of(run: Run) -> tuple[Any, ...]:
     return run.model, place > 0, objective, place, run.method, run.learning_rate or 0
 
 
-def differing(run: Run, peers: Sequence[Run]) -> list[str]:
-    """The settings other than the learning rate in which a run differs from others of its method, in words."""
-    texts = []
+def differing(run: Run, peers: Sequence[Run], others: Sequence[Run]) -> tuple[list[str], list[str]]:
+    """The settings other than the learning rate that tell a run from others of its method, in words.
+
+    Args:
+        run: the run.
+        peers: those of its method.
+        others: those of its model. What most of them have in their recipe goes without saying.
+
+    Returns:
+        Settings of the recipe, and of the method.
+    """
+    recipe, own, methods_keys = [], [], replaced_keys(run.settings)
     for key, value in run.settings.items():
-        same = all(peer.settings.get(key) == value for peer in peers)
-        if not (same or value is None or key.startswith("learning_rate")):
+        theirs = [other.settings[key] for other in others if key in other.settings]
+        usual = key not in methods_keys and 2 * theirs.count(value) > len(theirs)
+        if usual or value is None or key.startswith("learning_rate"):
+            continue
+        if any(peer.settings.get(key) != value for peer in peers):
+            told = value[0] if key in ORIGINS else value
+            told = told["method"] if isinstance(told, dict) else Path(str(told)).name
             name = "from" if key in ORIGINS else key.removesuffix("_fraction").replace("_", " ")
-            texts.append(f"{name} {Path(str(value)).name}")
-    return texts
+            (own if key in methods_keys else recipe).append(f"{name} {told}")
+    return recipe, own
 
 
 def rate_text(rate: float) -> str:
@@ -310,8 +336,10 @@ def rate_text(rate: float) -> str:
 
 def baseline_of(group: Group, groups: Sequence[Group]) -> Group | None:
     """Full fine-tuning with a group's recipe; without one, the only full fine-tuning of its objective."""
-    settings = group.first.settings
-    full = [one for one in groups if one.first.is_full and group.first.objective in ("", one.first.objective)]
+    run = group.first
+    made_from = origins_of(run.settings)
+    settings = made_from[0] | {"learning_rate": run.learning_rate} if made_from else run.settings
+    full = [one for one in groups if one.first.is_full and run.objective in ("", one.first.objective)]
     # What an FFT run has beside these two keys is its recipe.
     recipes = [{k: v for k, v in one.first.settings.items() if k not in ("method", "policy")} for one in full]
     same = [one for one, recipe in zip(full, recipes, strict=True) if recipe.items() <= settings.items()]

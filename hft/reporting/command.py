@@ -33,9 +33,10 @@ def report(arguments: Sequence[str]) -> int:
     from hft.reporting.sections import make_sections
 
     found, out = collect(options.runs), Path(options.out)
+    sections = make_sections(found)
     runs = f"{sum(len(group.runs) for group in found.groups)} runs of {', '.join(found.models)}"
     try:
-        paths = write_report(runs, make_sections(found), out)
+        paths = write_report(runs, sections, out)
     except OSError as error:
         raise HFTError(f"cannot write to {out}: {error.strerror or reason(error)}") from error
     if options.report_to != "none":

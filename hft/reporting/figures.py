@@ -62,16 +62,18 @@ RC = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), MARKS["ink"]),
 }
 
-# Color and marker of each method, in every figure.
+# Color and marker of each kind of group, in every figure.
 Styles = Mapping[str, tuple[str, str]]
 
 
-def styles_of(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A style for each method: base, fft and hft have their own, the others take turns."""
+def styles_of(kinds: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """A style for each kind: base, fft and hft have their own, the others take turns."""
+    names = {kind: re.sub("^(SFT|DPO) ", "", kind) for kind in (*FIRST, *kinds)}
     colors = [mark for name, mark in MARKS.items() if re.fullmatch(r"c\d", name)]
-    others = sorted(set(methods) - set(FIRST))
-    turns = {name: (colors[i % len(colors)], SHAPES[i % len(SHAPES)]) for i, name in enumerate(others)}
-    return {name: (MARKS[name], marker) for name, marker in zip(FIRST, "X^o", strict=True)} | turns
+    looks = {name: (MARKS[name], marker) for name, marker in zip(FIRST, "X^o", strict=True)}
+    for number, name in enumerate(sorted(set(names.values()) - looks.keys())):
+        looks[name] = colors[number % len(colors)], SHAPES[number % len(SHAPES)]
+    return {kind: looks[name] for kind, name in names.items()}
 
 
 def look(style: tuple[str, str], objective: str = "") -> dict[str, Any]:
@@ -98,10 +100,14 @@ def with_legend(figure: Figure) -> Figure:
     return figure
 
 
+def over_seeds(number: Measured) -> float:
+    """The length of an error bar: the standard deviation over seeds, 0 for a single run."""
+    return number.spread if number.n > 1 else 0
+
+
 def frontier(groups: Sequence[Group], x: Column, y: Column, styles: Styles) -> Figure | None:
     """What was learned against what was kept: a curve per arm over learning rates, both axes turned so that up and to
-    the right is better; a larger marker is a higher learning rate. Error bars are standard deviations over seeds, of a
-    single run the standard error.
+    the right is better; a larger marker is a higher learning rate. Error bars are standard deviations over seeds.
 
     Returns:
         The figure; None unless two groups have both scores.
@@ -110,13 +116,15 @@ def frontier(groups: Sequence[Group], x: Column, y: Column, styles: Styles) -> F
     if len(placed) < 2:
         return None
     figure, axes = canvas(f"{x.name}, {x.unit} → better", f"{y.name}, {y.unit} → better", 3.2)
-    for arm in dict.fromkeys(group.arm for group, *_ in placed):
+    for number, arm in enumerate(dict.fromkeys(group.arm for group, *_ in placed)):
         own = [place for place in placed if place[0].arm == arm]
         group = own[0][0]
-        style = look(styles[group.first.method], group.first.objective)
+        style = look(styles[group.kind], group.first.objective) | {"zorder": 3 - number / 100}  # the first on top
         axes.plot([a.value for _, a, _ in own], [b.value for *_, b in own], **style | {"marker": ""})
         for size, (_, a, b) in enumerate(own):
-            axes.errorbar(a.value, b.value, b.spread, a.spread, elinewidth=1, **style | {"markersize": 6 + 1.5 * size})
+            axes.errorbar(
+                a.value, b.value, over_seeds(b), over_seeds(a), elinewidth=1, **style | {"markersize": 6 + 1.5 * size}
+            )
         if group.kind not in axes.get_legend_handles_labels()[1]:
             axes.plot([], [], label=group.kind, **style)
     for column, axis in ((x, axes.xaxis), (y, axes.yaxis)):
@@ -133,7 +141,7 @@ def radar(groups: Sequence[Group], columns: Sequence[Column], styles: Styles) ->
     angles = [2 * pi * index / len(columns) for index in range(len(columns) + 1)]
     for group in groups:
         values = [column.measured(group).value / top for column, top in zip(columns, best, strict=True)]
-        style = look(styles[group.first.method], group.first.objective)
+        style = look(styles[group.kind], group.first.objective)
         axes.plot(angles, [*values, values[0]], label=group.label, **style)
     axes.set_xticks(angles[:-1], [f"{column.label}\n{top:.1f}" for column, top in zip(columns, best, strict=True)])
     axes.set_yticks([0.25, 0.5, 0.75, 1], [])
@@ -160,7 +168,7 @@ def ratios(groups: Sequence[Group], column: Column, styles: Styles) -> Figure | 
     figure, axes = canvas("trainable fraction of the layers, %", f"{column.name}, {column.unit}")
     for (objective, rate), points in curves.items():
         more = f" {rate_text(rate)}" if len(curves) > 1 and rate else ""
-        x, y, errors = zip(*((x, number.value, number.spread or 0) for x, number in points), strict=True)
+        x, y, errors = zip(*((x, number.value, over_seeds(number)) for x, number in points), strict=True)
         axes.errorbar(x, y, errors, label=f"hft{more}", **look(styles["hft"], objective))
         if x[-1] == 100:
             axes.axhline(y[-1], color=styles["fft"][0], linestyle=":", label=f"fft{more}")
@@ -240,22 +248,22 @@ def heatmap(matrix: Mapping[str, Any]) -> Figure:
 
 
 def curves(series: Sequence[tuple[Group, Sequence[tuple[int, float]]]], ylabel: str, styles: Styles) -> Figure:
-    """Values over steps, a line per group; groups of one method differ in their dashes.
+    """Values over steps, a line per group; groups of one kind differ in their dashes.
 
     Args:
         series: each group with steps and values of its runs, which are averaged; many steps are averaged in bins.
         ylabel: what the values are.
-        styles: by method.
+        styles: by kind.
     """
     figure, axes = canvas("step", ylabel)
     drawn: dict[str, int] = {}
     for group, values in series:
-        number = drawn[group.first.method] = drawn.get(group.first.method, -1) + 1
+        number = drawn[group.kind] = drawn.get(group.kind, -1) + 1
         steps = sorted({step for step, _ in values})
         size = -(-len(steps) // 150)
         bins = [set(steps[first : first + size]) for first in range(0, len(steps), size)]
         y = [fmean(value for step, value in values if step in one) for one in bins]
-        style = look(styles[group.first.method]) | {"linestyle": DASHES[number % len(DASHES)]}
+        style = look(styles[group.kind]) | {"linestyle": DASHES[number % len(DASHES)]}
         axes.plot([fmean(one) for one in bins], y, label=group.label, **style | ({"marker": ""} if len(y) > 30 else {}))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return with_legend(figure)

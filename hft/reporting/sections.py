@@ -50,7 +50,7 @@ BLOCKS = ("attention", "mlp", "experts")  # Figure 4
 
 def make_sections(found: Found) -> list[Section]:
     """All sections, also those that have nothing to show."""
-    styles = figures.styles_of(group.first.method for group in found.groups)
+    styles = figures.styles_of(group.kind for group in found.groups)
     with rc_context(figures.RC):
         return [
             opening(found),
@@ -111,9 +111,9 @@ def frontiers(found: Found, styles: Styles) -> Section:
     ]
     text = (
         "Further to the right a model learned more, further up it kept more: axes on which lower is better are turned "
-        "around. A curve per method over its learning rates, the higher the rate the larger the marker. Bars are "
-        "standard deviations over seeds, of a single run the standard error. Drift is the loss on general text. If the "
-        "KL to the base alone decided what is forgotten, all methods would lie on one curve against it."
+        "around. A curve per method over its learning rates, the higher the rate the larger the marker; bars are "
+        "standard deviations over seeds. Drift is the loss on general text. If the KL to the base alone decided what "
+        "is forgotten, all methods would lie on one curve against it."
     )
     return Section("Learned and kept", text, drawings=drawings)
 
@@ -175,7 +175,7 @@ def papers_number(run: Run, column: Column) -> float | None:
     for table, row in rows_of(SEED_IN_NAME.sub("", run.folder.name)):
         means = {name: {table.scores[one][:2] for one in members} for name, members in table.means.items()}
         for name, tasks in ({name: {score[:2]} for name, score in table.scores.items()} | means).items():
-            if tasks == ours and "/" not in row.run:  # not of one of its checkpoints
+            if tasks == ours and "/" not in row.run:  # not of something inside the folder
                 return row.values[table.columns.index(name)]
     return None
 
@@ -235,7 +235,7 @@ def ratios(found: Found, styles: Styles) -> Section:
 
 
 def variations(found: Found, styles: Styles) -> Section:
-    known = {run.folder.name: (g.label, styles[run.method]) for g in found.groups for run in g.runs}
+    known = {run.folder.name: (g.label, styles[g.kind]) for g in found.groups for run in g.runs}
     drawings = []
     for diff in found.diffs.values():
         names = list(diff["layers"][0]["change"])
@@ -315,7 +315,7 @@ def steps(found: Found, styles: Styles) -> Section:
         for column in (column for suite in columns.values() for column in suite):
             title, ylabel = f"{model}: {column.name} over the steps", f"{column.name}, {column.unit}"
             draw(title, ylabel, groups, lambda run, column=column: values_over_steps(run, column))
-    return Section("Over the steps", "As Tables 20 and 21; the mean over seeds.", drawings=drawings)
+    return Section("Over the steps", "Means over seeds.", drawings=drawings)
 
 
 def values_over_steps(run: Run, column: Column) -> list[tuple[int, float]]:
@@ -332,10 +332,10 @@ def runs(found: Found) -> Section:
     for group in found.groups:
         for run in group.runs:
             done, suites = run.result, [f"{name} ({one.dtype})" for name, one in run.scores.items()]
-            texts = [run.folder.name, group.label, "", "", ", ".join(suites)]
+            verify = "not finished" if "dataset_name" in run.settings and not done else ""
             if done:
-                verified = f"passed, {done.verify.get('identical', 0)} frozen" if done.ok else "failed"
-                texts[2:4] = f"{done.steps:,}", verified
+                verify = f"passed, {done.verify.get('identical', 0)} frozen" if done.ok else "failed"
+            texts = [run.folder.name, group.label, f"{done.steps:,}" if done else "", verify, ", ".join(suites)]
             rows.append([Cell(text) for text in texts])
     head = [Cell(text) for text in ("run", "group", "steps", "verify", "scores")]
     return Section("Runs", "The folders behind the numbers.", [Table("", head, rows)] if rows else [])
