@@ -18,6 +18,7 @@ from hft.errors import HFTError, reason
 from hft.machine import is_sharded
 from hft.methods.adapter import Adapter
 from hft.methods.schedule import Schedule
+from hft.methods.strategy import Strategy
 from hft.methods.update import Update
 from hft.selection import SelectionConfig
 
@@ -25,24 +26,28 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 # The key that names a method of each kind, and the kind's base class.
-KINDS: dict[str, type] = {"schedule": Schedule, "update": Update, "adapter": Adapter}
+KINDS: dict[str, type] = {"schedule": Schedule, "update": Update, "adapter": Adapter, "strategy": Strategy}
 # Values of these keys that name nothing, as earlier configs have them.
 NOTHING = (None, "none", "plain")
 
 
 @dataclass(frozen=True)
 class Method:
-    """How parameters change in a run: which train, when that changes, how they move; or an adapter instead."""
+    """How parameters change in a run: which train, when that changes, how they move; or an adapter instead.
+
+    In a sequence of tasks, a strategy may add to each step.
+    """
 
     selection: SelectionConfig
     schedule: Schedule | None = None
     update: Update | None = None
     adapter: Adapter | None = None
+    strategy: Strategy | None = None
 
     @property
     def shardable(self) -> bool:
         """Whether all of it runs on the shards of FSDP2."""
-        return all(part.shardable for part in (self.schedule, self.update, self.adapter) if part)
+        return all(part.shardable for part in (self.schedule, self.update, self.adapter, self.strategy) if part)
 
     def check_args(self, args: TrainingArguments, *, pairs: bool) -> None:
         """Refuse settings of the trainer that the method cannot work with.
@@ -50,13 +55,13 @@ class Method:
         Raises:
             HFTError: there is such a setting.
         """
-        check_parts(args, self.schedule, self.update)
+        check_parts(args, self.schedule, self.update, self.strategy)
         if self.adapter:
             self.adapter.check_args(args, pairs=pairs)
 
 
-def check_parts(args: TrainingArguments, *parts: Schedule | Update | None) -> None:
-    """Refuse settings of the trainer that a schedule or an update cannot work with.
+def check_parts(args: TrainingArguments, *parts: Schedule | Update | Strategy | None) -> None:
+    """Refuse settings of the trainer that a schedule, an update or a strategy cannot work with.
 
     Raises:
         HFTError: there is such a setting.
@@ -86,6 +91,9 @@ def method_of(config: Mapping[str, Any]) -> Method:
                 f"{given[0]} is about weights of the model, and adapter {config['adapter']!r} freezes all of them; "
                 "remove one"
             )
+    if (strategy := made.get("strategy")) and strategy.takes_adapter != ("adapter" in made):
+        wanted = "needs an adapter, such as lora" if strategy.takes_adapter else "does not work with an adapter"
+        raise HFTError(f"strategy {strategy.name} {wanted}; adapters learn one task after another with strategy lora")
     return Method(_fill(SelectionConfig, config, "selection"), **made)
 
 
@@ -115,20 +123,19 @@ def find(kind: str, name: str) -> type:
     """The class of a method.
 
     Args:
-        kind: `schedule`, `update` or `adapter`.
-        name: of a built-in one, or FILE.py:CLASS for one's own (docs/new-method.md).
+        kind: `schedule`, `update`, `adapter` or `strategy`.
+        name: of a built-in one, FILE.py:CLASS for one's own (docs/new-method.md), or PACKAGE.MODULE:CLASS.
 
     Raises:
         HFTError: it was not found, or is of another kind.
     """
     path, colon, class_name = str(name).rpartition(":")
     if colon:
-        if not (Path(path).is_file() and path.endswith(".py")):
-            raise HFTError(f"{kind} {name}: {path} is not a Python file")
-        cls = getattr(_module_of(path), class_name, None)
+        cls = getattr(_module_of(path, f"{kind} {name}"), class_name, None)
         if not (isinstance(cls, type) and issubclass(cls, KINDS[kind])):
             raise HFTError(f"{kind} {name}: {path} has no class {class_name} that extends {KINDS[kind].__name__}")
-        cls.name = str(name)
+        if path.endswith(".py"):
+            cls.name = str(name)
         return cls
     module = str(name).replace("-", "_")
     cls = getattr(import_module(f"{__name__}.{module}"), "METHOD", None) if module in _modules() else None
@@ -140,8 +147,16 @@ def find(kind: str, name: str) -> type:
     raise HFTError(f"{kind}: unknown {kind} {name!r}, {hint}")
 
 
-def _module_of(path: str) -> ModuleType:
-    """A file of the user's own as a module. Dataclasses look their annotations up in `sys.modules`."""
+def _module_of(path: str, what: str) -> ModuleType:
+    """A module by its dotted name, or a file of the user's own as one."""
+    if not path.endswith(".py") and "/" not in path:
+        try:
+            return import_module(path)
+        except ModuleNotFoundError as error:
+            raise HFTError(f"{what}: {path} is not a Python file, and as a module: {reason(error)}") from error
+    if not (Path(path).is_file() and path.endswith(".py")):
+        raise HFTError(f"{what}: {path} is not a Python file")
+    # Dataclasses look their annotations up in `sys.modules`.
     spec = importlib.util.spec_from_file_location(str(Path(path).resolve()), path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
