@@ -32,7 +32,8 @@ class SequenceConfig:
     """The keys of a sequence, beside those of its runs."""
 
     trace_dir: str | None = field(
-        default=None, metadata={"help": "TRACE's folder, or one like it: TASK/train.json and TASK/test.json, or .jsonl."}
+        default=None,
+        metadata={"help": "TRACE's folder, or one like it: TASK/train.json and TASK/test.json, or .jsonl."},
     )
     tasks: list[str] = field(
         default_factory=lambda: list(TRACE), metadata={"help": "The tasks, in the order in which they are learned."}
@@ -131,8 +132,9 @@ class SequencePlan:
                 flags = {"model_name_or_path": str(self.out / previous)} | flags
             if not self.strategy.takes_adapter:  # an adapter selects nothing
                 flags["round"] = self.first_round + number
-            if "strategy" in self.common:
-                flags["previous_run"] = str(self.out / previous) if previous else None
+            if self.strategy.takes_adapter and previous:
+                flags["previous_run"] = str(self.out / previous)
+            if self.strategy.acts_on_steps:
                 flags["strategy_data"] = str(self.data(f"{name}-memory")) if remembers and not runs else None
             flags |= {"output_dir": str(self.out / name), "run_name": f"{self.name}-{name}"}
             runs.append(Run(name, task, {key: value for key, value in flags.items() if value is not None}))
@@ -162,7 +164,9 @@ def parse_sequence(arguments: Sequence[str]) -> tuple[SequencePlan, bool]:
         "selection": (SelectionConfig,),
         **{f"{cls.kind} {cls.name}: {cls.description}": (cls,) for cls in all_classes()},
     }
-    description = "Fine-tune on one task after another, and score all of them after each: a recipe, a method, and flags."
+    description = (
+        "Fine-tune on one task after another, and score all of them after each: a recipe, a method, and flags."
+    )
     return resolve_sequence(read_arguments(arguments, "hft continual", description, groups))
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ def tokenized(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | No
     whole = [*prompt, {"role": "assistant", "content": row["completion"]}]
     before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
     ids = tokenizer.apply_chat_template(whole, tokenize=True, return_dict=True)["input_ids"]
-    start = len(os.path.commonprefix([before["input_ids"], ids]))
+    start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before["input_ids"], ids, strict=False)))
     return {"input_ids": ids[:max_length], "labels": ([-100] * start + ids[start:])[:max_length]}
 
 

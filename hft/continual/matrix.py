@@ -106,9 +106,19 @@ class Matrix:
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise HFTError(f"{path} holds no valid matrix: {reason(error)}") from error
 
+    def report(self) -> str:
+        """What was learned and forgotten, in words."""
+        found = self.summary()
+        earlier = "-" if found["bwt_earlier_tasks"] is None else f"{found['bwt_earlier_tasks']:.2f}"
+        lost = ", ".join(f"{task} {value:.1f}" for task, value in found["forgetting"].items()) or "-"
+        return f"""\
+OP {found["op"][-1]:.2f}, BWT {found["bwt"][-1]:.2f} (eq. 5, over all tasks)
+BWT over earlier tasks only {earlier}; with gains counted as 0 {found["bwt_clipped"]:.2f}
+forgotten since the best score: {lost}"""
+
     def table(self) -> str:
-        """Markdown laid out like Table 29: a row for each task, a column for each round; OP and BWT below."""
-        rows = [["", *(f"after {name}" if name != START else START for name in self.rounds)], ["---"] * (len(self.rounds) + 1)]
+        """Markdown laid out like Table 29: a row for each task, a column after each round; OP and BWT below."""
+        rows = [["", *self.rounds], ["---"] * (len(self.rounds) + 1)]
         for i, task in enumerate(self.tasks):
             rows.append([task, *("-" if row[i] is None else f"{row[i]:.1f}" for row in self.scores)])
         summary, skip = self.summary(), [""] * (len(self.scores) - len(self.after_rounds))

@@ -49,7 +49,9 @@ def metrics_of(tasks: list[str], given: dict[str, str]) -> dict[str, str]:
     chosen = {task: given.get(task) or TRACE.get(task) for task in tasks}
     for task, metric in chosen.items():
         if metric not in METRICS:
-            what = f"unknown metric {metric!r} of {task}" if metric else f"{task} is not a task of TRACE and has no metric"
+            what = (
+                f"unknown metric {metric!r} of {task}" if metric else f"{task} is not a task of TRACE and has no metric"
+            )
             raise HFTError(f"{what}; give one of {', '.join(METRICS)}, as --metrics '{{{task}: accuracy}}'")
     return chosen
 
@@ -127,7 +129,9 @@ def shorten_rows(
         name: of the rows, for the progress bar.
     """
     empty = [{"role": "user", "content": ""}]
-    around = len(tokenizer.apply_chat_template(empty, add_generation_prompt=True, tokenize=True, return_dict=True).input_ids)
+    around = len(
+        tokenizer.apply_chat_template(empty, add_generation_prompt=True, tokenize=True, return_dict=True).input_ids
+    )
     room = max(1, longest_prompt - around)
 
     def middle_out(text: str, ends: list[tuple[int, int]]) -> str:

@@ -21,13 +21,13 @@ class CarryMoments(TrainerCallback):
     code has one optimizer for all tasks, which comes to the same where everything trains.
 
     Args:
-        previous: folder of the run before, or None.
+        previous: folder of the run before; where it has left no state, this run starts with none.
     """
 
-    def __init__(self, previous: str | None):
-        path = Path(previous or "", MOMENTS_NAME)
+    def __init__(self, previous: str):
+        path = Path(previous, MOMENTS_NAME)
         self.states: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in (load_file(path) if previous and path.exists() else {}).items():
+        for name, tensor in (load_file(path) if path.exists() else {}).items():
             parameter, _, key = name.partition("|")
             self.states.setdefault(parameter, {})[key] = tensor
 

@@ -49,7 +49,7 @@ class Strategy:
         default=None, kw_only=True, metadata={"help": "Rows of earlier tasks, written by hft continual."}
     )
     previous_run: str | None = field(
-        default=None, kw_only=True, metadata={"help": "The run before this one, given by hft continual."}
+        default=None, kw_only=True, metadata={"help": "The run whose adapter is trained on, given by hft continual."}
     )
 
     def training_rows(self, tasks: Sequence[list[Row]], alignment: list[Row]) -> list[Row]:
@@ -73,7 +73,7 @@ class Strategy:
         """What a run needs. The trainer is ready to train, with the base's weights."""
         from hft.methods.moments import CarryMoments
 
-        return [CarryMoments(self.previous_run)] if self.carry_moments else []
+        return [CarryMoments(self.previous_run or trainer.manifest.base)] if self.carry_moments else []
 
     def check_args(self, args: TrainingArguments) -> None:
         """Refuse settings of the trainer that would silently change the strategy.
@@ -85,6 +85,11 @@ class Strategy:
     def memory(self, selection: Selection) -> int:
         """Bytes beside weights, gradients and optimizer state."""
         return 0
+
+    def keys(self) -> dict[str, Any]:
+        """Its keys, without those that `hft continual` gives to each run."""
+        given = ("strategy_data", "previous_run")
+        return {key: value for key, value in asdict(self).items() if value is not None and key not in given}
 
     def record(self) -> dict[str, Any]:
         """What a manifest keeps: the name and the keys."""

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class GEM(Strategy):
-    """Project each step's gradient so that no earlier task's loss rises. All gradients are of what trains this round."""
+    """Project each step's gradient so that no earlier task's loss rises. All gradients are of what trains now."""
 
     name: ClassVar[str] = "gem"
     description: ClassVar[str] = "no step raises the loss on remembered rows of earlier tasks"
@@ -65,8 +65,8 @@ class GEM(Strategy):
         return chosen
 
     def callbacks(self, trainer: Trainer) -> list[TrainerCallback]:
-        callbacks = super().callbacks(trainer)
-        return callbacks + ([Projection(trainer, self.memories(trainer), self.gem_margin)] if self.strategy_data else [])
+        projection = [Projection(self.memories(trainer), self.gem_margin)] if self.strategy_data else []
+        return [*super().callbacks(trainer), *projection]
 
     def memories(self, trainer: Trainer) -> list[Batches]:
         """The remembered rows, task by task."""
@@ -87,8 +87,8 @@ class GEM(Strategy):
 class Projection(TrainerCallback):
     """Replaces the gradient of each step, after accumulation and clipping, by its projection."""
 
-    def __init__(self, trainer: Trainer, memories: list[Batches], margin: float):
-        self.trainer, self.memories, self.margin = trainer, memories, margin
+    def __init__(self, memories: list[Batches], margin: float):
+        self.memories, self.margin = memories, margin
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         parameters = trained(model)
