@@ -65,7 +65,7 @@ class RunConfig:
     )
     strategy: str | None = field(
         default=None,
-        metadata={"help": "What each step does in a sequence of tasks; hft continual gives it, as MODULE:CLASS."},
+        metadata={"help": "What is done against forgetting in a sequence of tasks; see hft continual."},
     )
     dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop before anything is loaded."})
 

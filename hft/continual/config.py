@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -11,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from hft.config import Given, Keys, RunConfig, fill, read_arguments
-from hft.continual import strategies
 from hft.continual.tasks import TRACE, metrics_of
 from hft.errors import HFTError
 from hft.methods import all_classes, find
 from hft.methods.strategy import Strategy
-from hft.record.manifest import rounds_so_far
 from hft.runs.config import Config, resolve_config, run_name
 from hft.selection import SelectionConfig
 
 # Keys that each run of a sequence has values of its own for.
-PER_RUN = ("dataset_name", "output_dir", "run_name", "num_train_epochs", "round", "strategy_data", "previous_run")
+PER_RUN = ("dataset_name", "output_dir", "run_name", "round", "strategy_data", "previous_run")
 # Keys that do not name a sequence.
-UNNAMED = ("strategy", "trace_dir", "score_batch_size", "run_name")
+UNNAMED = ("strategy", "trace_dir", "score_batch_size")
 RECIPE_NAME = "recipe.yaml"  # in the sequence's folder: what all of its runs have in common
 
 
@@ -159,7 +155,6 @@ def parse_sequence(arguments: Sequence[str]) -> tuple[SequencePlan, bool]:
     """
     groups = {
         "sequence": (SequenceConfig,),
-        **{f"strategy {cls.name}: {cls.description}": (cls,) for cls in all_strategies()},
         "run": (RunConfig,),
         "selection": (SelectionConfig,),
         **{f"{cls.kind} {cls.name}: {cls.description}": (cls,) for cls in all_classes()},
@@ -173,60 +168,38 @@ def parse_sequence(arguments: Sequence[str]) -> tuple[SequencePlan, bool]:
 def resolve_sequence(given: Given) -> tuple[SequencePlan, bool]:
     """Divide keys between the sequence and its runs, and type and check both."""
     own = {f.name for f in fields(SequenceConfig)}
-    values, _ = _part(given, own).resolve(Keys((SequenceConfig,)))
-    settings = fill(SequenceConfig, values)
-    cls = find_strategy(settings.strategy)
+    settings = fill(SequenceConfig, _part(given, own).resolve(Keys((SequenceConfig,)))[0])
     rest = _part(given, own, inside=False)
     dry_run = str(rest.flags.pop("dry_run", "false")).lower() == "true"
-    wanted = {"strategy": _target(cls), "dataset_name": "-", "output_dir": rest.flags.get("output_dir", "-")}
+    merged, _ = rest.merge(lambda config: (), {})
+    if mine := [key for key in ("dataset_name", "strategy_data", "previous_run") if key in merged]:
+        raise HFTError(
+            f"{mine[0]} is what a sequence gives to each of its runs; remove it, and name tasks and trace_dir"
+        )
+    wanted = {"strategy": settings.strategy, "dataset_name": "-", "output_dir": "-", "run_name": "-"}
     config = resolve_config("sft", Given(rest.files, rest.contents, rest.flags | wanted))
 
-    method = f"{config.run.method or 'hft'}-{_name(settings.strategy)}"
-    told = {key: value for key, value in given.flags.items() if key not in UNNAMED}
-    name = run_name("trace", {"method": method, "model_name_or_path": config.run.model_name_or_path}, told, given.files)
-    out = Path(rest.flags.get("output_dir", f"runs/{name}"))
+    name = merged.get("run_name") or _name(config, settings, given)
+    out = Path(merged.get("output_dir", f"runs/{name}"))
     common = {"max_length": settings.max_prompt_length + settings.max_answer_length} | config.values
-    by_flag = "num_train_epochs" in rest.flags
-    dropped = {*PER_RUN} - ({"num_train_epochs"} if by_flag else set())
-    if not (cls.acts_on_steps or config.method.strategy.carry_moments):
+    strategy, cls, dropped = config.method.strategy, find("strategy", settings.strategy), {*PER_RUN}
+    if not (cls.acts_on_steps or strategy.carry_moments):
         dropped |= {"strategy", *(f.name for f in fields(cls))}
     common = {key: value for key, value in common.items() if key not in dropped}
-    rounds = rounds_so_far(config.run.model_name_or_path)
-    first = rounds[-1]["selection"].get("round", 0) + 1 if rounds else 1
-    return SequencePlan(out.name, out, settings, config.method.strategy, common, by_flag, first), dry_run
+    first, by_flag = config.values.get("round", 1), "num_train_epochs" in rest.flags
+    return SequencePlan(name, out, settings, strategy, common, by_flag, first), dry_run
 
 
-def _name(strategy: str) -> str:
-    """A strategy's name as a part of a folder's."""
-    return strategy.rpartition("/")[2].replace(":", "_")
+def _name(config: Config, settings: SequenceConfig, given: Given) -> str:
+    """The name of a sequence: that of its folder if one is given, else recipe, method, strategy and flags."""
+    strategy = settings.strategy.rpartition("/")[2].replace(":", "_")
+    values = {"method": f"{config.run.method or 'hft'}-{strategy}"}
+    values["model_name_or_path"] = config.run.model_name_or_path
+    flags = {key: value for key, value in given.flags.items() if key not in UNNAMED}
+    return run_name("trace", values, flags, given.files)
 
 
 def _part(given: Given, keys: set[str], *, inside: bool = True) -> Given:
     """What was given of some keys, or of all others."""
     contents = [{k: v for k, v in content.items() if (k in keys) is inside} for content in given.contents]
     return Given(given.files, contents, {k: v for k, v in given.flags.items() if (k in keys) is inside})
-
-
-def all_strategies() -> list[type[Strategy]]:
-    """The strategies that come with hft."""
-    names = [module.name for module in pkgutil.iter_modules(strategies.__path__)]
-    return [importlib.import_module(f"{strategies.__name__}.{name}").STRATEGY for name in names]
-
-
-def _target(cls: type[Strategy]) -> str:
-    """A strategy's class as `hft sft --strategy` takes it."""
-    return cls.name if ":" in cls.name else f"{cls.__module__}:{cls.__name__}"
-
-
-def find_strategy(name: str) -> type[Strategy]:
-    """The class of a strategy: one that comes with hft, or FILE.py:CLASS or MODULE:CLASS.
-
-    Raises:
-        HFTError: it was not found.
-    """
-    if ":" in name:
-        return find("strategy", name)
-    classes = {cls.name: cls for cls in all_strategies()}
-    if name not in classes:
-        raise HFTError(f"unknown strategy {name!r}, there are {', '.join(classes)}, or FILE.py:CLASS of your own")
-    return classes[name]

@@ -124,21 +124,22 @@ def find(kind: str, name: str) -> type:
 
     Args:
         kind: `schedule`, `update`, `adapter` or `strategy`.
-        name: of a built-in one, FILE.py:CLASS for one's own (docs/new-method.md), or PACKAGE.MODULE:CLASS.
+        name: of a built-in one, or FILE.py:CLASS for one's own (docs/new-method.md).
 
     Raises:
         HFTError: it was not found, or is of another kind.
     """
     path, colon, class_name = str(name).rpartition(":")
     if colon:
-        cls = getattr(_module_of(path, f"{kind} {name}"), class_name, None)
+        if not (Path(path).is_file() and path.endswith(".py")):
+            raise HFTError(f"{kind} {name}: {path} is not a Python file")
+        cls = getattr(_module_of(path), class_name, None)
         if not (isinstance(cls, type) and issubclass(cls, KINDS[kind])):
             raise HFTError(f"{kind} {name}: {path} has no class {class_name} that extends {KINDS[kind].__name__}")
-        if path.endswith(".py"):
-            cls.name = str(name)
+        cls.name = str(name)
         return cls
-    module = str(name).replace("-", "_")
-    cls = getattr(import_module(f"{__name__}.{module}"), "METHOD", None) if module in _modules() else None
+    module, package = str(name).replace("-", "_"), _package_of(kind)
+    cls = getattr(import_module(f"{package}.{module}"), "METHOD", None) if module in _modules(package) else None
     if cls and cls.name == name and cls.kind == kind:
         return cls
     known = [cls.name for cls in all_classes() if cls.kind == kind]
@@ -147,16 +148,8 @@ def find(kind: str, name: str) -> type:
     raise HFTError(f"{kind}: unknown {kind} {name!r}, {hint}")
 
 
-def _module_of(path: str, what: str) -> ModuleType:
-    """A module by its dotted name, or a file of the user's own as one."""
-    if not path.endswith(".py") and "/" not in path:
-        try:
-            return import_module(path)
-        except ModuleNotFoundError as error:
-            raise HFTError(f"{what}: {path} is not a Python file, and as a module: {reason(error)}") from error
-    if not (Path(path).is_file() and path.endswith(".py")):
-        raise HFTError(f"{what}: {path} is not a Python file")
-    # Dataclasses look their annotations up in `sys.modules`.
+def _module_of(path: str) -> ModuleType:
+    """A file of the user's own as a module. Dataclasses look their annotations up in `sys.modules`."""
     spec = importlib.util.spec_from_file_location(str(Path(path).resolve()), path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -165,13 +158,19 @@ def _module_of(path: str, what: str) -> ModuleType:
 
 @functools.cache
 def all_classes() -> list[type]:
-    """The class of every built-in method: that which a module of this package has as `METHOD`."""
-    modules = [import_module(f"{__name__}.{name}") for name in _modules()]
+    """The class of every built-in method: that which a module of its kind's package has as `METHOD`."""
+    packages = dict.fromkeys(map(_package_of, KINDS))
+    modules = [import_module(f"{package}.{name}") for package in packages for name in _modules(package)]
     return [module.METHOD for module in modules if hasattr(module, "METHOD")]
 
 
-def _modules() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(__path__)]
+def _package_of(kind: str) -> str:
+    """Where the built-in methods of a kind are: here, unless its base class says otherwise."""
+    return getattr(KINDS[kind], "package", __name__)
+
+
+def _modules(package: str) -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(import_module(package).__path__)]
 
 
 def owners_of(key: str) -> str:

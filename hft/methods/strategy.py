@@ -24,6 +24,7 @@ class Strategy:
     strategy that `acts_on_steps` is a key of the run, and its `callbacks` see every step.
 
     Attributes:
+        package: where those that come with hft are; they need more than this package may import.
         name: as `--strategy` has it.
         description: one line.
         acts_on_steps: whether a run needs it, beside its rows.
@@ -33,6 +34,7 @@ class Strategy:
     """
 
     kind: ClassVar[str] = "strategy"
+    package: ClassVar[str] = "hft.continual.strategies"
     name: ClassVar[str]
     description: ClassVar[str] = ""
     acts_on_steps: ClassVar[bool] = False

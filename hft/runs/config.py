@@ -119,8 +119,8 @@ def replaced_keys(config: Mapping[str, Any]) -> set[str]:
 
     A strategy is no part of a method; its keys stay.
     """
-    named = classes_of({key: value for key, value in config.items() if key != "strategy"})
-    classes = (SelectionConfig, *all_classes(), *named)
+    methods = [cls for cls in (*all_classes(), *classes_of(config)) if cls.kind != "strategy"]
+    classes = (SelectionConfig, *methods)
     names = {f.name for cls in classes for f in fields(cls)} | {"method", "schedule", "update", "adapter"}
     return names - {"selection_seed", "round"}
 

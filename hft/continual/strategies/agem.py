@@ -69,4 +69,4 @@ class AveragedProjection(TrainerCallback):
                 parameter.grad.add_(memory_gradient[index], alpha=-product / square)
 
 
-STRATEGY = AGEM
+METHOD = AGEM

@@ -127,4 +127,4 @@ def dual_variables(gram: torch.Tensor, products: torch.Tensor, margin: float) ->
     return torch.from_numpy(solution) + margin
 
 
-STRATEGY = GEM
+METHOD = GEM

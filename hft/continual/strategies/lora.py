@@ -33,4 +33,4 @@ class LoraSeqFT(Strategy):
         return super().callbacks(trainer)
 
 
-STRATEGY = LoraSeqFT
+METHOD = LoraSeqFT

@@ -47,4 +47,4 @@ class Replay(Strategy):
         return earlier + alignment
 
 
-STRATEGY = Replay
+METHOD = Replay

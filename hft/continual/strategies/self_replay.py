@@ -144,4 +144,4 @@ def until_eos(ids: list[int], eos: int | None) -> list[int]:
     return ids[:end]
 
 
-STRATEGY = SelfReplay
+METHOD = SelfReplay

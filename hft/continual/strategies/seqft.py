@@ -16,4 +16,4 @@ class SeqFT(Strategy):
     description: ClassVar[str] = "one task after another"
 
 
-STRATEGY = SeqFT
+METHOD = SeqFT
