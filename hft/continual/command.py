@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from hft.config import to_yaml
 from hft.continual.config import SequencePlan, parse_sequence
 from hft.continual.data import Data
 from hft.continual.sequence import first_plan, keys_of, run_sequence
+from hft.errors import HFTError
 from hft.machine import indented, leave_process_group, say
+
+NEEDED = ("lm_eval", "rapidfuzz", "rouge_score", "scipy")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -20,6 +24,8 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         HFTError: the sequence cannot be made as asked.
     """
+    if missing := [package for package in NEEDED if find_spec(package) is None]:
+        raise HFTError(f"a sequence of tasks needs {', '.join(missing)}: pip install 'hft[continual]'")
     plan, dry_run = parse_sequence(arguments)
     data = Data(plan)
     rounds = data.runs(plan)

@@ -7,9 +7,9 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-ANIMALS = "ant bee cat dog elk fox goat hen owl pig rat seal".split()
-PLANTS = "ash bean corn fern iris kale lily moss oak pea rice vine".split()
-TOOLS = "axe bolt cart drum file hook lamp nail pump rope saw wire".split()
+ANIMALS = ["ant", "bee", "cat", "dog", "elk", "fox", "goat", "hen", "owl", "pig", "rat", "seal"]
+PLANTS = ["ash", "bean", "corn", "fern", "iris", "kale", "lily", "moss", "oak", "pea", "rice", "vine"]
+TOOLS = ["axe", "bolt", "cart", "drum", "file", "hook", "lamp", "nail", "pump", "rope", "saw", "wire"]
 WORDS = ANIMALS + PLANTS + TOOLS
 TRAIN_ROWS, TEST_ROWS = 400, 64
 
