@@ -44,6 +44,9 @@ class SequenceConfig:
     strategy: str = field(
         default="seqft", metadata={"help": "What is done against forgetting: a name, or FILE.py:CLASS of your own."}
     )
+    alignment: str | None = field(
+        default=None, metadata={"help": "Folder in trace_dir with general instructions that replay trains on too."}
+    )
     max_prompt_length: int = field(default=1024, metadata={"help": "Longest prompt in tokens; a longer one is cut."})
     max_answer_length: int = field(default=512, metadata={"help": "Longest answer in tokens, and most to generate."})
     score_start: bool = field(default=True, metadata={"help": "Score the base before the first round."})
@@ -60,7 +63,11 @@ class SequenceConfig:
             raise HFTError(f"tasks has {twice[0]} twice; a task is learned once")
         if not self.tasks:
             raise HFTError(f"tasks is empty; name some, such as {', '.join(TRACE)}")
-        if min(self.max_prompt_length, self.max_answer_length, self.test_rows or 1) < 1 or self.max_answer_length < 2:
+        if (
+            self.max_prompt_length < 1
+            or self.max_answer_length < 2
+            or (self.test_rows is not None and self.test_rows < 1)
+        ):
             raise HFTError("max_prompt_length and test_rows must be at least 1, and max_answer_length at least 2")
         self.metrics = metrics_of(self.tasks, self.metrics)
 

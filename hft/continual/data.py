@@ -25,8 +25,8 @@ class Data:
     """
 
     def __init__(self, plan: SequencePlan):
-        settings, extra = plan.settings, plan.strategy.alignment
-        extra = None if extra == "none" else extra
+        settings = plan.settings
+        extra = settings.alignment if plan.strategy.takes_alignment else None
         needed = dict.fromkeys(settings.tasks, "train test") | ({extra: "train"} if extra else {})
         folder = check_folder(settings.trace_dir, needed)
         self.train = [read_task(folder, task, "train") for task in settings.tasks]

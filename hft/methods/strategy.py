@@ -30,7 +30,7 @@ class Strategy:
         acts_on_steps: whether a run needs it, beside its rows.
         shardable: whether what it does in a run works on the shards of FSDP2.
         takes_adapter: whether it carries an adapter from task to task.
-        alignment: the folder in `trace_dir` whose rows `replay_rows` gets too, or `none`.
+        takes_alignment: whether it trains on rows of general instructions, if there are any.
     """
 
     kind: ClassVar[str] = "strategy"
@@ -40,7 +40,7 @@ class Strategy:
     acts_on_steps: ClassVar[bool] = False
     shardable: ClassVar[bool] = True
     takes_adapter: ClassVar[bool] = False
-    alignment: ClassVar[str] = "none"
+    takes_alignment: ClassVar[bool] = False
 
     carry_moments: bool = field(
         default=False,

@@ -22,14 +22,12 @@ class Replay(Strategy):
 
     name: ClassVar[str] = "replay"
     description: ClassVar[str] = "rows of earlier tasks and of an alignment set are trained on again"
+    takes_alignment: ClassVar[bool] = True
 
     replay_mode: Literal["after", "mixed"] = field(
         default="after", metadata={"help": "after: a pass of its own after each round; mixed: among the round's rows."}
     )
     replay_fraction: float = field(default=0.1, metadata={"help": "Fraction of each earlier task's rows."})
-    alignment: str = field(
-        default="Lima", metadata={"help": "Folder in trace_dir with instructions to replay too, or none."}
-    )
 
     def __post_init__(self):
         if not 0 <= self.replay_fraction <= 1:
