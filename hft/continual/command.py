@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from hft.config import to_yaml
 from hft.continual.config import SequencePlan, parse_sequence
 from hft.continual.data import Data
-from hft.continual.sequence import first_plan, keys_of, run_sequence
+from hft.continual.sequence import first_plan, keys_of, log_to_wandb, run_sequence
 from hft.errors import HFTError
-from hft.machine import indented, leave_process_group, say
+from hft.machine import indented, is_main, leave_process_group, say
 
 NEEDED = ("lm_eval", "rapidfuzz", "rouge_score", "scipy")
 
@@ -40,6 +40,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     matrix = run_sequence(plan, data)
     say("result", indented(matrix.table()), "", indented(matrix.report()), "", files(plan))
+    if is_main() and "wandb" in first.args.report_to:
+        say(log_to_wandb(plan, matrix))
     leave_process_group()
     return 0
 

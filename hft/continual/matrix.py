@@ -10,6 +10,7 @@ from typing import Any
 
 from hft.errors import HFTError, reason
 from hft.record.manifest import write_json
+from hft.record.scores import Score, Scores
 
 MATRIX_NAME = "matrix.json"
 START = "start"
@@ -66,7 +67,7 @@ class Matrix:
     rounds: list[str] = field(default_factory=list)
     scores: list[list[float | None]] = field(default_factory=list)
     others: dict[str, list[list[float | None]]] = field(default_factory=dict)
-    counts: list[int | None] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -88,9 +89,26 @@ class Matrix:
             "forgetting": dict(zip(self.tasks, forgetting(s, last), strict=False)),
         }
 
+    @property
+    def is_complete(self) -> bool:
+        return len(self.after_rounds) == len(self.tasks)
+
     def save(self, folder: str | Path) -> Path:
         """Write `matrix.json` with the summary, in one step."""
         return write_json(Path(folder) / MATRIX_NAME, asdict(self) | self.summary())
+
+    def scores_of_sequence(self, suite: str, model: str, model_sha256: str) -> Scores:
+        """OP and BWT after the last round, as scores of the whole sequence.
+
+        Args:
+            suite: under which they are saved.
+            model: that of the last round.
+            model_sha256: likewise.
+        """
+        found, n = self.summary(), sum(self.counts)
+        scores = [Score(name, name, found[name][-1], None, n) for name in ("op", "bwt")]
+        about = {key: self.about[key] for key in ("dtype", "versions")}
+        return Scores(suite, model, model_sha256, settings={"tasks": self.tasks}, scores=scores, **about)
 
     @classmethod
     def load(cls, folder: str | Path) -> Matrix:

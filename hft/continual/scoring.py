@@ -9,9 +9,9 @@ from typing import Any
 from hft.continual.metrics import METRICS
 from hft.evaluation.evaluate import Settings, evaluate
 from hft.evaluation.local import as_dataset
-from hft.evaluation.scores import Scores
 from hft.evaluation.suites import Benchmark
 from hft.methods.strategy import Row
+from hft.record.scores import Scores
 
 SUITE = "trace"
 

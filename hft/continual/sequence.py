@@ -13,7 +13,7 @@ from hft.continual.data import Data, write_rows
 from hft.continual.gradients import read_rows
 from hft.continual.matrix import MATRIX_NAME, START, Matrix
 from hft.continual.metrics import METRICS
-from hft.continual.scoring import score
+from hft.continual.scoring import SUITE, score
 from hft.errors import HFTError
 from hft.machine import broadcast, is_main, reset_peak_memory, say
 from hft.methods.strategy import Row
@@ -147,6 +147,29 @@ def add_row(
     matrix.about |= {"dtype": scores.dtype, "versions": scores.versions}
     if is_main():
         matrix.save(plan.out)
+        if matrix.is_complete:
+            matrix.scores_of_sequence(SUITE, model, scores.model_sha256).save(plan.out)
+
+
+def log_to_wandb(plan: SequencePlan, matrix: Matrix) -> str:
+    """Log a sequence to wandb: each task's score, OP and BWT over the rounds, and the matrix as a table.
+
+    Returns:
+        A sentence on where to find it.
+    """
+    import wandb
+
+    from hft.runs.tracking import open_run
+
+    run, where = open_run(name=plan.name, job_type="sequence", config=keys_of(plan))
+    with run:
+        rows = [[name, *row] for name, row in zip(matrix.rounds, matrix.scores, strict=True)]
+        run.log({"matrix": wandb.Table(["round", *matrix.tasks], rows)})
+        found = matrix.summary()
+        for t, row in enumerate(matrix.after_rounds):
+            scores = {task: value for task, value in zip(matrix.tasks, row, strict=True) if value is not None}
+            run.log(scores | {"round": t + 1, "OP": found["op"][t], "BWT": found["bwt"][t]})
+    return where
 
 
 def free_memory() -> None:

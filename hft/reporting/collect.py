@@ -174,7 +174,7 @@ def collect(folders: Iterable[str | Path]) -> Found:
         names = [name for name in EXTRAS if (folder / name).exists()]
         for name in names:
             extras[name][folder.name] = read_json(folder / name, EXTRAS[name])
-        if run := read_run(folder):
+        if "matrix.json" not in names and (run := read_run(folder)):  # a sequence is not a run
             runs.append(run)
         elif not names:
             raise HFTError(f"{folder} holds no run and no scores; give folders of runs, or of models that were scored")
