@@ -79,15 +79,15 @@ class Matrix:
         """OP and BWT after each round, and the other ways to count what was forgotten, after the last."""
         s = self.after_rounds
         last = len(s) - 1
-        if last < 0:
-            return {}
-        return {
+        found = {
             "op": [overall_performance(s, t) for t in range(len(s))],
             "bwt": [backward_transfer(s, t) for t in range(len(s))],
-            "bwt_earlier_tasks": backward_transfer_earlier(s, last),
-            "bwt_clipped": backward_transfer_clipped(s, last),
-            "forgetting": dict(zip(self.tasks, forgetting(s, last), strict=False)),
         }
+        if last < 0:
+            return found
+        found["bwt_earlier_tasks"] = backward_transfer_earlier(s, last)
+        found["bwt_clipped"] = backward_transfer_clipped(s, last)
+        return found | {"forgetting": dict(zip(self.tasks, forgetting(s, last), strict=False))}
 
     @property
     def is_complete(self) -> bool:
@@ -140,6 +140,6 @@ forgotten since the best score: {lost}"""
         for i, task in enumerate(self.tasks):
             rows.append([task, *("-" if row[i] is None else f"{row[i]:.1f}" for row in self.scores)])
         summary, skip = self.summary(), [""] * (len(self.scores) - len(self.after_rounds))
-        for name in ("op", "bwt") if summary else ():
+        for name in ("op", "bwt") if summary["op"] else ():
             rows.append([name.upper(), *skip, *(f"{value:.1f}" for value in summary[name])])
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)

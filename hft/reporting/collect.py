@@ -22,7 +22,7 @@ SEED_IN_NAME = re.compile(r"-(selection_|data_)?seed=\d+")
 ORIGINS = ("base", "model_name_or_path", "tuned", "models")  # settings that name other models
 FIRST = ("base", "fft", "hft")  # the order of methods; others follow by name
 # What `hft diff` and a sequence of runs write, and the keys that a report takes from it.
-EXTRAS = {"diff.json": ("layers", "rounds"), "matrix.json": ("tasks", "scores")}
+EXTRAS = {"diff.json": ("layers", "rounds"), "matrix.json": ("tasks", "rounds", "scores", "op", "bwt")}
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ def heatmap(matrix: Mapping[str, Any]) -> Figure:
             the rows.
     """
     tasks, scores = matrix["tasks"], matrix["scores"]
-    rounds = matrix.get("rounds") or range(1, len(scores) + 1)
+    rounds = matrix["rounds"]
     figure, axes = canvas("", "after round", 0.9 + 0.3 * len(scores))
     known = [(x, y, v) for y, row in enumerate(scores) for x, v in enumerate(row) if v is not None and isfinite(v)]
     top = max((value for *_, value in known), default=0) or 1
@@ -235,7 +235,7 @@ def heatmap(matrix: Mapping[str, Any]) -> Figure:
     axes.set(xlim=(0, len(tasks)), ylim=(len(scores), 0), frame_on=False)
     axes.grid(visible=False)
     axes.set_xticks([x + 0.5 for x in range(len(tasks))], tasks, rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_yticks([y + 0.5 for y in range(len(scores))], map(str, rounds))
+    axes.set_yticks([y + 0.5 for y in range(len(scores))], rounds)
     return figure
 
 
@@ -243,18 +243,16 @@ def task_curves(matrix: Mapping[str, Any]) -> Figure:
     """Learning and forgetting in a sequence of tasks: the score of each task over the rounds, and OP.
 
     Args:
-        matrix: as `heatmap` takes it.
+        matrix: as `heatmap` takes it, with `op` after each round.
     """
-    rounds = matrix.get("rounds") or range(1, len(matrix["scores"]) + 1)
     figure, axes = canvas("after round", "score, %")
     for number, task in enumerate(matrix["tasks"]):
         known = [(x, row[number]) for x, row in enumerate(matrix["scores"]) if row[number] is not None]
         style = look((MARKS[f"c{number % 6}"], SHAPES[number % len(SHAPES)]))
         axes.plot(*zip(*known, strict=True), label=task, **style) if known else None
-    if op := matrix.get("op"):
-        first = len(matrix["scores"]) - len(op)
-        axes.plot(range(first, first + len(op)), op, label="OP", color=MARKS["ink"], linewidth=2.5)
-    axes.set_xticks(range(len(rounds)), map(str, rounds), rotation=35, ha="right", rotation_mode="anchor")
+    first = len(matrix["scores"]) - len(matrix["op"])
+    axes.plot(range(first, first + len(matrix["op"])), matrix["op"], label="OP", color=MARKS["ink"], linewidth=2.5)
+    axes.set_xticks(range(len(matrix["rounds"])), matrix["rounds"], rotation=35, ha="right", rotation_mode="anchor")
     return with_legend(figure)
 
 

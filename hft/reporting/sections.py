@@ -304,7 +304,7 @@ def sequences(found: Found) -> Section:
         cells = [
             Cell(f"{matrix[column.lower()][-1]:.1f}", [(f"paper {papers[column]}", "")] if column in papers else [])
             for column in ("OP", "BWT")
-            if matrix.get(column.lower())
+            if matrix[column.lower()]
         ]
         rows += [[Cell(name), *cells]] if cells else []
     tables = [Table("After the last round, in %", [Cell(""), Cell("OP"), Cell("BWT")], rows)] if rows else []
