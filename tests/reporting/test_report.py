@@ -224,9 +224,9 @@ def test_up_and_right_is_better(runs):
     assert frontier(groups[:1], TASK_LOSS, DRIFT, styles) is None
 
 
-def test_a_matrix_without_a_start_counts_rounds_from_one():
+def test_a_score_that_is_no_number_is_not_drawn():
     (axes,) = heatmap({"tasks": ["a", "b"], "rounds": ["a", "b"], "scores": [[50, float("nan")], [40, 60]]}).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
     assert [text.get_text() for text in axes.texts] == ["50.0", "40.0", "60.0"]
 
 
