@@ -11,11 +11,13 @@ import yaml
 from transformers import AutoTokenizer
 
 from hft.cli import main
+from hft.continual.config import parse_sequence
 from hft.continual.matrix import Matrix
 from hft.continual.scoring import score
 from hft.continual.tasks import read_task, shorten_rows
 from hft.demo.tasks import write_tasks
 from hft.record.manifest import Manifest
+from hft.reporting.paper import read_runs
 from tests.conftest import error_of, identical, tensors
 
 RAW = "hft/demo/templates/raw.jinja"
@@ -247,3 +249,18 @@ def test_a_recipe_has_a_metric_and_a_batch_for_each_task(recipe, tmp_path, tiny,
         assert "global batch 128" in out
         epochs = [float(re.search(r"num_train_epochs (\S+)", line)[1]) for line in runs[::2]]
         assert epochs == [5, 3, 7, 5, 3, 5, 5, 7]
+
+
+def test_the_commands_of_the_papers_rows_leave_the_folders_that_their_scores_are_read_from():
+    checked = 0
+    for run, (_, made) in read_runs().items():
+        target, *words = shlex.split(made[-1])[1:]
+        if not target.startswith("trace-"):
+            continue
+        given = dict(word.split("=", 1) for word in words)
+        files = [f"recipes/{given['MODEL']}/trace.yaml", f"recipes/methods/{target.removeprefix('trace-')}.yaml"]
+        flags = ["--strategy", given["STRATEGY"], *shlex.split(given.get("ARGS", ""))]
+        plan, _ = parse_sequence(["--config", *files, *flags])
+        assert str(plan.out) == f"runs/{run}"
+        checked += 1
+    assert checked > 15
