@@ -49,7 +49,7 @@ P := $(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' recipes/$(MODEL)/
 S := runs/$(MODEL)-sft-fft
 D := runs/$(MODEL)-dpo-fft-from-$(notdir $(S))
 
-.PHONY: help install eval report forgetting sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo lint test test-slow \
+.PHONY: help install trace-mini eval report forgetting sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo lint test test-slow \
 	test-gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -59,6 +59,7 @@ help:
 	@echo "make sft-METHOD [MODEL=smollm2-135m] [ARGS='--key value ...'] [NUM_GPUS=n]"
 	@echo "make dpo-METHOD [MODEL=...] [FROM=runs/an-sft-run] [ARGS=...] [NUM_GPUS=n]"
 	@echo "make trace-METHOD [MODEL=...] [STRATEGY=seqft|replay|gem|agem|self-replay|lora] [ARGS=...] [NUM_GPUS=n]"
+	@echo "make trace-mini [ARGS=...]    what each method learns and forgets over six tasks, 20 minutes on a laptop"
 	@echo "make sweep-ratios | runtimes [MODEL=...]    the ten ratios of Table 10, and the time of each"
 	@echo "make sweep-seeds [MODEL=...]                five selections, as in Table 14"
 	@echo "make reset [MODEL=$(firstword $(RESETS))|$(lastword $(RESETS))] [ARGS=...]    Half-Reset: Figure 1"
@@ -96,6 +97,10 @@ dpo-%: $(INSTALLED) $(LOCAL_FILES)
 # A sequence of tasks: `hft continual` trains and scores all rounds. Rerun it to resume.
 trace-%: $(INSTALLED) $(LOCAL_FILES) $(LOCAL_TASKS)
 	$(call run,continual,trace,$*,--strategy $(STRATEGY)) --strategy $(STRATEGY) $(ARGS)
+
+# What each method learns and forgets over six small tasks: benchmarks/trace_mini.yaml. Stopped anywhere, it goes on.
+trace-mini: $(INSTALLED)
+	$(BIN)/python benchmarks/trace_mini.py $(ARGS)
 
 # Table 10: the fractions of the attention and of the MLP matrices of each layer that train. Its 50.0% is HFT, its 100%
 # FFT, in which all norms train too.

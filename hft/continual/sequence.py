@@ -46,7 +46,6 @@ def run_sequence(plan: SequencePlan, data: Data) -> Matrix:
     Raises:
         HFTError: the folder holds another sequence, or a run cannot be made or does not pass verify.
     """
-    check_same_sequence(plan)
     rounds = data.runs(plan)
     broadcast(prepare(plan, data) if is_main() else None)
     tests = {task: read_rows(plan.data(f"{task}-test")) for task in plan.settings.tasks}
@@ -74,8 +73,6 @@ def check_same_sequence(plan: SequencePlan) -> None:
     Raises:
         HFTError: it does; the sentence names every key that differs.
     """
-    if not (plan.out / SEQUENCE_NAME).exists():
-        return
     ours, theirs = (comparable(values) for values in (keys_of(plan), read_config(plan.out / SEQUENCE_NAME)))
     if found := differences(ours, theirs):
         raise HFTError(
@@ -92,8 +89,13 @@ def keys_of(plan: SequencePlan) -> dict:
 
 
 def prepare(plan: SequencePlan, data: Data) -> None:
-    """Write what all runs have in common, and the rows of each; `sequence.yaml` comes last."""
+    """Write what all runs have in common, and the rows of each, unless that is done; `sequence.yaml` comes last.
+
+    Raises:
+        HFTError: the folder holds another sequence, or cannot be written.
+    """
     if (plan.out / SEQUENCE_NAME).exists():
+        check_same_sequence(plan)
         return
     try:
         plan.out.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from hft.cli import main
 from hft.continual.config import parse_sequence
+from hft.continual.data import Data
 from hft.continual.matrix import Matrix
 from hft.continual.scoring import score
 from hft.continual.tasks import read_task, shorten_rows
@@ -184,6 +185,17 @@ def test_dry_run_writes_nothing(tmp_path, tiny, tasks, capsys):
     out = capsys.readouterr().out
     assert out.index("01-Swap") < out.index("02-First")
     assert "training rows, 2 steps" in out
+
+
+def test_the_documents_own_strategy_chooses_rows(tmp_path, tiny, tasks):
+    example = Path("docs/examples/balanced_replay.py").read_text()
+    [shown] = re.findall(r"```python\n(.*?)```", Path("docs/continual.md").read_text(), re.DOTALL)
+    assert shown in example
+    own = "docs/examples/balanced_replay.py:BalancedReplay"
+    plan, _ = parse_sequence(sequence(tiny, tasks, tmp_path / "out", "--replay_seed", "1", strategy=own)[1:])
+    data = Data(plan)
+    assert [len(data.of_round(plan, number)["train"]) for number in (0, 1)] == [400, 800]
+    assert {row["prompt"].split("\n")[0] for row in data.of_round(plan, 1)["train"][400:]} == {"Give the first word."}
 
 
 @pytest.mark.parametrize(
