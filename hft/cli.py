@@ -18,6 +18,10 @@ from hft.errors import HFTError
 COMMANDS = {
     "sft": ("hft.runs.command:sft", "fine-tune on demonstrations: --config RECIPE.yaml [METHOD.yaml] [--key value]"),
     "dpo": ("hft.runs.command:dpo", "align with preferences: --config RECIPE.yaml [METHOD.yaml] [--key value]"),
+    "continual": (
+        "hft.continual.command:main",
+        "learn one task after another, and score all after each: --config TRACE.yaml [METHOD.yaml] [--strategy NAME]",
+    ),
     "plan": ("hft.runs.command:plan", "print what `sft` or `dpo` would do, with its selection and memory, and stop"),
     "verify": ("hft.record.command:verify", "compare a model's frozen half with its base, bit by bit"),
     "reset": ("hft.merging.reset:main", "Half-Reset: put what would be frozen back to the base"),

@@ -63,6 +63,10 @@ class RunConfig:
     adapter: str | None = field(
         default=None, metadata={"help": "Train an adapter instead: lora, qlora, adalora, p-tuning, p-tuning-v2, osf."}
     )
+    strategy: str | None = field(
+        default=None,
+        metadata={"help": "What is done against forgetting in a sequence of tasks; see hft continual."},
+    )
     dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop before anything is loaded."})
 
 

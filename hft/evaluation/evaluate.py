@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -118,15 +118,22 @@ def _weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def evaluate(model: str, suite: str, settings: Settings | None = None, out: str | Path | None = None) -> Scores:
+def evaluate(
+    model: str,
+    suite: str,
+    settings: Settings | None = None,
+    out: str | Path | None = None,
+    own: Sequence[tuple[Benchmark, dict[str, Any]]] = (),
+) -> Scores:
     """Score a model on a suite.
 
     Args:
         model: a model, a run's folder, an adapter, a checkpoint, or a Hub id.
-        suite: a key of `SUITES`.
+        suite: a key of `SUITES`, or the name of a suite of one's own.
         settings: how.
         out: folder whose `scores/SUITE.json` is written after each benchmark. Benchmarks that it already holds for the
             same weights and settings are not run again.
+        own: the benchmarks of a suite of one's own, each with its config as lm-eval takes it.
 
     Returns:
         The scores; under `accelerate launch` they are complete in the first process only.
@@ -140,10 +147,11 @@ def evaluate(model: str, suite: str, settings: Settings | None = None, out: str 
     subject = subject_of(model, settings.base)
     settings = _resolved(suite, subject, settings)
     scores, lm = _earlier(suite, subject, settings, out), None
-    for benchmark in _chosen(suite, settings):
+    specs = {benchmark.name: spec for benchmark, spec in own}
+    for benchmark in [benchmark for benchmark, _ in own] or _chosen(suite, settings):
         if scores.find(benchmark.name):
             continue
-        spec = _spec(benchmark, subject, settings)
+        spec = specs.get(benchmark.name) or _spec(benchmark, subject, settings)
         if spec is None:
             continue
         lm = lm or open_lm(subject, settings)

@@ -115,8 +115,12 @@ def keys_of(objective: str, given: Given) -> Keys:
 
 
 def replaced_keys(config: Mapping[str, Any]) -> set[str]:
-    """The keys that a method's file resets: all of the selection, of every method, and of those the config names."""
-    classes = (SelectionConfig, *all_classes(), *classes_of(config))
+    """The keys that a method's file resets: all of the selection, of every method, and of those the config names.
+
+    A strategy is no part of a method; its keys stay.
+    """
+    methods = [cls for cls in (*all_classes(), *classes_of(config)) if cls.kind != "strategy"]
+    classes = (SelectionConfig, *methods)
     names = {f.name for cls in classes for f in fields(cls)} | {"method", "schedule", "update", "adapter"}
     return names - {"selection_seed", "round"}
 
