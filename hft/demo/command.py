@@ -26,7 +26,8 @@ def demo(arguments: Sequence[str]) -> int:
     parser.add_argument("folder", metavar="FOLDER", nargs="?", default="data", help="default: data")
     folder = parser.parse_args(arguments).folder
     from hft.demo.data import write_demo_data
+    from hft.demo.tasks import write_demo_tasks
 
-    for name, count in write_demo_data(folder).items():
+    for name, count in (write_demo_data(folder) | write_demo_tasks(folder)).items():
         print(f"{folder}/{name}: {count:,} rows")
     return 0

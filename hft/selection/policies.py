@@ -240,7 +240,7 @@ class Selection:
     def num_trained_in_layers(self) -> int:
         """Trained parameters in the layers."""
         whole = sum(p.numel for parts in self._trained_of.values() for p, trains in parts if trains)
-        for name in self.trained_masks.keys() & self.frozen_masks.keys():
+        for name in self.trained_masks.keys() & self.frozen_masks.keys() & self._trained_of.keys():
             parts = self._trained_of[name]
             mask, shape = self.frozen_masks[name], parts[0][0].shape
             trained = (~mask.tensor()).sum().item() * (math.prod(shape) // math.prod(mask.shape))
