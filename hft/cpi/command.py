@@ -52,10 +52,11 @@ def run_stages(plan: Plan, stages: Sequence[str], *, alone: bool = False) -> Non
     from hft.cpi.fuse import fuse
     from hft.cpi.group import group
     from hft.cpi.probe import probe
-    from hft.cpi.runs import in_main_process
+    from hft.cpi.runs import in_main_process, join_processes
     from hft.cpi.tasks import write_tasks
     from hft.cpi.train import train
 
+    join_processes(plan.values)
     in_main_process(lambda: save_config(plan))
     if "probe" in stages:
         if alone or plan.config.needs_cores:

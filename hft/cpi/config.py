@@ -10,20 +10,16 @@ from typing import Any, Literal
 
 from hft.config import Keys, RunConfig, fill, read_arguments
 from hft.errors import HFTError
-from hft.runs.config import ALIASES, check_base_is_a_model, run_name
+from hft.evaluation.evaluate import Settings
+from hft.evaluation.suites import SUITES
+from hft.runs.config import ALIASES, check_base_is_a_model, name_of
 from hft.runs.objective import config_class
 
 # Keys of a single run that the stages set themselves.
 OF_A_STAGE = (
-    "dataset_name",
-    "dataset_config",
-    "dataset_revision",
-    "dataset_train_split",
-    "dataset_test_split",
-    "schedule",
-    "update",
+    "dataset_name dataset_config dataset_revision dataset_train_split dataset_test_split schedule update adapter"
 )
-OF_A_STAGE += ("adapter", "run_name", "resume_from_checkpoint")
+OF_A_STAGE = (*OF_A_STAGE.split(), "run_name", "resume_from_checkpoint")
 STAGES = ("probe", "group", "fuse", "train", "score")
 HELP = f"Core parameter isolation (CPI-FT). The first word may be one stage, {', '.join(STAGES)}; by default all run."
 
@@ -50,6 +46,8 @@ class Task:
     probe: str | None = None
 
     def __post_init__(self):
+        if self.benchmark:
+            suite_of(self.benchmark)
         if (self.prompt is None) != (self.completion is None):
             raise HFTError("a task's prompt and completion are templates that belong together; give both")
 
@@ -206,6 +204,9 @@ def make_plan(values: dict[str, Any], flags: Mapping[str, Any], files: Sequence[
     if not values.get("model_name_or_path"):
         raise HFTError("model_name_or_path is needed: give a recipe with --config, or the base as a flag")
     check_base_is_a_model(values["model_name_or_path"])
+    for stage in ("probe", "train"):
+        values = values | {stage: typed(stage, values.get(stage), RunConfig, config_class("sft"))}
+    values = values | {"eval": typed("eval", values.get("eval"), Settings)}
     config, own = fill(CPIConfig, values), {f.name for f in fields(CPIConfig)}
     tasks = {name: make_task(name, given) for name, given in (config.tasks or {}).items()}
     if len(tasks) < 2:
@@ -218,12 +219,13 @@ def make_plan(values: dict[str, Any], flags: Mapping[str, Any], files: Sequence[
     if "model_name_or_path" in flags and "architecture" not in flags:
         values = {key: value for key, value in values.items() if key != "architecture"}  # it is the recipe's model's
 
-    name = run_name("cpi", values | {"method": values.get("method", "ft")}, dict(flags), files)
+    arm = [values["method"]] if values.get("method") else []
+    name = name_of(values, dict(flags), files, "cpi", *arm)
     values = values | {"output_dir": values.get("output_dir", f"runs/{name}")}
     probes = config.probe_dir or f"{values['output_dir']}/probes"
     if not config.probe_dir and "output_dir" not in flags and files:
         of_probes = {key: value for key, value in flags.items() if key not in own - {"tasks", "probe"}}
-        probes = f"runs/{run_name('cpi', values | {'method': 'probes'}, of_probes, files)}"
+        probes = f"runs/{name_of(values, of_probes, files, 'cpi', 'probes')}"
     sft = {key: value for key, value in values.items() if key not in own | {"method", "output_dir", "dry_run"}}
     return Plan(values, config, tasks, sft, Path(values["output_dir"]), Path(probes))
 
@@ -234,16 +236,25 @@ def make_task(name: str, given: Mapping[str, Any]) -> Task:
     Raises:
         HFTError: an unknown key, a value of the wrong type, no dataset, or a name that cannot be a folder's.
     """
-    keys = Keys((Task,))
     if not re.fullmatch(r"[\w.-]+", name):
         raise HFTError(f"task {name!r}: a name is letters, digits, '.', '-' and '_', since folders are named after it")
+    values = typed(f"task {name}", given, Task)
+    if "dataset_name" not in values:
+        raise HFTError(f"task {name}: dataset_name is needed")
+    return fill(Task, values)
+
+
+def typed(where: str, given: Mapping[str, Any] | None, *classes: type) -> dict[str, Any]:
+    """A mapping inside the config with its values as the types of some dataclasses' fields.
+
+    Raises:
+        HFTError: an unknown key or a value of the wrong type, and where.
+    """
+    keys = Keys(classes, aliases=ALIASES)
     try:
-        values = {key: keys.convert(key, value) for key, value in given.items()}
-        if "dataset_name" not in values:
-            raise HFTError("dataset_name is needed")
-        return fill(Task, values)
+        return {key: keys.convert(ALIASES.get(key, key), value) for key, value in (given or {}).items()}
     except HFTError as error:
-        raise HFTError(f"task {name}: {error}") from error
+        raise HFTError(f"{where}: {error}") from error
 
 
 def check_tasks_named(key: str, named: Sequence[str] | Sequence[Sequence[str]] | None, tasks: Iterable[str]) -> None:
@@ -257,3 +268,16 @@ def check_tasks_named(key: str, named: Sequence[str] | Sequence[Sequence[str]] |
     names = [name for entry in named for name in ([entry] if isinstance(entry, str) else entry)]
     if sorted(names) != sorted(tasks):
         raise HFTError(f"{key} must name each task once ({', '.join(tasks)}), got {', '.join(names)}")
+
+
+def suite_of(benchmark: str) -> str:
+    """The suite of `hft eval` that has a benchmark.
+
+    Raises:
+        HFTError: none has it.
+    """
+    for suite, benchmarks in SUITES.items():
+        if benchmark in {one.name for one in benchmarks}:
+            return suite
+    known = ", ".join(one.name for benchmarks in SUITES.values() for one in benchmarks)
+    raise HFTError(f"no suite of hft eval has a benchmark {benchmark!r}; there are {known}")

@@ -17,16 +17,16 @@ import torch
 
 from hft.cpi.config import Plan
 from hft.cpi.group import load_groups
-from hft.cpi.probe import Core, start_of
+from hft.cpi.probe import start_of
 from hft.cpi.runs import in_main_process, is_current, replaced_folder
-from hft.cpi.train import train_groups
+from hft.cpi.train import core_folders, train_groups
 from hft.errors import HFTError
 from hft.machine import say
-from hft.merging.checkpoint import Checkpoint, check_alike, write_model, zip_chunks
+from hft.merging.checkpoint import CHUNK_NUMEL, Checkpoint, check_alike, write_model, zip_chunks
 from hft.merging.operators import COLINEAR_COS, arc_factors, weighted_sum
 from hft.model.weights import weight_files
 from hft.record.manifest import write_json
-from hft.selection.masks import MASKS_NAME, Masks
+from hft.selection.masks import MASKS_NAME, Mask, Masks
 
 FUSED_NAME = "fuse.json"
 
@@ -70,12 +70,13 @@ def fuse(plan: Plan) -> Path:
         say("backbone: the groups train without fusion", "")
         backbone = train_groups(plan, groups, base, plan.out / "backbone")[-1]
     tasks = [task for names in groups for task in names]
-    cores = [plan.core_of(task, random=config.freeze == "random-cores") for task in tasks]
+    cores = core_folders(plan, tasks, random=config.freeze == "random-cores")
     probes = [str(plan.probe_of(task)) for task in tasks]
-    names = probes, [str(core) for core in cores], backbone and str(backbone), str(base)
-    what, out = Fusion(*names, config.overlap, config.omega), plan.out / "fused"
-    models = [Path(name) for name in (*probes, str(base), *([str(backbone)] if backbone else []))]
-    inputs = [*(core / MASKS_NAME for core in cores), *(path for model in models for path in weight_files(model))]
+    what = Fusion(probes, cores, backbone and str(backbone), str(base), config.overlap, config.omega)
+    models = [model for model in (*probes, what.base, what.backbone) if model]
+    inputs = [path for model in models for path in weight_files(Path(model))]
+    inputs += [Path(core) / MASKS_NAME for core in cores]
+    out = plan.out / "fused"
 
     def write() -> None:
         if not is_current(out / FUSED_NAME, asdict(what), *inputs):
@@ -97,23 +98,17 @@ def write_fused(out: Path, what: Fusion) -> str:
     base, probes = Checkpoint.open(what.base), [Checkpoint.open(name) for name in what.probes]
     models = probes if what.backbone is None else [Checkpoint.open(what.backbone), *probes]
     check_alike(base, *(model for model in models if model.folder.resolve() != base.folder.resolve()))
-    cores = [Masks(core) for core in what.cores]
-    for folder in what.cores:
-        Core.load(Path(folder))
-    if any(core.shapes != {name: tuple(base.specs[name].shape) for name in base.parameters} for core in cores):
-        raise HFTError(
-            f"{what.cores[0]} is not a core of {base.name}, or another core is not; run `hft cpi probe` again"
-        )
+    cores, shapes = [Masks(core) for core in what.cores], {key: tuple(base.specs[key].shape) for key in base.parameters}
+    if wrong := [folder for folder, core in zip(what.cores, cores, strict=True) if core.shapes != shapes]:
+        raise HFTError(f"{wrong[0]} is not a core of {base.name}; run `hft cpi probe` again")
     branches, claims = Counter(), Counter()
 
     def chunks(name: str) -> Iterator[torch.Tensor]:
         factors, branch = interpolation(models, name, what)
         branches[branch] += 1
-        masks = [core[name].tensor().reshape(-1) for core in cores]
-        end = 0
-        for values in zip_chunks([base, *models], name):
-            start, end = end, end + len(values[0])
-            inside = torch.stack([mask[start:end] for mask in masks])
+        masks = [core[name].bits.split(CHUNK_NUMEL // 8) for core in cores]
+        for values, bits in zip(zip_chunks([base, *models], name), zip(*masks, strict=True), strict=True):
+            inside = torch.stack([Mask(one, values[0].shape).tensor() for one in bits])
             claims.update(dict(enumerate(torch.bincount(inside.sum(0)).tolist())))
             claimed = transplant(values[-len(probes) :], inside, values[0], what.overlap)
             yield torch.where(inside.any(0), claimed, weighted_sum(values[1:], factors))

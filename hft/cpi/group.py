@@ -70,6 +70,11 @@ def load_groups(plan: Plan) -> list[list[str]]:
     return groups
 
 
+def run_names(groups: Sequence[Sequence[str]]) -> list[str]:
+    """The names of the groups' runs: their number, and their tasks."""
+    return [f"{number}-{'+'.join(names)}" for number, names in enumerate(groups, 1)]
+
+
 def compare_cores(plan: Plan, tasks: Sequence[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The similarity of a plan's cores and their shares of each block (`shares_of`); the picture goes to `cores.png`.
 

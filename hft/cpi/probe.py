@@ -22,7 +22,7 @@ from hft.cpi.tasks import write_tasks
 from hft.errors import HFTError, reason
 from hft.freezing import HALF_PRECISION
 from hft.machine import say
-from hft.merging.checkpoint import Checkpoint, check_alike, new_folder, write_model, write_safetensors, zip_chunks
+from hft.merging.checkpoint import Checkpoint, check_alike, write_model, write_safetensors, zip_chunks
 from hft.merging.operators import MagnitudePruner, generator_of, magnitude_bits
 from hft.model.weights import weight_files
 from hft.record.manifest import MANIFEST_NAME, Manifest, absolute_or_hub_id, write_json
@@ -97,7 +97,7 @@ def probe(plan: Plan) -> dict[str, Core]:
         if not plan.tasks[task].probe:
             say(f"probe {task}")
             values = {"model_name_or_path": str(base), "dataset_name": str(plan.data_of(task)), "method": "fft"}
-            train_sft(run, plan.sft | values | {"policy": "all"} | (plan.config.probe or {}), *weight_files(base))
+            train_sft(run, plan.sft | plan.config.probe | values | {"policy": "all"}, *weight_files(base))
         cores[task] = in_main_process(lambda run=run, task=task: core_of_run(run, base, plan, task))
     return cores
 
@@ -107,20 +107,27 @@ def start_of(plan: Plan) -> Path:
 
     All runs save their weights in the dtypes of their base. In bf16 most of a step at 2e-5 is rounded away, and what is
     left of the largest changes depends on how large the weights are.
+
+    Raises:
+        HFTError: the base cannot be opened, or the folder has probes of another one.
     """
 
     def start() -> Path:
         base, out = Checkpoint.open(plan.base), plan.probes / "base"
-        if all(spec.dtype not in HALF_PRECISION for spec in base.specs.values()):
-            return base.folder
-        if not (out.exists() and not any(s.dtype in HALF_PRECISION for s in Checkpoint.open(str(out)).specs.values())):
-            say(f"writing {plan.base} in fp32 to {out}, so that no run rounds what it has learned")
+        record, made = plan.probes / "base.json", {"base": absolute_or_hub_id(plan.base)}
+        if record.exists() and not is_current(record, made, *weight_files(base.folder)):
+            raise HFTError(f"{plan.probes} holds probes of another base; give another --probe_dir, or remove it")
+        in_half = any(spec.dtype in HALF_PRECISION for spec in base.specs.values())
+        if in_half and not (record.exists() and out.exists()):
+            say(f"writing {plan.base} in fp32 to {out}, so that no run rounds what it has learned", "")
             specs = {name: spec.float() if spec.dtype in HALF_PRECISION else spec for name, spec in base.specs.items()}
-            with new_folder(out) as folder:
+            with replaced_folder(out, "config.json") as folder:
                 write_model(folder, base, base.fp32_chunks, specs=specs)
                 base.config.dtype = torch.float32
                 base.config.save_pretrained(folder)
-        return out
+        plan.probes.mkdir(parents=True, exist_ok=True)
+        write_json(record, made)
+        return out if in_half else base.folder
 
     return in_main_process(start)
 

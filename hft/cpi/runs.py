@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hft.errors import HFTError
-from hft.machine import broadcast, is_main, say
+from hft.machine import broadcast, is_main, say, world_size
 from hft.merging.checkpoint import new_folder
 from hft.model.weights import weight_files
 from hft.runs.config import load_config
-from hft.runs.plan import make_plan
+from hft.runs.plan import machine_settings, make_plan
 from hft.runs.result import CONFIG_NAME, RunResult
 from hft.runs.train import train
 
@@ -41,6 +41,14 @@ def train_sft(out: Path, values: Mapping[str, Any], *inputs: Path) -> RunResult:
     if not result.ok:
         raise HFTError(f"verify failed for {out}: see above")
     return result
+
+
+def join_processes(values: Mapping[str, Any]) -> None:
+    """Start torch.distributed as a trainer would, for the work of the first process that comes before any trainer."""
+    if world_size() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=bool((dict(values) | machine_settings(dict(values))).get("use_cpu")))
 
 
 def in_main_process(function: Callable[[], T]) -> T:

@@ -7,14 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hft.cpi.config import Plan
-from hft.cpi.group import load_groups
+from hft.cpi.config import Plan, suite_of
+from hft.cpi.group import load_groups, run_names
 from hft.cpi.probe import start_of
 from hft.cpi.tasks import TEST, read_rows
 from hft.errors import HFTError
 from hft.evaluation.evaluate import Settings, evaluate, losses_on
-from hft.evaluation.scores import Score
-from hft.evaluation.suites import SUITES
+from hft.evaluation.scores import Score, scores_of
 from hft.machine import indented, say
 from hft.record.manifest import write_json
 from hft.runs.result import RESULTS_NAME
@@ -43,11 +42,12 @@ def score(plan: Plan) -> dict[str, dict[str, Score]]:
         losses = losses_on(str(folder), "cpi", rows, final, out)
         found[name] = {task: losses.find(task) for task in plan.tasks}
         for task, benchmark in ((name, task.benchmark) for name, task in plan.tasks.items() if task.benchmark):
-            scores = evaluate(
-                str(folder), suite_of(benchmark), Settings(tasks=(benchmark,), **plan.config.eval or {}), out
-            )
+            settings = Settings(**plan.config.eval | {"tasks": (benchmark,)})
+            scores = evaluate(str(folder), suite_of(benchmark), settings, out)
             found[name][task] = scores.find(benchmark) or found[name][task]
     content = {name: {task: asdict(value) for task, value in by_task.items()} for name, by_task in found.items()}
+    for scores in scores_of(final).values():  # where `hft paper` looks for them
+        scores.save(plan.out)
     write_json(plan.out / SCORES_NAME, {"scores": content, **measures(groups, found)})
     say(table(plan, groups, found), "", f"{plan.out / SCORES_NAME}")
     return found
@@ -59,15 +59,9 @@ def models_of(plan: Plan, groups: Sequence[Sequence[str]]) -> dict[str, Path]:
     Raises:
         HFTError: the last group has not been trained.
     """
-    models = {alone(task): plan.probe_of(task) for task in sorted(plan.tasks)}
-    stages = [("backbone ", plan.out / "backbone"), ("fused", plan.out / "fused"), ("", plan.out / "groups")]
-    for label, folder in stages:
-        if label == "fused":
-            models[label] = folder
-            continue
-        models |= {
-            f"{label}{n}-{'+'.join(names)}": folder / f"{n}-{'+'.join(names)}" for n, names in enumerate(groups, 1)
-        }
+    models, names = {alone(task): plan.probe_of(task) for task in sorted(plan.tasks)}, run_names(groups)
+    models |= {f"backbone {name}": plan.out / "backbone" / name for name in names} | {"fused": plan.out / "fused"}
+    models |= {name: plan.out / "groups" / name for name in names}
     *_, last = models.values()
     if not (last / RESULTS_NAME).exists():
         raise HFTError(f"{last} is not there, or not finished: run `hft cpi train` first")
@@ -77,19 +71,6 @@ def models_of(plan: Plan, groups: Sequence[Sequence[str]]) -> dict[str, Path]:
 def alone(task: str) -> str:
     """What a table calls the model that was fine-tuned on a task alone."""
     return f"{task} alone"
-
-
-def suite_of(benchmark: str) -> str:
-    """The suite of `hft eval` that has a benchmark.
-
-    Raises:
-        HFTError: none has it.
-    """
-    for suite, benchmarks in SUITES.items():
-        if benchmark in {one.name for one in benchmarks}:
-            return suite
-    known = ", ".join(one.name for benchmarks in SUITES.values() for one in benchmarks)
-    raise HFTError(f"no suite of hft eval has a benchmark {benchmark!r}; there are {known}")
 
 
 def measures(groups: Sequence[Sequence[str]], found: Mapping[str, Mapping[str, Score]]) -> dict[str, Any]:
@@ -105,9 +86,8 @@ def measures(groups: Sequence[Sequence[str]], found: Mapping[str, Mapping[str, S
     tasks = [task for names in groups for task in names]
     single = {task: found[alone(task)][task] for task in tasks if alone(task) in found}
     forgetting = {}
-    for number, names in enumerate(groups, 1):
-        after = found[f"{number}-{'+'.join(names)}"]
-        forgetting |= {task: 100 * (1 - ratio(final[task], after[task])) for task in names}
+    for run, names in zip(run_names(groups), groups, strict=True):
+        forgetting |= {task: 100 * (1 - ratio(final[task], found[run][task])) for task in names}
     result: dict[str, Any] = {"forgetting": forgetting}
     if len(single) == len(tasks):
         result["normalized"] = sum(ratio(final[task], single[task]) for task in single) / len(single)

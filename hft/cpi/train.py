@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hft.cpi.config import Plan
-from hft.cpi.group import load_groups
+from hft.cpi.group import load_groups, run_names
 from hft.cpi.probe import CORE_NAME, start_of
 from hft.cpi.runs import in_main_process, is_current, train_sft
 from hft.cpi.tasks import TRAIN, write_sample
@@ -52,15 +52,14 @@ def train_groups(plan: Plan, groups: Sequence[Sequence[str]], start: Path, out: 
         The runs' folders, in order.
     """
     runs = []
-    for index, names in enumerate(groups):
-        name = f"{index + 1}-{'+'.join(names)}"
+    for index, (name, names) in enumerate(zip(run_names(groups), groups, strict=True)):
         data = plan.out / "data" / name
         in_main_process(lambda names=names, data=data: sample(plan, names, data))
         say(f"group {index + 1} of {len(groups)}: {', '.join(names)}")
         selection = selection_of(plan, groups, index)
         values = {"model_name_or_path": str(start), "dataset_name": str(data), "method": "cpi", **selection}
         cores = [Path(core) / MASKS_NAME for core in selection.get("cores", ())]
-        train_sft(out / name, plan.sft | (plan.config.train or {}) | values, *weight_files(start), *cores)
+        train_sft(out / name, plan.sft | plan.config.train | values, *weight_files(start), *cores)
         start = out / name
         runs.append(start)
     return runs

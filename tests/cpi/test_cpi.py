@@ -24,6 +24,7 @@ from hft.merging.checkpoint import Checkpoint
 from hft.record.manifest import Manifest
 from hft.selection.masks import MASKS_NAME, Masks, load_masks
 from tests.conftest import command, error_of, identical, losses, tensors, write_jsonl
+from tests.training.test_fsdp2 import launch
 
 NAMES = ("sum", "reverse", "sort")
 
@@ -200,7 +201,7 @@ def test_the_saved_config_repeats_a_stage(finished, capsys):
     assert "groups, by similarity >= 0.9" in printed
 
 
-def test_cores_of_other_tasks_or_models_make_other_groups_not_other_orders(tiny, tasks, tmp_path):
+def test_groups_do_not_depend_on_the_order_in_which_tasks_are_listed(tiny, tasks, tmp_path):
     orders = []
     for names in (NAMES, NAMES[::-1]):
         plan = plan_of(words(tiny, tasks, tmp_path, "--freeze", "nothing", "--fusion", "false", names=names))
@@ -327,7 +328,7 @@ def test_lota_trains_nothing_but_the_core(tmp_path, tiny, data, cores, capsys):
     assert "needs --cores FOLDER" in error_of(capsys)
 
 
-def test_what_a_group_leaves_as_it_is(finished, monkeypatch):
+def test_what_a_group_leaves_as_it_is(finished):
     groups = [["sum"], ["reverse"]]
 
     def of(how: str, index: int) -> dict:
@@ -379,6 +380,9 @@ def test_all_stages_in_one_command_end_with_scores(tmp_path, tiny, tasks, capsys
             "task a: unknown key 'dataset_nam', did you mean 'dataset_name'?",
         ),
         (["--tasks", "{a: {prompt: x}, b: {}}"], "task a: dataset_name is needed"),
+        (["--tasks", "{a: {dataset_name: x, benchmark: gsm}, b: {}}"], "no suite of hft eval has a benchmark 'gsm'"),
+        (["--train", "{max_step: 3}"], "train: unknown key 'max_step', did you mean 'max_steps'?"),
+        (["--eval", "{limit: all}"], "eval: limit: expected an integer, got 'all'"),
         (["--dataset_name", "x"], "dataset_name is not for hft cpi"),
         (["--order", "sum"], "order must name each task once (sum, reverse, sort), got sum"),
         (["--grouping", "random"], "grouping random needs num_groups"),
@@ -427,7 +431,7 @@ def test_rows_are_rendered_by_templates(tmp_path, tiny, capsys):
     assert {(user["content"], assistant["content"]) for user, assistant in messages} == expected
 
 
-def test_probes_that_say_nothing_of_the_task_are_refused(tmp_path, models, tiny, finished):
+def test_probes_that_say_nothing_of_the_task_are_refused(models, tiny, finished, capsys):
     base = Checkpoint.open(str(models["base"]))
     with pytest.raises(HFTError, match=r"stores .* in torch.bfloat16, and rounding would decide"):
         check_probe(Checkpoint.open(str(tiny)), base)
@@ -435,6 +439,9 @@ def test_probes_that_say_nothing_of_the_task_are_refused(tmp_path, models, tiny,
     check_probe(probe, Checkpoint.open(str(finished.probes / "base")))
     with pytest.raises(HFTError, match=r"was trained from .*/probes/base, not from .*/models.*/base; train it anew"):
         check_probe(probe, base)
+    other = ["--model_name_or_path", str(models["base"]), "--probe_dir", str(finished.probes)]
+    assert main(["cpi", "train", "--config", str(finished.out / "config.yaml"), *other]) == 2
+    assert "holds probes of another base; give another --probe_dir" in error_of(capsys)
     [half] = (finished.out / "groups").glob("2-*")
     with pytest.raises(HFTError, match="was trained with parts of it frozen"):
         check_probe(Checkpoint.open(str(half)), Checkpoint.open(Manifest.load(half).base))
@@ -465,7 +472,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, tiny, tasks, cap
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_are_named_by_what_the_runs_depend_on(monkeypatch):
+def test_folders_are_named_by_what_the_runs_depend_on():
     values = {"model_name_or_path": "x/y", "tasks": {"a": {"dataset_name": "x"}, "b": {"dataset_name": "y"}}}
     recipe = ["recipes/tiny/cpi.yaml"]
 
@@ -474,7 +481,16 @@ def test_folders_are_named_by_what_the_runs_depend_on(monkeypatch):
         plan = make_plan(given, flags, recipe)
         return str(plan.out), str(plan.probes)
 
-    assert folders() == ("runs/tiny-cpi-ft", "runs/tiny-cpi-probes")
+    assert folders() == ("runs/tiny-cpi", "runs/tiny-cpi-probes")
     assert folders("dpi", percent=5.0) == ("runs/tiny-cpi-dpi-percent=5.0", "runs/tiny-cpi-probes")
     assert folders(learning_rate=0.1)[1] == "runs/tiny-cpi-probes-learning_rate=0.1"
     assert folders(output_dir="out") == ("out", "out/probes")
+
+
+@pytest.mark.slow
+def test_all_stages_under_fsdp2(tmp_path, tiny, tasks):
+    """Cores reach the embeddings and the head, which FSDP2 shards too; verify fails the command if one moves."""
+    flags = ["--bf16", "true", "--per_device_train_batch_size", "4"]
+    printed = launch(2, *words(tiny, tasks, tmp_path / "out", *flags, names=NAMES[:2]))
+    assert printed.count("of them the frozen part of a tensor") == 2  # once in the backbone, once after the fusion
+    assert "now in one process: hft cpi score --config" in printed
