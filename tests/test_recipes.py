@@ -23,6 +23,7 @@ DOCUMENTS = [
         "recipes/README.md",
         "docs/new-policy.md",
         "docs/new-method.md",
+        "docs/cpi.md",
     )
 ]
 RECIPES = sorted(Path("recipes").glob("*/*.yaml"))

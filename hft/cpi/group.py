@@ -7,6 +7,7 @@ the groups are the connected components. Of two random cores of a fraction p it 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +44,10 @@ def group(plan: Plan) -> list[list[str]]:
     record: dict[str, Any] = {"tasks": tasks, "grouping": config.grouping, "tau": config.tau}
     similarity = None
     if config.needs_cores:
-        similarity, shares = compare_cores(plan, tasks)
+        similarity, outside, shares = compare_cores(plan, tasks)
         record |= {"percent": config.percent, "chance": chance(config.percent), "similarity": similarity.tolist()}
-        record["shares"] = {block: share.tolist() for block, share in shares.items()}
-        say("similarity of cores", indented(table(tasks, similarity, config.percent)), "")
+        record |= {"outside": outside.tolist(), "shares": {block: share.tolist() for block, share in shares.items()}}
+        say("similarity of cores", indented(table(tasks, similarity, outside, config.percent)), "")
     groups = in_order(groups_of(plan, tasks, similarity), config.order, config.draw_seed)
     write_json(plan.out / GROUPS_NAME, record | {"groups": groups})
     lines = [f"{number}. {', '.join(names)}" for number, names in enumerate(groups, 1)]
@@ -75,8 +76,12 @@ def run_names(groups: Sequence[Sequence[str]]) -> list[str]:
     return [f"{number}-{'+'.join(names)}" for number, names in enumerate(groups, 1)]
 
 
-def compare_cores(plan: Plan, tasks: Sequence[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The similarity of a plan's cores and their shares of each block (`shares_of`); the picture goes to `cores.png`.
+def compare_cores(plan: Plan, tasks: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Compare a plan's cores, and draw `cores.png`.
+
+    Returns:
+        Their similarity; what fraction of each core lies outside the layers, in embeddings, head and final norm; and
+        what fraction of each block it holds (`shares_of`).
 
     Raises:
         HFTError: see `group`.
@@ -96,7 +101,8 @@ def compare_cores(plan: Plan, tasks: Sequence[str]) -> tuple[torch.Tensor, dict[
     anatomy = anatomy_of(meta_model(Checkpoint.open(cores[0].base).config))
     shares = shares_of(anatomy, masks[0].shapes, by_parameter)
     plot(tasks, similarity, shares).savefig(plan.out / PICTURE_NAME)
-    return similarity, shares
+    inside = sum(by_parameter[name] for name in anatomy.in_layers)
+    return similarity, 1 - inside / counts.diagonal().clamp(min=1), shares
 
 
 def overlaps(cores: Sequence[Masks]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -164,49 +170,44 @@ def in_order(groups: list[list[str]], order: Sequence[str] | None, seed: int) ->
 def shares_of(
     anatomy: Anatomy, shapes: dict[str, tuple[int, ...]], by_parameter: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """What fraction of each block of each layer is in each core.
-
-    Returns:
-        By block, fractions of shape (cores, layers); and under `outside` those of embeddings, head and final norm, of
-        shape (cores, 1).
-    """
+    """What fraction of each block of each layer is in each core: by block, of shape (cores, layers)."""
     found: dict[str, torch.Tensor] = {}
     sizes: dict[str, torch.Tensor] = {}
-    for name, counts in by_parameter.items():
-        unit = anatomy.parts_by_parameter[name][0][0] if name in anatomy.in_layers else None
-        block, layer, layers = (unit.block, unit.layer, anatomy.num_layers) if unit else ("outside", 0, 1)
-        found.setdefault(block, torch.zeros(len(counts), layers))[:, layer] += counts
-        sizes.setdefault(block, torch.zeros(layers))[layer] += torch.Size(shapes[name]).numel()
+    for name in anatomy.in_layers:
+        unit, counts = anatomy.parts_by_parameter[name][0][0], by_parameter[name]
+        found.setdefault(unit.block, torch.zeros(len(counts), anatomy.num_layers))[:, unit.layer] += counts
+        sizes.setdefault(unit.block, torch.zeros(anatomy.num_layers))[unit.layer] += math.prod(shapes[name])
     return {block: counts / sizes[block].clamp(min=1) for block, counts in found.items()}
 
 
-def table(tasks: Sequence[str], similarity: torch.Tensor, percent: float) -> str:
-    """The similarity in percent, beside that of random cores."""
+def table(tasks: Sequence[str], similarity: torch.Tensor, outside: torch.Tensor, percent: float) -> str:
+    """The similarity in percent beside that of random cores, and what of each core lies outside the layers."""
     width = max(8, *(len(task) + 2 for task in tasks))
     rows = [
         ["", *tasks],
         *([task, *(f"{100 * s:.2f}" for s in row)] for task, row in zip(tasks, similarity, strict=True)),
     ]
     lines = ["".join(f"{cell:>{width}}" for cell in row) for row in rows]
-    return "\n".join([*lines, f"Jaccard, %; of two random cores of {percent:g}%: {100 * chance(percent):.2f}"])
+    lines.append(f"Jaccard, %; of two random cores of {percent:g}%: {100 * chance(percent):.2f}")
+    parts = ", ".join(f"{task} {share:.1%}" for task, share in zip(tasks, outside, strict=True))
+    return "\n".join([*lines, f"in embeddings, head and final norm: {parts}"])
 
 
 def plot(tasks: Sequence[str], similarity: torch.Tensor, shares: dict[str, torch.Tensor]) -> Figure:
     """The similarity of the cores, and below it which fraction of each block of each layer is in each core."""
     from matplotlib.figure import Figure
 
-    blocks = [block for block in shares if block != "outside"]
-    figure = Figure(figsize=(4.2 * (len(blocks) + 1), 0.5 * len(tasks) + 2.2), dpi=120, layout="constrained")
-    first, *others = figure.subplots(1, len(blocks) + 1)
+    figure = Figure(figsize=(4.2 * (len(shares) + 1), 0.5 * len(tasks) + 2.2), dpi=120, layout="constrained")
+    first, *others = figure.subplots(1, len(shares) + 1)
     first.imshow(similarity, cmap="viridis", vmin=0, vmax=1)
     first.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
     first.set_title("similarity of cores", loc="left", fontsize=10)
     for row, column in ((row, column) for row in range(len(tasks)) for column in range(len(tasks))):
         color = "black" if similarity[row, column] > 0.6 else "white"
         first.text(column, row, f"{similarity[row, column]:.2f}", ha="center", va="center", color=color, fontsize=8)
-    most = max(float(shares[block].max()) for block in blocks) or 1.0
-    for axes, block in zip(others, blocks, strict=True):
-        drawn = axes.imshow(100 * shares[block], cmap="viridis", vmin=0, vmax=100 * most, aspect="auto")
+    most = max(float(share.max()) for share in shares.values()) or 1.0
+    for axes, (block, share) in zip(others, shares.items(), strict=True):
+        drawn = axes.imshow(100 * share, cmap="viridis", vmin=0, vmax=100 * most, aspect="auto")
         axes.set_title(block, loc="left", fontsize=10)
         axes.set_xlabel("layer")
         axes.xaxis.get_major_locator().set_params(integer=True)

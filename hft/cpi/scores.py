@@ -13,9 +13,9 @@ from hft.cpi.probe import start_of
 from hft.cpi.tasks import TEST, read_rows
 from hft.errors import HFTError
 from hft.evaluation.evaluate import Settings, evaluate, losses_on
-from hft.evaluation.scores import Score, scores_of
 from hft.machine import indented, say
 from hft.record.manifest import write_json
+from hft.record.scores import Score, scores_of
 from hft.runs.result import RESULTS_NAME
 
 SCORES_NAME = "scores.json"

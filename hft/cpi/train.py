@@ -32,8 +32,8 @@ def train(plan: Plan) -> list[Path]:
     Raises:
         HFTError: a stage before this one is missing, or a run cannot be made.
     """
-    groups = load_groups(plan)
-    start = plan.out / "fused" if plan.config.fusion else start_of(plan)
+    groups, base = load_groups(plan), start_of(plan)
+    start = plan.out / "fused" if plan.config.fusion else base
     if not start.exists():
         raise HFTError(f"{start} not found: run `hft cpi fuse` first")
     return train_groups(plan, groups, start, plan.out / "groups")

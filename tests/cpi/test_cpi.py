@@ -19,9 +19,9 @@ from hft.cpi.scores import measures
 from hft.cpi.train import selection_of
 from hft.demo.tasks import write_demo_tasks
 from hft.errors import HFTError
-from hft.evaluation.scores import Score
 from hft.merging.checkpoint import Checkpoint
 from hft.record.manifest import Manifest
+from hft.record.scores import Score
 from hft.selection.masks import MASKS_NAME, Masks, load_masks
 from tests.conftest import command, error_of, identical, losses, tensors, write_jsonl
 from tests.training.test_fsdp2 import launch
