@@ -35,6 +35,7 @@ COMMANDS = {
     "report": ("hft.reporting.command:report", "lay runs side by side: one HTML page, and Markdown with figures"),
     "fetch": ("hft.demo.command:fetch", "make smollm2-135m or tiny, by default in models/MODEL"),
     "demo": ("hft.demo.command:demo", "write the demo data, by default to data/"),
+    "cpi": ("hft.cpi.command:main", "CPI-FT: freeze what earlier tasks need: [STAGE] --config RECIPE.yaml [ARM.yaml]"),
     "engine": ("hft.methods.command:engine", "print how a method runs on several GPUs: fsdp2 or ddp"),
 }
 

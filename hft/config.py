@@ -39,6 +39,9 @@ class RunConfig:
         metadata={"help": "A .jsonl, .json or .parquet file, a folder with one file per split, or a Hub id."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a Hub dataset; by default its main branch."}
+    )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on; by default test, or validation under a usual name."}

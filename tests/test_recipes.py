@@ -24,6 +24,7 @@ DOCUMENTS = [
         "docs/new-policy.md",
         "docs/new-method.md",
         "docs/continual.md",
+        "docs/cpi.md",
     )
 ]
 RECIPES = sorted(Path("recipes").glob("*/*.yaml"))

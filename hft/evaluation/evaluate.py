@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft.errors import HFTError, reason
 from hft.evaluation.local import GROUP, as_dataset, local_spec, on_rows
-from hft.evaluation.suites import SUITES, UNITS, Benchmark
+from hft.evaluation.suites import LOSS, SUITES, UNITS, Benchmark
 from hft.machine import is_main, say
 from hft.record.scores import SCORES_FOLDER, Score, Scores
 from hft.runs.result import RESULTS_NAME
@@ -165,6 +166,45 @@ def evaluate(
     return scores
 
 
+def losses_on(
+    model: str,
+    suite: str,
+    rows: Mapping[str, Sequence[dict[str, Any]]],
+    template: str | Path,
+    out: str | Path | None = None,
+) -> Scores:
+    """Score a model by its loss on the last answer of conversations, task by task.
+
+    Args:
+        model: as in `evaluate`.
+        suite: name that the scores are saved under.
+        rows: of each task, conversations in the form that a trainer takes.
+        template: a run whose chat template renders them, since the model may have none.
+        out: as in `evaluate`; only tasks whose rows have changed are scored again.
+    """
+    from hft.evaluation.rows import answer_rows
+
+    subject = subject_of(model)
+    settings = _resolved("quick", subject, Settings())
+    scores, lm = _earlier(suite, subject, settings, out), None
+    for task, conversations in rows.items():
+        made = answer_rows(conversations, _tokenizer(Path(template)), _tokenizer(subject.tokenizer))
+        sha256 = hashlib.sha256(json.dumps(made).encode()).hexdigest()
+        if scores.data.get(task) == sha256:
+            continue
+        lm = lm or open_lm(subject, settings)
+        benchmark = Benchmark(task, "hft_task", LOSS)
+        results = _run(benchmark, on_rows({"hft_task": as_dataset(test=made)}), lm, subject, settings)
+        if not is_main():
+            continue
+        scores.scores = [score for score in scores.scores if score.task != task]
+        scores.scores += _scores_of(benchmark, results)
+        scores.data[task] = sha256
+        if out is not None:
+            scores.save(out)
+    return scores
+
+
 def _chosen(suite: str, settings: Settings) -> list[Benchmark]:
     benchmarks = {benchmark.name: benchmark for benchmark in SUITES[suite]}
     if unknown := set(settings.tasks) - benchmarks.keys():
@@ -277,7 +317,7 @@ def _run(
 
     folders = [Path(lm_eval.__file__).parent / "tasks" / folder for folder in benchmark.folders]
     manager = TaskManager(include_path=[*folders, TASKS], include_defaults=False)
-    if benchmark.name == "kl":
+    if benchmark.task == "hft_kl":
         from hft.evaluation.divergence import Divergence
 
         lm = Divergence(lm, _open(settings, pretrained=Path(subject.base)))

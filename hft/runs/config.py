@@ -135,8 +135,13 @@ def run_name(objective: str, values: dict[str, Any], flags: dict[str, Any], file
         return Path(flags["output_dir"]).name
     if "run_name" in values:
         return values["run_name"]
+    return name_of(values, flags, files, objective, values.get("method") or "hft")
+
+
+def name_of(values: dict[str, Any], flags: dict[str, Any], files: Sequence[str], *words: str) -> str:
+    """The recipe's folder, or else the base, then some words, then each flag that makes the run a different one."""
     source = Path(files[0]).resolve().parent.name if files else Path(values["model_name_or_path"]).name
-    name = "-".join([source, objective, values.get("method") or "hft"])
+    name = "-".join([source, *words])
     told = {key: _shorten(value) for key, value in flags.items() if key not in NEUTRAL_KEYS}
     name += "".join(f"-from-{v}" if k == "model_name_or_path" else f"-{k}={v}" for k, v in told.items())
     if len(name) > 120:  # most file systems stop at 255 bytes
