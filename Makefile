@@ -2,6 +2,7 @@
 
 MODEL ?= smollm2-135m
 FROM ?=
+STRATEGY ?= seqft
 ARGS ?=
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,8 +12,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 # Models that are made here instead of downloaded from the Hub, and the demo data that their recipes train on.
+DEMO := data/tasks/sort/test.jsonl# which `hft demo` writes last
 LOCAL := $(filter smollm2-135m tiny,$(MODEL))
-LOCAL_FILES := $(if $(LOCAL),models/$(LOCAL)/config.json data/dpo/train.jsonl)
+LOCAL_FILES := $(if $(LOCAL),models/$(LOCAL)/config.json $(DEMO))
 
 # The visible GPUs. The models made here are too small to spread over several.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
@@ -24,13 +26,16 @@ ifeq ($(NUM_GPUS),1)
 export CUDA_VISIBLE_DEVICES ?= 0
 endif
 
-# $(call train,OBJECTIVE,METHOD): the command of a run. On several GPUs `hft engine` says how the method is spread over
-# them, fsdp2 or ddp. It is asked only then, since it takes a second or two.
-engine = $(or $(shell $(BIN)/hft engine recipes/methods/$1.yaml),$(error `$(BIN)/hft engine \
+# $(call train,OBJECTIVE,METHOD): the command of a run; $(call run,COMMAND,RECIPE,METHOD,OPTION) that of a sequence. On
+# several GPUs `hft engine` says how the method is spread over them, fsdp2 or ddp. It is asked only then, since it takes a
+# second or two.
+engine = $(or $(shell $(BIN)/hft engine recipes/methods/$1.yaml $2),$(error `$(BIN)/hft engine \
 	recipes/methods/$1.yaml` failed: see above, or run `make install` first))
 launch = $(BIN)/accelerate launch --config_file recipes/accelerate/$(engine).yaml --num_processes $(NUM_GPUS) -m hft
-train = $(if $(filter-out 0 1,$(NUM_GPUS)),$(call launch,$2),$(BIN)/hft) $1 \
-	--config recipes/$(MODEL)/$1.yaml recipes/methods/$2.yaml
+several = $(filter-out 0 1,$(NUM_GPUS))
+run = $(if $(several),$(call launch,$3,$4),$(BIN)/hft) $1 \
+	--config recipes/$(MODEL)/$2.yaml recipes/methods/$3.yaml
+train = $(call run,$1,$1,$2)
 
 ifeq ($(NUM_GPUS),0)
 # glibc returns every large activation to the kernel and page-faults it in again. Keeping the memory is faster on CPUs:
@@ -41,12 +46,12 @@ endif
 
 # Inputs of merge-*, reset-* and runtimes: P is the pretrained model, S the SFT model, D the DPO model that started from
 # S. `:=`, not `?=`: an environment variable called S must not become a model.
-P := $(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' recipes/$(MODEL)/sft.yaml)
+P := $(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' $(or $(wildcard recipes/$(MODEL)/sft.yaml),/dev/null))
 S := runs/$(MODEL)-sft-fft
 D := runs/$(MODEL)-dpo-fft-from-$(notdir $(S))
 
-.PHONY: help install eval report forgetting sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo lint test test-slow \
-	test-gpu clean
+.PHONY: help install trace-mini cpi eval report forgetting sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo \
+	lint test test-slow test-gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PRECIOUS: models/%/config.json
@@ -54,6 +59,9 @@ D := runs/$(MODEL)-dpo-fft-from-$(notdir $(S))
 help:
 	@echo "make sft-METHOD [MODEL=smollm2-135m] [ARGS='--key value ...'] [NUM_GPUS=n]"
 	@echo "make dpo-METHOD [MODEL=...] [FROM=runs/an-sft-run] [ARGS=...] [NUM_GPUS=n]"
+	@echo "make trace-METHOD [MODEL=...] [STRATEGY=seqft|replay|gem|agem|self-replay|lora] [ARGS=...] [NUM_GPUS=n]"
+	@echo "make trace-mini [ARGS=...]    what each method learns and forgets over six tasks, 20 minutes on a laptop"
+	@echo "make cpi | cpi-ARM [MODEL=...] [ARGS=...]    CPI-FT, and what it is compared with"
 	@echo "make sweep-ratios | runtimes [MODEL=...]    the ten ratios of Table 10, and the time of each"
 	@echo "make sweep-seeds [MODEL=...]                five selections, as in Table 14"
 	@echo "make reset [MODEL=$(firstword $(RESETS))|$(lastword $(RESETS))] [ARGS=...]    Half-Reset: Figure 1"
@@ -63,6 +71,7 @@ help:
 	@echo "make forgetting [ARGS=...]    what each method learns and forgets, on SmolLM2-135M"
 	@echo "  METHOD  $(basename $(notdir $(wildcard recipes/methods/*.yaml)))"
 	@echo "  MODEL   $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/sft.yaml)))))"
+	@echo "  ARM     $(basename $(notdir $(wildcard recipes/cpi/*.yaml)))"
 	@echo "  MERGE   $(basename $(notdir $(wildcard recipes/merges/*.yaml)))"
 	@echo "make report [RUNS='runs/a runs/b'] [ARGS=...]    runs side by side, as a page: report/report.html"
 	@echo "make install | test | lint | test-slow | test-gpu | clean"
@@ -79,7 +88,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 models/%/config.json: | $(INSTALLED)
 	$(BIN)/hft fetch $*
 
-data/dpo/train.jsonl: | $(INSTALLED)
+$(DEMO): | $(INSTALLED)
 	$(BIN)/hft demo
 
 sft-%: $(INSTALLED) $(LOCAL_FILES)
@@ -87,6 +96,26 @@ sft-%: $(INSTALLED) $(LOCAL_FILES)
 
 dpo-%: $(INSTALLED) $(LOCAL_FILES)
 	$(call train,dpo,$*) $(addprefix --model_name_or_path ,$(FROM)) $(ARGS)
+
+# A sequence of tasks: `hft continual` trains and scores all rounds. Rerun it to resume.
+trace-%: $(INSTALLED) $(LOCAL_FILES)
+	$(call run,continual,trace,$*,--strategy $(STRATEGY)) --strategy $(STRATEGY) $(ARGS)
+
+# What each method learns and forgets over six small tasks: benchmarks/trace_mini.yaml. Stopped anywhere, it goes on.
+trace-mini: $(INSTALLED)
+	$(BIN)/python benchmarks/trace_mini.py $(ARGS)
+
+# CPI-FT, or with an arm's file one of the runs that it is compared with. Models are scored in one process.
+define cpi
+$(if $(several),$(call launch,fft),$(BIN)/hft) cpi --config recipes/$(MODEL)/cpi.yaml$1 $(ARGS)
+$(if $(several),$(BIN)/hft cpi score --config recipes/$(MODEL)/cpi.yaml$1 $(ARGS))
+endef
+
+cpi: $(INSTALLED) $(LOCAL_FILES)
+	$(call cpi)
+
+cpi-%: $(INSTALLED) $(LOCAL_FILES)
+	$(call cpi, recipes/cpi/$*.yaml)
 
 # Table 10: the fractions of the attention and of the MLP matrices of each layer that train. Its 50.0% is HFT, its 100%
 # FFT, in which all norms train too.

@@ -16,7 +16,9 @@ import torch
 import hft
 
 dataset, out = sys.argv[1], Path(sys.argv[2])
-methods = sys.argv[3:] or sorted(path.stem for path in Path("recipes/methods").glob("*.yaml") if path.stem != "fft")
+methods = sys.argv[3:] or sorted(
+    path.stem for path in Path("recipes/methods").glob("*.yaml") if path.stem not in ("fft", "lota")
+)
 middle = len(methods) // 2
 plan = ["fft", *methods[:middle], "fft", *methods[middle:], "fft"]
 

@@ -18,6 +18,10 @@ from hft.errors import HFTError
 COMMANDS = {
     "sft": ("hft.runs.command:sft", "fine-tune on demonstrations: --config RECIPE.yaml [METHOD.yaml] [--key value]"),
     "dpo": ("hft.runs.command:dpo", "align with preferences: --config RECIPE.yaml [METHOD.yaml] [--key value]"),
+    "continual": (
+        "hft.continual.command:main",
+        "learn one task after another, and score all after each: --config TRACE.yaml [METHOD.yaml] [--strategy NAME]",
+    ),
     "plan": ("hft.runs.command:plan", "print what `sft` or `dpo` would do, with its selection and memory, and stop"),
     "verify": ("hft.record.command:verify", "compare a model's frozen half with its base, bit by bit"),
     "reset": ("hft.merging.reset:main", "Half-Reset: put what would be frozen back to the base"),
@@ -31,6 +35,7 @@ COMMANDS = {
     "report": ("hft.reporting.command:report", "lay runs side by side: one HTML page, and Markdown with figures"),
     "fetch": ("hft.demo.command:fetch", "make smollm2-135m or tiny, by default in models/MODEL"),
     "demo": ("hft.demo.command:demo", "write the demo data, by default to data/"),
+    "cpi": ("hft.cpi.command:main", "CPI-FT: freeze what earlier tasks need: [STAGE] --config RECIPE.yaml [ARM.yaml]"),
     "engine": ("hft.methods.command:engine", "print how a method runs on several GPUs: fsdp2 or ddp"),
 }
 

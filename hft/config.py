@@ -39,6 +39,9 @@ class RunConfig:
         metadata={"help": "A .jsonl, .json or .parquet file, a folder with one file per split, or a Hub id."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a Hub dataset; by default its main branch."}
+    )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on; by default test, or validation under a usual name."}
@@ -62,6 +65,10 @@ class RunConfig:
     )
     adapter: str | None = field(
         default=None, metadata={"help": "Train an adapter instead: lora, qlora, adalora, p-tuning, p-tuning-v2, osf."}
+    )
+    strategy: str | None = field(
+        default=None,
+        metadata={"help": "What is done against forgetting in a sequence of tasks; see hft continual."},
     )
     dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop before anything is loaded."})
 

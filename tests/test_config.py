@@ -14,7 +14,8 @@ from hft.runs.plan import accumulation_steps, load_model_config, machine_setting
 from hft.selection import SelectionConfig
 
 RECIPES = sorted(path for objective in OBJECTIVES for path in Path("recipes").glob(f"*/{objective}.yaml"))
-METHODS = sorted(Path("recipes/methods").glob("*.yaml"))
+# LoTA trains a core that a run has found (tests/cpi).
+METHODS = sorted(path for path in Path("recipes/methods").glob("*.yaml") if path.stem != "lota")
 KEYS = Keys((RunConfig, SelectionConfig, SFTConfig))
 
 

@@ -23,6 +23,8 @@ DOCUMENTS = [
         "recipes/README.md",
         "docs/new-policy.md",
         "docs/new-method.md",
+        "docs/continual.md",
+        "docs/cpi.md",
     )
 ]
 RECIPES = sorted(Path("recipes").glob("*/*.yaml"))

@@ -9,12 +9,13 @@ from typing import Any
 from datasets import load_dataset_builder
 
 
-def fingerprint(name: str, config: str | None = None) -> dict[str, Any]:
+def fingerprint(name: str, config: str | None = None, revision: str | None = None) -> dict[str, Any]:
     """What identifies a dataset.
 
     Args:
         name: a file, a folder, or a Hub id.
         config: the Hub dataset's configuration.
+        revision: the Hub dataset's branch, tag or commit.
 
     Returns:
         For local data, `files`: size in bytes and SHA-256 of each file by its path within the folder, hidden files
@@ -27,7 +28,7 @@ def fingerprint(name: str, config: str | None = None) -> dict[str, Any]:
         inside = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
         visible = {key: file for key, file in inside.items() if not any(part.startswith(".") for part in key.parts)}
         return {"files": {key.as_posix(): _file(file) for key, file in visible.items()}}
-    return {"id": name, "config": config, "revision": load_dataset_builder(name, config).hash}
+    return {"id": name, "config": config, "revision": load_dataset_builder(name, config, revision=revision).hash}
 
 
 def _file(path: Path) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class LoadedData:
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
 
-def load_split(name: str, split: str, config: str | None = None) -> Dataset:
+def load_split(name: str, split: str, config: str | None = None, revision: str | None = None) -> Dataset:
     """One split of a dataset, as it is stored.
 
     Args:
@@ -61,6 +61,7 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
             or a Hub id.
         split: name of the split, or a slice like `train[:1%]`.
         config: the Hub dataset's configuration, if it has several.
+        revision: the Hub dataset's branch, tag or commit, if it is not to be the main branch.
 
     Raises:
         HFTError: it is not found, cannot be read, or is empty.
@@ -70,7 +71,8 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
         if path.is_file():
             dataset = load_dataset(FORMATS[path.suffix], data_files=str(path), split=split)
         else:
-            dataset = load_dataset(str(path) if path.is_dir() else name, config, split=split)
+            where = str(path) if path.is_dir() else name
+            dataset = load_dataset(where, config, split=split, revision=revision)
     except REFUSALS as error:
         raise _cannot_load(name, error) from error
     if len(dataset) == 0:
@@ -78,7 +80,7 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
     return dataset
 
 
-def split_names(name: str, config: str | None = None) -> list[str]:
+def split_names(name: str, config: str | None = None, revision: str | None = None) -> list[str]:
     """The splits of a dataset; a single file has only `train`.
 
     Raises:
@@ -86,7 +88,9 @@ def split_names(name: str, config: str | None = None) -> list[str]:
     """
     path = _local(name)
     try:
-        return ["train"] if path.is_file() else get_dataset_split_names(str(path) if path.is_dir() else name, config)
+        if path.is_file():
+            return ["train"]
+        return get_dataset_split_names(str(path) if path.is_dir() else name, config, revision=revision)
     except REFUSALS as error:
         raise _cannot_load(name, error) from error
 
@@ -105,17 +109,18 @@ def load_data(run: RunConfig, objective_rows: Rows, *, evaluate: bool) -> Loaded
     name = run.dataset_name
 
     def rows(split: str) -> tuple[Dataset, list[str]]:
-        dataset = load_split(name, split, run.dataset_config)
+        dataset = load_split(name, split, run.dataset_config, run.dataset_revision)
         return objective_rows(dataset, name if split == "train" else f"{name} ({split})")
 
     train, notes = rows(run.dataset_train_split)
     try:
-        identity = fingerprint(name, run.dataset_config)
+        identity = fingerprint(name, run.dataset_config, run.dataset_revision)
     except REFUSALS as error:
         raise _cannot_load(name, error) from error
     if not evaluate:
         return LoadedData(name, train, None, notes, identity)
-    others = [split for split in split_names(name, run.dataset_config) if split not in _splits(run.dataset_train_split)]
+    names = split_names(name, run.dataset_config, run.dataset_revision)
+    others = [split for split in names if split not in _splits(run.dataset_train_split)]
     chosen = evaluation_split(run, others)
     if chosen is None:
         train, test = _hold_out(name, train, run.eval_rows)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft.errors import HFTError, reason
 from hft.evaluation.local import GROUP, as_dataset, local_spec, on_rows
-from hft.evaluation.suites import SUITES, UNITS, Benchmark
+from hft.evaluation.suites import LOSS, SUITES, UNITS, Benchmark
 from hft.machine import is_main, say
 from hft.record.scores import SCORES_FOLDER, Score, Scores
 from hft.runs.result import RESULTS_NAME
@@ -118,15 +119,22 @@ def _weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def evaluate(model: str, suite: str, settings: Settings | None = None, out: str | Path | None = None) -> Scores:
+def evaluate(
+    model: str,
+    suite: str,
+    settings: Settings | None = None,
+    out: str | Path | None = None,
+    own: Sequence[tuple[Benchmark, dict[str, Any]]] = (),
+) -> Scores:
     """Score a model on a suite.
 
     Args:
         model: a model, a run's folder, an adapter, a checkpoint, or a Hub id.
-        suite: a key of `SUITES`.
+        suite: a key of `SUITES`, or the name of a suite of one's own.
         settings: how.
         out: folder whose `scores/SUITE.json` is written after each benchmark. Benchmarks that it already holds for the
             same weights and settings are not run again.
+        own: the benchmarks of a suite of one's own, each with its config as lm-eval takes it.
 
     Returns:
         The scores; under `accelerate launch` they are complete in the first process only.
@@ -140,10 +148,11 @@ def evaluate(model: str, suite: str, settings: Settings | None = None, out: str 
     subject = subject_of(model, settings.base)
     settings = _resolved(suite, subject, settings)
     scores, lm = _earlier(suite, subject, settings, out), None
-    for benchmark in _chosen(suite, settings):
+    specs = {benchmark.name: spec for benchmark, spec in own}
+    for benchmark in [benchmark for benchmark, _ in own] or _chosen(suite, settings):
         if scores.find(benchmark.name):
             continue
-        spec = _spec(benchmark, subject, settings)
+        spec = specs.get(benchmark.name) or _spec(benchmark, subject, settings)
         if spec is None:
             continue
         lm = lm or open_lm(subject, settings)
@@ -152,6 +161,45 @@ def evaluate(model: str, suite: str, settings: Settings | None = None, out: str 
             continue
         scores.scores += _scores_of(benchmark, results)
         scores.data[benchmark.name] = _rows_sha256(results)
+        if out is not None:
+            scores.save(out)
+    return scores
+
+
+def losses_on(
+    model: str,
+    suite: str,
+    rows: Mapping[str, Sequence[dict[str, Any]]],
+    template: str | Path,
+    out: str | Path | None = None,
+) -> Scores:
+    """Score a model by its loss on the last answer of conversations, task by task.
+
+    Args:
+        model: as in `evaluate`.
+        suite: name that the scores are saved under.
+        rows: of each task, conversations in the form that a trainer takes.
+        template: a run whose chat template renders them, since the model may have none.
+        out: as in `evaluate`; only tasks whose rows have changed are scored again.
+    """
+    from hft.evaluation.rows import answer_rows
+
+    subject = subject_of(model)
+    settings = _resolved("quick", subject, Settings())
+    scores, lm = _earlier(suite, subject, settings, out), None
+    for task, conversations in rows.items():
+        made = answer_rows(conversations, _tokenizer(Path(template)), _tokenizer(subject.tokenizer))
+        sha256 = hashlib.sha256(json.dumps(made).encode()).hexdigest()
+        if scores.data.get(task) == sha256:
+            continue
+        lm = lm or open_lm(subject, settings)
+        benchmark = Benchmark(task, "hft_task", LOSS)
+        results = _run(benchmark, on_rows({"hft_task": as_dataset(test=made)}), lm, subject, settings)
+        if not is_main():
+            continue
+        scores.scores = [score for score in scores.scores if score.task != task]
+        scores.scores += _scores_of(benchmark, results)
+        scores.data[task] = sha256
         if out is not None:
             scores.save(out)
     return scores
@@ -269,7 +317,7 @@ def _run(
 
     folders = [Path(lm_eval.__file__).parent / "tasks" / folder for folder in benchmark.folders]
     manager = TaskManager(include_path=[*folders, TASKS], include_defaults=False)
-    if benchmark.name == "kl":
+    if benchmark.task == "hft_kl":
         from hft.evaluation.divergence import Divergence
 
         lm = Divergence(lm, _open(settings, pretrained=Path(subject.base)))

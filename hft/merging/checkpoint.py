@@ -279,12 +279,14 @@ def write_model(
         raise HFTError(f"max_shard_size must be a number and a unit, such as 5GB, got {max_shard_size!r}") from error
     copy_companions(like.folder, folder)
     with tqdm(total=size, desc="writing", unit="B", unit_scale=True, leave=False) as bar:
+
+        def stored(name: str) -> Iterator[torch.Tensor]:
+            for chunk in chunks_of(name) if name in parameters else like.chunks(name):
+                yield _stored(name, chunk, specs[name].dtype)
+                bar.update(chunk.numel() * specs[name].itemsize)
+
         for filename, names in split.filename_to_tensors.items():
-            with (folder / filename).open("wb") as file:
-                file.write(_header({name: specs[name] for name in names}))
-                for name in names:
-                    for chunk in chunks_of(name) if name in parameters else like.chunks(name):
-                        bar.update(file.write(_stored_bytes(name, chunk, specs[name].dtype)))
+            write_safetensors(folder / filename, {name: specs[name] for name in names}, stored, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / SAFE_INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -292,7 +294,7 @@ def write_model(
     return size
 
 
-def _stored_bytes(name: str, chunk: torch.Tensor, dtype: torch.dtype) -> Any:
+def _stored(name: str, chunk: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     stored = chunk.to(dtype)
     # The sum, which is quick, is finite only if every element is; if it is not, it may have overflowed.
     total = stored.sum(dtype=torch.promote_types(dtype, torch.float32))
@@ -301,13 +303,34 @@ def _stored_bytes(name: str, chunk: torch.Tensor, dtype: torch.dtype) -> Any:
             f"{name} would hold NaN or infinity: it does in one of the models, or overflows {dtype} when they are "
             "combined"
         )
-    return as_bytes(stored).numpy()
+    return stored
 
 
-def _header(specs: Mapping[str, torch.Tensor]) -> bytes:
+def write_safetensors(
+    path: Path,
+    specs: Mapping[str, torch.Tensor],
+    chunks_of: Callable[[str], Iterable[torch.Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file tensor by tensor; only a chunk is in memory.
+
+    Args:
+        path: the file.
+        specs: shape and dtype of each tensor, by name.
+        chunks_of: the flat chunks of a tensor, in its dtype, by its name.
+        metadata: the file's.
+    """
+    with path.open("wb") as file:
+        file.write(_header(specs, metadata))
+        for name in specs:
+            for chunk in chunks_of(name):
+                file.write(as_bytes(chunk).numpy())
+
+
+def _header(specs: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
     """The start of a safetensors file: length of the header, then names, dtypes, shapes and offsets as JSON."""
     codes = {dtype: code for code, dtype in (DTYPES | INTEGERS).items()}
-    content: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    content: dict[str, dict] = {"__metadata__": dict(metadata)}
     end = 0
     for name, spec in specs.items():
         start, end = end, end + spec.nbytes

@@ -18,7 +18,7 @@ from hft.machine import indented, say
 from hft.merging.checkpoint import CHUNK_NUMEL, Checkpoint, check_alike, zip_chunks
 from hft.model.anatomy import BLOCKS, Anatomy, Part, Unit, anatomy_of, meta_model
 from hft.record.manifest import rounds_so_far
-from hft.selection.policies import DEFERRED
+from hft.selection.policies import IN_PART
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -201,7 +201,7 @@ def rounds_trained(anatomy: Anatomy, start: Checkpoint, model: Checkpoint) -> tu
     frozen = [set(one["frozen_units"]) for one in rounds]
     counts = {unit.name: sum(unit.name not in names for names in frozen) for unit in anatomy.units}
     selections = [one["selection"] for one in rounds]
-    in_part = [s["policy"] for s in selections if s.get("policy") in DEFERRED and s.get("granularity") != "unit"]
+    in_part = [s["policy"] for s in selections if s.get("policy") in IN_PART and s.get("granularity") != "unit"]
     return counts, in_part[0] if in_part else ""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 
 import torch
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, task_arithmetic
@@ -54,27 +55,33 @@ class MagnitudePruner:
 
     Args:
         chunks: makes the chunks of the delta, each time it is called.
-        density: fraction to keep.
+        density: fraction to keep; a `Fraction` makes the count exact.
+
+    Attributes:
+        wanted: how many elements are to be kept.
+        smallest: the fp32 bits of the smallest magnitude among them.
+        ties: how many of them have this magnitude. More elements may have it, and `__call__` keeps those too.
     """
 
-    def __init__(self, chunks: Callable[[], Iterable[torch.Tensor]], density: float):
+    def __init__(self, chunks: Callable[[], Iterable[torch.Tensor]], density: float | Fraction):
         upper, lower = torch.zeros(2**15, dtype=torch.long), torch.zeros(2**16, dtype=torch.long)
         for chunk in chunks():
-            upper += torch.bincount(_magnitude_bits(chunk) >> 16, minlength=len(upper))
-        wanted = int(density * int(upper.sum()))
-        start, rest = _bin_of(upper, wanted)
+            upper += torch.bincount(magnitude_bits(chunk) >> 16, minlength=len(upper))
+        self.wanted = int(density * int(upper.sum()))
+        start, rest = _bin_of(upper, self.wanted)
         for chunk in chunks():
-            bits = _magnitude_bits(chunk)
+            bits = magnitude_bits(chunk)
             lower += torch.bincount(bits[bits >> 16 == start] & 0xFFFF, minlength=len(lower))
-        self.smallest = start << 16 | _bin_of(lower, rest)[0]
-        self.keeps_any = wanted > 0
+        end, self.ties = _bin_of(lower, rest)
+        self.smallest = start << 16 | end
 
     def __call__(self, chunk: torch.Tensor) -> torch.Tensor:
         """A chunk with what is not kept set to zero."""
-        return chunk * (_magnitude_bits(chunk) >= self.smallest) if self.keeps_any else torch.zeros_like(chunk)
+        return chunk * (magnitude_bits(chunk) >= self.smallest) if self.wanted else torch.zeros_like(chunk)
 
 
-def _magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
+def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
+    """The fp32 bits of magnitudes as int32, which are ordered as the magnitudes are."""
     return delta.float().abs().view(torch.int32)
 
 
@@ -97,7 +104,11 @@ def slerp_factors(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], t: float) 
     for first, second in pairs:
         a, b = first.double(), second.double()
         products += torch.stack([a @ b, a @ a, b @ b])
-    dot, norm_a, norm_b = products.tolist()
+    return arc_factors(*products.tolist(), t)
+
+
+def arc_factors(dot: float, norm_a: float, norm_b: float, t: float) -> tuple[float, float, str]:
+    """`slerp_factors` of two tensors by their dot product and their squared norms."""
     cos = dot / math.sqrt(norm_a * norm_b) if norm_a and norm_b else 0.0
     if abs(cos) > COLINEAR_COS:
         return 1 - t, t, "line"

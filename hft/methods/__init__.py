@@ -18,6 +18,7 @@ from hft.errors import HFTError, reason
 from hft.machine import is_sharded
 from hft.methods.adapter import Adapter
 from hft.methods.schedule import Schedule
+from hft.methods.strategy import Strategy
 from hft.methods.update import Update
 from hft.selection import SelectionConfig
 
@@ -25,24 +26,28 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 # The key that names a method of each kind, and the kind's base class.
-KINDS: dict[str, type] = {"schedule": Schedule, "update": Update, "adapter": Adapter}
+KINDS: dict[str, type] = {"schedule": Schedule, "update": Update, "adapter": Adapter, "strategy": Strategy}
 # Values of these keys that name nothing, as earlier configs have them.
 NOTHING = (None, "none", "plain")
 
 
 @dataclass(frozen=True)
 class Method:
-    """How parameters change in a run: which train, when that changes, how they move; or an adapter instead."""
+    """How parameters change in a run: which train, when that changes, how they move; or an adapter instead.
+
+    In a sequence of tasks, a strategy may add to each step.
+    """
 
     selection: SelectionConfig
     schedule: Schedule | None = None
     update: Update | None = None
     adapter: Adapter | None = None
+    strategy: Strategy | None = None
 
     @property
     def shardable(self) -> bool:
         """Whether all of it runs on the shards of FSDP2."""
-        return all(part.shardable for part in (self.schedule, self.update, self.adapter) if part)
+        return all(part.shardable for part in (self.schedule, self.update, self.adapter, self.strategy) if part)
 
     def check_args(self, args: TrainingArguments, *, pairs: bool) -> None:
         """Refuse settings of the trainer that the method cannot work with.
@@ -50,13 +55,13 @@ class Method:
         Raises:
             HFTError: there is such a setting.
         """
-        check_parts(args, self.schedule, self.update)
+        check_parts(args, self.schedule, self.update, self.strategy)
         if self.adapter:
             self.adapter.check_args(args, pairs=pairs)
 
 
-def check_parts(args: TrainingArguments, *parts: Schedule | Update | None) -> None:
-    """Refuse settings of the trainer that a schedule or an update cannot work with.
+def check_parts(args: TrainingArguments, *parts: Schedule | Update | Strategy | None) -> None:
+    """Refuse settings of the trainer that a schedule, an update or a strategy cannot work with.
 
     Raises:
         HFTError: there is such a setting.
@@ -86,6 +91,9 @@ def method_of(config: Mapping[str, Any]) -> Method:
                 f"{given[0]} is about weights of the model, and adapter {config['adapter']!r} freezes all of them; "
                 "remove one"
             )
+    if (strategy := made.get("strategy")) and strategy.takes_adapter != ("adapter" in made):
+        wanted = "needs an adapter, such as lora" if strategy.takes_adapter else "does not work with an adapter"
+        raise HFTError(f"strategy {strategy.name} {wanted}; adapters learn one task after another with strategy lora")
     return Method(_fill(SelectionConfig, config, "selection"), **made)
 
 
@@ -115,7 +123,7 @@ def find(kind: str, name: str) -> type:
     """The class of a method.
 
     Args:
-        kind: `schedule`, `update` or `adapter`.
+        kind: `schedule`, `update`, `adapter` or `strategy`.
         name: of a built-in one, or FILE.py:CLASS for one's own (docs/new-method.md).
 
     Raises:
@@ -130,8 +138,8 @@ def find(kind: str, name: str) -> type:
             raise HFTError(f"{kind} {name}: {path} has no class {class_name} that extends {KINDS[kind].__name__}")
         cls.name = str(name)
         return cls
-    module = str(name).replace("-", "_")
-    cls = getattr(import_module(f"{__name__}.{module}"), "METHOD", None) if module in _modules() else None
+    module, package = str(name).replace("-", "_"), _package_of(kind)
+    cls = getattr(import_module(f"{package}.{module}"), "METHOD", None) if module in _modules(package) else None
     if cls and cls.name == name and cls.kind == kind:
         return cls
     known = [cls.name for cls in all_classes() if cls.kind == kind]
@@ -150,13 +158,19 @@ def _module_of(path: str) -> ModuleType:
 
 @functools.cache
 def all_classes() -> list[type]:
-    """The class of every built-in method: that which a module of this package has as `METHOD`."""
-    modules = [import_module(f"{__name__}.{name}") for name in _modules()]
+    """The class of every built-in method: that which a module of its kind's package has as `METHOD`."""
+    packages = dict.fromkeys(map(_package_of, KINDS))
+    modules = [import_module(f"{package}.{name}") for package in packages for name in _modules(package)]
     return [module.METHOD for module in modules if hasattr(module, "METHOD")]
 
 
-def _modules() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(__path__)]
+def _package_of(kind: str) -> str:
+    """Where the built-in methods of a kind are: here, unless its base class says otherwise."""
+    return getattr(KINDS[kind], "package", __name__)
+
+
+def _modules(package: str) -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(import_module(package).__path__)]
 
 
 def owners_of(key: str) -> str:

@@ -77,7 +77,7 @@ def memory_of(
     size = selection.anatomy.numel
     at_once = method.schedule.peak_numel(selection) if method.schedule else held
     copied = (held if shards == 1 else size) if reference else 0
-    kept = method.update.memory(selection) if method.update else 0
+    kept = sum(part.memory(selection) for part in (method.update, method.strategy) if part)
     # Of partly frozen parameters, the frozen values are kept a second time.
     frozen = size - selection.num_trained
     return Memory(

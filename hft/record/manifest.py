@@ -41,6 +41,7 @@ class Manifest:
         revision: the Hub revision of the base, if one was asked for.
         masks: SHA-256 of the mask of each partly frozen parameter; the masks are in `hft_masks.safetensors`.
         update: how the trained weights moved (`hft.methods.update.Update.record`).
+        strategy: what each step did beside its rows in a sequence of tasks (`hft.methods.strategy.Strategy.record`).
         moved: parameters that an adapter's training changed in memory: the adapter's own, and none of the base.
         tuned: of a Half-Reset, the model that was reset: its tensors are the trained ones, unchanged.
         schedule: how the trained units changed within the round, if they did: `config`, and once it has started
@@ -62,6 +63,7 @@ class Manifest:
     revision: str | None = None
     masks: dict[str, str] = field(default_factory=dict)
     update: dict = field(default_factory=lambda: {"update": "plain"})
+    strategy: dict = field(default_factory=dict)
     moved: list[str] = field(default_factory=list)
     tuned: str | None = None
     schedule: dict = field(default_factory=dict)
@@ -107,7 +109,7 @@ class Manifest:
     @property
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same, as far as it is known before anything is loaded (`identity_of`)."""
-        return identity_of(self.selection, self.update, self.schedule.get("config"), self.data)
+        return identity_of(self.selection, self.update, self.schedule.get("config"), self.data, self.strategy)
 
     def save(self, folder: str | Path) -> Path:
         """Write it into a folder, in one step."""
@@ -171,6 +173,7 @@ def identity_of(
     update: Mapping[str, Any] | None,
     schedule: Mapping[str, Any] | None,
     data: Mapping[str, Any] | None,
+    strategy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One nested record of what makes two runs the same.
 
@@ -179,9 +182,11 @@ def identity_of(
         update: `Update.record`.
         schedule: `Schedule.record`.
         data: what identifies the data files, if it is known.
+        strategy: `Strategy.record`.
     """
     kind = "adapter" if "adapter" in selection else "selection"
     record = {"selection": None, "adapter": None, kind: selection, "schedule": schedule or None}
+    record["strategy"] = strategy or None
     return record | {"update": update or {"update": "plain"}} | ({"data": data} if data else {})
 
 

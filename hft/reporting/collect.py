@@ -22,7 +22,7 @@ SEED_IN_NAME = re.compile(r"-(selection_|data_)?seed=\d+")
 ORIGINS = ("base", "model_name_or_path", "tuned", "models")  # settings that name other models
 FIRST = ("base", "fft", "hft")  # the order of methods; others follow by name
 # What `hft diff` and a sequence of runs write, and the keys that a report takes from it.
-EXTRAS = {"diff.json": ("layers", "rounds"), "matrix.json": ("tasks", "scores")}
+EXTRAS = {"diff.json": ("layers", "rounds"), "matrix.json": ("tasks", "rounds", "scores", "op", "bwt")}
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def collect(folders: Iterable[str | Path]) -> Found:
         names = [name for name in EXTRAS if (folder / name).exists()]
         for name in names:
             extras[name][folder.name] = read_json(folder / name, EXTRAS[name])
-        if run := read_run(folder):
+        if "matrix.json" not in names and (run := read_run(folder)):  # a sequence is not a run
             runs.append(run)
         elif not names:
             raise HFTError(f"{folder} holds no run and no scores; give folders of runs, or of models that were scored")

@@ -34,7 +34,9 @@ def report(arguments: Sequence[str]) -> int:
 
     found, out = collect(options.runs), Path(options.out)
     sections = make_sections(found)
-    runs = f"{sum(len(group.runs) for group in found.groups)} runs of {', '.join(found.models)}"
+    counts = [(sum(len(group.runs) for group in found.groups), f"runs of {', '.join(found.models)}")]
+    counts += [(len(found.matrices), "sequences of tasks")]
+    runs = ", ".join(f"{count} {what}" for count, what in counts if count)
     try:
         paths = write_report(runs, sections, out)
     except OSError as error:

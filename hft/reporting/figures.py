@@ -229,11 +229,11 @@ def heatmap(matrix: Mapping[str, Any]) -> Figure:
     """Scores of a sequence of tasks: a row per round, a column per task; the stronger the color the higher.
 
     Args:
-        matrix: `tasks`, and `scores` of shape (rounds, tasks), in %, None where a task was not scored. With one row
-            more than there are tasks the first one is the start.
+        matrix: `tasks`, and `scores` of shape (rounds, tasks), in %, None where a task was not scored; `rounds` names
+            the rows.
     """
     tasks, scores = matrix["tasks"], matrix["scores"]
-    rounds = ["start", *range(1, len(scores))] if len(scores) > len(tasks) else range(1, len(scores) + 1)
+    rounds = matrix["rounds"]
     figure, axes = canvas("", "after round", 0.9 + 0.3 * len(scores))
     known = [(x, y, v) for y, row in enumerate(scores) for x, v in enumerate(row) if v is not None and isfinite(v)]
     top = max((value for *_, value in known), default=0) or 1
@@ -243,8 +243,25 @@ def heatmap(matrix: Mapping[str, Any]) -> Figure:
     axes.set(xlim=(0, len(tasks)), ylim=(len(scores), 0), frame_on=False)
     axes.grid(visible=False)
     axes.set_xticks([x + 0.5 for x in range(len(tasks))], tasks, rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_yticks([y + 0.5 for y in range(len(scores))], map(str, rounds))
+    axes.set_yticks([y + 0.5 for y in range(len(scores))], rounds)
     return figure
+
+
+def task_curves(matrix: Mapping[str, Any]) -> Figure:
+    """Learning and forgetting in a sequence of tasks: the score of each task over the rounds, and OP.
+
+    Args:
+        matrix: as `heatmap` takes it, with `op` after each round.
+    """
+    figure, axes = canvas("after round", "score, %")
+    for number, task in enumerate(matrix["tasks"]):
+        known = [(x, row[number]) for x, row in enumerate(matrix["scores"]) if row[number] is not None]
+        style = look((MARKS[f"c{number % 6}"], SHAPES[number % len(SHAPES)]))
+        axes.plot(*zip(*known, strict=True), label=task, **style) if known else None
+    first = len(matrix["scores"]) - len(matrix["op"])
+    axes.plot(range(first, first + len(matrix["op"])), matrix["op"], label="OP", color=MARKS["ink"], linewidth=2.5)
+    axes.set_xticks(range(len(matrix["rounds"])), matrix["rounds"], rotation=35, ha="right", rotation_mode="anchor")
+    return with_legend(figure)
 
 
 def curves(series: Sequence[tuple[Group, Sequence[tuple[int, float]]]], ylabel: str, styles: Styles) -> Figure:

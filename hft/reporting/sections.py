@@ -295,8 +295,30 @@ def show(number: Measured | None, digits: int) -> str:
 
 
 def sequences(found: Found) -> Section:
-    drawings = [Drawing(f"{name}: scores by round", figures.heatmap(m)) for name, m in found.matrices.items()]
-    return Section("Sequences", "The score of each task after each round, in %.", drawings=drawings)
+    """OP and BWT of each sequence of tasks beside the paper's, and the scores behind them (section 4.2)."""
+    drawings, rows = [], []
+    for name, matrix in found.matrices.items():
+        drawings.append(Drawing(f"{name}: scores by round", figures.heatmap(matrix)))
+        drawings.append(Drawing(f"{name}: each task over the rounds", figures.task_curves(matrix)))
+        papers = {column: value for column, value in papers_sequence(name).items() if value is not None}
+        cells = [
+            Cell(f"{matrix[column.lower()][-1]:.1f}", [(f"paper {papers[column]}", "")] if column in papers else [])
+            for column in ("OP", "BWT")
+            if matrix[column.lower()]
+        ]
+        rows += [[Cell(name), *cells]] if cells else []
+    tables = [Table("After the last round, in %", [Cell(""), Cell("OP"), Cell("BWT")], rows)] if rows else []
+    text = (
+        "The score of each task after each round, in %. OP is the mean over the tasks seen; BWT is the sum of what "
+        "earlier tasks gained or lost since they were learned, over the number of tasks (equation 5)."
+    )
+    return Section("Sequences", text, tables, drawings)
+
+
+def papers_sequence(name: str) -> dict[str, float | None]:
+    """The paper's OP and BWT of a sequence, if it has its name."""
+    found = [dict(zip(table.columns, row.values, strict=True)) for table, row in rows_of(name)]
+    return next((values for values in found if "OP" in values), {})
 
 
 def steps(found: Found, styles: Styles) -> Section:

@@ -115,8 +115,12 @@ def keys_of(objective: str, given: Given) -> Keys:
 
 
 def replaced_keys(config: Mapping[str, Any]) -> set[str]:
-    """The keys that a method's file resets: all of the selection, of every method, and of those the config names."""
-    classes = (SelectionConfig, *all_classes(), *classes_of(config))
+    """The keys that a method's file resets: all of the selection, of every method, and of those the config names.
+
+    A strategy is no part of a method; its keys stay.
+    """
+    methods = [cls for cls in (*all_classes(), *classes_of(config)) if cls.kind != "strategy"]
+    classes = (SelectionConfig, *methods)
     names = {f.name for cls in classes for f in fields(cls)} | {"method", "schedule", "update", "adapter"}
     return names - {"selection_seed", "round"}
 
@@ -131,8 +135,13 @@ def run_name(objective: str, values: dict[str, Any], flags: dict[str, Any], file
         return Path(flags["output_dir"]).name
     if "run_name" in values:
         return values["run_name"]
+    return name_of(values, flags, files, objective, values.get("method") or "hft")
+
+
+def name_of(values: dict[str, Any], flags: dict[str, Any], files: Sequence[str], *words: str) -> str:
+    """The recipe's folder, or else the base, then some words, then each flag that makes the run a different one."""
     source = Path(files[0]).resolve().parent.name if files else Path(values["model_name_or_path"]).name
-    name = "-".join([source, objective, values.get("method") or "hft"])
+    name = "-".join([source, *words])
     told = {key: _shorten(value) for key, value in flags.items() if key not in NEUTRAL_KEYS}
     name += "".join(f"-from-{v}" if k == "model_name_or_path" else f"-{k}={v}" for k, v in told.items())
     if len(name) > 120:  # most file systems stop at 255 bytes

@@ -94,8 +94,9 @@ class RunPlan:
     def identity(self) -> dict[str, Any]:
         """What makes another run the same as this one (`hft.record.manifest.identity_of`)."""
         method, data = self.config.method, self.data.fingerprint if self.data else None
-        update, schedule = (part.record() if part else None for part in (method.update, method.schedule))
-        return identity_of(self.selection.record(), update, schedule, data)
+        parts = (method.update, method.schedule, method.strategy)
+        update, schedule, strategy = (part.record() if part else None for part in parts)
+        return identity_of(self.selection.record(), update, schedule, data, strategy)
 
     def report(self) -> str:
         """The plan in words: selection, memory, batch, steps and tokens, schedule, notes."""

@@ -106,8 +106,11 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
         )
     trainer.manifest.data = plan.data.fingerprint
     trainer.resolved_config = card_settings(plan.config.values)
+    trainer.manifest.strategy = method.strategy.record() if method.strategy else {}
     say(*check_prepared(trainer, plan.data), *trainer.notes(), *steps_of_packed(plan, len(trainer.train_dataset)), "")
     trainer.check_resumable(plan.resume_from)
+    for callback in method.strategy.callbacks(trainer) if method.strategy else []:
+        trainer.add_callback(callback)
     return trainer
 
 

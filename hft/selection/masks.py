@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hft.errors import HFTError
+from hft.errors import HFTError, reason
 
 MASKS_NAME = "hft_masks.safetensors"
+# How many bits are set in each byte.
+BITS_SET = torch.tensor([byte.bit_count() for byte in range(256)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,16 @@ class Mask:
     def __invert__(self) -> Mask:
         return Mask.of(~self.tensor())
 
+    def __or__(self, other: Mask) -> Mask:
+        return Mask(self.bits | other.bits, self.shape)
+
+    def __and__(self, other: Mask) -> Mask:
+        return Mask(self.bits & other.bits, self.shape)
+
+    def count(self) -> int:
+        """How many of its elements are True."""
+        return int(torch.bincount(self.bits.cpu(), minlength=256) @ BITS_SET)
+
     def to(self, device: torch.device) -> Mask:
         return Mask(self.bits.to(device), self.shape)
 
@@ -59,22 +71,45 @@ def save_masks(folder: str | Path, masks: Mapping[str, Mask]) -> None:
     path = Path(folder) / MASKS_NAME
     path.unlink(missing_ok=True)
     if masks:
-        shapes = {name: json.dumps(mask.shape) for name, mask in masks.items()}
-        save_file({name: mask.bits.cpu() for name, mask in masks.items()}, path, metadata=shapes)
+        metadata = metadata_of({name: mask.shape for name, mask in masks.items()})
+        save_file({name: mask.bits.cpu() for name, mask in masks.items()}, path, metadata=metadata)
+
+
+def metadata_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """What a file of masks holds of their shapes."""
+    return {name: json.dumps(list(shape)) for name, shape in shapes.items()}
+
+
+class Masks(Mapping):
+    """The masks of a folder by parameter name, each read from disk when it is asked for.
+
+    Raises:
+        HFTError: the file is missing, or is not one of masks.
+    """
+
+    def __init__(self, folder: str | Path):
+        path = Path(folder) / MASKS_NAME
+        if not path.exists():
+            raise HFTError(f"{path} is missing: it says which elements of the tensors are meant")
+        try:
+            self._file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise HFTError(f"{path} is not a complete file of masks: {reason(error)}") from error
+        self.shapes = {name: tuple(json.loads(shape)) for name, shape in (self._file.metadata() or {}).items()}
+
+    def __getitem__(self, name: str) -> Mask:
+        return Mask(self._file.get_tensor(name), self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def load_masks(folder: str | Path) -> dict[str, Mask]:
-    """Read what `save_masks` wrote.
-
-    Raises:
-        HFTError: the file is missing.
-    """
-    path = Path(folder) / MASKS_NAME
-    if not path.exists():
-        raise HFTError(f"{path} is missing: it says which parts of the tensors were frozen")
-    with safe_open(path, framework="pt") as file:
-        shapes = file.metadata()
-        return {name: Mask(file.get_tensor(name), tuple(json.loads(shapes[name]))) for name in shapes}
+    """Read all that `save_masks` wrote (`Masks`)."""
+    return dict(Masks(folder))
 
 
 def frozen_values(tensor: torch.Tensor, mask: Mask | None) -> torch.Tensor:

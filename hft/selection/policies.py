@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from hft.errors import HFTError
 from hft.model.anatomy import BLOCKS, Anatomy, Part, Unit
-from hft.selection.masks import Mask
+from hft.selection.masks import Mask, Masks
 
 POLICIES = {
     "category": "a fraction of each block of each layer trains (the paper's HFT, Algorithm 1)",
@@ -30,6 +30,7 @@ POLICIES = {
     "all": "everything trains (FFT)",
     "random-element": "random elements of every matrix train",
     "importance": "what matters least to the base on a sample of text trains",
+    "core": "all but the elements that moved furthest on given tasks train (CPI-FT)",
 }
 GRANULARITIES = ("unit", "column", "element")
 SCORES = ("magnitude", "wanda", "fisher")
@@ -93,6 +94,13 @@ class SelectionConfig:
         metadata={"help": "General text that the importance policy scores the base on; given as dataset_name is."},
     )
     importance_rows: int | None = field(default=None, metadata={"help": "Rows of it that are used."})
+    cores: list[str] | None = field(
+        default=None,
+        metadata={"help": "Folders of cores, as `hft cpi probe` makes them, whose elements to freeze (core policy)."},
+    )
+    train_core: bool | None = field(
+        default=None, metadata={"help": "Train only the elements of the cores, and freeze all others (core policy)."}
+    )
     policy_options: dict[str, Any] | None = field(
         default=None, metadata={"help": "Arguments of your own policy, by name."}
     )
@@ -125,7 +133,7 @@ class SelectionConfig:
                 f"the importance policy needs a granularity ({', '.join(GRANULARITIES)}) and a score "
                 f"({', '.join(SCORES)})"
             )
-        if self.policy in ("all", "explicit") and self.fraction != 0.5:
+        if self.policy in ("all", "explicit", "core") and self.fraction != 0.5:
             raise HFTError(f"fraction means nothing to the {self.policy} policy; remove it")
         if self.round < 1:
             raise HFTError(f"round counts from 1, got {self.round}")
@@ -136,10 +144,14 @@ FRACTIONS = {block: f"{block}_fraction" for block in BLOCKS if block != "router"
 OWN_KEYS = {
     "category": tuple(FRACTIONS.values()),
     "importance": ("granularity", "score", "invert", "importance_data", "importance_rows"),
+    "core": ("cores", "train_core"),
 }
 
 # Policies that choose among billions of elements, or look at the base's weights: only once a run is sure to start.
 DEFERRED = ("random-element", "importance")
+
+# Policies that may freeze some elements of a unit and train the others.
+IN_PART = (*DEFERRED, "core")
 
 # Policies that another seed makes another selection of.
 DRAWN = ("category", "layer", "model", "random-element")
@@ -154,8 +166,8 @@ class Selection:
 
     Attributes:
         trained_units: names of the units that train, wholly or in part.
-        trained_masks: of parameters that train in part by the policy's choice, which elements do. Parameters that
-            several units share need no entry here.
+        trained_masks: of parameters that train in part by the policy's choice, which elements do; also of embeddings,
+            head and final norm. Parameters that several units share need no entry here.
     """
 
     anatomy: Anatomy
@@ -221,23 +233,25 @@ class Selection:
             if chosen is not None:
                 frozen = frozen | ~chosen.tensor()
             masks[name] = Mask.of(frozen)
-        return masks
+        outside = self.anatomy.others | ({} if self.config.freeze_embeddings else self.anatomy.embeddings)
+        return masks | {name: ~self.trained_masks[name] for name in outside if name in self.trained_masks}
 
     @functools.cached_property
     def num_trained_in_layers(self) -> int:
         """Trained parameters in the layers."""
         whole = sum(p.numel for parts in self._trained_of.values() for p, trains in parts if trains)
-        for name in self.trained_masks.keys() & self.frozen_masks.keys():
+        for name in self.trained_masks.keys() & self.frozen_masks.keys() & self._trained_of.keys():
             parts = self._trained_of[name]
             mask, shape = self.frozen_masks[name], parts[0][0].shape
             trained = (~mask.tensor()).sum().item() * (math.prod(shape) // math.prod(mask.shape))
             whole += trained - sum(part.numel for part, trains in parts if trains)
         return whole
 
-    @property
+    @functools.cached_property
     def num_trained(self) -> int:
         """Trained parameters in the whole model."""
-        return self.num_trained_in_layers + self._trained_outside
+        outside = (mask for name, mask in self.frozen_masks.items() if name not in self.anatomy.in_layers)
+        return self.num_trained_in_layers + self._trained_outside - sum(mask.count() for mask in outside)
 
     @property
     def num_with_optimizer_state(self) -> int:
@@ -296,6 +310,7 @@ def select(anatomy: Anatomy, config: SelectionConfig) -> Selection:
         "explicit": _explicit,
         "all": lambda anatomy, config: anatomy.units,
         "random-element": _random_element,
+        "core": _core,
     }
     if config.policy == "importance":
         raise HFTError("the importance policy looks at the base's weights, so only a training run can take it")
@@ -310,17 +325,20 @@ def build_selection(anatomy: Anatomy, config: SelectionConfig, choice: Choice) -
     """
     units, masks = choice if isinstance(choice, tuple) and isinstance(choice[-1], Mapping) else (choice, {})
     known = {unit.name: unit for unit in anatomy.units}
-    shapes = anatomy.shapes
+    shapes, outside = anatomy.shapes, anatomy.embeddings | anatomy.others
     try:
         trained = frozenset(unit.name for unit in units)
     except (TypeError, AttributeError) as error:
         raise HFTError(f"policy {config.policy} must return units of the anatomy: {error}") from error
-    if strange := [*(trained - known.keys()), *(masks.keys() - shapes.keys())]:
-        raise HFTError(f"policy {config.policy} chose {strange[0]}, which the model does not have in its layers")
+    if strange := [*(trained - known.keys()), *(masks.keys() - shapes.keys() - outside.keys())]:
+        raise HFTError(f"policy {config.policy} chose {strange[0]}, which the model does not have")
     masks = {name: mask if isinstance(mask, Mask) else _packed(config, name, mask) for name, mask in masks.items()}
     for name, mask in masks.items():
-        if len(mask.shape) != len(shapes[name]) or any(
-            m not in (1, s) for m, s in zip(mask.shape, shapes[name], strict=True)
+        if name in outside and math.prod(mask.shape) != outside[name]:
+            raise HFTError(f"policy {config.policy} gives {name} a mask of {mask.shape}, not one of its own shape")
+        if name in shapes and (
+            len(mask.shape) != len(shapes[name])
+            or any(m not in (1, s) for m, s in zip(mask.shape, shapes[name], strict=True))
         ):
             raise HFTError(
                 f"policy {config.policy} gives {name}, of shape {shapes[name]}, a mask of shape {mask.shape}; each "
@@ -517,3 +535,35 @@ def _random_element(anatomy: Anatomy, config: SelectionConfig) -> Choice:
         trained[np.argpartition(numbers, count - 1)[:count] if count else []] = True
         masks[name] = Mask.of(torch.from_numpy(trained).view(shape))
     return anatomy.units, masks
+
+
+def _core(anatomy: Anatomy, config: SelectionConfig) -> Choice:
+    """All elements but those of the cores train (CPI-FT, 2508.21741, stage 4); or only they do (LoTA, 2406.16797)."""
+    core = union_of_cores(config.cores or ())
+    numels = {name: math.prod(shape) for name, shape in anatomy.shapes.items()}
+    numels |= anatomy.embeddings | anatomy.others | anatomy.towers
+    if wrong := [name for name, size in numels.items() if name not in core or math.prod(core[name].shape) != size]:
+        raise HFTError(f"core {config.cores[0]} is of another model: it has no {wrong[0]} of that size")
+    core = {name: mask for name, mask in core.items() if name not in anatomy.towers}
+    holding = {name for name, mask in core.items() if mask.bits.any()}
+    if not config.train_core:
+        return anatomy.units, {name: ~core[name] for name in holding}
+    # A unit without an element of the core is frozen as a whole, without master weights.
+    return [unit for unit in anatomy.units if holding & set(unit.parameters)], core
+
+
+def union_of_cores(folders: Sequence[str]) -> dict[str, Mask]:
+    """The elements that are in at least one of some cores, by parameter.
+
+    Raises:
+        HFTError: there are none, one is missing, or they are of different models.
+    """
+    if not folders:
+        raise HFTError("the core policy needs --cores FOLDER [FOLDER ...], which `hft cpi probe` makes")
+    union: dict[str, Mask] = {}
+    for folder in folders:
+        core = Masks(folder)
+        if union and core.shapes != {name: mask.shape for name, mask in union.items()}:
+            raise HFTError(f"cores {folders[0]} and {folder} are of different models")
+        union = {name: union[name] | mask if union else mask for name, mask in core.items()}
+    return union

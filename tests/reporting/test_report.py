@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from hft.cli import main
+from hft.continual.matrix import Matrix
 from hft.record.scores import Score, Scores
 from hft.reporting.collect import collect
 from hft.reporting.figures import frontier, heatmap, styles_of
@@ -134,10 +135,12 @@ def test_every_section_is_there_when_its_data_is(runs, tmp_path):
         manifest["trainable_fraction"]["layers"] = fraction
         (tmp_path / name / "hft_manifest.json").write_text(json.dumps(manifest))
         quick(tmp_path / name, 1.1, 2.9, 0.2, 16)
-    (tmp_path / "trace").mkdir()
-    matrix = {"tasks": ["FOMC", "Py150"], "scores": [[50.1, 20.2], [70.3, None], [60.4, 45.5]]}
-    (tmp_path / "trace" / "matrix.json").write_text(json.dumps(matrix))
-    html, text = report(tmp_path / "out", *folders, tmp_path / "trace")
+    sequence = tmp_path / "llama2-chat-7b-trace-hft-seqft"
+    sequence.mkdir()
+    rows = [[50.1, 20.2], [70.3, None], [60.4, 45.5]]
+    matrix = Matrix(["FOMC", "Py150"], ["accuracy", "edit_similarity"], ["start", "FOMC", "Py150"], rows)
+    matrix.save(sequence)
+    html, text = report(tmp_path / "out", *folders, sequence)
     titles = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert titles == [
         "What trains",
@@ -160,6 +163,7 @@ def test_every_section_is_there_when_its_data_is(runs, tmp_path):
     assert 'aria-label="tiny: drift over the steps"' in html
     assert ">60.4<" in html
     assert ">start<" in html
+    assert "| llama2-chat-7b-trace-hft-seqft | 53.0 (paper 51.3) | -4.9 (paper -5.6) |" in text
     assert "hft-ratio attention 0.25" in table(text, "tiny: task, drift and facts")
     assert "After training, all 18 frozen tensors were bit-identical to the base." in text
     reset = shutil.copytree(runs["reset"], tmp_path / "reset", ignore=shutil.ignore_patterns("scores"))
@@ -250,9 +254,9 @@ def test_up_and_right_is_better(runs):
     assert frontier(groups[:1], TASK_LOSS, DRIFT, styles) is None
 
 
-def test_a_matrix_without_a_start_counts_rounds_from_one():
-    (axes,) = heatmap({"tasks": ["a", "b"], "scores": [[50, float("nan")], [40, 60]]}).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2"]
+def test_a_score_that_is_no_number_is_not_drawn():
+    (axes,) = heatmap({"tasks": ["a", "b"], "rounds": ["a", "b"], "scores": [[50, float("nan")], [40, 60]]}).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
     assert [text.get_text() for text in axes.texts] == ["50.0", "40.0", "60.0"]
 
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import hft
 from hft.cli import main
 from hft.record.manifest import Manifest
-from tests.conftest import ROOT, command, error_of, identical, losses, tensors
+from tests.conftest import ROOT, command, error_of, identical, losses, tensors, write_jsonl
 from tests.model.test_architectures import small
 
 SCRIPT = ROOT / "tests" / "training" / "fsdp2_on_cpu.py"
@@ -27,6 +27,7 @@ RUNS = {
     # Evaluated between switches.
     "badam": ("sft", "badam", {"switch_every": 1, "eval_strategy": "steps", "eval_steps": 1, "eval_rows": 4}),
     "mofo": ("sft", "mofo", {}),
+    "gem": ("sft", "hft", {"strategy": "gem", "strategy_data": "memory.jsonl"}),
     "experts": ("sft", "hft", {}),
 }
 
@@ -57,26 +58,33 @@ def flags(processes: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny, data, pairs):
+def folder(tmp_path_factory, tiny, data, pairs, rows):
     """Runs of two processes in `two`, of one in `one`; and a run of two that four took over, in `four`."""
     os.chdir(ROOT)
     folder = tmp_path_factory.mktemp("fsdp2")
     base = folder / "mixtral"
     small("mixtral").to(torch.bfloat16).save_pretrained(base)
     AutoTokenizer.from_pretrained(tiny).save_pretrained(base)
-    rows = {"sft": data, "dpo": pairs}
+    datasets = {"sft": data, "dpo": pairs}
+    # Five rows to remember, with answers that conflict with the data's; one process has one row more than the other.
+    chats = [[message["content"] for message in row["messages"]] for row in rows[:5]]
+    memory = [{"prompt": question, "completion": answer[::-1], "task": "0"} for question, answer in chats]
+    memory = write_jsonl(folder / "memory.jsonl", memory)
 
     for objective in ("sft", "dpo"):  # by the command line
-        launch(2, *command(objective, folder / "two" / objective, *flags(2), model=tiny, data=rows[objective]))
-        assert main(command(objective, folder / "one" / objective, *flags(1), model=tiny, data=rows[objective])) == 0
+        launch(2, *command(objective, folder / "two" / objective, *flags(2), model=tiny, data=datasets[objective]))
+        assert (
+            main(command(objective, folder / "one" / objective, *flags(1), model=tiny, data=datasets[objective])) == 0
+        )
 
     def listed(processes: int) -> list[dict]:
         runs = []
         for name, (objective, method, more) in RUNS.items():
             out = folder / ("two" if processes == 2 else "one") / name
             values = {"model_name_or_path": str(base if name == "experts" else tiny), "output_dir": str(out)}
-            values |= SETTINGS | more | {"dataset_name": str(rows[objective])}
+            values |= SETTINGS | more | {"dataset_name": str(datasets[objective])}
             values["per_device_train_batch_size"] = 8 // processes
+            values |= {"strategy_data": str(memory)} if "strategy_data" in more else {}
             files = [f"recipes/tiny/{objective}.yaml", f"recipes/methods/{method}.yaml"]
             runs.append({"objective": objective, "files": files, "flags": values})
             if processes == 2 and name == "lisa":  # cut after two steps and resumed

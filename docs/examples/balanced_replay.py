@@ -1,0 +1,22 @@
+"""A strategy: each round also trains on as many rows of earlier tasks as its own task has, taken from all of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from hft.methods.strategy import Row, Strategy
+
+
+@dataclass
+class BalancedReplay(Strategy):
+    description: ClassVar[str] = "half of the rows of each round are of earlier tasks"
+
+    replay_seed: int = field(default=0, metadata={"help": "Seed of their choice."})
+
+    def training_rows(self, tasks: Sequence[list[Row]], alignment: list[Row]) -> list[Row]:
+        earlier = [row for rows in tasks[:-1] for row in rows]
+        rng = random.Random(f"{self.replay_seed} {len(tasks)}")
+        return tasks[-1] + rng.sample(earlier, min(len(tasks[-1]), len(earlier)))

@@ -1,0 +1,57 @@
+"""`hft continual`: a command line in, an exit status out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from hft.config import to_yaml
+from hft.continual.config import SequencePlan, parse_sequence
+from hft.continual.data import Data
+from hft.continual.sequence import first_plan, keys_of, log_to_wandb, run_sequence
+from hft.errors import HFTError
+from hft.machine import indented, is_main, leave_process_group, say
+
+NEEDED = ("lm_eval", "rapidfuzz", "rouge_score", "scipy")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Plan a sequence, print its commands, and run it.
+
+    Args:
+        arguments: `--config RECIPE.yaml [METHOD.yaml ...] [--strategy NAME] [--key value ...]`.
+
+    Raises:
+        HFTError: the sequence cannot be made as asked.
+    """
+    if missing := [package for package in NEEDED if find_spec(package) is None]:
+        raise HFTError(f"a sequence of tasks needs {', '.join(missing)}: pip install 'hft[continual]'")
+    plan, dry_run = parse_sequence(arguments)
+    data = Data(plan)
+    rounds = data.runs(plan)
+    first = first_plan(plan, rounds[0][0], data.of_round(plan, 0)["train"])
+    say("resolved config", indented(to_yaml(keys_of(plan))), "first run", indented(first.report()))
+    say(*(["notes on the data", indented("\n".join(data.notes)), ""] if data.notes else []))
+    say("commands", *(f"  {plan.command(run)}" for runs in rounds for run in runs), "")
+    if dry_run:
+        say(*([f"it does not fit here: {first.misfit}"] if first.misfit else []))
+        say("stopped here: no weights were loaded, nothing was written")
+        say(f"the sequence writes {plan.out}/recipe.yaml and {plan.out}/data first, which the commands need")
+        return 0
+    matrix = run_sequence(plan, data)
+    say("result", indented(matrix.table()), "", indented(matrix.report()), "", files(plan))
+    if is_main() and "wandb" in first.args.report_to:
+        say(log_to_wandb(plan, matrix))
+    leave_process_group()
+    return 0
+
+
+def files(plan: SequencePlan) -> str:
+    """What a sequence leaves behind."""
+    return f"""\
+{plan.out}/
+  NN-TASK/               the run of each round, with its manifest, results and scores
+  data/                  the rows that each of them trained on, and test rows
+  recipe.yaml            what they have in common
+  sequence.yaml          what hft continual was given
+  matrix.json            the scores, OP and BWT"""

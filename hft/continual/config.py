@@ -1,0 +1,212 @@
+"""The config of a sequence: which tasks in which order, with which strategy; and the runs that it comes to."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hft.config import Given, Keys, RunConfig, fill, read_arguments
+from hft.continual.tasks import TRACE, metrics_of
+from hft.errors import HFTError
+from hft.methods import all_classes, find
+from hft.methods.strategy import Strategy
+from hft.runs.config import Config, resolve_config, run_name
+from hft.selection import SelectionConfig
+
+# Keys that each run of a sequence has values of its own for.
+PER_RUN = ("dataset_name", "output_dir", "run_name", "round", "strategy_data", "previous_run")
+# Keys that do not name a sequence.
+UNNAMED = ("strategy", "trace_dir", "score_batch_size")
+RECIPE_NAME = "recipe.yaml"  # in the sequence's folder: what all of its runs have in common
+
+
+@dataclass
+class SequenceConfig:
+    """The keys of a sequence, beside those of its runs."""
+
+    trace_dir: str | None = field(
+        default=None,
+        metadata={"help": "TRACE's folder, or one like it: TASK/train.json and TASK/test.json, or .jsonl."},
+    )
+    tasks: list[str] = field(
+        default_factory=lambda: list(TRACE), metadata={"help": "The tasks, in the order in which they are learned."}
+    )
+    order: list[str] | None = field(default=None, metadata={"help": "The same tasks in another order."})
+    epochs: dict[str, float] | float | None = field(
+        default=None, metadata={"help": "Epochs of each task, or of all; num_train_epochs where a task has none."}
+    )
+    metrics: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "Metric of each task that is not TRACE's, as {TASK: accuracy}."}
+    )
+    strategy: str = field(
+        default="seqft", metadata={"help": "What is done against forgetting: a name, or FILE.py:CLASS of your own."}
+    )
+    alignment: str | None = field(
+        default=None, metadata={"help": "Folder in trace_dir with general instructions that replay trains on too."}
+    )
+    max_prompt_length: int = field(default=1024, metadata={"help": "Longest prompt in tokens; a longer one is cut."})
+    max_answer_length: int = field(default=512, metadata={"help": "Longest answer in tokens, and most to generate."})
+    score_start: bool = field(default=True, metadata={"help": "Score the base before the first round."})
+    score_unseen: bool = field(default=False, metadata={"help": "Score the tasks that are still to come, too."})
+    test_rows: int | None = field(default=None, metadata={"help": "Test rows of each task; by default all."})
+    score_batch_size: int = field(default=16, metadata={"help": "Prompts that are answered at once."})
+
+    def __post_init__(self):
+        if self.order is not None:
+            if sorted(self.order) != sorted(self.tasks):
+                raise HFTError(f"order must name each of the tasks once: {', '.join(self.tasks)}; or give --tasks")
+            self.tasks = self.order
+        if twice := [task for task in self.tasks if self.tasks.count(task) > 1]:
+            raise HFTError(f"tasks has {twice[0]} twice; a task is learned once")
+        if not self.tasks:
+            raise HFTError(f"tasks is empty; name some, such as {', '.join(TRACE)}")
+        if (
+            self.max_prompt_length < 1
+            or self.max_answer_length < 2
+            or (self.test_rows is not None and self.test_rows < 1)
+        ):
+            raise HFTError("max_prompt_length and test_rows must be at least 1, and max_answer_length at least 2")
+        self.metrics = metrics_of(self.tasks, self.metrics)
+
+    def epochs_of(self, task: str) -> float | None:
+        """Epochs of a task; None leaves it to `num_train_epochs`."""
+        return self.epochs.get(task) if isinstance(self.epochs, dict) else self.epochs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sequence.
+
+    Attributes:
+        name: of its folder, such as `02-FOMC` or `02-FOMC-replay`.
+        task: the task of its round.
+        flags: what it has beside `recipe.yaml`.
+    """
+
+    name: str
+    task: str
+    flags: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """A sequence as it was asked for.
+
+    Attributes:
+        name: of the sequence.
+        out: its folder.
+        settings: the keys of the sequence.
+        strategy: what is done against forgetting.
+        common: what all runs have in common, the content of `recipe.yaml`.
+        given_epochs: whether `num_train_epochs` was a flag, which wins over the epochs of the tasks.
+        first_round: number of the first round; above 1 if the base has been through rounds before.
+    """
+
+    name: str
+    out: Path
+    settings: SequenceConfig
+    strategy: Strategy
+    common: dict[str, Any]
+    given_epochs: bool
+    first_round: int
+
+    def data(self, name: str) -> Path:
+        """A file of rows."""
+        return self.out / "data" / f"{name}.jsonl"
+
+    def runs_of(self, number: int, previous: str | None, *, remembers: bool, replays: bool) -> list[Run]:
+        """The runs of a round.
+
+        Args:
+            number: of the round, from 0.
+            previous: name of the run before it, or None.
+            remembers: whether there are rows for `strategy_data`.
+            replays: whether a replay pass follows.
+        """
+        task = self.settings.tasks[number]
+        epochs = None if self.given_epochs else self.settings.epochs_of(task)
+        runs = []
+        for name in [f"{number + 1:02}-{task}", *([f"{number + 1:02}-{task}-replay"] if replays else [])]:
+            flags = {"dataset_name": str(self.data(name)), "num_train_epochs": 1.0 if runs else epochs}
+            if previous and not self.strategy.takes_adapter:
+                flags = {"model_name_or_path": str(self.out / previous)} | flags
+            if not self.strategy.takes_adapter:  # an adapter selects nothing
+                flags["round"] = self.first_round + number
+            if self.strategy.takes_adapter and previous:
+                flags["previous_run"] = str(self.out / previous)
+            if self.strategy.acts_on_steps:
+                flags["strategy_data"] = str(self.data(f"{name}-memory")) if remembers and not runs else None
+            flags |= {"output_dir": str(self.out / name), "run_name": f"{self.name}-{name}"}
+            runs.append(Run(name, task, {key: value for key, value in flags.items() if value is not None}))
+            previous = name
+        return runs
+
+    def config(self, run: Run) -> Config:
+        """The config of a run, the same as that of its command."""
+        return resolve_config("sft", Given([str(self.out / RECIPE_NAME)], [self.common], dict(run.flags)))
+
+    def command(self, run: Run) -> str:
+        """The command that repeats a run by hand."""
+        words = [word for key, value in run.flags.items() for word in (f"--{key}", str(value))]
+        return shlex.join(["hft", "sft", "--config", str(self.out / RECIPE_NAME), *words])
+
+
+def parse_sequence(arguments: Sequence[str]) -> tuple[SequencePlan, bool]:
+    """The sequence of a command line, and whether to stop once it is printed.
+
+    Raises:
+        HFTError: an unknown key or strategy, a value of the wrong type, or keys that exclude each other.
+    """
+    groups = {
+        "sequence": (SequenceConfig,),
+        "run": (RunConfig,),
+        "selection": (SelectionConfig,),
+        **{f"{cls.kind} {cls.name}: {cls.description}": (cls,) for cls in all_classes()},
+    }
+    description = (
+        "Fine-tune on one task after another, and score all of them after each: a recipe, a method, and flags."
+    )
+    return resolve_sequence(read_arguments(arguments, "hft continual", description, groups))
+
+
+def resolve_sequence(given: Given) -> tuple[SequencePlan, bool]:
+    """Divide keys between the sequence and its runs, and type and check both."""
+    own = {f.name for f in fields(SequenceConfig)}
+    settings = fill(SequenceConfig, _part(given, own).resolve(Keys((SequenceConfig,)))[0])
+    rest = _part(given, own, inside=False)
+    dry_run = str(rest.flags.pop("dry_run", "false")).lower() == "true"
+    merged, _ = rest.merge(lambda config: (), {})
+    if mine := [key for key in ("dataset_name", "strategy_data", "previous_run") if key in merged]:
+        raise HFTError(
+            f"{mine[0]} is what a sequence gives to each of its runs; remove it, and name tasks and trace_dir"
+        )
+    wanted = {"strategy": settings.strategy, "dataset_name": "-", "output_dir": "-", "run_name": "-"}
+    config = resolve_config("sft", Given(rest.files, rest.contents, rest.flags | wanted))
+
+    name = merged.get("run_name") or _name(config, settings, given)
+    out = Path(merged.get("output_dir", f"runs/{name}"))
+    common = {"max_length": settings.max_prompt_length + settings.max_answer_length} | config.values
+    strategy, cls, dropped = config.method.strategy, find("strategy", settings.strategy), {*PER_RUN}
+    if not (cls.acts_on_steps or strategy.carry_moments):
+        dropped |= {"strategy", *(f.name for f in fields(cls))}
+    common = {key: value for key, value in common.items() if key not in dropped}
+    first, by_flag = config.values.get("round", 1), "num_train_epochs" in rest.flags
+    return SequencePlan(name, out, settings, strategy, common, by_flag, first), dry_run
+
+
+def _name(config: Config, settings: SequenceConfig, given: Given) -> str:
+    """The name of a sequence: that of its folder if one is given, else recipe, method, strategy and flags."""
+    strategy = settings.strategy.rpartition("/")[2].replace(":", "_")
+    values = {"method": f"{config.run.method or 'hft'}-{strategy}"}
+    values["model_name_or_path"] = config.run.model_name_or_path
+    flags = {key: value for key, value in given.flags.items() if key not in UNNAMED}
+    return run_name("trace", values, flags, given.files)
+
+
+def _part(given: Given, keys: set[str], *, inside: bool = True) -> Given:
+    """What was given of some keys, or of all others."""
+    contents = [{k: v for k, v in content.items() if (k in keys) is inside} for content in given.contents]
+    return Given(given.files, contents, {k: v for k, v in given.flags.items() if (k in keys) is inside})

@@ -1,0 +1,117 @@
+"""Rows of earlier tasks as batches for a trainer, and the gradients of the loss on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy
+
+from hft.errors import HFTError, reason
+from hft.methods.strategy import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Trainer
+
+Gradient = list[torch.Tensor]
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Rows that `hft continual` wrote, one JSON object per line.
+
+    Raises:
+        HFTError: the file cannot be read.
+    """
+    try:
+        with Path(path).open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise HFTError(f"cannot read the rows in {path}: {reason(error)}") from error
+
+
+def tokenized(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> dict[str, list[int]]:
+    """`input_ids` and `labels` of a row, as TRL's `SFTTrainer` makes them: the loss is on the completion."""
+    prompt = [{"role": "user", "content": row["prompt"]}]
+    whole = [*prompt, {"role": "assistant", "content": row["completion"]}]
+    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    ids = tokenizer.apply_chat_template(whole, tokenize=True, return_dict=True)["input_ids"]
+    start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before["input_ids"], ids, strict=False)))
+    return {"input_ids": ids[:max_length], "labels": ([-100] * start + ids[start:])[:max_length]}
+
+
+class Batches:
+    """This process's micro-batches of some rows; every process has equally many.
+
+    Args:
+        trainer: its tokenizer, collator and batch size are used.
+        rows: as `tokenized` makes them.
+    """
+
+    def __init__(self, trainer: Trainer, rows: list[dict[str, list[int]]]):
+        args = trainer.args
+        # A row that trains nothing fills up the processes whose share is smaller.
+        filler = {"input_ids": rows[0]["input_ids"], "labels": [-100] * len(rows[0]["labels"])}
+        padded = rows + [filler] * (-len(rows) % args.world_size)
+        mine = padded[args.process_index :: args.world_size]
+        size = args.per_device_train_batch_size
+        self.batches = [trainer.data_collator(mine[start : start + size]) for start in range(0, len(mine), size)]
+        self.tokens = sum(label != -100 for row in rows for label in row["labels"][1:])  # over all processes
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.batches:
+            yield {key: value.to(self.trainer.args.device) for key, value in batch.items() if torch.is_tensor(value)}
+
+
+def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that have a gradient in this step."""
+    return [parameter for parameter in model.parameters() if parameter.grad is not None]
+
+
+def take_gradient(parameters: list[torch.nn.Parameter]) -> Gradient:
+    """The gradients of some parameters, which have none afterwards."""
+    taken = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return taken
+
+
+def loss_gradient(batches: Batches, parameters: list[torch.nn.Parameter]) -> Gradient:
+    """The gradient of the mean loss over all trained tokens of some batches, under what trains now.
+
+    DDP and FSDP2 average gradients over processes, each of which has a part of the rows.
+    """
+    for batch in batches:
+        logits, labels = next_token_logits(batches.trainer.model_wrapped, batch)
+        loss = cross_entropy(logits, labels, reduction="sum") / batches.tokens
+        (loss * batches.trainer.args.world_size).backward()
+    return take_gradient(parameters)
+
+
+def next_token_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 logits of the trained tokens of a batch, of shape (tokens, vocabulary), and these tokens."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    labels = batch["labels"][:, 1:]
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    return logits[labels != -100].float(), labels[labels != -100]
+
+
+def dot_products(gradients: list[Gradient], device: torch.device) -> torch.Tensor:
+    """The Gram matrix of some gradients, in float64 on the CPU; identical in every process."""
+    gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=device)
+    for tensors in zip(*gradients, strict=True):
+        local = torch.stack([_local(tensor).flatten().float() for tensor in tensors])
+        gram += (local @ local.T).double()
+    if any(isinstance(tensor, DTensor) for tensor in gradients[0]):
+        dist.all_reduce(gram)
+    return gram.cpu()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,145 @@
+"""The score matrix of a sequence, and how much was learned and forgotten by it (paper A.3.2, eq. 5)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hft.errors import HFTError, reason
+from hft.record.manifest import write_json
+from hft.record.scores import Score, Scores
+
+MATRIX_NAME = "matrix.json"
+START = "start"
+
+# S[t][i]: the score of task i after round t, both counted from 0; None where it was not measured.
+Rows = Sequence[Sequence[float | None]]
+
+
+def overall_performance(scores: Rows, t: int) -> float:
+    """OP of eq. 5: the mean score of the tasks seen, after round t (from 0)."""
+    return sum(scores[t][: t + 1]) / (t + 1)
+
+
+def backward_transfer(scores: Rows, t: int) -> float:
+    """BWT of eq. 5: the sum of the changes of earlier tasks since each was learned, over the t + 1 tasks seen.
+
+    All of the paper's tables divide by the number of tasks; Lopez-Paz and Ranzato (2017) divide by one less
+    (`backward_transfer_earlier`).
+    """
+    return sum(scores[t][i] - scores[i][i] for i in range(t)) / (t + 1)
+
+
+def backward_transfer_earlier(scores: Rows, t: int) -> float | None:
+    """BWT of Lopez-Paz and Ranzato (2017): the mean change of the t earlier tasks; None in the first round."""
+    return backward_transfer(scores, t) * (t + 1) / t if t else None
+
+
+def backward_transfer_clipped(scores: Rows, t: int) -> float:
+    """BWT as TreeLoRA's script has it (ZinYY/TreeLoRA): a task that improved counts as unchanged."""
+    return sum(min(scores[t][i] - scores[i][i], 0.0) for i in range(t)) / (t + 1)
+
+
+def forgetting(scores: Rows, t: int) -> list[float]:
+    """For each earlier task its best score before round t minus that after it (Chaudhry et al. 2018)."""
+    return [max(scores[j][i] for j in range(i, t)) - scores[t][i] for i in range(t)]
+
+
+@dataclass
+class Matrix:
+    """The scores of a sequence so far, in percent.
+
+    Attributes:
+        tasks: in the order in which they are learned.
+        metrics: the metric of each task's score.
+        rounds: names of the rows: `start` if the base was scored, then the task of each round.
+        scores: a row for each of them, and in it the score of each task, None where it was not measured.
+        others: further metrics by name, in the same form.
+        counts: test rows of each task.
+        about: what else the numbers depend on.
+    """
+
+    tasks: list[str]
+    metrics: list[str]
+    rounds: list[str] = field(default_factory=list)
+    scores: list[list[float | None]] = field(default_factory=list)
+    others: dict[str, list[list[float | None]]] = field(default_factory=dict)
+    counts: list[int] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def after_rounds(self) -> list[list[float | None]]:
+        """S: the rows without the start."""
+        return self.scores[self.rounds[:1] == [START] :]
+
+    def summary(self) -> dict[str, Any]:
+        """OP and BWT after each round, and the other ways to count what was forgotten, after the last."""
+        s = self.after_rounds
+        last = len(s) - 1
+        found = {
+            "op": [overall_performance(s, t) for t in range(len(s))],
+            "bwt": [backward_transfer(s, t) for t in range(len(s))],
+        }
+        if last < 0:
+            return found
+        found["bwt_earlier_tasks"] = backward_transfer_earlier(s, last)
+        found["bwt_clipped"] = backward_transfer_clipped(s, last)
+        return found | {"forgetting": dict(zip(self.tasks, forgetting(s, last), strict=False))}
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.after_rounds) == len(self.tasks)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `matrix.json` with the summary, in one step."""
+        return write_json(Path(folder) / MATRIX_NAME, asdict(self) | self.summary())
+
+    def scores_of_sequence(self, suite: str, model: str, model_sha256: str) -> Scores:
+        """OP and BWT after the last round, as scores of the whole sequence.
+
+        Args:
+            suite: under which they are saved.
+            model: that of the last round.
+            model_sha256: likewise.
+        """
+        found, n = self.summary(), sum(self.counts)
+        scores = [Score(name, name, found[name][-1], None, n) for name in ("op", "bwt")]
+        about = {key: self.about[key] for key in ("dtype", "versions")}
+        return Scores(suite, model, model_sha256, settings={"tasks": self.tasks}, scores=scores, **about)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Matrix:
+        """Read what `save` wrote.
+
+        Raises:
+            HFTError: it is not there or not valid.
+        """
+        path = Path(folder) / MATRIX_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise HFTError(f"{path} holds no valid matrix: {reason(error)}") from error
+
+    def report(self) -> str:
+        """What was learned and forgotten, in words."""
+        found = self.summary()
+        earlier = "-" if found["bwt_earlier_tasks"] is None else f"{found['bwt_earlier_tasks']:.2f}"
+        lost = ", ".join(f"{task} {value:.1f}" for task, value in found["forgetting"].items()) or "-"
+        return f"""\
+OP {found["op"][-1]:.2f}, BWT {found["bwt"][-1]:.2f} (eq. 5, over all tasks)
+BWT over earlier tasks only {earlier}; with gains counted as 0 {found["bwt_clipped"]:.2f}
+forgotten since the best score: {lost}"""
+
+    def table(self) -> str:
+        """Markdown laid out like Table 29: a row for each task, a column after each round; OP and BWT below."""
+        rows = [["", *self.rounds], ["---"] * (len(self.rounds) + 1)]
+        for i, task in enumerate(self.tasks):
+            rows.append([task, *("-" if row[i] is None else f"{row[i]:.1f}" for row in self.scores)])
+        summary, skip = self.summary(), [""] * (len(self.scores) - len(self.after_rounds))
+        for name in ("op", "bwt") if summary["op"] else ():
+            rows.append([name.upper(), *skip, *(f"{value:.1f}" for value in summary[name])])
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)

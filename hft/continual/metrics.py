@@ -1,0 +1,129 @@
+"""Metrics of TRACE's tasks: an answer and a reference in, 0 to 1 out. An empty answer scores 0.
+
+TRACE scores the raw text that the model generates (A.3.2 of the HFT paper; inference code of BeyonderXX/TRACE).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+# A capital letter that stands alone; no Latin letter may touch it, a Chinese one may.
+OPTION = re.compile(r"(?<![A-Za-z])[A-E](?![A-Za-z])")
+# Py150 writes literals as <STR_LIT>, <NUM_LIT>, or with a frequent value: <STR_LIT:utf-8>.
+VALUE_LITERAL = re.compile(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>")
+
+
+def accuracy(answer: str, reference: str) -> float:
+    """Whether the answer is the reference, character by character: a leading space counts."""
+    return float(answer == reference)
+
+
+def first_character(answer: str, reference: str) -> float:
+    """Whether the first characters agree: TRACE's accuracy on ScienceQA, whose references give a reason too."""
+    return float(answer[:1] == reference[:1] != "")
+
+
+def first_letter(answer: str, reference: str) -> float:
+    """Whether the first option letter of the answer is that of the reference, whatever stands around it."""
+    found, wanted = OPTION.search(answer), OPTION.search(reference)
+    return float(bool(found and wanted) and found[0] == wanted[0])
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """ROUGE-L F1 (rouge-score) over lowercase words of any alphabet; on English those of rouge-score itself."""
+    return _rouge().score(reference, answer)["rougeL"].fmeasure
+
+
+@functools.cache
+def _rouge():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    class Words:
+        """rouge-score's own tokenizer drops every letter but a to z, and with it German umlauts."""
+
+        def tokenize(self, text: str) -> list[str]:
+            return words(text)
+
+    return RougeScorer(["rougeL"], tokenizer=Words())
+
+
+def words(text: str) -> list[str]:
+    """The lowercase words of a text."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def edit_similarity(answer: str, reference: str) -> float:
+    """Similarity of two lines of code (rapidfuzz's `ratio`), literals normalized as in CodeXGLUE's Py150."""
+    from rapidfuzz.fuzz import ratio
+
+    return ratio(normalize_literals(answer), normalize_literals(reference)) / 100 if answer else 0.0
+
+
+def normalize_literals(code: str) -> str:
+    """Replace Py150's literal tokens: strings by nothing, numbers by 0, both by their value where the token has one."""
+    code = code.replace("<NUM_LIT>", "0").replace("<STR_LIT>", "").replace("<CHAR_LIT>", "")
+    return VALUE_LITERAL.sub(r"\1", code)
+
+
+def sari(answer: str, reference: str, source: str) -> float:
+    """SARI (Xu et al. 2016, TACL) as Hugging Face's metric computes it, averaged over n-grams of 1 to 4 words.
+
+    Args:
+        answer: the simplification; an empty one scores 0, though it deletes all that it should.
+        reference: one reference.
+        source: the text that was to be simplified, without the instruction.
+    """
+    if not words(answer):
+        return 0.0
+    texts = [words(text) for text in (source, answer, reference)]
+    return sum(_sari_of_ngrams(*(_ngrams(text, n) for text in texts)) for n in range(1, 5)) / 4
+
+
+def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    return Counter(zip(*(tokens[start:] for start in range(n)), strict=False))
+
+
+def _sari_of_ngrams(source: Counter, answer: Counter, reference: Counter) -> float:
+    """The mean of F1 of what is kept, F1 of what is added, and precision of what is deleted; 0 / 0 counts as 1."""
+    kept, should_keep = source & answer, source & reference
+    keep = _f1(_mean_share(kept & reference, kept), _divide((kept & reference).total(), should_keep.total()))
+    deleted = source - answer
+    delete = _mean_share(deleted - reference, deleted)
+    added, should_add = answer.keys() - source.keys(), reference.keys() - source.keys()
+    add = _f1(_divide(len(added & should_add), len(added)), _divide(len(added & should_add), len(should_add)))
+    return (keep + delete + add) / 3
+
+
+def _mean_share(part: Counter, whole: Counter) -> float:
+    """The share of each n-gram's count, averaged over n-grams."""
+    return _divide(sum(part[ngram] / whole[ngram] for ngram in part), len(whole))
+
+
+def _divide(part: float, whole: float) -> float:
+    return part / whole if whole else 1.0
+
+
+def _f1(precision: float, recall: float) -> float:
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def body(prompt: str) -> str:
+    """What of a prompt is to be simplified: all but its first and its last line."""
+    return "\n".join(prompt.split("\n")[1:-1]) or prompt
+
+
+# What a task may be scored by: names and functions of (answer, reference, prompt). The first one is the task's score.
+METRICS: dict[str, dict[str, Callable[[str, str, str], float]]] = {
+    "accuracy": {"accuracy": lambda a, r, p: accuracy(a, r)},
+    "choice": {"accuracy": lambda a, r, p: accuracy(a, r), "first_letter": lambda a, r, p: first_letter(a, r)},
+    "choice_and_reason": {
+        "accuracy": lambda a, r, p: first_character(a, r),
+        "first_letter": lambda a, r, p: first_letter(a, r),
+    },
+    "rouge_l": {"rouge_l": lambda a, r, p: rouge_l(a, r)},
+    "edit_similarity": {"edit_similarity": lambda a, r, p: edit_similarity(a, r)},
+    "sari": {"sari": lambda a, r, p: sari(a, r, body(p)), "rouge_l": lambda a, r, p: rouge_l(a, r)},
+}

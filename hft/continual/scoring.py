@@ -1,0 +1,73 @@
+"""Scores of a model on the tasks of a sequence, by lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hft.continual.metrics import METRICS
+from hft.evaluation.evaluate import Settings, evaluate
+from hft.evaluation.local import as_dataset
+from hft.evaluation.suites import Benchmark
+from hft.methods.strategy import Row
+from hft.record.scores import Scores
+
+SUITE = "trace"
+
+
+def score(
+    model: str,
+    tests: dict[str, list[Row]],
+    metrics: dict[str, str],
+    *,
+    longest_answer: int,
+    batch_size: int,
+    out: Path,
+) -> Scores:
+    """Score a model on test rows, in percent; answers are greedy and taken as they are.
+
+    Args:
+        model: a run's folder, an adapter, or a model.
+        tests: for each task its rows: `context`, which the model continues, and `prompt` and `completion`.
+        metrics: for each task a key of `METRICS`.
+        longest_answer: most tokens to generate.
+        batch_size: rows that are answered at once.
+        out: folder for `scores/trace.json`. What it already holds for this model is not scored again.
+
+    Returns:
+        The scores; complete in the first process only.
+    """
+    own = [
+        (benchmark_of(task, metrics[task]), config_of(task, rows, metrics[task], longest_answer))
+        for task, rows in tests.items()
+    ]
+    return evaluate(model, SUITE, Settings(chat=False, batch_size=batch_size), out, own)
+
+
+def benchmark_of(task: str, metric: str) -> Benchmark:
+    """A task as `hft.evaluation` knows it; its first metric is its score."""
+    return Benchmark(task, f"{SUITE}_{task}", {name: f"{name},none" for name in METRICS[metric]})
+
+
+def config_of(task: str, rows: list[Row], metric: str, longest_answer: int) -> dict[str, Any]:
+    """A task as lm-eval knows it."""
+    return {
+        "task": f"{SUITE}_{task}",
+        "custom_dataset": as_dataset(test=rows),
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "context",
+        "doc_to_target": "completion",
+        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": longest_answer},
+        "process_results": _results_of(metric),
+        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in METRICS[metric]],
+        "metadata": {"version": 1.0},
+    }
+
+
+def _results_of(metric: str) -> Callable[[dict[str, str], list[str]], dict[str, float]]:
+    def results(row: dict[str, str], answers: list[str]) -> dict[str, float]:
+        return {name: of(answers[0], row["completion"], row["prompt"]) for name, of in METRICS[metric].items()}
+
+    return results

@@ -1,0 +1,130 @@
+"""GEM, gradient episodic memory (Lopez-Paz and Ranzato 2017, arXiv 1706.08840; paper section 4.2).
+
+A few rows of each earlier task are kept. Before each step the gradient m_k of the loss on the rows of each task k is
+computed anew. If the step's gradient g would raise any of these losses to first order, that is g . m_k < 0, the step
+takes the closest gradient to g that raises none:
+
+    min ||z - g||^2  subject to  z . m_k >= 0 for every k.
+
+Its dual has one variable per task: z = g + sum_k v_k m_k, where v >= 0 minimizes ||g + sum_k v_k m_k||^2. As the
+authors' code does, a margin bounds v from below, which moves z further away from what would forget.
+
+TRACE's GEM is not this one: its program has the opposite sign, so that a conflict grows, its memory is the gradient of
+one batch that is never computed again, and under DeepSpeed's ZeRO-2 it never runs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from transformers import TrainerCallback
+
+from hft.continual.gradients import (
+    Batches,
+    dot_products,
+    loss_gradient,
+    read_rows,
+    take_gradient,
+    tokenized,
+    trained,
+)
+from hft.errors import HFTError
+from hft.methods.strategy import Row, Strategy
+from hft.selection import Selection
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+
+@dataclass
+class GEM(Strategy):
+    """Project each step's gradient so that no earlier task's loss rises. All gradients are of what trains now."""
+
+    name: ClassVar[str] = "gem"
+    description: ClassVar[str] = "no step raises the loss on remembered rows of earlier tasks"
+    acts_on_steps: ClassVar[bool] = True
+
+    memory_rows: int = field(default=32, metadata={"help": "Rows that are remembered of each task (32 is ours)."})
+    memory_seed: int = field(default=0, metadata={"help": "Seed of their choice."})
+    gem_margin: float = field(default=0.5, metadata={"help": "Lower bound of the dual variables, GEM's own 0.5."})
+
+    def __post_init__(self):
+        if self.memory_rows < 1 or self.gem_margin < 0:
+            raise HFTError(f"gem needs memory_rows >= 1 and gem_margin >= 0, got {self.memory_rows}, {self.gem_margin}")
+
+    def remembered_rows(self, tasks: Sequence[list[Row]]) -> list[Row]:
+        chosen = []
+        for number, rows in enumerate(tasks[:-1]):
+            some = random.Random(f"{self.memory_seed} {number}").sample(rows, min(self.memory_rows, len(rows)))
+            chosen += [row | {"task": str(number)} for row in some]
+        return chosen
+
+    def callbacks(self, trainer: Trainer) -> list[TrainerCallback]:
+        projection = [Projection(self.memories(trainer), self.gem_margin)] if self.strategy_data else []
+        return [*super().callbacks(trainer), *projection]
+
+    def memories(self, trainer: Trainer) -> list[Batches]:
+        """The remembered rows, task by task."""
+        rows = read_rows(self.strategy_data)
+        tokenizer, longest = trainer.processing_class, trainer.args.max_length
+        tasks = [list(group) for _, group in groupby(rows, key=lambda row: row["task"])]
+        return [Batches(trainer, [tokenized(row, tokenizer, longest) for row in task]) for task in tasks]
+
+    def check_args(self, args: TrainingArguments) -> None:
+        if args.fp16:
+            raise HFTError(f"{self.name} compares gradients, which fp16 scales; train in bf16 or fp32")
+
+    def memory(self, selection: Selection) -> int:
+        tasks = len({row["task"] for row in read_rows(self.strategy_data)}) if self.strategy_data else 0
+        return 4 * (tasks + 1 if tasks else 0) * selection.num_with_optimizer_state  # fp32: g and every m_k
+
+
+class Projection(TrainerCallback):
+    """Replaces the gradient of each step, after accumulation and clipping, by its projection."""
+
+    def __init__(self, memories: list[Batches], margin: float):
+        self.memories, self.margin = memories, margin
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        parameters = trained(model)
+        gradient = take_gradient(parameters)
+        memory_gradients = [loss_gradient(batches, parameters) for batches in self.memories]
+        gram = dot_products([gradient, *memory_gradients], args.device)
+        weights = dual_variables(gram[1:, 1:], gram[1:, 0], self.margin)
+        for index, parameter in enumerate(parameters):
+            parameter.grad = gradient[index]
+            for weight, memory_gradient in zip(weights.tolist(), memory_gradients, strict=True):
+                if weight:
+                    parameter.grad.add_(memory_gradient[index], alpha=weight)
+
+
+def dual_variables(gram: torch.Tensor, products: torch.Tensor, margin: float) -> torch.Tensor:
+    """The v of GEM's dual, exactly: argmin ||g + sum_k v_k m_k||^2 over v >= margin; zeros if nothing conflicts.
+
+    With v = u + margin this is a non-negative least-squares problem in u. Only inner products enter, so it has as many
+    rows as there are tasks, however large the model is.
+
+    Args:
+        gram: m_j . m_k, of shape (tasks, tasks).
+        products: m_k . g, of shape (tasks,).
+        margin: lower bound of v.
+    """
+    from scipy.optimize import nnls
+
+    if (products >= 0).all():
+        return torch.zeros_like(products)
+    linear = products + margin * gram.sum(dim=1)  # m_k . (g + margin * sum_j m_j)
+    # gram = R^T R with R = sqrt(values) * vectors^T, so ||R u + R^-T linear||^2 differs by a constant.
+    values, vectors = torch.linalg.eigh(gram)
+    kept = values > values.max() * len(values) * torch.finfo(values.dtype).eps
+    roots, vectors = values[kept].sqrt(), vectors[:, kept]
+    solution, _ = nnls((roots[:, None] * vectors.T).numpy(), -(vectors.T @ linear / roots).numpy())
+    return torch.from_numpy(solution) + margin
+
+
+METHOD = GEM

@@ -1,0 +1,48 @@
+"""Replay: a part of each earlier task's rows, and general instructions, are trained on again (paper section 4.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from hft.errors import HFTError
+from hft.methods.strategy import Row, Strategy
+
+
+@dataclass
+class Replay(Strategy):
+    """Train on the first rows of earlier tasks again, after each round or within it.
+
+    `after` is TRACE's code: when a round is over, one epoch over the first 10% of each earlier task and all of LIMA,
+    after the first round too. The paper says that LIMA is part of the memory and that 10% of historical data are
+    replayed, not when. `mixed` puts the same rows among those of the round.
+    """
+
+    name: ClassVar[str] = "replay"
+    description: ClassVar[str] = "rows of earlier tasks and of an alignment set are trained on again"
+    takes_alignment: ClassVar[bool] = True
+
+    replay_mode: Literal["after", "mixed"] = field(
+        default="after", metadata={"help": "after: a pass of its own after each round; mixed: among the round's rows."}
+    )
+    replay_fraction: float = field(default=0.1, metadata={"help": "Fraction of each earlier task's rows."})
+
+    def __post_init__(self):
+        if not 0 <= self.replay_fraction <= 1:
+            raise HFTError(f"replay_fraction must be from 0 to 1, got {self.replay_fraction}")
+
+    def training_rows(self, tasks: Sequence[list[Row]], alignment: list[Row]) -> list[Row]:
+        return tasks[-1] + (self.memory_of(tasks, alignment) if self.replay_mode == "mixed" else [])
+
+    def replay_rows(self, tasks: Sequence[list[Row]], alignment: list[Row]) -> list[Row]:
+        return self.memory_of(tasks, alignment) if self.replay_mode == "after" else []
+
+    def memory_of(self, tasks: Sequence[list[Row]], alignment: list[Row]) -> list[Row]:
+        """The first rows of all tasks but the last, and the alignment set."""
+        earlier = [row for rows in tasks[:-1] for row in rows[: math.ceil(self.replay_fraction * len(rows))]]
+        return earlier + alignment
+
+
+METHOD = Replay

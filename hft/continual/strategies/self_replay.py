@@ -1,0 +1,147 @@
+"""Self-generated replay (Marek et al. 2026, arXiv 2605.26097): the model is held to its own text. It needs no data.
+
+Before a round, text is sampled from the model, from the first token on and at temperature 1. Each step then adds to the
+task's loss
+
+    kl_weight * mean over sampled tokens of KL(p_before || p_now),
+
+where p_before is the model as it was before the round. Since the text is the model's own, this is the cross entropy on
+that text up to a constant, with less variance.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from accelerate.utils import gather_object
+from torch.nn.functional import kl_div
+from tqdm import tqdm
+from transformers import PreTrainedModel, TrainerCallback
+
+from hft.continual.gradients import Batches, next_token_logits
+from hft.errors import HFTError
+from hft.freezing import upcast
+from hft.machine import is_main
+from hft.methods.strategy import Strategy
+from hft.model.load import load_base
+from hft.selection import Selection
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+TEXTS_NAME = "self_replay.json"
+BATCH = 16  # texts that are sampled at once
+
+
+@dataclass
+class SelfReplay(Strategy):
+    """Keep the model's predictions on text that it wrote before the round."""
+
+    name: ClassVar[str] = "self-replay"
+    description: ClassVar[str] = "a KL term on text that the model wrote before the round"
+    acts_on_steps: ClassVar[bool] = True
+    shardable: ClassVar[bool] = False
+
+    replay_texts: int = field(default=512, metadata={"help": "Texts that the model writes before a round (ours)."})
+    replay_tokens: int = field(default=128, metadata={"help": "Longest of these texts, in tokens (ours)."})
+    replay_batch: int = field(default=32, metadata={"help": "Texts that each step looks at (ours)."})
+    kl_weight: float = field(default=1.0, metadata={"help": "Weight of the KL term (ours)."})
+    replay_seed: int = field(default=0, metadata={"help": "Seed of the texts."})
+
+    def __post_init__(self):
+        if min(self.replay_texts, self.replay_tokens - 1, self.replay_batch) < 1:
+            raise HFTError("self-replay needs at least one text of two tokens, and one per step")
+
+    def callbacks(self, trainer: Trainer) -> list[TrainerCallback]:
+        return [*super().callbacks(trainer), HoldToOwnText(trainer, reference_of(trainer), self)]
+
+    def check_args(self, args: TrainingArguments) -> None:
+        if args.fp16:
+            raise HFTError("self-replay adds a gradient that fp16 would have to scale; train in bf16 or fp32")
+
+    def memory(self, selection: Selection) -> int:
+        return 2 * selection.num_trained  # the trained half of the reference; it shares the frozen one
+
+
+def reference_of(trainer: Trainer) -> PreTrainedModel:
+    """The model as it is before the round, which shares its frozen tensors with the one that trains."""
+    args = trainer.args
+    reference, _ = load_base(trainer.manifest.base, args)
+    frozen = {name: p for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    upcast(reference.requires_grad_(False), autocast=args.bf16)
+    for name, parameter in reference.named_parameters():
+        if name in frozen:
+            parameter.data = frozen[name].data
+    return reference.to(args.device).eval()
+
+
+class HoldToOwnText(TrainerCallback):
+    """Adds the gradient of the KL term to each step, before that of the task."""
+
+    def __init__(self, trainer: Trainer, reference: PreTrainedModel, strategy: SelfReplay):
+        self.trainer, self.reference, self.strategy = trainer, reference, strategy
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        path = Path(args.output_dir) / TEXTS_NAME
+        if state.global_step and path.exists():  # a resume
+            self.texts = json.loads(path.read_text())
+            return
+        self.texts = sample_texts(self.reference, self.trainer, self.strategy)
+        if is_main():
+            path.write_text(json.dumps(self.texts))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        drawn = random.Random(f"{self.strategy.replay_seed} {state.global_step}")
+        texts = drawn.sample(self.texts, min(self.strategy.replay_batch, len(self.texts)))
+        batches = Batches(self.trainer, [{"input_ids": text, "labels": text} for text in texts])
+        for batch in batches:
+            with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+                before, _ = next_token_logits(self.reference, batch)
+            now, _ = next_token_logits(self.trainer.model_wrapped, batch)
+            divergence = kl_div(now.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="sum")
+            (self.strategy.kl_weight * divergence / batches.tokens * args.world_size).backward()
+
+
+def sample_texts(model: PreTrainedModel, trainer: Trainer, strategy: SelfReplay) -> list[list[int]]:
+    """Texts as token ids, the same for any number of processes, each of which samples some of the batches.
+
+    Raises:
+        HFTError: the tokenizer has no token to start from.
+    """
+    args, tokenizer = trainer.args, trainer.processing_class
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise HFTError("self-replay starts texts with the tokenizer's BOS or EOS, and it has neither")
+    mine = range(args.process_index, -(-strategy.replay_texts // BATCH), args.world_size)
+    sampled: list[tuple[int, list[list[int]]]] = []
+    devices = [args.device] if args.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        for batch in tqdm(mine, desc="sampling texts", disable=not is_main(), leave=False):
+            torch.manual_seed(1_000_000 * strategy.replay_seed + batch)
+            ids = model.generate(
+                torch.full((BATCH, 1), start, device=args.device),
+                attention_mask=torch.ones(BATCH, 1, device=args.device, dtype=torch.long),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_length=strategy.replay_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            sampled.append((batch, [until_eos(text, tokenizer.eos_token_id) for text in ids.tolist()]))
+    batches = sorted(gather_object(sampled)) if args.world_size > 1 else sampled
+    return [text for _, texts in batches for text in texts if len(text) > 1][: strategy.replay_texts]
+
+
+def until_eos(ids: list[int], eos: int | None) -> list[int]:
+    """A text up to its first EOS after the start, which it keeps."""
+    end = ids.index(eos, 1) + 1 if eos in ids[1:] else len(ids)
+    return ids[:end]
+
+
+METHOD = SelfReplay

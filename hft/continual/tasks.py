@@ -1,0 +1,161 @@
+"""The tasks of a sequence: rows from TRACE's folder, and what keeps their instruction when they are too long.
+
+TRACE's folders (BeyonderXX/TRACE, arXiv 2310.06762) are `TASK/{train,eval,test}.json`, lists of `{"prompt", "answer"}`
+whose prompts hold the instruction. `.jsonl` with the same fields is read too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from hft.continual.metrics import METRICS
+from hft.errors import HFTError, reason, shorten
+from hft.methods.strategy import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The metric of each of TRACE's tasks (A.3.2).
+TRACE = {
+    "C-STANCE": "choice",
+    "FOMC": "choice",
+    "MeetingBank": "rouge_l",
+    "Py150": "edit_similarity",
+    "ScienceQA": "choice_and_reason",
+    "NumGLUE-cm": "accuracy",
+    "NumGLUE-ds": "accuracy",
+    "20Minuten": "rouge_l",
+}
+
+
+def metrics_of(tasks: list[str], given: dict[str, str]) -> dict[str, str]:
+    """The key of `METRICS` that each task is scored by.
+
+    Args:
+        tasks: their names.
+        given: metrics by task, over TRACE's own.
+
+    Raises:
+        HFTError: a task has no metric, or an unknown one, or a metric is given for a task that is not there.
+    """
+    if others := [name for name in given if name not in tasks]:
+        raise HFTError(f"metrics has {others[0]}, which is not among the tasks {', '.join(tasks)}")
+    chosen = {task: given.get(task) or TRACE.get(task) for task in tasks}
+    for task, metric in chosen.items():
+        if metric not in METRICS:
+            what = (
+                f"unknown metric {metric!r} of {task}" if metric else f"{task} is not a task of TRACE and has no metric"
+            )
+            raise HFTError(f"{what}; give one of {', '.join(METRICS)}, as --metrics '{{{task}: accuracy}}'")
+    return chosen
+
+
+def check_folder(trace_dir: str | None, needed: dict[str, str]) -> Path:
+    """The folder of the tasks.
+
+    Args:
+        trace_dir: as it was given.
+        needed: for each task the splits that will be read, separated by spaces.
+
+    Raises:
+        HFTError: it is not there, or lacks files; the sentence names all of them.
+    """
+    if not trace_dir:
+        raise HFTError("trace_dir is needed: the folder with a folder per task, each with train.json and test.json")
+    folder = Path(trace_dir).expanduser()
+    if not folder.is_dir():
+        raise HFTError(f"trace_dir {trace_dir} does not exist; it holds a folder per task, as TRACE's release has them")
+    missing = [f"{task}/{split}" for task in needed for split in needed[task].split() if not _file(folder, task, split)]
+    if missing:
+        raise HFTError(
+            f"trace_dir {trace_dir} lacks {shorten(missing)}, as .json or .jsonl; add them, or name other tasks"
+        )
+    return folder
+
+
+def _file(folder: Path, task: str, split: str) -> Path | None:
+    return next((path for end in ("json", "jsonl") if (path := folder / task / f"{split}.{end}").is_file()), None)
+
+
+def read_task(folder: Path, task: str, split: str) -> list[Row]:
+    """The rows of one split of a task, without those whose answer is empty, as `prompt` and `completion`.
+
+    Raises:
+        HFTError: the file is not such a list, or no row is left.
+    """
+    path = _file(folder, task, split)
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line]
+        made = [{"prompt": row["prompt"], "completion": row["answer"]} for row in rows]
+    except (ValueError, TypeError, KeyError) as error:
+        raise HFTError(f"{path} is not a list of rows with prompt and answer: {reason(error)}") from error
+    if wrong := [n for n, row in enumerate(made) if not all(isinstance(text, str) for text in row.values())]:
+        raise HFTError(f"{path}, row {wrong[0]} (the first is 0): prompt and answer must be text")
+    if not (kept := [row for row in made if row["completion"].strip()]):
+        raise HFTError(f"{path} has no row with an answer")
+    return kept
+
+
+def notes_on(task: str, train: list[Row], test: list[Row]) -> list[str]:
+    """What the files of a task hold that its numbers depend on: repeated rows, and test prompts that are trained on."""
+    different = len({(row["prompt"], row["completion"]) for row in train})
+    trained = {row["prompt"] for row in train}
+    seen = sum(row["prompt"] in trained for row in test)
+    notes = [f"{task}: {different:,} of {len(train):,} training rows are different"] if different < len(train) else []
+    return notes + ([f"{task}: {seen:,} of {len(test):,} test prompts are also trained on"] if seen else [])
+
+
+def shorten_rows(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, longest_prompt: int, longest_answer: int, name: str
+) -> list[Row]:
+    """Rows whose prompt and answer fit.
+
+    A long prompt loses its middle, so that its instruction stays, whether it stands at the beginning or at the end, as
+    does the last line, which code is continued from. (TRACE's code cuts the beginning, and with it the instruction.) A
+    long answer loses its end.
+
+    Args:
+        rows: with `prompt` and `completion`.
+        tokenizer: with its chat template.
+        longest_prompt: tokens of the rendered prompt.
+        longest_answer: tokens of the answer with its EOS.
+        name: of the rows, for the progress bar.
+    """
+    empty = [{"role": "user", "content": ""}]
+    around = len(
+        tokenizer.apply_chat_template(empty, add_generation_prompt=True, tokenize=True, return_dict=True).input_ids
+    )
+    room = max(1, longest_prompt - around)
+
+    def middle_out(text: str, ends: list[tuple[int, int]]) -> str:
+        head, tail = math.ceil(room / 2), room // 2
+        return text[: ends[head - 1][1]] + (text[ends[-tail][0] :] if tail else "")
+
+    def end_off(text: str, ends: list[tuple[int, int]]) -> str:
+        return text[: ends[longest_answer - 2][1]]
+
+    made = []
+    for start in tqdm(range(0, len(rows), 256), desc=f"shortening {name}", leave=False):
+        batch = rows[start : start + 256]
+        prompts = _fit([row["prompt"] for row in batch], tokenizer, room, middle_out)
+        answers = _fit([row["completion"] for row in batch], tokenizer, longest_answer - 1, end_off)
+        made += [row | {"prompt": p, "completion": a} for row, p, a in zip(batch, prompts, answers, strict=True)]
+    return made
+
+
+def _fit(
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    cut: Callable[[str, list[tuple[int, int]]], str],
+) -> list[str]:
+    """Texts of at most `longest` tokens; `cut` gets the characters that each token covers."""
+    offsets = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [cut(text, ends) if len(ends) > longest else text for text, ends in zip(texts, offsets, strict=True)]

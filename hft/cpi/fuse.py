@@ -1,0 +1,180 @@
+"""Stage 3, fuse: the probes' cores are transplanted into one model, and everything else is interpolated.
+
+For each task n = 1..N in group order the model so far is interpolated with its probe, tensor by tensor:
+f_n = SLERP(f_{n-1}, theta_n, w_n), or the straight line where the angle is small. With w_n = 1 / (n + 1) the backbone
+f_0 and all probes count alike on the line, whatever their order. Then the elements of each core take the values of its
+probe. What is known of the paper has a pairwise formula, without w and without the angle: these choices are ours.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from hft.cpi.config import Plan
+from hft.cpi.group import load_groups
+from hft.cpi.probe import start_of
+from hft.cpi.runs import in_main_process, is_current, replaced_folder
+from hft.cpi.train import core_folders, train_groups
+from hft.errors import HFTError
+from hft.machine import say
+from hft.merging.checkpoint import CHUNK_NUMEL, Checkpoint, check_alike, write_model, zip_chunks
+from hft.merging.operators import COLINEAR_COS, arc_factors, weighted_sum
+from hft.model.weights import weight_files
+from hft.record.manifest import write_json
+from hft.selection.masks import MASKS_NAME, Mask, Masks
+
+FUSED_NAME = "fuse.json"
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What is fused, and how.
+
+    Attributes:
+        probes: models that were fine-tuned on one task each, in the order in which they are folded in.
+        cores: folders of their cores.
+        backbone: the model that they are folded into; None for their mean.
+        base: the model that the probes started from.
+        overlap: the value of an element in several cores: `mean`, `last` or `largest`.
+        omega: weight of each probe; None for 1 / (n + 1).
+    """
+
+    probes: list[str]
+    cores: list[str]
+    backbone: str | None
+    base: str
+    overlap: str = "mean"
+    omega: float | None = None
+
+
+def fuse(plan: Plan) -> Path:
+    """Make the backbone, and fuse the probes and their cores into it.
+
+    Returns:
+        The folder of the fused model.
+
+    Raises:
+        HFTError: a stage before this one is missing, or fusion is switched off.
+    """
+    config = plan.config
+    if not config.fusion:
+        raise HFTError("fusion is false, so there is nothing to fuse; `hft cpi train` starts from the base")
+    groups, base = load_groups(plan), start_of(plan)
+    backbone = {"base": base, "mean": None}.get(config.backbone)
+    if config.backbone == "multi-stage":
+        say("backbone: the groups train without fusion", "")
+        backbone = train_groups(plan, groups, base, plan.out / "backbone")[-1]
+    tasks = [task for names in groups for task in names]
+    cores = core_folders(plan, tasks, random=config.freeze == "random-cores")
+    probes = [str(plan.probe_of(task)) for task in tasks]
+    what = Fusion(probes, cores, backbone and str(backbone), str(base), config.overlap, config.omega)
+    models = [model for model in (*probes, what.base, what.backbone) if model]
+    inputs = [path for model in models for path in weight_files(Path(model))]
+    inputs += [Path(core) / MASKS_NAME for core in cores]
+    out = plan.out / "fused"
+
+    def write() -> None:
+        if not is_current(out / FUSED_NAME, asdict(what), *inputs):
+            say(write_fused(out, what), f"  {out}", "")
+
+    in_main_process(write)
+    return out
+
+
+def write_fused(out: Path, what: Fusion) -> str:
+    """Write the fused model in fp32, tensor by tensor; two passes read the probes and the backbone.
+
+    Returns:
+        How many tensors took which branch, and how many elements are in how many cores.
+
+    Raises:
+        HFTError: the models or cores do not fit together.
+    """
+    base, probes = Checkpoint.open(what.base), [Checkpoint.open(name) for name in what.probes]
+    models = probes if what.backbone is None else [Checkpoint.open(what.backbone), *probes]
+    check_alike(base, *(model for model in models if model.folder.resolve() != base.folder.resolve()))
+    cores, shapes = [Masks(core) for core in what.cores], {key: tuple(base.specs[key].shape) for key in base.parameters}
+    if wrong := [folder for folder, core in zip(what.cores, cores, strict=True) if core.shapes != shapes]:
+        raise HFTError(f"{wrong[0]} is not a core of {base.name}; run `hft cpi probe` again")
+    branches, claims = Counter(), Counter()
+
+    def chunks(name: str) -> Iterator[torch.Tensor]:
+        factors, branch = interpolation(models, name, what)
+        branches[branch] += 1
+        masks = [core[name].bits.split(CHUNK_NUMEL // 8) for core in cores]
+        for values, bits in zip(zip_chunks([base, *models], name), zip(*masks, strict=True), strict=True):
+            inside = torch.stack([Mask(one, values[0].shape).tensor() for one in bits])
+            claims.update(dict(enumerate(torch.bincount(inside.sum(0)).tolist())))
+            claimed = transplant(values[-len(probes) :], inside, values[0], what.overlap)
+            yield torch.where(inside.any(0), claimed, weighted_sum(values[1:], factors))
+
+    with replaced_folder(out, FUSED_NAME) as folder:
+        write_model(folder, base, chunks)
+        found = {"branches": dict(branches), "elements_in_cores": {str(n): c for n, c in sorted(claims.items())}}
+        write_json(folder / FUSED_NAME, asdict(what) | found)
+    several = sum(count for n, count in claims.items() if n > 1)
+    return (
+        f"fused {len(probes)} probes: {branches['arc']} tensors along the arc, {branches['line']} along the line "
+        f"(|cos| > {COLINEAR_COS}); {claims[1]:,} elements in one core, {several:,} in several ({what.overlap})"
+    )
+
+
+def interpolation(models: Sequence[Checkpoint], name: str, what: Fusion) -> tuple[list[float], str]:
+    """The factor of each model in the interpolation of one tensor.
+
+    Every step of the fold is a sum of two vectors, so all its angles follow from the dot products of the models, which
+    one pass over the tensor finds.
+
+    Returns:
+        The factors, and `arc` if any step went along one, else `line`.
+    """
+    count = len(models)
+    products = torch.zeros(count, count, dtype=torch.float64)
+    for chunks in zip_chunks(models, name):
+        stacked = torch.stack(chunks).double()
+        products += stacked @ stacked.T
+    factors = torch.zeros(count, dtype=torch.float64)
+    first = count - len(what.probes)
+    factors[:1] = 1.0
+    if what.backbone is None:
+        factors[:] = 1 / count
+    taken = set()
+    for step, index in enumerate(range(first, count), 1):
+        weight = 1 / (step + 1) if what.omega is None else what.omega
+        with_probe = products @ factors
+        norms = (factors @ with_probe).item(), products[index, index].item()
+        of_model, of_probe, branch = arc_factors(with_probe[index].item(), *norms, weight)
+        factors *= of_model
+        factors[index] += of_probe
+        taken.add(branch)
+    return factors.tolist(), "arc" if "arc" in taken else "line"
+
+
+def transplant(values: Sequence[torch.Tensor], inside: torch.Tensor, start: torch.Tensor, overlap: str) -> torch.Tensor:
+    """The values that the cores claim, elementwise; elements in one core have exactly its probe's.
+
+    Args:
+        values: of the probes, each of shape (n,).
+        inside: which elements are in which core, (probes, n).
+        start: values of the base, (n,).
+        overlap: what an element in several cores takes: the `mean` of their probes, the `last` one's value, or that of
+            the probe that moved it furthest from the base, `largest`, the first one of equal ones.
+
+    Returns:
+        Values of shape (n,), without meaning where no core claims one.
+    """
+    stacked = torch.stack(list(values))
+    if overlap == "mean":
+        mean = torch.where(inside, stacked, 0).sum(0, dtype=torch.float64) / inside.sum(0)
+        first = stacked.gather(0, inside.int().argmax(0)[None])[0]
+        return torch.where(inside.sum(0) > 1, mean.to(start.dtype), first)  # the sum would lose the sign of -0
+    if overlap == "last":
+        chosen = len(stacked) - 1 - inside.flip(0).int().argmax(0)
+    else:
+        chosen = torch.where(inside, (stacked - start).abs(), -1).argmax(0)
+    return stacked.gather(0, chosen[None])[0]

@@ -1,0 +1,274 @@
+"""Stage 1, probe: a short full fine-tuning on each task alone, and its core, the elements that moved furthest in it.
+
+The core of task i is argtopk over all elements j of the model of |theta_i,j - theta_0,j|, with k = floor(p D / 100):
+elementwise, and global over the model, embeddings, head and norms included (CPI-FT's first stage).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from hft.cpi.config import Plan
+from hft.cpi.runs import in_main_process, is_current, replaced_folder, train_sft
+from hft.cpi.tasks import write_tasks
+from hft.errors import HFTError, reason
+from hft.freezing import HALF_PRECISION
+from hft.machine import say
+from hft.merging.checkpoint import Checkpoint, check_alike, write_model, write_safetensors, zip_chunks
+from hft.merging.operators import MagnitudePruner, generator_of, magnitude_bits
+from hft.model.weights import weight_files
+from hft.record.manifest import MANIFEST_NAME, Manifest, absolute_or_hub_id, write_json
+from hft.selection.masks import MASKS_NAME, Mask, metadata_of
+
+CORE_NAME = "core.json"
+
+
+@dataclass(frozen=True)
+class Core:
+    """What is known of a core besides its elements, which are the masks in `hft_masks.safetensors` beside it.
+
+    Attributes:
+        task: name of the task.
+        percent: p.
+        elements: in the core: exactly floor(p D / 100).
+        total: D, elements of the model; a tied head counts once.
+        smallest: the smallest |theta_i - theta_0| in the core.
+        unmoved: elements of the core that did not move at all, since too few others did.
+        probe: the model that was fine-tuned on the task.
+        base: the model that the probe started from.
+        random_seed: of a core of random elements, which no probe was asked for.
+    """
+
+    task: str
+    percent: float
+    elements: int
+    total: int
+    smallest: float
+    unmoved: int
+    probe: str
+    base: str
+    random_seed: int | None = None
+
+    @classmethod
+    def load(cls, folder: Path) -> Core:
+        """Read a core's folder.
+
+        Raises:
+            HFTError: it is not there, or not valid.
+        """
+        try:
+            return cls(**json.loads((folder / CORE_NAME).read_text()))
+        except FileNotFoundError:
+            raise HFTError(f"core {folder} not found: run `hft cpi probe` first") from None
+        except (TypeError, ValueError) as error:
+            raise HFTError(f"{folder / CORE_NAME} is not a valid core: {reason(error)}") from error
+
+    def summary(self) -> str:
+        """A line for people."""
+        size = f"{self.elements:,} of {self.total:,} elements"
+        if self.random_seed is not None:
+            return f"{self.task}: {size}, at random"
+        unmoved = f"; {self.unmoved:,} of them DID NOT MOVE, so lower percent" if self.unmoved else ""
+        return f"{self.task}: {size}, moved by at least {self.smallest:.3g}{unmoved}"
+
+
+def probe(plan: Plan) -> dict[str, Core]:
+    """Fine-tune the base on each task alone, and find the cores.
+
+    Returns:
+        The core of each task.
+
+    Raises:
+        HFTError: a task's rows, run or probe cannot be used.
+    """
+    in_main_process(lambda: write_tasks(plan))
+    base = start_of(plan)
+    cores = {}
+    for task in plan.tasks:
+        run = plan.probe_of(task)
+        if not plan.tasks[task].probe:
+            say(f"probe {task}")
+            values = {"model_name_or_path": str(base), "dataset_name": str(plan.data_of(task)), "method": "fft"}
+            train_sft(run, plan.sft | plan.config.probe | values | {"policy": "all"}, *weight_files(base))
+        cores[task] = in_main_process(lambda run=run, task=task: core_of_run(run, base, plan, task))
+    return cores
+
+
+def start_of(plan: Plan) -> Path:
+    """The folder that every run starts from: the base, or its copy in fp32 where it is stored in half precision.
+
+    All runs save their weights in the dtypes of their base. In bf16 most of a step at 2e-5 is rounded away, and what is
+    left of the largest changes depends on how large the weights are.
+
+    Raises:
+        HFTError: the base cannot be opened, or the folder has probes of another one.
+    """
+
+    def start() -> Path:
+        base, out = Checkpoint.open(plan.base), plan.probes / "base"
+        record, made = plan.probes / "base.json", {"base": absolute_or_hub_id(plan.base)}
+        if record.exists() and not is_current(record, made, *weight_files(base.folder)):
+            raise HFTError(f"{plan.probes} holds probes of another base; give another --probe_dir, or remove it")
+        in_half = any(spec.dtype in HALF_PRECISION for spec in base.specs.values())
+        if in_half and not (record.exists() and out.exists()):
+            say(f"writing {plan.base} in fp32 to {out}, so that no run rounds what it has learned", "")
+            specs = {name: spec.float() if spec.dtype in HALF_PRECISION else spec for name, spec in base.specs.items()}
+            with replaced_folder(out, "config.json") as folder:
+                write_model(folder, base, base.fp32_chunks, specs=specs)
+                base.config.dtype = torch.float32
+                base.config.save_pretrained(folder)
+        plan.probes.mkdir(parents=True, exist_ok=True)
+        write_json(record, made)
+        return out if in_half else base.folder
+
+    return in_main_process(start)
+
+
+def core_of_run(run: Path, base: Path, plan: Plan, task: str) -> Core:
+    """The core of a task, read from disk where it is up to date; and one of random elements where that is wanted."""
+    percent, out, seed = plan.config.percent, plan.core_of(task), plan.config.draw_seed
+    inputs = [*weight_files(run), *weight_files(base)]
+    if not is_current(out / CORE_NAME, {"percent": percent, "probe": str(run)}, *inputs):
+        tuned, start = Checkpoint.open(str(run)), Checkpoint.open(str(base))
+        check_probe(tuned, start, plan.base)
+        write_core(out, task, tuned, start, percent)
+    core = Core.load(out)
+    say(core.summary(), f"  {out}", "")
+    if plan.config.freeze == "random-cores":
+        out = plan.core_of(task, random=True)
+        if not is_current(out / CORE_NAME, {"percent": percent, "random_seed": seed}, plan.core_of(task) / CORE_NAME):
+            write_random_core(out, core, Checkpoint.open(str(base)), seed)
+    return core
+
+
+def check_probe(probe: Checkpoint, base: Checkpoint, also: str = "") -> None:
+    """Refuse a model that says nothing of which elements a task moves.
+
+    Args:
+        probe: the model that was fine-tuned on a task alone.
+        base: what it is compared with.
+        also: another name of the base, which the probe may have started from.
+
+    Raises:
+        HFTError: it is stored in half precision, started from another base, did not train all parameters, or has
+            another shape.
+    """
+    if half := [name for name in probe.parameters if probe.specs[name].dtype in HALF_PRECISION]:
+        raise HFTError(
+            f"probe {probe.name} stores {half[0]} in {probe.specs[half[0]].dtype}, and rounding would decide what has "
+            "moved; give a checkpoint-N of its run, which is in fp32, or start the run from a base in fp32"
+        )
+    check_alike(probe, base)
+    if not (probe.folder / MANIFEST_NAME).exists():
+        say(f"NOTE: {probe.name} has no {MANIFEST_NAME}, so nothing says that it was trained from {base.name}")
+        return
+    manifest = Manifest.load(probe.folder)
+    if manifest.base not in {absolute_or_hub_id(name) for name in (base.name, also)}:
+        raise HFTError(
+            f"probe {probe.name} was trained from {manifest.base}, not from {also or base.name}; train it anew"
+        )
+    if manifest.frozen_checksums:
+        raise HFTError(
+            f"probe {probe.name} was trained with parts of it frozen, which are in no core; train it with fft"
+        )
+
+
+def write_core(out: Path, task: str, probe: Checkpoint, base: Checkpoint, percent: float) -> Core:
+    """Find the elements that a probe moved furthest from its base, and write them.
+
+    Args:
+        out: folder to write.
+        task: its name.
+        probe: the model that was fine-tuned on it, in fp32.
+        base: the model that it started from.
+        percent: p.
+
+    Raises:
+        HFTError: one of the models holds NaN or infinity.
+    """
+
+    def changes(name: str) -> Iterator[torch.Tensor]:
+        for tuned, start in zip_chunks([probe, base], name):
+            change = tuned - start
+            if not change.sum().isfinite():
+                raise HFTError(f"{name} of {probe.name} or {base.name} holds NaN or infinity; has the probe diverged?")
+            yield change
+
+    with replaced_folder(out, CORE_NAME) as folder:
+        cut = write_largest(folder, base, changes, percent)
+        smallest = torch.tensor(cut.smallest, dtype=torch.int32).view(torch.float32).item() if cut.wanted else 0.0
+        unmoved = cut.ties if cut.wanted and not smallest else 0
+        core = Core(task, percent, cut.wanted, numel(base), smallest, unmoved, probe.name, base.name)
+        write_json(folder / CORE_NAME, asdict(core))
+    return core
+
+
+def write_random_core(out: Path, like: Core, base: Checkpoint, seed: int) -> None:
+    """Write as many random elements as a core has; which ones depends on task and seed alone."""
+
+    def keys(name: str) -> Iterator[torch.Tensor]:
+        # Random bits read as a finite fp32 magnitude: magnitudes are ordered as their bits are.
+        generator = generator_of(f"core/{seed}/{like.task}/{name}")
+        for size in (len(chunk) for chunk in base.chunks(name)):
+            yield torch.randint(0x7F800000, (size,), generator=generator, dtype=torch.int32).view(torch.float32)
+
+    with replaced_folder(out, CORE_NAME) as folder:
+        write_largest(folder, base, keys, like.percent)
+        write_json(folder / CORE_NAME, asdict(replace(like, smallest=0.0, unmoved=0, random_seed=seed)))
+
+
+def write_largest(
+    folder: Path, like: Checkpoint, scores: Callable[[str], Iterable[torch.Tensor]], percent: float
+) -> MagnitudePruner:
+    """Write masks of the p% of all elements of a model whose scores are largest in magnitude.
+
+    Two passes find the smallest magnitude among them, a third marks them; of equal ones those that come first in model
+    order are taken. Chunks are held one at a time, whatever the size of the model.
+
+    Args:
+        folder: where to write.
+        like: the model, for names and shapes.
+        scores: the flat fp32 chunks of a parameter's scores, by its name; the same in each pass.
+        percent: p.
+
+    Returns:
+        How many there are, and the smallest of them.
+    """
+
+    def passes(what: str) -> Iterator[torch.Tensor]:
+        for name in tqdm(like.parameters, desc=what, unit="tensor", leave=False):
+            yield from scores(name)
+
+    cut = MagnitudePruner(lambda: passes("finding the core"), Fraction(str(percent)) / 100)
+    ties = cut.ties
+
+    def packed(name: str) -> Iterator[torch.Tensor]:
+        nonlocal ties
+        for chunk in scores(name):
+            bits = magnitude_bits(chunk)
+            mask = bits > cut.smallest
+            if ties:
+                equal = (bits == cut.smallest).nonzero().squeeze(1)[:ties]
+                mask[equal] = True
+                ties -= len(equal)
+            yield Mask.of(mask).bits  # a chunk is a multiple of 8 elements, but for a tensor's last
+
+    shapes = {name: tuple(like.specs[name].shape) for name in like.parameters}
+    specs = {
+        name: torch.empty(-(-math.prod(shape) // 8), dtype=torch.uint8, device="meta") for name, shape in shapes.items()
+    }
+    write_safetensors(folder / MASKS_NAME, specs, packed, metadata_of(shapes))
+    return cut
+
+
+def numel(model: Checkpoint) -> int:
+    """D: elements of a model, a tied head not counted twice."""
+    return sum(model.specs[name].numel() for name in model.parameters)

@@ -1,0 +1,51 @@
+"""Three small tasks as conversations, for recipes that need several: sums, words backwards, sorted numbers."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+ROWS = {"train": 400, "test": 64}
+
+
+def _sum(draw: random.Random) -> tuple[str, str]:
+    a, b = draw.randrange(100), draw.randrange(100)
+    return f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}."
+
+
+def _reverse(draw: random.Random) -> tuple[str, str]:
+    word = "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=6))
+    return f"Write {' '.join(word)} backwards.", " ".join(reversed(word))
+
+
+def _sort(draw: random.Random) -> tuple[str, str]:
+    numbers = draw.sample(range(10, 100), k=5)
+    return f"Sort these numbers: {' '.join(map(str, numbers))}", " ".join(map(str, sorted(numbers)))
+
+
+TASKS = {"sum": _sum, "reverse": _reverse, "sort": _sort}
+
+
+def write_conversations(folder: str | Path) -> dict[str, int]:
+    """Write `tasks/TASK/{train,test}.jsonl` below a folder; no held-out row is trained on.
+
+    Returns:
+        The number of rows of each file.
+    """
+    counts = {}
+    for task, make in TASKS.items():
+        draw, seen = random.Random(task), set()
+        for split, count in ROWS.items():
+            rows = []
+            while len(rows) < count:
+                question, answer = make(draw)
+                if question not in seen:
+                    seen.add(question)
+                    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                    rows.append(json.dumps({"messages": messages}) + "\n")
+            path = Path(folder) / "tasks" / task / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(rows), encoding="utf-8")
+            counts[f"tasks/{task}/{split}.jsonl"] = count
+    return counts

@@ -1,0 +1,98 @@
+"""What a strategy is: what a sequence of tasks does against forgetting, in its rows and in the steps of its runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from hft.selection import Selection
+
+# `prompt`, `completion` and, where it matters, `task`.
+Row = dict[str, str]
+
+
+@dataclass
+class Strategy:
+    """Sequential fine-tuning, and the base class of all other strategies. The fields of a subclass are its keys.
+
+    `hft continual` asks for rows before each round. What the rows of a round cannot express, the run itself does: a
+    strategy that `acts_on_steps` is a key of the run, and its `callbacks` see every step.
+
+    Attributes:
+        package: where those that come with hft are; they need more than this package may import.
+        name: as `--strategy` has it.
+        description: one line.
+        acts_on_steps: whether a run needs it, beside its rows.
+        shardable: whether what it does in a run works on the shards of FSDP2.
+        takes_adapter: whether it carries an adapter from task to task.
+        takes_alignment: whether it trains on rows of general instructions, if there are any.
+    """
+
+    kind: ClassVar[str] = "strategy"
+    package: ClassVar[str] = "hft.continual.strategies"
+    name: ClassVar[str]
+    description: ClassVar[str] = ""
+    acts_on_steps: ClassVar[bool] = False
+    shardable: ClassVar[bool] = True
+    takes_adapter: ClassVar[bool] = False
+    takes_alignment: ClassVar[bool] = False
+
+    carry_moments: bool = field(
+        default=False,
+        kw_only=True,
+        metadata={"help": "Start each round with AdamW's moments of the round before, as TRACE does."},
+    )
+    strategy_data: str | None = field(
+        default=None, kw_only=True, metadata={"help": "Rows of earlier tasks, written by hft continual."}
+    )
+    previous_run: str | None = field(
+        default=None, kw_only=True, metadata={"help": "The run whose adapter is trained on, given by hft continual."}
+    )
+
+    def training_rows(self, tasks: Sequence[list[Row]], alignment: list[Row]) -> list[Row]:
+        """The rows that a round trains on, by default those of its task.
+
+        Args:
+            tasks: the training rows of each task so far, the last one is to be learned.
+            alignment: rows of general instructions.
+        """
+        return tasks[-1]
+
+    def replay_rows(self, tasks: Sequence[list[Row]], alignment: list[Row]) -> list[Row]:
+        """The rows of a pass of one epoch after the round, with the same selection; by default there is none."""
+        return []
+
+    def remembered_rows(self, tasks: Sequence[list[Row]]) -> list[Row]:
+        """The rows that become `strategy_data` of the round's run; by default none."""
+        return []
+
+    def callbacks(self, trainer: Trainer) -> list[TrainerCallback]:
+        """What a run needs. The trainer is ready to train, with the base's weights."""
+        from hft.methods.moments import CarryMoments
+
+        return [CarryMoments(self.previous_run or trainer.manifest.base)] if self.carry_moments else []
+
+    def check_args(self, args: TrainingArguments) -> None:
+        """Refuse settings of the trainer that would silently change the strategy.
+
+        Raises:
+            HFTError: there is such a setting.
+        """
+
+    def memory(self, selection: Selection) -> int:
+        """Bytes beside weights, gradients and optimizer state."""
+        return 0
+
+    def keys(self) -> dict[str, Any]:
+        """Its keys, without those that `hft continual` gives to each run."""
+        given = ("strategy_data", "previous_run")
+        return {key: value for key, value in asdict(self).items() if value is not None and key not in given}
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest keeps: the name and the keys."""
+        return {"strategy": self.name} | {key: value for key, value in asdict(self).items() if value is not None}

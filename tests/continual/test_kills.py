@@ -1,0 +1,97 @@
+"""A sequence that is killed anywhere, and one in two processes, end with the same matrix."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hft.demo.tasks import write_tasks
+from tests.conftest import ROOT, identical, tensors
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+SETTINGS = {"report_to": "none", "bf16": "false", "max_steps": 20, "save_steps": 5, "test_rows": 16}
+SETTINGS |= {"global_batch_size": 8, "max_answer_length": 16}
+METRICS = ["--metrics", "{First: edit_similarity, Swap: edit_similarity}"]
+
+
+GEM = ("--strategy", "gem", "--memory_rows", "4")
+SELF_REPLAY = ("--strategy", "self-replay", "--replay_texts", "24", "--replay_batch", "9", "--replay_tokens", "24")
+
+
+def words(tiny, tasks, out, *strategy: str, processes: int = 1) -> list[str]:
+    paths = {"model_name_or_path": tiny, "trace_dir": tasks, "output_dir": out}
+    settings = SETTINGS | paths | {"per_device_train_batch_size": 8 // processes}
+    flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    files = ["--config", "recipes/tiny/trace.yaml", "recipes/methods/hft.yaml", "--tasks", "First", "Swap", *METRICS]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(launch if processes > 1 else []), "-m", "hft", "continual", *files, *flags, *strategy]
+
+
+# A sequence is killed as soon as one of these appears: while it prepares, scores, trains, saves and verifies.
+MOMENTS = [
+    "recipe.yaml",
+    "data/02-Swap.jsonl",
+    "start/scores/trace.json",
+    "01-First/checkpoint-5",
+    "01-First/checkpoint-15/optimizer.pt",
+    "01-First/model.safetensors",
+    "01-First/results.json",
+    "01-First/scores/trace.json",
+    "02-Swap/checkpoint-10",
+    "02-Swap/hft_manifest.json",
+    "02-Swap/scores/trace.json",
+]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, tiny):
+    """The folder of a sequence that nothing disturbed, and its tasks."""
+    folder = tmp_path_factory.mktemp("straight")
+    write_tasks(folder / "tasks")
+    subprocess.run(words(tiny, folder / "tasks", folder / "out", *GEM), check=True, cwd=ROOT, env=ENVIRONMENT)
+    return folder / "out", folder / "tasks"
+
+
+@pytest.mark.slow
+def test_a_sequence_that_is_killed_ends_with_the_same_matrix(straight, tiny, tmp_path):
+    whole, tasks = straight
+    out = tmp_path / "out"
+    for moment in MOMENTS:
+        run = subprocess.Popen(words(tiny, tasks, out, *GEM), cwd=ROOT, env=ENVIRONMENT)
+        while run.poll() is None and not (out / moment).exists():
+            time.sleep(0.002)
+        run.kill()
+        assert run.wait() == -signal.SIGKILL, moment
+    subprocess.run(words(tiny, tasks, out, *GEM), check=True, cwd=ROOT, env=ENVIRONMENT)
+    for name in ("01-First", "02-Swap"):
+        ours, theirs = tensors(out / name), tensors(whole / name)
+        assert all(identical(ours[key], theirs[key]) for key in theirs), name
+    assert matrix(out) == matrix(whole)
+
+
+def matrix(out: Path) -> dict:
+    """The matrix of a sequence, without its name."""
+    content = json.loads((out / "matrix.json").read_text())
+    return content | {"about": content["about"] | {"run": None}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [GEM, SELF_REPLAY], ids=lambda flags: flags[1])
+def test_two_processes_agree_with_one(straight, tiny, tmp_path, strategy):
+    more = ["--lr_scheduler_type", "constant", "--learning_rate", "1e-3"]
+    for processes in (1, 2):
+        run = words(tiny, straight[1], tmp_path / str(processes), *strategy, *more, processes=processes)
+        subprocess.run(run, check=True, cwd=ROOT, env=ENVIRONMENT)
+    one, two = (tensors(tmp_path / name / "02-Swap") for name in "12")
+    start = tensors(tiny)
+    for key, tensor in one.items():
+        moved = (tensor.float() - start[key].float()).norm()
+        assert (tensor.float() - two[key].float()).norm() <= 0.02 * moved, key
+    ours, theirs = (matrix(tmp_path / name)["scores"] for name in "12")
+    for row, other in zip(ours, theirs, strict=True):
+        assert row == pytest.approx(other, abs=2)

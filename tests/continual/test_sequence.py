@@ -1,0 +1,278 @@
+"""Sequences by the command line: rounds, matrix, resume, and what a user may get wrong."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from hft.cli import main
+from hft.continual.config import parse_sequence
+from hft.continual.data import Data
+from hft.continual.matrix import Matrix
+from hft.continual.scoring import score
+from hft.continual.tasks import read_task, shorten_rows
+from hft.demo.tasks import write_tasks
+from hft.record.manifest import Manifest
+from hft.reporting.paper import read_runs
+from tests.conftest import error_of, identical, tensors
+
+RAW = "hft/demo/templates/raw.jinja"
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    """The demo tasks, in TRACE's layout."""
+    folder = tmp_path_factory.mktemp("tasks")
+    write_tasks(folder)
+    return folder
+
+
+def sequence(tiny, tasks, out, *flags: str, strategy: str = "seqft", method: str = "hft", steps: int = 2) -> list[str]:
+    """The words of `hft continual` on two tasks, few steps and few test rows; flags win."""
+    settings = {"model_name_or_path": tiny, "trace_dir": tasks, "output_dir": out, "report_to": "none", "bf16": "false"}
+    settings |= {"strategy": strategy, "max_steps": steps, "save_steps": 1, "test_rows": 8, "logging_steps": 1}
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    files = ["--config", "recipes/tiny/trace.yaml", f"recipes/methods/{method}.yaml"]
+    words += ["--tasks", "First", "Swap", "--metrics", "{First: edit_similarity, Swap: choice}"]
+    return ["continual", *files, *words, *flags]
+
+
+@pytest.fixture(scope="module")
+def gem(tmp_path_factory, tiny, tasks) -> Path:
+    """Two rounds of GEM with HFT."""
+    out = tmp_path_factory.mktemp("sequence") / "gem"
+    assert main(sequence(tiny, tasks, out, "--memory_rows", "4", strategy="gem")) == 0
+    return out
+
+
+def test_each_round_is_a_run_with_another_half(gem, tiny):
+    one, two = (Manifest.load(gem / name) for name in ("01-First", "02-Swap"))
+    assert (one.base, two.base) == (str(tiny), str(gem / "01-First"))
+    assert [one.selection["round"], two.selection["round"]] == [1, 2]
+    assert one.frozen_units != two.frozen_units
+    assert main(["verify", str(gem / "02-Swap")]) == 0
+    assert two.strategy == {
+        "strategy": "gem",
+        "memory_rows": 4,
+        "memory_seed": 0,
+        "gem_margin": 0.5,
+        "carry_moments": False,
+        "strategy_data": str(gem / "data" / "02-Swap-memory.jsonl"),
+    }
+
+
+def test_the_matrix_has_a_row_for_the_start_and_each_round(gem):
+    saved = json.loads((gem / "matrix.json").read_text())
+    assert (saved["tasks"], saved["rounds"]) == (["First", "Swap"], ["start", "First", "Swap"])
+    assert saved["metrics"] == ["edit_similarity", "accuracy"]
+    assert [[value is None for value in row] for row in saved["scores"]] == [[False] * 2, [False, True], [False] * 2]
+    assert all(0 <= value <= 100 for row in saved["scores"] for value in row if value is not None)
+    assert len({row[0] for row in saved["scores"]}) > 1  # similarity of code sees small changes
+    assert saved["others"]["first_letter"][0] == [None, 0.0]
+    assert saved["counts"] == [8, 8]
+    assert saved["op"][-1] == pytest.approx(sum(saved["scores"][2]) / 2)
+    assert saved["about"]["dtype"] == "float32"
+
+
+def test_a_printed_command_repeats_its_round_bit_for_bit(gem, tiny, tasks, tmp_path, capsys):
+    capsys.readouterr()
+    assert main(sequence(tiny, tasks, gem, "--memory_rows", "4", "--dry_run", strategy="gem")) == 0
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  hft sft ")]
+    assert len(commands) == 2
+    assert main([*commands[1][1:], "--output_dir", str(tmp_path / "again")]) == 0
+    ours, theirs = tensors(gem / "02-Swap"), tensors(tmp_path / "again")
+    assert all(identical(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_killed_sequence_goes_on_and_a_finished_one_is_left_alone(gem, tiny, tasks, tmp_path):
+    again = sequence(tiny, tasks, gem, "--memory_rows", "4", strategy="gem")
+    matrix, weights = (gem / "matrix.json").read_text(), tensors(gem / "02-Swap")
+    written = (gem / "02-Swap" / "model.safetensors").stat().st_mtime_ns
+    assert main(again) == 0
+    assert (gem / "02-Swap" / "model.safetensors").stat().st_mtime_ns == written
+    # As if killed in the second round: after its first step, before its scores.
+    cut = Matrix.load(gem)
+    for rows in (cut.rounds, cut.scores, *cut.others.values()):
+        rows.pop()
+    cut.save(gem)
+    shutil.rmtree(gem / "02-Swap" / "checkpoint-2")
+    for name in ("results.json", "model.safetensors", "scores/trace.json"):
+        (gem / "02-Swap" / name).unlink()
+    assert main(again) == 0
+    assert (gem / "matrix.json").read_text() == matrix
+    assert all(identical(weights[name], tensor) for name, tensor in tensors(gem / "02-Swap").items())
+
+
+def test_a_folder_of_another_sequence_is_refused(gem, tiny, tasks, capsys):
+    capsys.readouterr()
+    assert main(sequence(tiny, tasks, gem, "--memory_rows", "5", strategy="gem")) == 2
+    assert "holds a sequence with other settings (memory_rows 4 there, 5 here)" in error_of(capsys)
+
+
+def test_sequence_yaml_is_the_same_sequence(gem, capsys):
+    capsys.readouterr()
+    assert main(["continual", "--config", str(gem / "sequence.yaml")]) == 0
+    assert "| OP |" in capsys.readouterr().out
+
+
+def test_one_task_with_a_replay_pass_keeps_its_half(tmp_path, tiny, tasks):
+    folder = tmp_path / "tasks"
+    shutil.copytree(tasks / "Swap", folder / "Swap")
+    rows = json.loads((folder / "Swap" / "train.json").read_text())[:20]
+    rows += [{"prompt": "nothing", "answer": " "}]  # nothing to learn
+    (folder / "Swap" / "train.json").unlink()
+    (folder / "Swap" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "Lima").mkdir()
+    (folder / "Lima" / "train.json").write_text(json.dumps(rows[:4]))
+    out = tmp_path / "out"
+    words = sequence(tiny, folder, out, "--tasks", "Swap", "--metrics", "{Swap: accuracy}", "--score_start", "false")
+    words += ["--max_steps", "-1", "--epochs", "2", "--strategy", "replay", "--alignment", "Lima"]
+    assert main(words) == 0
+    first, replay = (Manifest.load(out / name) for name in ("01-Swap", "01-Swap-replay"))
+    assert first.frozen_units == replay.frozen_units
+    assert replay.base == str(out / "01-Swap")
+    steps = [json.loads((out / name / "results.json").read_text())["steps"] for name in ("01-Swap", "01-Swap-replay")]
+    assert steps == [2 * 2, 1]  # 20 rows in batches of 16; one epoch over 4
+    matrix = Matrix.load(out)
+    assert (matrix.rounds, len(matrix.scores)) == (["Swap"], 1)
+    assert matrix.summary()["bwt_earlier_tasks"] is None
+    assert "BWT over earlier tasks only -" in matrix.report()
+
+
+def test_an_adapter_goes_through_the_tasks_and_unseen_ones_are_scored(tmp_path, tiny, tasks):
+    words = sequence(tiny, tasks, tmp_path / "out", "--score_unseen", method="lora-qv", strategy="lora", steps=1)
+    assert main(words) == 0
+    assert Manifest.load(tmp_path / "out" / "02-Swap").strategy["previous_run"] == str(tmp_path / "out" / "01-First")
+    assert all(value is not None for row in Matrix.load(tmp_path / "out").scores for value in row)
+
+
+def test_scores_do_not_depend_on_the_batch(tiny, tmp_path):
+    prompts = ["one", "one two three", "four five six seven eight", "nine", "ten eleven"]  # padded in a batch
+    letters = "abcdefghijklmnopqrstuvwxyz etaoinshrdlu"  # similar to whatever is generated
+    rows = [{"context": prompt, "prompt": prompt, "completion": letters} for prompt in prompts]
+    tests, metrics = {"First": rows}, {"First": "edit_similarity"}
+    one, five = (
+        score(str(tiny), tests, metrics, longest_answer=8, batch_size=n, out=tmp_path / str(n)).scores for n in (1, 5)
+    )
+    assert one == five
+    assert one[0].value > 0
+
+
+def test_a_long_prompt_loses_its_middle_and_a_long_answer_its_end(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = Path(RAW).read_text()
+    body = " ".join(f"word{n}" for n in range(400))
+    row = {"prompt": f"Summarize this text.\n{body}\nSummary:", "completion": body}
+    [short] = shorten_rows([row], tokenizer, 64, 16, "rows")
+    assert short["prompt"].startswith("Summarize this text.\nword0 ")
+    assert short["prompt"].endswith("word399\nSummary:")
+    assert row["completion"].startswith(short["completion"])
+    whole = [{"role": "user", "content": short["prompt"]}]
+    assert 60 <= len(tokenizer.apply_chat_template(whole, tokenize=True, return_dict=True)["input_ids"]) <= 65
+    assert len(tokenizer(short["completion"])["input_ids"]) == 15  # and its EOS
+    assert shorten_rows([short], tokenizer, 70, 16, "rows") == [short]
+
+
+def test_dry_run_writes_nothing(tmp_path, tiny, tasks, capsys):
+    capsys.readouterr()
+    assert main(sequence(tiny, tasks, tmp_path / "out", "--order", "Swap", "First", "--dry_run")) == 0
+    assert not (tmp_path / "out").exists()
+    out = capsys.readouterr().out
+    assert out.index("01-Swap") < out.index("02-First")
+    assert "training rows, 2 steps" in out
+
+
+def test_the_documents_own_strategy_chooses_rows(tmp_path, tiny, tasks):
+    example = Path("docs/examples/balanced_replay.py").read_text()
+    [shown] = re.findall(r"```python\n(.*?)```", Path("docs/continual.md").read_text(), re.DOTALL)
+    assert shown in example
+    own = "docs/examples/balanced_replay.py:BalancedReplay"
+    plan, _ = parse_sequence(sequence(tiny, tasks, tmp_path / "out", "--replay_seed", "1", strategy=own)[1:])
+    data = Data(plan)
+    assert [len(data.of_round(plan, number)["train"]) for number in (0, 1)] == [400, 800]
+    assert {row["prompt"].split("\n")[0] for row in data.of_round(plan, 1)["train"][400:]} == {"Give the first word."}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tasks", "First", "First"], "tasks has First twice"),
+        (["--order", "Swap"], "order must name each of the tasks once: First, Swap"),
+        (["--metrics", "{First: f1, Swap: accuracy}"], "unknown metric 'f1' of First; give one of accuracy, choice"),
+        (["--metrics", "{First: accuracy}"], "Swap is not a task of TRACE and has no metric"),
+        (["--metrics", "{First: accuracy, Swap: accuracy, FOMC: accuracy}"], "metrics has FOMC"),
+        (["--strategy", "gme"], "unknown strategy 'gme', did you mean 'gem'?"),
+        (["--strategy", "replay", "--alignment", "Lima"], "lacks Lima/train, as .json or .jsonl"),
+        (["--tasks", "FOMC", "NumGLUE-cm", "--metrics", "{}"], "lacks FOMC/train, FOMC/test, NumGLUE-cm/train"),
+        (["--trace_dir", "nowhere"], "trace_dir nowhere does not exist"),
+        (["--dataset_name", "data/sft"], "dataset_name is what a sequence gives to each of its runs"),
+        (["--replay_mode", "mixed"], "replay_mode is a key of strategy replay"),
+        (["--test_rows", "0"], "test_rows must be at least 1"),
+        (["--strategy", "gem", "--fp16", "true"], "gem compares gradients, which fp16 scales"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value)[:30],
+)
+def test_a_mistake_is_a_sentence(tmp_path, tiny, tasks, capsys, flags, message):
+    capsys.readouterr()
+    assert main(sequence(tiny, tasks, tmp_path / "out", *flags)) == 2
+    assert message in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "has no row with an answer"),
+        ('[{"prompt": "a", "answer": ""}]', "has no row with an answer"),
+        ('[{"prompt": "a"}]', "is not a list of rows with prompt and answer"),
+        ('[{"prompt": "a", "answer": 3}]', "row 0 (the first is 0): prompt and answer must be text"),
+        ("{", "is not a list of rows with prompt and answer"),
+    ],
+)
+def test_a_file_that_is_no_task_is_named(tmp_path, content, message):
+    (tmp_path / "FOMC").mkdir()
+    (tmp_path / "FOMC" / "train.json").write_text(content)
+    with pytest.raises(ValueError, match=r"FOMC/train\.json") as error:
+        read_task(tmp_path, "FOMC", "train")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("recipe", sorted(Path("recipes").glob("*/trace.yaml")), ids=str)
+def test_a_recipe_has_a_metric_and_a_batch_for_each_task(recipe, tmp_path, tiny, tasks, capsys):
+    content = yaml.safe_load(recipe.read_text())
+    for task in content["tasks"]:
+        folder = tmp_path / "trace" / task
+        shutil.copytree(tasks / "Swap", folder)
+    shutil.copytree(tasks / "Swap", tmp_path / "trace" / "Lima")
+    words = ["--config", str(recipe), "recipes/methods/hft.yaml", "--trace_dir", str(tmp_path / "trace"), "--dry_run"]
+    words += ["--model_name_or_path", str(tiny), "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
+    words += ["--tokenizer_pad_token", "<unk>", "--strategy", "replay"]
+    capsys.readouterr()
+    assert main(["continual", *words]) == 0
+    out = capsys.readouterr().out
+    runs = [line for line in out.splitlines() if line.startswith("  hft sft --config")]
+    assert len(runs) == 2 * len(content["tasks"]) - ("alignment" not in content)
+    if "llama2" in str(recipe):
+        assert "global batch 128" in out
+        epochs = [float(re.search(r"num_train_epochs (\S+)", line)[1]) for line in runs[::2]]
+        assert epochs == [5, 3, 7, 5, 3, 5, 5, 7]
+
+
+def test_the_commands_of_the_papers_rows_leave_the_folders_that_their_scores_are_read_from():
+    checked = 0
+    for run, (_, made) in read_runs().items():
+        target, *words = shlex.split(made[-1])[1:]
+        if not target.startswith("trace-"):
+            continue
+        given = dict(word.split("=", 1) for word in words)
+        files = [f"recipes/{given['MODEL']}/trace.yaml", f"recipes/methods/{target.removeprefix('trace-')}.yaml"]
+        flags = ["--strategy", given["STRATEGY"], *shlex.split(given.get("ARGS", ""))]
+        plan, _ = parse_sequence(["--config", *files, *flags])
+        assert str(plan.out) == f"runs/{run}"
+        checked += 1
+    assert checked > 15
