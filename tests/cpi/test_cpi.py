@@ -284,8 +284,11 @@ def test_elements_in_several_cores(tmp_path, models, overlap):
     found = fused(models, cores, tmp_path / "out", overlap=overlap)
     base, a, b = (tensors(models[name]) for name in ("base", "a", "b"))
     for key, tensor in found.items():
-        both = load_masks(cores["a"])[key].tensor() & load_masks(cores["b"])[key].tensor()
+        of_a, of_b = (load_masks(cores[name])[key].tensor() for name in ("a", "b"))
+        both = of_a & of_b
         assert both.any()
+        assert identical(tensor[of_a & ~of_b], a[key][of_a & ~of_b])
+        assert identical(tensor[of_b & ~of_a], b[key][of_b & ~of_a])
         further = torch.where((a[key] - base[key]).abs() > (b[key] - base[key]).abs(), a[key], b[key])
         expected = {"mean": (a[key] + b[key]) / 2, "last": a[key], "largest": further}[overlap]
         torch.testing.assert_close(tensor[both], expected[both], rtol=0, atol=1e-7 if overlap == "mean" else 0)
