@@ -161,7 +161,7 @@ def run_cell(cell: Cell, content: dict[str, Any], base: str, out: Path) -> dict[
     method, strategy, more = content["arms"][arm]
     keys = {"model_name_or_path": base, "learning_rate": rate, "strategy": strategy, "seed": seed} | more
     keys |= {"output_dir": str(folder)} | ({} if strategy == "lora" else {"selection_seed": seed})
-    recipe = folder.with_suffix(".yaml")
+    recipe = folder / "trace.yaml"
     recipe.write_text(yaml.safe_dump(content["sequence"] | keys, sort_keys=False))  # LoRA's factor is kept for files
     with (folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         status = main(["continual", "--config", str(recipe), f"recipes/methods/{method}.yaml"])
