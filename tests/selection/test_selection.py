@@ -265,7 +265,7 @@ def test_what_a_policy_returns_is_checked(tmp_path, sft, capsys):
     name = "model.layers.0.mlp.up_proj.weight"
     for returned, message in {
         "['a']": "must return units of the anatomy",
-        "anatomy.units, {'w': torch.ones(1).bool()}": "chose w, which the model does not have in its layers",
+        "anatomy.units, {'w': torch.ones(1).bool()}": "chose w, which the model does not have",
         f"anatomy.units, {{'{name}': torch.ones(352, 128)}}": f"must give a bool tensor for {name}",
         f"anatomy.units, {{'{name}': torch.ones(1, 5).bool()}}": "a mask of shape (1, 5); each dimension",
     }.items():
