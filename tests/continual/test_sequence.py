@@ -18,6 +18,7 @@ from hft.continual.scoring import score
 from hft.continual.tasks import read_task, shorten_rows
 from hft.demo.tasks import write_tasks
 from hft.record.manifest import Manifest
+from hft.record.scores import Scores
 from hft.reporting.paper import read_runs
 from tests.conftest import error_of, identical, tensors
 
@@ -77,6 +78,9 @@ def test_the_matrix_has_a_row_for_the_start_and_each_round(gem):
     assert saved["counts"] == [8, 8]
     assert saved["op"][-1] == pytest.approx(sum(saved["scores"][2]) / 2)
     assert saved["about"]["dtype"] == "float32"
+    whole = Scores.load(gem / "scores" / "trace.json")  # what `hft paper 3` reads
+    assert whole.find("op", "op").value == saved["op"][-1]
+    assert whole.find("bwt", "bwt").value == saved["bwt"][-1]
 
 
 def test_a_printed_command_repeats_its_round_bit_for_bit(gem, tiny, tasks, tmp_path, capsys):

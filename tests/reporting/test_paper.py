@@ -80,7 +80,7 @@ def test_tables_agree_on_the_runs_that_they_share():
 
 def test_every_column_is_a_score_that_the_evaluation_saves():
     saved = {(suite, one.name, metric) for suite, found in SUITES.items() for one in found for metric in one.metrics}
-    saved |= {("trace", "op", "op"), ("trace", "bwt", "bwt")}  # by hft.continual.matrix
+    saved |= {("trace", "op", "op"), ("trace", "bwt", "bwt")}  # by a sequence (tests/continual/test_sequence.py)
     for table in tables().values():
         assert set(table.scores.values()) <= saved, table.name
         assert table.name in NOT_SCORED or not (set(table.columns) - set(table.means) - set(table.scores))
