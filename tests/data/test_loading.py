@@ -158,3 +158,20 @@ def test_the_smollm2_template_trains_the_end_of_a_turn(tiny):
         "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
     )
     assert learnt == "a<|im_end|>"
+
+
+def test_a_revision_of_a_hub_dataset_is_asked_for_everywhere(monkeypatch):
+    """The rows, the names of the splits, and what identifies them."""
+    asked, rows = [], Dataset.from_list([{"messages": [USER, ASSISTANT]}] * 3)
+
+    def answer(value):
+        return lambda *names, revision=None, **more: asked.append(revision) or value
+
+    builder = type("Builder", (), {"hash": "abc"})
+    monkeypatch.setattr("hft.data.loading.load_dataset", answer(rows))
+    monkeypatch.setattr("hft.data.loading.get_dataset_split_names", answer(["train"]))
+    monkeypatch.setattr("hft.data.identity.load_dataset_builder", answer(builder))
+    run = RunConfig(dataset_name="owner/name", dataset_revision="v2", eval_rows=1)
+    loaded = load_data(run, sft_rows, evaluate=True)
+    assert asked == ["v2"] * 3
+    assert loaded.fingerprint["revision"] == "abc"
