@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
         "--backend_args", default={}, type=json.loads, metavar="JSON", help="more arguments of the engine"
     )
     parser.add_argument("--base", help="what the models were tuned from; default: what their manifests say")
-    parser.add_argument("--task_data", metavar="RUN", help="whose held-out rows a model that is no run is scored on")
+    parser.add_argument("--task_data", metavar="RUN", help="whose held-out rows a model that is not a run is scored on")
     parser.add_argument("--data", metavar="DIR", help="JSON Lines files of the benchmarks, instead of the Hub")
     parser.add_argument("--allow_code", action="store_true", help="run generated code (HumanEval, MBPP)")
     options = vars(parser.parse_args(arguments))

@@ -1,7 +1,7 @@
 """GEM, gradient episodic memory (Lopez-Paz and Ranzato 2017, arXiv 1706.08840; paper section 4.2).
 
 A few rows of each earlier task are kept. Before each step the gradient m_k of the loss on the rows of each task k is
-computed anew. If the step's gradient g would raise any of these losses to first order, that is g . m_k < 0, the step
+computed again. If the step's gradient g would raise any of these losses to first order, that is g . m_k < 0, the step
 takes the closest gradient to g that raises none:
 
     min ||z - g||^2  subject to  z . m_k >= 0 for every k.
