@@ -73,8 +73,8 @@ def write_card(
 
 
 def is_local(name: str) -> bool:
-    """Whether a name is a path that holds on this machine only."""
-    return Path(name).is_absolute() or name.startswith("~")
+    """Whether a name is a path that holds on this machine only, or leaves the folder it is read in."""
+    return Path(name).is_absolute() or name.startswith(("~", "../"))
 
 
 def portable(value: Any) -> Any:
