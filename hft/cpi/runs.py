@@ -32,7 +32,8 @@ def train_sft(out: Path, values: Mapping[str, Any], *inputs: Path) -> RunResult:
     Raises:
         HFTError: the run cannot be made, verify failed, or the folder holds a run that is older than its inputs.
     """
-    plan = make_plan(load_config("sft", **values, output_dir=str(out), run_name=f"{out.parent.name}-{out.name}"))
+    name = "-".join(out.resolve().parts[-3:])  # of the stages' folder, the stage and the run
+    plan = make_plan(load_config("sft", **values, output_dir=str(out), run_name=name))
     if plan.is_finished and (newer := newer_than(weight_files(out), *inputs)):
         raise HFTError(f"{out} was trained before {newer} was written, which it starts from; remove it to train again")
     say(f"hft sft --config {out / CONFIG_NAME}", "")
