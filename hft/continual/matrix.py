@@ -97,18 +97,21 @@ class Matrix:
         """Write `matrix.json` with the summary, in one step."""
         return write_json(Path(folder) / MATRIX_NAME, asdict(self) | self.summary())
 
-    def scores_of_sequence(self, suite: str, model: str, model_sha256: str) -> Scores:
+    def scores_of_sequence(self, suite: str, model: str, model_sha256: str, limit: int | None) -> Scores:
         """OP and BWT after the last round, as scores of the whole sequence.
 
         Args:
             suite: under which they are saved.
             model: that of the last round.
             model_sha256: likewise.
+            limit: most test rows of a task; None for all.
         """
         found, n = self.summary(), sum(self.counts)
         scores = [Score(name, name, found[name][-1], None, n) for name in ("op", "bwt")]
         about = {key: self.about[key] for key in ("dtype", "versions")}
-        return Scores(suite, model, model_sha256, settings={"tasks": self.tasks}, scores=scores, **about)
+        return Scores(
+            suite, model, model_sha256, settings={"tasks": self.tasks, "limit": limit}, scores=scores, **about
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> Matrix:

@@ -150,7 +150,8 @@ def add_row(
     if is_main():
         matrix.save(plan.out)
         if matrix.is_complete:
-            matrix.scores_of_sequence(SUITE, model, scores.model_sha256).save(plan.out)
+            limit = plan.settings.test_rows
+            matrix.scores_of_sequence(SUITE, model, scores.model_sha256, limit).save(plan.out)
 
 
 def log_to_wandb(plan: SequencePlan, matrix: Matrix) -> str:

@@ -7,7 +7,7 @@ import functools
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,13 @@ class Measured:
         spread: the sample standard deviation over the runs; of a single run the standard error of its score, None if
             that is not known.
         n: number of runs.
+        partial: whether only some of the rows were scored in any of them, as `hft eval --limit` does.
     """
 
     value: float
     spread: float | None
     n: int
+    partial: bool = False
 
 
 @functools.cache
@@ -185,10 +187,23 @@ def ours(table: Table, row: Row, runs: str | Path = "runs") -> dict[str, Measure
     Raises:
         HFTError: a file of scores is not valid.
     """
-    found = [numbers_of(table, scores_of(folder)) for folder in folders_of(table, row, Path(runs))]
+    scores = [scores_of(folder) for folder in folders_of(table, row, Path(runs))]
+    found, partial = [numbers_of(table, each) for each in scores], set.union(set(), *map(limited_suites, scores))
     return {
-        column: summarize(numbers) for column in table.columns if (numbers := [n[column] for n in found if column in n])
+        column: replace(summarize(numbers), partial=bool(partial & suites_of(table, column)))
+        for column in table.columns
+        if (numbers := [each[column] for each in found if column in each])
     }
+
+
+def limited_suites(scores: Mapping[str, Scores]) -> set[str]:
+    """The suites of which a run has scores on some of the rows only."""
+    return {suite for suite, each in scores.items() if each.settings.get("limit") is not None}
+
+
+def suites_of(table: Table, column: str) -> set[str]:
+    """The suites that a column's numbers come from."""
+    return {table.scores[name][0] for name in table.means.get(column, [column]) if name in table.scores}
 
 
 def folders_of(table: Table, row: Row, runs: Path) -> list[Path]:

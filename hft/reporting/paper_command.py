@@ -96,7 +96,7 @@ def numbers(table: Table, row: Row, mine: dict[str, Measured]) -> dict[str, list
 
 
 def _measured(one: Measured, digits: int) -> str:
-    return f"{one.value:.{digits}f}" + ("" if one.spread is None else f"±{one.spread:.{digits}f}")
+    return f"{one.value:.{digits}f}" + ("" if one.spread is None else f"±{one.spread:.{digits}f}") + "*" * one.partial
 
 
 def decimals(table: Table, column: int) -> int:
@@ -110,6 +110,8 @@ def remarks(table: Table, measured: Sequence[dict[str, Measured]]) -> list[str]:
     """What is to be said about a table as a whole."""
     if any(measured):
         mine = ["ours: mean ± standard deviation over n runs that differ in their seed; ± standard error where n = 1"]
+        if any(one.partial for columns in measured for one in columns.values()):
+            mine.append("* on some of the rows only (--limit)")
     else:
         code = {suite for suite, _, metric in table.scores.values() if metric.startswith("pass@")}
         flags = [f"--suite {suite}{' --allow_code' if suite in code else ''}" for suite in table.suites]

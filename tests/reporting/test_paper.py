@@ -2,6 +2,7 @@
 
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,20 @@ def test_the_command_prints_commands_the_papers_numbers_and_ours(runs, capsys):
     assert "| ours, n = 1 to 3 |  | 50.0±3.0 | 31.5±3.0 |" in text
     assert "QLoRA: Looks like a broken run" in text
     assert "One standard error on 200 questions is 3.1 points" in text
+
+
+def test_scores_of_some_rows_only_are_marked(tmp_path, capsys):
+    run = "llama2-7b-sft-hft"
+    save(tmp_path / run, "knowledge", nq_open__exact_match=7.0, triviaqa__exact_match=30.0)
+    scores = Scores.load(tmp_path / run / "scores" / "knowledge.json")
+    replace(scores, settings={"limit": 100}).save(tmp_path / run)
+    assert main(["paper", "2", "--model", "llama2-7b", "--runs", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "7.0±3.0*" in text
+    assert "* on some of the rows only (--limit)" in text
+    scores.save(tmp_path / run)
+    assert main(["paper", "2", "--model", "llama2-7b", "--runs", str(tmp_path)]) == 0
+    assert "*" not in capsys.readouterr().out
 
 
 def test_the_command_lists_all_tables(capsys):
