@@ -2,20 +2,22 @@
 
 No weights are needed, and no pass is run: `hft.planning.exact` runs one on fake tensors, and the two agree.
 
-- FLOPs are those of matrix products, two for each multiplication and addition, as torch's `FlopCounterMode` counts them.
-  Attention is the full square, not its causal half, and as eager attention computes it.
-- A weight that trains, wholly or in part, costs the gradient of the whole weight. What lies below everything that trains
-  costs no backward pass, unless activation checkpointing is on: transformers then asks for the embeddings' gradient.
-- Checkpointed layers are computed again as far as the last tensor that their backward pass needs: not their last product.
+- FLOPs are those of matrix products, two for each multiplication with its addition, as torch's `FlopCounterMode` has
+  them. Attention is the full square, not its causal half, and as eager attention computes it.
+- A weight that trains, wholly or in part, costs the gradient of the whole weight. What lies below everything that
+  trains costs no backward pass, unless activation checkpointing is on: transformers then asks for the gradient of the
+  embeddings.
+- Checkpointed layers are computed again as far as the last tensor that their backward pass needs, which leaves out
+  their last product.
 - The head is TRL's: it never holds all logits, and computes them a second time in the backward pass.
 - Rows are as long as they may be, without padding, and every token is trained on.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hft.errors import HFTError
@@ -189,7 +191,7 @@ def costs_of(
 def _weights(selection: Selection, precision: Precision) -> dict[str, Value]:
     """Every parameter of the model."""
     anatomy, frozen = selection.anatomy, set(selection.frozen_parameters)
-    numels = {name: functools.reduce(int.__mul__, shape, 1) for name, shape in anatomy.shapes.items()}
+    numels = {name: math.prod(shape) for name, shape in anatomy.shapes.items()}
     first = next(iter(anatomy.embeddings))  # in model order, so that of the input
     weights = {}
     for name, numel in (numels | anatomy.embeddings | anatomy.others).items():

@@ -67,8 +67,8 @@ def count(
     """
     if getattr(model_config, "num_experts_per_tok", None) and precision.trained != torch.bfloat16:
         raise HFTError(
-            "a mixture of experts with fp32 master weights cannot be counted exactly: on fake tensors torch has grouped "
-            "products in bf16 only; leave --exact out"
+            "a mixture of experts with fp32 master weights cannot be counted exactly, since on fake tensors torch has "
+            "grouped products in bf16 only; leave --exact out"
         )
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _build(model_config, selection, precision, attention)
@@ -80,14 +80,14 @@ def count(
 
             add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         saved = _Saved(model)
-        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as forward, saved.hooks():
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision.autocast):
-                if fused_head:
-                    loss = -model(**inputs, labels=ids, fused_lm_head=True).log_probs.sum()
-                else:
-                    loss = model(**inputs).logits.sum()
+        forward, backward = (FlopCounterMode(display=False, custom_mapping=FORMULAS) for _ in range(2))
+        with forward, saved.hooks(), torch.autocast("cpu", torch.bfloat16, enabled=precision.autocast):
+            if fused_head:
+                loss = -model(**inputs, labels=ids, fused_lm_head=True).log_probs.sum()
+            else:
+                loss = model(**inputs).logits.sum()
         alive = saved.bytes()
-        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as backward:
+        with backward:
             loss.backward()
     return Counted(forward.get_total_flops(), backward.get_total_flops(), alive)
 

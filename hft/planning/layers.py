@@ -97,7 +97,7 @@ def why_not_known(config: PretrainedConfig) -> str | None:
         )
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation not in ACTIVATIONS:
-        return f"FLOPs and activations with {activation} are not known; with {', '.join(ACTIVATIONS)} they are"
+        return f"FLOPs and activations with {activation} are not known; those with {', '.join(ACTIVATIONS)} are"
     if getattr(config, "attention_dropout", 0) or getattr(config, "router_jitter_noise", 0):
         return "FLOPs and activations with dropout are not known"
     return None
@@ -163,7 +163,9 @@ def _products(shape: Shape) -> int:
 def flash_attention(tape: Tape, shape: Shape, q: Value, k: Value, v: Value) -> Value:
     """A kernel that saves queries, keys, values, its output and a log-sum-exp for each query and head.
 
-    With a mask it takes keys and values once for each head, and every layer saves a mask of length x length for each row.
+    With a mask it takes keys and values once for each head, and every layer saves a mask of length x length for each
+    row.
+
     Its backward pass makes the gradients of all three. FLOPs are those of eager attention: the products of queries and
     keys that the kernel computes again are not counted.
     """
