@@ -103,9 +103,24 @@ class StepCosts:
         return self.layers + self.inputs + self.ends
 
     @property
+    def moments(self) -> dict[str, int]:
+        """Bytes beside the activations at the moments that may be the peak."""
+        kept = " beside bf16 copies of weights" if self.saved_copies else ""
+        return {
+            "the end of the forward pass: bf16 copies of trained weights, a tile of logits": self.copies + self.tile,
+            f"the loss: a tile of logits, its gradients in fp32{kept}": self.saved_copies + self.loss,
+            f"a checkpointed layer, computed again{kept}": self.saved_copies + self.recomputed,
+        }
+
+    @property
     def transient(self) -> int:
-        """The most bytes beside them at one time: as the forward pass ends, at the loss, or in a checkpointed layer."""
-        return max(self.copies + self.tile, self.saved_copies + max(self.loss, self.recomputed))
+        """The most bytes beside the activations at one time."""
+        return max(self.moments.values())
+
+    @property
+    def peak_at(self) -> str:
+        """When that is, in words."""
+        return max(self.moments, key=self.moments.get)
 
     @property
     def peak(self) -> int:

@@ -54,7 +54,9 @@ def tell(config: Config, outlook: Outlook | None = None) -> RunPlan:
 
 def stop(plan: RunPlan) -> int:
     """End after the plan."""
-    say(*([f"it does not fit here: {plan.misfit}"] if plan.misfit else []))
+    if plan.misfit:
+        say(f"it does not fit here: {plan.misfit}")
+        say("to plan it for other GPUs: hft plan ... --gpus 8 --gpu_memory 80GiB")
     say(f"stopped here: no weights were loaded, nothing was written to {plan.out}")
     return 0
 

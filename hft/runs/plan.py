@@ -18,9 +18,9 @@ from hft.record.checkpoints import last_checkpoint
 from hft.record.identity import check_same_run, differences
 from hft.record.manifest import Manifest, identity_of
 from hft.record.verification import check_base
-from hft.runs.comparison import compare, describe_flops
+from hft.runs.comparison import compare, describe_flops, exactly
 from hft.runs.config import Config, comparable, find_template, read_config
-from hft.runs.costs import Engine, candidates_of, engine_of, has_reference, state_of
+from hft.runs.costs import Engine, candidates_of, engine_of, has_reference, micro_batch, state_of
 from hft.runs.objective import config_class, in_pairs, rows_of
 from hft.runs.result import CONFIG_NAME, RESULTS_NAME
 from hft.selection import Selection
@@ -131,13 +131,22 @@ class RunPlan:
         if self.args and (self.data or self.outlook):
             blocks.append(("plan", describe_steps(self)))
         if self.candidates:
-            blocks.append(("cost", compare(self) if self.outlook else describe_flops(self)))
+            blocks += self._costs()
         schedule = self.config.method.schedule
         if schedule and self.data and self.steps:
             blocks.append(("schedule", schedule.describe(self.selection, self.steps)))
         if self.notes:
             blocks.append(("notes", "\n".join(self.notes)))
         return "\n".join(f"{title}\n{indented(text)}\n" for title, text in blocks)
+
+    def _costs(self) -> list[tuple[str, str]]:
+        if not self.outlook:
+            return [("cost", describe_flops(self.candidates, self.args.max_length))]
+        how, candidates, engine = micro_batch(self.config, self.args), self.candidates, self.engine
+        shardable = self.config.method.shardable
+        text = compare(candidates, self.outlook, engine, how, tokens=self.tokens, shardable=shardable)
+        counted = exactly(self.model_config, self.selection, self.own, engine, how) if self.outlook.exact else None
+        return [("cost", text), *([("exact", counted)] if counted else [])]
 
 
 def make_plan(config: Config, outlook: Outlook | None = None) -> RunPlan:
@@ -178,11 +187,11 @@ def make_plan(config: Config, outlook: Outlook | None = None) -> RunPlan:
 
 
 def with_costs(plan: RunPlan) -> RunPlan:
-    """A plan with FLOPs and activations, or with a note that says why they are not known."""
+    """A plan with FLOPs and activations; one that was asked for them says why they are not known."""
     try:
         candidates = candidates_of(plan.config, plan.model_config, plan.selection, plan.args, plan.engine)
     except HFTError as error:
-        return replace(plan, notes=[*plan.notes, str(error)])
+        return replace(plan, notes=[*plan.notes, *([str(error)] if plan.outlook else [])])
     plan = replace(plan, candidates=candidates)
     return replace(plan, memory=plan.own.memory)
 
