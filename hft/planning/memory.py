@@ -25,7 +25,7 @@ LABELS = {
     "moments": "optimizer moments",
     "buckets": "DDP buckets",
     "gathered": "gathered by FSDP2",
-    "transient": "at the peak",
+    "transient": "on top, at the peak",
 }
 # What comes on top of the state while a micro-batch is computed.
 WORKING = ("gathered", "activations", "transient")

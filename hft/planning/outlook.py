@@ -108,7 +108,7 @@ def fitting_rows(candidates: list[Candidate], available: float) -> list[tuple[st
     return [
         ("fits", ["yes" if c.memory.total <= available else "no" for c in candidates]),
         ("fewest checkpointed layers", ["none fits" if n is None else str(n) for n in fewest]),
-        ("FLOPs with these, relative", ["-" if ratio is None else f"{ratio:.3f}" for ratio in best]),
+        ("FLOPs with these, to fft", ["-" if ratio is None else f"{ratio:.3f}" for ratio in best]),
     ]
 
 
@@ -156,7 +156,7 @@ def what_to_change(candidate: Candidate, available: float, *, rows: int, shards:
 
 
 def _relative(values: list[float]) -> tuple[str, list[str]]:
-    return "relative", [f"{value / values[0]:.3f}" for value in values]
+    return "relative to fft", [f"{value / values[0]:.3f}" for value in values]
 
 
 def _line(name: str, cells: list[str], first: int, widths: list[int]) -> str:
