@@ -103,8 +103,8 @@ class StepCosts:
         return self.layers + self.inputs + self.ends
 
     @property
-    def moments(self) -> dict[str, int]:
-        """Bytes beside the activations at the moments that may be the peak."""
+    def peaks(self) -> dict[str, int]:
+        """Bytes beside the activations at each time that may be the peak."""
         kept = " beside bf16 copies of weights" if self.saved_copies else ""
         return {
             "the end of the forward pass: bf16 copies of trained weights, a tile of logits": self.copies + self.tile,
@@ -115,12 +115,12 @@ class StepCosts:
     @property
     def transient(self) -> int:
         """The most bytes beside the activations at one time."""
-        return max(self.moments.values())
+        return max(self.peaks.values())
 
     @property
     def peak_at(self) -> str:
         """When that is, in words."""
-        return max(self.moments, key=self.moments.get)
+        return max(self.peaks, key=self.peaks.get)
 
     @property
     def peak(self) -> int:
