@@ -94,13 +94,13 @@ def test_a_plan_writes_prints_and_loads_nothing(tiny, data, tmp_path, capsys, mo
 
 
 def test_the_memory_of_a_plan_is_what_its_parts_take(tiny, data, tmp_path):
-    anatomy = hft.make_plan(config_of(tiny, data, tmp_path / "out")).selection.anatomy
-    plan = hft.make_plan(config_of(tiny, data, tmp_path / "out"))
+    plan = hft.make_plan(config_of(tiny, data, tmp_path / "out", bf16=True))
+    anatomy = plan.selection.anatomy
     memory, trained = plan.memory, plan.selection.num_trained
     assert memory.master_weights == memory.gradients == 4 * trained
     assert memory.moments == 8 * trained
     assert memory.weights == 2 * (anatomy.numel - trained)
-    assert memory.total == 16 * trained + memory.weights
+    assert memory.state == 16 * trained + memory.weights
     mixout = config_of(tiny, data, tmp_path / "out", update="l2sp", l2sp_strength=1.0)
     assert hft.make_plan(mixout).memory.method == 2 * trained
 

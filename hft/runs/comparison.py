@@ -1,0 +1,87 @@
+"""A plan's costs in words: of the run alone, or beside full fine-tuning and the cheapest rival."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hft.machine import device_bytes
+from hft.planning.exact import count
+from hft.planning.memory import GIB
+from hft.planning.outlook import fitting_rows, flops_rows, hours_row, in_columns, memory_rows, what_to_change
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from hft.planning.outlook import Candidate, Outlook
+    from hft.runs.costs import Engine
+    from hft.selection import Selection
+
+
+def describe_flops(candidates: list[Candidate], length: int) -> str:
+    """FLOPs per token of a run on rows of a length, and relative to full fine-tuning."""
+    fft, own = candidates[0].step, candidates[-2].step
+    parts = {name: getattr(own, name) for name in ("forward", "backward", "recompute", "reference")}
+    said = ", ".join(f"{name} {flops / own.tokens / 1e9:.3g}" for name, flops in parts.items() if flops)
+    return (
+        f"{own.flops / own.tokens / 1e9:.3g} GFLOPs per token at {length:,} tokens: {said}; "
+        f"{own.flops / fft.flops:.3f} of full fine-tuning's"
+    )
+
+
+def compare(
+    candidates: list[Candidate],
+    outlook: Outlook,
+    engine: Engine,
+    how: dict[str, Any],
+    *,
+    tokens: int | None,
+    shardable: bool,
+) -> str:
+    """Memory, FLOPs and GPU-hours in columns, and whether the run fits.
+
+    Args:
+        candidates: full fine-tuning, the run unless it is that, and its cheapest rival.
+        outlook: the machine.
+        engine: where the run computes.
+        how: its micro-batch.
+        tokens: of the whole run, if its steps are known.
+        shardable: whether its method can be sharded.
+    """
+    available, own = outlook.bytes_of_gpu() or device_bytes(), candidates[-2]
+    blocks = [("GiB per device", memory_rows(candidates)), ("GFLOPs per token", flops_rows(candidates))]
+    blocks.append((f"in {available / GIB:.0f} GiB", fitting_rows(candidates, available)))
+    if tokens:
+        at = f"at {outlook.mfu:.0%} of {outlook.gpu_tflops:g} TFLOP/s"
+        blocks.append((f"{tokens / 1e9:,.3g}B tokens {at}", [hours_row(candidates, tokens, outlook)]))
+    sequences = how["rows"] // (2 if how["reference"] else 1)
+    change = what_to_change(own, available, rows=sequences, shards=engine.shards, shardable=shardable)
+    spread = f"FSDP2 over {engine.shards}" if engine.shards > 1 else f"DDP on {engine.processes}"
+    return "\n".join(
+        [
+            f"{spread if engine.processes > 1 else 'one device'}; {how['rows']} x {how['length']:,} tokens per device; "
+            f"{len(own.checkpointed)} of {own.layers} layers checkpointed",
+            in_columns([candidate.name for candidate in candidates], blocks),
+            f"the peak of {own.name} is {own.step.peak_at}",
+            f"{candidates[-1].name}: the cheapest half; embeddings and head are frozen too",
+            f"{own.name} {'does not fit: ' + change if change else 'fits'}",
+        ]
+    )
+
+
+def exactly(
+    model_config: PretrainedConfig, selection: Selection, own: Candidate, engine: Engine, how: dict[str, Any]
+) -> str:
+    """A run's micro-batch as a pass on fake tensors counts it, beside the closed form.
+
+    Raises:
+        HFTError: torch cannot run the model on fake tensors.
+    """
+    closed, checkpointed = own.step, own.checkpointed
+    how = {name: how[name] for name in ("rows", "length", "attention")}
+    counted = count(model_config, selection, **how, precision=engine.precision, checkpointed=checkpointed)
+    return (
+        f"counted on fake tensors: {counted.forward:,} FLOPs forward, {counted.backward:,} backward, "
+        f"{counted.saved / GIB:.3f} GiB held\n"
+        f"closed form:             {closed.forward:,} FLOPs forward, {closed.backward + closed.recompute:,} backward, "
+        f"{(closed.saved + closed.saved_copies) / GIB:.3f} GiB held"
+    )

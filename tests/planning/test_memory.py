@@ -1,0 +1,79 @@
+"""What a plan says of a run's memory against the tensors of a real run."""
+
+from collections import Counter
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+import hft
+from hft.planning.tape import FLOAT32, MIXED
+from hft.runs.train import make_trainer
+from hft.training.dpo import reference_bytes
+
+
+class Gradients(TrainerCallback):
+    """Bytes of all gradients, before each step of the optimizer."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.bytes = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+
+
+def plan_of(objective, out, tiny, data, **keys):
+    settings = {"model_name_or_path": str(tiny), "dataset_name": str(data), "output_dir": str(out), "max_steps": 2}
+    settings |= {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no", "report_to": "none"}
+    recipe = f"recipes/tiny/{objective}.yaml"
+    return hft.make_plan(hft.load_config(objective, recipe, "recipes/methods/hft.yaml", **(settings | keys)))
+
+
+@pytest.mark.parametrize(
+    ("objective", "keys"),
+    [
+        ("sft", {"bf16": False}),
+        ("sft", {"bf16": True, "freeze_embeddings": True}),
+        ("dpo", {"bf16": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_the_state_of_a_run_takes_what_its_plan_says(objective, keys, tiny, data, pairs, tmp_path):
+    plan = plan_of(objective, tmp_path / "out", tiny, pairs if objective == "dpo" else data, **keys)
+    assert plan.engine.precision == (MIXED if keys["bf16"] else FLOAT32)
+    trainer, gradients = make_trainer(plan), Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    weights = Counter()
+    for parameter in trainer.model.parameters():
+        weights[parameter.requires_grad] += parameter.nbytes
+    moments = [t for state in trainer.optimizer.state.values() for t in state.values() if t.dim()]
+    memory = plan.memory
+    assert weights[False] == memory.weights
+    assert weights[True] == memory.master_weights
+    assert gradients.bytes == memory.gradients
+    assert sum(moment.nbytes for moment in moments) == memory.moments
+    assert all(tensor.dtype == torch.float32 for tensor in moments)
+    assert memory.reference == (reference_bytes(trainer) if objective == "dpo" else 0)
+    assert memory.state == sum(weights.values()) + gradients.bytes + memory.moments + memory.reference
+
+
+def test_a_step_of_a_run_holds_what_its_plan_says(tiny, data, tmp_path):
+    """Activations of real tensors, in TRL's own loss: what autograd saves for rows as long as they may be."""
+    plan = plan_of("sft", tmp_path / "out", tiny, data, bf16=True, per_device_train_batch_size=2, max_length=64)
+    trainer = make_trainer(plan)
+    model, own, saved = trainer.model, {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.ones(2, 64, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[1, -1] = 0  # so that attention needs a mask, which costs what it costs with more padding
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    model.train()
+    hooks, autocast = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16)
+    with hooks, autocast, trainer.compute_loss_context_manager():
+        trainer.compute_loss(model, inputs)
+    step = plan.own.step
+    assert step.saved + step.saved_copies == pytest.approx(sum(saved.values()), rel=0.03)

@@ -1,0 +1,88 @@
+"""`hft plan`: what it prints for GPUs that are not here."""
+
+import re
+
+import pytest
+
+from hft.cli import main
+from hft.planning.outlook import Outlook
+from tests.conftest import command, error_of
+
+LLAMA = ["--config", "recipes/llama2-7b/sft.yaml", "recipes/methods/hft.yaml", "--max_steps", "100"]
+
+
+def plan(capsys, *words):
+    """The rows of the table that a plan prints, by name, and all that it prints."""
+    assert main(["plan", *words]) == 0
+    out = capsys.readouterr().out
+    cost = out.partition("\ncost\n")[2]
+    return {name: cells.split() for name, cells in re.findall(r"^ {4}(\S.*?)  +(\S.*)$", cost, re.M)}, out
+
+
+def test_a_7b_is_planned_for_8_gpus_that_are_not_here(capsys):
+    rows, out = plan(capsys, "sft", *LLAMA, "--gpus", "8", "--gpu_memory", "80GiB")
+    assert re.search(r"GiB per device: +fft +hft +upper half", out)
+    assert "FSDP2 over 8; 4 x 4,096 tokens per device; 32 of 32 layers checkpointed" in out
+    assert "global batch 128 = 4 rows x 8 processes x 4 accumulation steps" in out
+    assert rows["fits"] == ["yes"] * 3
+    fft, hft, rival = map(int, rows["fewest checkpointed layers"])
+    assert fft > hft > rival == 0
+    assert "hft fits" in out
+    # FLOPs per token times tokens, at the stated rate.
+    per_token, hours = float(rows["sum"][1]) * 1e9, float(rows["GPU-hours"][1].replace(",", ""))
+    assert hours == pytest.approx(100 * 128 * 4096 * per_token / (0.4 * 312e12) / 3600, abs=1)
+    assert "loaded, nothing was written" in out
+
+
+def test_a_plan_says_what_to_change(capsys):
+    one = ["--gpus", "1", "--per_device_train_batch_size", "2"]
+    _, out = plan(capsys, "sft", *LLAMA, *one, "--gpu_memory", "80GiB", "--activation_checkpointing", "false")
+    assert re.search(r"hft does not fit: it lacks [\d.]+ GiB: checkpoint the activations of \d+ of 32 layers", out)
+    _, out = plan(capsys, "sft", *LLAMA, *one, "--gpu_memory", "67GiB")
+    assert "GiB: lower --per_device_train_batch_size from 2" in out
+    _, out = plan(capsys, "sft", *LLAMA, *one, "--gpu_memory", "40GiB")
+    assert "GiB being state: shard it over several GPUs with FSDP2" in out
+    _, out = plan(capsys, "sft", *LLAMA, "--gpus", "2", "--gpu_memory", "24GiB")
+    assert "GiB being state: shard it over more GPUs" in out
+
+
+def test_the_rival_is_cheap_only_without_checkpointing(capsys):
+    few = ["--gpus", "8", "--gpu_memory", "80GiB", "--per_device_train_batch_size", "1"]
+    rows, _ = plan(capsys, "sft", *LLAMA, *few, "--activation_checkpointing", "false")
+    assert rows["relative to fft"][2] == "0.669"
+    rows, _ = plan(capsys, "sft", *LLAMA, *few)
+    assert float(rows["relative to fft"][2]) > 0.88
+
+
+def test_a_plan_counts_exactly(capsys, tiny, data, tmp_path):
+    words = command("sft", tmp_path / "out", "--exact", "true", "--gpus", "1", model=tiny, data=data)
+    _, out = plan(capsys, *words)
+    counted, closed = re.findall(r"([\d,]+) FLOPs forward, ([\d,]+) backward, ([\d.]+) GiB held", out)
+    assert counted == closed
+
+
+def test_what_has_no_closed_form_is_said_in_a_sentence(capsys):
+    files = ["--config", "recipes/llama2-7b/sft.yaml"]
+    for method, said in (("lora", "of an adapter are not known"), ("lisa", "under schedule lisa are not known")):
+        _, out = plan(capsys, "sft", *files, f"recipes/methods/{method}.yaml", "--max_steps", "9", "--gpus", "8")
+        assert said in out
+        assert "per device before activations" in out
+
+
+def test_without_its_rows_a_plan_ends_with_the_costs(capsys):
+    _, out = plan(capsys, "dpo", *LLAMA[:1], "recipes/llama2-7b/dpo.yaml", LLAMA[2], "--gpus", "8")
+    assert "steps and GPU-hours are not known: cannot load dataset" in out
+    assert "or give --max_steps" in out
+
+
+def test_wrong_values_are_refused(capsys):
+    for words, message in (
+        (["--gpus", "0"], "gpus must be at least 1"),
+        (["--gpu_memory", "much"], "gpu_memory: expected a size such as 80GiB"),
+        (["--mfu", "40"], "mfu must lie in 0..1"),
+        (["--gpus", "7"], "is not a multiple of 4 rows per device x 7 processes"),
+    ):
+        assert main(["plan", "sft", *LLAMA, *words]) == 2
+        assert message in error_of(capsys)
+    assert Outlook(gpu_memory="24 GB").bytes_of_gpu() == 24e9
+    assert Outlook(gpu_memory="80").bytes_of_gpu() == 80 * 2**30
