@@ -56,6 +56,13 @@ class RunConfig:
         default=None,
         metadata={"help": "Rows to evaluate on: the first of the test split, or held out if there is none."},
     )
+    activation_checkpointing_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint the activations of this many layers, the first ones, whatever activation_checkpointing "
+            "says; by default of all layers or of none."
+        },
+    )
     method: str | None = field(default=None, metadata={"help": "Name of the method, for the run's name."})
     schedule: str | None = field(
         default=None, metadata={"help": "Change what trains during the run: lisa, badam, ... or FILE.py:CLASS."}

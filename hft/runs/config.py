@@ -25,6 +25,9 @@ DEFAULTS = {
 }
 # Keys that say where and how to run, not what: they neither name a run nor make it a different one.
 NEUTRAL_KEYS = ("output_dir", "run_name", "report_to", "resume_from_checkpoint", "dry_run", "use_cpu", "bf16")
+# Whatever is checkpointed, a run computes the same bits.
+NEUTRAL_KEYS += tuple(f"{name}_checkpointing{end}" for name in ("activation", "gradient") for end in ("", "_kwargs"))
+NEUTRAL_KEYS += ("activation_checkpointing_layers",)
 # transformers is renaming these; a recipe may have the one name and a flag the other.
 ALIASES = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
 TEMPLATES = Path(__file__).parents[1] / "demo" / "templates"

@@ -12,6 +12,7 @@ from hft.config import fill, to_yaml
 from hft.errors import HFTError, reason
 from hft.machine import broadcast, cpu_has_bfloat16, indented, is_main, is_sharded, world_size
 from hft.model.vocabulary import ids_beyond
+from hft.planning.checkpointing import check_checkpointing, checkpointed_layers
 from hft.planning.memory import Memory, memory_of, why_it_does_not_fit
 from hft.record.checkpoints import last_checkpoint
 from hft.record.identity import check_same_run, differences
@@ -43,6 +44,7 @@ class RunPlan:
         machine: settings that this machine decided.
         tokenizer: the base's.
         data: the rows to train and to evaluate on.
+        checkpointed: the indices of the layers that compute their activations again in the backward pass.
         resume_from: the checkpoint that the run resumes from, if there is one.
         is_finished: whether the folder holds this very run, finished.
         notes: what is worth knowing, one sentence each.
@@ -56,6 +58,7 @@ class RunPlan:
     machine: dict[str, Any] = field(default_factory=dict)
     tokenizer: PreTrainedTokenizerBase | None = None
     data: LoadedData | None = None
+    checkpointed: range = range(0)
     resume_from: str | None = None
     is_finished: bool = False
     notes: list[str] = field(default_factory=list)
@@ -132,13 +135,15 @@ def make_plan(config: Config) -> RunPlan:
 
     tokenizer, machine = load_tokenizer(config), machine_settings(config.values)
     args, notes = training_arguments(config, machine)
+    layers = checkpointed_layers(args, selection.anatomy.num_layers, config.run.activation_checkpointing_layers)
+    layers = range(0) if method.adapter and not method.adapter.keeps_checkpointing else layers
     check_output(config)
     with args.main_process_first(desc="loading the data"):
         from hft.data import load_data
 
         data = load_data(config.run, rows_of(objective), evaluate=args.eval_strategy != "no")
     notes += [*data.notes, *ids_beyond(tokenizer.get_vocab(), model_config.get_text_config().vocab_size)]
-    plan = replace(plan, args=args, machine=machine, tokenizer=tokenizer, data=data, notes=notes)
+    plan = replace(plan, args=args, machine=machine, tokenizer=tokenizer, data=data, notes=notes, checkpointed=layers)
     # One process looks and decides for all, since it also writes to the folder that the others would look at.
     found = broadcast(look_into_folder(plan) if is_main() else None)
     return replace(plan, **(found | {"notes": [*plan.notes, *found["notes"]]}))
@@ -232,11 +237,15 @@ def training_arguments(config: Config, machine: dict[str, Any]) -> tuple[Trainin
         notes.append(f"max_steps {values['max_steps']} overrides num_train_epochs {values['num_train_epochs']:g}")
     if "chat_template_path" in values:
         values["chat_template_path"] = find_template(values["chat_template_path"])
+    if (layers := values.get("activation_checkpointing_layers")) is not None:
+        values["activation_checkpointing"] = layers > 0
     args = fill(cls, values | machine | batch | rate)
     if args.n_gpu > 1:  # Trainer would wrap the model in DataParallel and multiply the batch
         raise HFTError("several GPUs are visible to one process: use `accelerate launch`, or CUDA_VISIBLE_DEVICES=0")
-    config.method.check_args(args, pairs=in_pairs(config.objective))
-    if in_pairs(config.objective) and not config.method.adapter:
+    pairs = in_pairs(config.objective)
+    config.method.check_args(args, pairs=pairs)
+    check_checkpointing(args, pairs=pairs)
+    if pairs and not config.method.adapter:
         from hft.training.dpo import check_reference
 
         check_reference(args)
@@ -343,7 +352,7 @@ def check_complete(checkpoint: Path, *, sharded: bool) -> None:
 
 
 def describe_steps(plan: RunPlan) -> str:
-    """Batch, steps and tokens in words."""
+    """Batch, steps, tokens and activation checkpointing in words."""
     args, steps, pairs = plan.args, plan.steps, in_pairs(plan.config.objective)
     rows = "pairs" if pairs else "rows"
     batch = (
@@ -356,4 +365,6 @@ def describe_steps(plan: RunPlan) -> str:
     else:
         tokens = steps * plan.global_batch * (args.max_length or 0) * (2 if pairs else 1)
         how_long = f"{steps:,} steps, at most {tokens:,} tokens"
-    return f"{batch}\n{len(plan.data.train):,} training {rows}, {how_long}; {test:,} {rows} to evaluate on"
+    data = f"{len(plan.data.train):,} training {rows}, {how_long}; {test:,} {rows} to evaluate on"
+    layers = f"activations of {len(plan.checkpointed)} of {plan.selection.anatomy.num_layers} layers checkpointed"
+    return f"{batch}\n{data}\n{layers}"

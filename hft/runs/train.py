@@ -87,6 +87,7 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
         HFTError: TRL or transformers refuse something, or the checkpoint to resume from is of another run.
     """
     from hft.data import check_prepared, refusals
+    from hft.training.checkpointing import CheckpointedLayers
 
     method = plan.config.method
     if method.adapter:
@@ -109,6 +110,8 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
     trainer.manifest.strategy = method.strategy.record() if method.strategy else {}
     say(*check_prepared(trainer, plan.data), *trainer.notes(), *steps_of_packed(plan, len(trainer.train_dataset)), "")
     trainer.check_resumable(plan.resume_from)
+    if plan.config.run.activation_checkpointing_layers is not None:
+        trainer.add_callback(CheckpointedLayers(len(plan.checkpointed)))
     for callback in method.strategy.callbacks(trainer) if method.strategy else []:
         trainer.add_callback(callback)
     return trainer

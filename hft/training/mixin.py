@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from trl import DPOTrainer
 
 from hft.errors import HFTError
 from hft.freezing import PartFreezer, check_frozen, freeze, upcast
@@ -20,6 +21,7 @@ from hft.methods.callback import ScheduleCallback
 from hft.model.anatomy import anatomy_of
 from hft.model.load import load_base
 from hft.model.weights import cast_weights, checksum
+from hft.planning.checkpointing import check_checkpointing
 from hft.record.checkpoints import is_checkpoint
 from hft.record.manifest import Manifest
 from hft.selection import Selection, SelectionConfig, select
@@ -62,6 +64,7 @@ class HalfFineTuning(ManifestMixin):
     ):
         check_arguments(kwargs)
         check_parts(args, update, schedule)
+        check_checkpointing(args, pairs=isinstance(self, DPOTrainer))
         if schedule:  # what it freezes at a step is an unused parameter to DDP
             args.ddp_find_unused_parameters = True
         model, self._stored_dtypes = loaded(model, args)
