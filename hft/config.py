@@ -63,6 +63,10 @@ class RunConfig:
             "says; by default of all layers or of none."
         },
     )
+    save_only_trained: bool = field(
+        default=False,
+        metadata={"help": "Save only the tensors that train; hft merge --method delta makes the whole model of them."},
+    )
     method: str | None = field(default=None, metadata={"help": "Name of the method, for the run's name."})
     schedule: str | None = field(
         default=None, metadata={"help": "Change what trains during the run: lisa, badam, ... or FILE.py:CLASS."}

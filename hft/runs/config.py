@@ -13,6 +13,7 @@ from typing import Any
 from hft.config import Given, Keys, RunConfig, fill, read_arguments, read_yaml
 from hft.errors import HFTError
 from hft.methods import Method, all_classes, classes_of, method_of, owners_of
+from hft.model.weights import check_whole
 from hft.record.manifest import rounds_so_far
 from hft.runs.objective import OBJECTIVES, config_class
 from hft.selection import SelectionConfig
@@ -158,7 +159,8 @@ def _shorten(value: Any) -> str:
 
 
 def check_base_is_a_model(base: str) -> None:
-    """Refuse an adapter's folder as the base."""
+    """Refuse an adapter's folder as the base, and what a run with `save_only_trained` has saved."""
+    check_whole(Path(base), base)
     if (Path(base) / "adapter_config.json").exists():
         raise HFTError(
             f"{base} is an adapter, not a model; `hft merge --method adapter --models {base} --out NEW` makes it one"

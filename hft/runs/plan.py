@@ -143,6 +143,8 @@ def make_plan(config: Config) -> RunPlan:
 
         data = load_data(config.run, rows_of(objective), evaluate=args.eval_strategy != "no")
     notes += [*data.notes, *ids_beyond(tokenizer.get_vocab(), model_config.get_text_config().vocab_size)]
+    if config.run.save_only_trained and not (selection.frozen_parameters or plan.is_deferred):
+        notes.append("save_only_trained saves the whole model: no tensor is frozen as a whole")
     plan = replace(plan, args=args, machine=machine, tokenizer=tokenizer, data=data, notes=notes, checkpointed=layers)
     # One process looks and decides for all, since it also writes to the folder that the others would look at.
     found = broadcast(look_into_folder(plan) if is_main() else None)
@@ -242,6 +244,8 @@ def training_arguments(config: Config, machine: dict[str, Any]) -> tuple[Trainin
     args = fill(cls, values | machine | batch | rate)
     if args.n_gpu > 1:  # Trainer would wrap the model in DataParallel and multiply the batch
         raise HFTError("several GPUs are visible to one process: use `accelerate launch`, or CUDA_VISIBLE_DEVICES=0")
+    if config.method.adapter and config.run.save_only_trained:
+        raise HFTError("an adapter's folder holds only what trained anyway; leave out save_only_trained")
     pairs = in_pairs(config.objective)
     config.method.check_args(args, pairs=pairs)
     check_checkpointing(args, pairs=pairs)

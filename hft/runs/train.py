@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hft.config import to_yaml
 from hft.errors import HFTError, reason
 from hft.machine import broadcast, indented, is_main, reset_peak_memory, say
+from hft.model.weights import MODEL_CONFIG
 from hft.record.card import CARD_NAME
 from hft.record.checkpoints import checkpoints
 from hft.record.manifest import MANIFEST_NAME, Manifest
@@ -95,6 +96,7 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
     else:
         selection = resolve_deferred(plan) if plan.is_deferred else plan.selection
         how = {"selection": selection, "update": method.update, "schedule": method.schedule}
+        how["save_only_trained"] = plan.config.run.save_only_trained
     cls = trainer_class(plan.config.objective, adapter=method.adapter is not None)
     with refusals(plan.data, plan.tokenizer):
         trainer = cls(
@@ -177,7 +179,7 @@ def clear(out: Path) -> None:
             say(f"removing {checkpoint} of an earlier run")
             shutil.rmtree(checkpoint)
     if (out / MANIFEST_NAME).exists():
-        names = (MASKS_NAME, MANIFEST_NAME, RESULTS_NAME, PICTURE_NAME, CARD_NAME)
+        names = (MASKS_NAME, MANIFEST_NAME, RESULTS_NAME, PICTURE_NAME, CARD_NAME, MODEL_CONFIG)
         for path in (*out.glob("model*.safetensors*"), *out.glob("adapter_*"), *(out / name for name in names)):
             path.unlink(missing_ok=True)
         shutil.rmtree(out / SCORES_FOLDER, ignore_errors=True)
