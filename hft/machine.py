@@ -81,6 +81,16 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
+def device_bytes() -> int:
+    """Memory of the GPU here, or of the machine if it has none."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return psutil.virtual_memory().total
+
+
 def reset_peak_memory() -> None:
     """Empty the GPU's cache and reset its peak; the peak of a process on a CPU cannot be reset."""
     import torch

@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from hft.errors import HFTError, shorten
+from hft.planning.costs import layers_to_checkpoint
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -58,4 +59,6 @@ def checkpointed_layers(args: TrainingArguments, num_layers: int, first: int | N
         raise HFTError("activation_checkpointing_layers and every_n_layers both say which layers; give one of them")
     if not args.activation_checkpointing:
         return range(0)
-    return range(first) if first is not None else range(0, num_layers, kwargs.get("every_n_layers", 1))
+    if first is not None:
+        return range(first)
+    return layers_to_checkpoint(num_layers, every=kwargs.get("every_n_layers", 1))

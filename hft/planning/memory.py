@@ -1,7 +1,8 @@
-"""What weights, gradients and optimizer state of a run take per device, before anything is loaded."""
+"""What a run takes per device: weights, gradients, optimizer state, activations, before anything is loaded."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -11,24 +12,41 @@ from hft.selection import Selection
 
 if TYPE_CHECKING:
     from hft.methods.adapter import AdapterFootprint
+    from hft.planning.costs import StepCosts
 
 GIB = 2**30
 # Above this many parameters a run on a CPU is a mistake unless it was asked for by name.
 CPU_MODEL_SIZE = 1_000_000_000
 
 
+# Names in a table of the parts that have another name there.
+LABELS = {
+    "master_weights": "fp32 master weights",
+    "moments": "optimizer moments",
+    "buckets": "DDP buckets",
+    "gathered": "gathered by FSDP2",
+    "transient": "copies, loss",
+}
+# What comes on top of the state while a micro-batch is computed.
+WORKING = ("gathered", "activations", "transient")
+
+
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per device by what they are for; activations come on top.
+    """Bytes per device by what they are for.
 
     Attributes:
-        weights: frozen parameters, and the frozen values of partly frozen ones, in the checkpoint's dtype.
+        weights: frozen parameters, and the frozen values of partly frozen ones, in the dtype they are held in.
         master_weights: fp32, of what trains. Partly frozen parameters have them, gradients and moments whole.
         gradients: fp32.
         moments: AdamW's two, fp32.
         reference: DPO's, a copy of the trained half, or of everything if the model is sharded.
         method: what the method keeps beside them, such as the starting weights.
         buckets: DDP's copy of all gradients, from which it sends them.
+        gathered: what FSDP2 holds whole at one time, about: two layers and what lies outside the layers in bf16, and
+            the gradients of one layer, in bf16 and in fp32 to be reduced.
+        activations: what autograd holds between the forward and the backward pass of a micro-batch.
+        transient: the most that a micro-batch takes beside them at one time (`StepCosts.transient`).
     """
 
     weights: float
@@ -38,17 +56,30 @@ class Memory:
     reference: float = 0.0
     method: float = 0.0
     buckets: float = 0.0
+    gathered: float = 0.0
+    activations: float = 0.0
+    transient: float = 0.0
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, part.name) for part in fields(self))
+        """All of it: the peak, where gradients are accumulated over micro-batches; less where they are not."""
+        return sum(self.parts().values())
+
+    @property
+    def state(self) -> float:
+        """What a device holds all the time."""
+        return sum(size for name, size in self.parts().items() if name not in WORKING)
+
+    def parts(self) -> dict[str, float]:
+        """Bytes by what they are for."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def table(self) -> str:
         """One line per part that takes anything, in GiB, and their sum."""
-        names = {"master_weights": "fp32 master weights", "moments": "optimizer moments", "buckets": "DDP buckets"}
-        parts = {names.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
+        parts = {LABELS.get(name, name): size for name, size in self.parts().items() if size}
         rows = [f"{name:20} {size / GIB:9.3f} GiB" for name, size in parts.items()]
-        return "\n".join([*rows, f"{'sum':20} {self.total / GIB:9.3f} GiB per device before activations"])
+        what = "per device, at most" if self.activations else "per device before activations"
+        return "\n".join([*rows, f"{'sum':20} {self.total / GIB:9.3f} GiB {what}"])
 
 
 def memory_of(
@@ -59,6 +90,7 @@ def memory_of(
     shards: int = 1,
     processes: int = 1,
     frozen_bytes: int = 2,
+    costs: StepCosts | None = None,
 ) -> Memory:
     """The memory of a run.
 
@@ -69,6 +101,7 @@ def memory_of(
         shards: devices that the model is sharded over (FSDP2); 1 under DDP and on one device.
         processes: of the run.
         frozen_bytes: bytes of a frozen parameter.
+        costs: of a micro-batch, where they are known.
     """
     held = selection.num_with_optimizer_state
     buckets = 4 * held if processes > shards else 0
@@ -76,19 +109,55 @@ def memory_of(
         return Memory(selection.base_bytes(frozen_bytes), 4 * held, 4 * held, 8 * held, buckets=buckets)
     size = selection.anatomy.numel
     at_once = method.schedule.peak_numel(selection) if method.schedule else held
-    copied = (held if shards == 1 else size) if reference else 0
     kept = sum(part.memory(selection) for part in (method.update, method.strategy) if part)
     # Of partly frozen parameters, the frozen values are kept a second time.
-    frozen = size - selection.num_trained
+    frozen = (size - selection.num_trained) * frozen_bytes
+    if shards == 1 and selection.config.freeze_embeddings:  # those of the input hand their fp32 on to the layers
+        frozen += (4 - frozen_bytes) * next(iter(selection.anatomy.embeddings.values()))
     return Memory(
-        weights=frozen * frozen_bytes / shards,
+        weights=frozen / shards,
         master_weights=4 * held / shards,
         gradients=4 * at_once / shards,
         moments=8 * at_once / shards,
-        reference=copied * frozen_bytes / shards,
+        reference=reference_bytes(selection, shards, frozen_bytes) if reference else 0,
         method=kept / (1 if method.update and method.update.replicated else shards),
         buckets=buckets,
+        gathered=gathered_bytes(selection) if shards > 1 and costs else 0,
+        activations=costs.saved if costs else 0,
+        transient=costs.transient if costs else 0,
     )
+
+
+def reference_bytes(selection: Selection, shards: int, frozen_bytes: int) -> float:
+    """DPO's reference beside what it shares with the policy.
+
+    On one device it copies what trains: matrices in the checkpoint's dtype, and in fp32 what is no linear layer.
+    """
+    anatomy = selection.anatomy
+    if shards > 1:
+        return anatomy.numel * frozen_bytes / shards
+    blocks = {name: parts[0][0].block for name, parts in anatomy.parts_by_parameter.items()}
+    first = next(iter(anatomy.embeddings))
+    numels = {name: math.prod(shape) for name, shape in anatomy.shapes.items()}
+    numels |= anatomy.embeddings | anatomy.others
+
+    def is_linear(name: str) -> bool:
+        return blocks.get(name) in ("attention", "mlp") or (name in anatomy.embeddings and name != first)
+
+    return sum(numels[n] * (frozen_bytes if is_linear(n) else 4) for n in selection.trained_parameters)
+
+
+def gathered_bytes(selection: Selection) -> float:
+    """What FSDP2 holds whole at one time (`Memory.gathered`)."""
+    anatomy, trained = selection.anatomy, set(selection.trained_parameters)
+    layers: list[list[int]] = [[0, 0] for _ in range(anatomy.num_layers)]
+    for name, parts in anatomy.parts_by_parameter.items():
+        numel = math.prod(anatomy.shapes[name])
+        layers[parts[0][0].layer][0] += numel
+        layers[parts[0][0].layer][1] += numel * (name in trained)
+    outside = sum((anatomy.embeddings | anatomy.others).values())
+    size, gradients = (max(column) for column in zip(*layers, strict=True))
+    return 2 * (2 * size + outside) + (2 + 4) * gradients
 
 
 def why_it_does_not_fit(

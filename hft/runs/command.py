@@ -9,24 +9,24 @@ from pathlib import Path
 
 from hft.config import to_yaml
 from hft.machine import indented, leave_process_group, say
+from hft.planning.outlook import Outlook
 from hft.record.card import CARD_NAME
 from hft.record.manifest import Manifest
 from hft.record.verification import ADAPTER_NAME
-from hft.runs.config import parse_config
+from hft.runs.config import Config, parse_config, parse_plan
 from hft.runs.objective import OBJECTIVES
-from hft.runs.plan import make_plan
+from hft.runs.plan import RunPlan, make_plan
 from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, RunResult
 from hft.runs.train import train
 from hft.selection.policies import DRAWN
 
 
-def main(objective: str, arguments: Sequence[str], *, stop: bool = False) -> int:
+def main(objective: str, arguments: Sequence[str]) -> int:
     """Plan, print the plan, and train.
 
     Args:
         objective: `sft` or `dpo`.
         arguments: `--config RECIPE.yaml [METHOD.yaml ...] [--key value ...]`.
-        stop: stop once the plan is printed.
 
     Returns:
         The exit status: 0, or 1 if a frozen tensor is not what it was.
@@ -35,17 +35,28 @@ def main(objective: str, arguments: Sequence[str], *, stop: bool = False) -> int
         HFTError: the run cannot be made as asked.
     """
     config = parse_config(objective, arguments)
-    say("resolved config", indented(to_yaml(config.values)))
-    plan = make_plan(config)
-    say(plan.report())
-    if stop or config.run.dry_run:
-        say(*([f"it does not fit here: {plan.misfit}"] if plan.misfit else []))
-        say(f"stopped here: no weights were loaded, nothing was written to {plan.out}")
-        return 0
+    plan = tell(config)
+    if config.run.dry_run:
+        return stop(plan)
     result = train(plan)
     say("", summary(result, plan.out))
     leave_process_group()
     return 0 if result.ok else 1
+
+
+def tell(config: Config, outlook: Outlook | None = None) -> RunPlan:
+    """Print a config, make its plan, and print that."""
+    say("resolved config", indented(to_yaml(config.values)))
+    plan = make_plan(config, outlook)
+    say(plan.report())
+    return plan
+
+
+def stop(plan: RunPlan) -> int:
+    """End after the plan."""
+    say(*([f"it does not fit here: {plan.misfit}"] if plan.misfit else []))
+    say(f"stopped here: no weights were loaded, nothing was written to {plan.out}")
+    return 0
 
 
 def sft(arguments: Sequence[str]) -> int:
@@ -57,10 +68,11 @@ def dpo(arguments: Sequence[str]) -> int:
 
 
 def plan(arguments: Sequence[str]) -> int:
-    """Print what a command would do, and stop."""
+    """Print what a command would do, beside other ways of training and on the GPUs that are named, and stop."""
     parser = argparse.ArgumentParser(prog="hft plan", description="Print what a command would do, and stop.")
     parser.add_argument("objective", choices=OBJECTIVES, help="the command; its own words follow")
-    return main(parser.parse_args(arguments[:1]).objective, arguments[1:], stop=True)
+    objective = parser.parse_args(arguments[:1]).objective
+    return stop(tell(*parse_plan(objective, arguments[1:])))
 
 
 def summary(result: RunResult, out: Path) -> str:

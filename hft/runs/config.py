@@ -14,6 +14,7 @@ from hft.config import Given, Keys, RunConfig, fill, read_arguments, read_yaml
 from hft.errors import HFTError
 from hft.methods import Method, all_classes, classes_of, method_of, owners_of
 from hft.model.weights import check_whole
+from hft.planning.outlook import Outlook
 from hft.record.manifest import rounds_so_far
 from hft.runs.objective import OBJECTIVES, config_class
 from hft.selection import SelectionConfig
@@ -67,15 +68,27 @@ def load_config(objective: str, *files: str | Path, **flags: Any) -> Config:
 
 def parse_config(objective: str, arguments: Sequence[str]) -> Config:
     """The config of a run from a command line: `--config RECIPE.yaml [METHOD.yaml ...] [--key value ...]`."""
+    return resolve_config(objective, read_command_line(objective, arguments))
+
+
+def parse_plan(objective: str, arguments: Sequence[str]) -> tuple[Config, Outlook]:
+    """The config of a run from the command line of `hft plan`, and the machine that it is planned for."""
+    given, keys = read_command_line(objective, arguments, plan=(Outlook,)), Keys((Outlook,))
+    own = {key: keys.convert(key, given.flags.pop(key)) for key in list(given.flags) if key in keys.types}
+    return resolve_config(objective, given), fill(Outlook, own)
+
+
+def read_command_line(objective: str, arguments: Sequence[str], **more: tuple[type, ...]) -> Given:
+    """The files and flags of a command line; `more` are further keys, by the heading that `--help` gives them."""
     description = f"Train with {objective.upper()}: a recipe, a method, and flags."
-    groups = {
+    groups = more | {
         "run": (RunConfig,),
         "selection": (SelectionConfig,),
         **{f"{cls.kind} {cls.name}: {cls.description}": (cls,) for cls in all_classes()},
     }
     if {"-h", "--help"} & set(arguments):
         groups["TRL and transformers"] = (config_class(objective),)
-    return resolve_config(objective, read_arguments(arguments, f"hft {objective}", description, groups))
+    return read_arguments(arguments, f"hft {'plan ' if more else ''}{objective}", description, groups)
 
 
 def resolve_config(objective: str, given: Given) -> Config:

@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from hft.config import fill, to_yaml
 from hft.errors import HFTError, reason
-from hft.machine import broadcast, cpu_has_bfloat16, indented, is_main, is_sharded, world_size
+from hft.machine import broadcast, cpu_has_bfloat16, device_bytes, indented, is_main, is_sharded, world_size
 from hft.model.vocabulary import ids_beyond
 from hft.planning.checkpointing import check_checkpointing, checkpointed_layers
-from hft.planning.memory import Memory, memory_of, why_it_does_not_fit
+from hft.planning.memory import Memory, why_it_does_not_fit
+from hft.planning.outlook import Candidate, Outlook, what_to_change
 from hft.record.checkpoints import last_checkpoint
 from hft.record.identity import check_same_run, differences
 from hft.record.manifest import Manifest, identity_of
 from hft.record.verification import check_base
+from hft.runs.comparison import compare, describe_flops
 from hft.runs.config import Config, comparable, find_template, read_config
+from hft.runs.costs import Engine, candidates_of, engine_of, has_reference, state_of
 from hft.runs.objective import config_class, in_pairs, rows_of
 from hft.runs.result import CONFIG_NAME, RESULTS_NAME
 from hft.selection import Selection
@@ -38,7 +41,11 @@ class RunPlan:
     Attributes:
         config: the resolved config.
         selection: what trains, or a placeholder of its size if the policy looks at weights; or an adapter's footprint.
-        memory: bytes per device before activations.
+        memory: bytes per device, with activations where they are known.
+        engine: where it computes.
+        model_config: the base's.
+        candidates: full fine-tuning, the run, and its cheapest rival, where their costs are known.
+        outlook: the machine that the plan is made for, if it was asked for.
         misfit: a sentence if this machine cannot hold the run; then nothing below is known.
         args: TRL's config.
         machine: settings that this machine decided.
@@ -53,6 +60,10 @@ class RunPlan:
     config: Config
     selection: Selection | AdapterFootprint
     memory: Memory
+    engine: Engine
+    model_config: PretrainedConfig
+    candidates: list[Candidate] = field(default_factory=list)
+    outlook: Outlook | None = None
     misfit: str | None = None
     args: TrainingArguments | None = None
     machine: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +75,11 @@ class RunPlan:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def own(self) -> Candidate:
+        """The run among the candidates."""
+        return self.candidates[-2]
+
+    @property
     def out(self) -> Path:
         """The run's folder."""
         return self.config.out
@@ -72,19 +88,26 @@ class RunPlan:
     def global_batch(self) -> int:
         """Rows per step, over all processes."""
         args = self.args
-        return args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        return args.per_device_train_batch_size * self.engine.processes * args.gradient_accumulation_steps
 
     @property
     def steps(self) -> int | None:
-        """Steps of the whole run; None if rows are packed and nothing but the packed rows tell."""
+        """Steps of the whole run; None if the data is not here, or rows are packed and only the packed ones tell."""
         if self.args.max_steps > 0:
             return self.args.max_steps
-        return None if getattr(self.args, "packing", False) else self.steps_over(len(self.data.train))
+        is_known = self.data and not getattr(self.args, "packing", False)
+        return self.steps_over(len(self.data.train)) if is_known else None
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of the whole run if all rows are as long as they may be; None if its steps are not known."""
+        sequences = self.global_batch * (2 if in_pairs(self.config.objective) else 1)
+        return None if self.steps is None else self.steps * sequences * (self.args.max_length or 0)
 
     def steps_over(self, rows: int) -> int:
         """Steps of all epochs over that many rows."""
         args = self.args
-        at_once = args.per_device_train_batch_size * args.world_size
+        at_once = args.per_device_train_batch_size * self.engine.processes
         batches = rows // at_once if args.dataloader_drop_last else math.ceil(rows / at_once)
         return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
 
@@ -103,11 +126,15 @@ class RunPlan:
 
     def report(self) -> str:
         """The plan in words: selection, memory, batch, steps and tokens, schedule, notes."""
-        blocks = [("selection", self.selection.summary()), ("memory", self.memory.table())]
+        blocks = [("selection", self.selection.summary())]
+        if not (self.outlook and self.candidates):
+            blocks.append(("memory", self.memory.table()))
         if self.machine:
             blocks.append(("on this machine", to_yaml(self.machine).rstrip()))
-        if self.args and self.data:
+        if self.args and (self.data or self.outlook):
             blocks.append(("plan", describe_steps(self)))
+        if self.candidates:
+            blocks.append(("cost", compare(self) if self.outlook else describe_flops(self)))
         schedule = self.config.method.schedule
         if schedule and self.data and self.steps:
             blocks.append(("schedule", schedule.describe(self.selection, self.steps)))
@@ -116,39 +143,107 @@ class RunPlan:
         return "\n".join(f"{title}\n{indented(text)}\n" for title, text in blocks)
 
 
-def make_plan(config: Config) -> RunPlan:
-    """Plan a run: selection, memory, data, steps and folder. Loads no weights, writes nothing, prints nothing.
+def make_plan(config: Config, outlook: Outlook | None = None) -> RunPlan:
+    """Plan a run: selection, memory, costs, data, steps and folder. Loads no weights, writes nothing, prints nothing.
+
+    Args:
+        config: of the run.
+        outlook: compare it with other ways of training, and on other GPUs where it names some; then neither this
+            machine nor the folder is looked at, and the rows only if they are needed and here.
 
     Raises:
         HFTError: the run cannot be made as asked, whatever the machine.
     """
-    objective, method = config.objective, config.method
+    method = config.method
     model_config = load_model_config(config)
     selection = plan_selection(config, model_config)
-    shards = world_size() if is_sharded() or config.values.get("fsdp") else 1
-    reference = in_pairs(objective) and not config.values.get("precompute_ref_log_probs")
-    memory = memory_of(method, selection, reference=reference, shards=shards, processes=world_size())
-    plan = RunPlan(config, selection, memory)
-    use_cpu = bool(config.values.get("use_cpu"))
-    if misfit := why_it_does_not_fit(method, selection, reference=reference, shards=shards, use_cpu=use_cpu):
+    engine = engine_of(config, model_config, outlook)
+    plan = RunPlan(config, selection, state_of(config, selection, engine), engine, model_config, outlook=outlook)
+    elsewhere = bool(outlook and outlook.gpus)
+    use_cpu, reference = bool(config.values.get("use_cpu")), has_reference(config)
+    misfit = why_it_does_not_fit(method, selection, reference=reference, shards=engine.shards, use_cpu=use_cpu)
+    if misfit and not elsewhere:
         return replace(plan, misfit=misfit)
 
-    tokenizer, machine = load_tokenizer(config), machine_settings(config.values)
-    args, notes = training_arguments(config, machine)
-    layers = checkpointed_layers(args, selection.anatomy.num_layers, config.run.activation_checkpointing_layers)
-    layers = range(0) if method.adapter and not method.adapter.keeps_checkpointing else layers
-    check_output(config)
-    with args.main_process_first(desc="loading the data"):
-        from hft.data import load_data
-
-        data = load_data(config.run, rows_of(objective), evaluate=args.eval_strategy != "no")
-    notes += [*data.notes, *ids_beyond(tokenizer.get_vocab(), model_config.get_text_config().vocab_size)]
+    machine = machine_settings(config.values)
+    args, notes = training_arguments(config, machine, engine.processes)
     if config.run.save_only_trained and not (selection.frozen_parameters or plan.is_deferred):
         notes.append("save_only_trained saves the whole model: no tensor is frozen as a whole")
-    plan = replace(plan, args=args, machine=machine, tokenizer=tokenizer, data=data, notes=notes, checkpointed=layers)
+    plan = with_costs(with_layers(replace(plan, args=args, machine={} if elsewhere else machine, notes=notes)))
+    if config.run.activation_checkpointing_layers == "auto":
+        plan = with_fewest_layers(plan)
+    if elsewhere:
+        return with_rows_if_here(plan)
+    tokenizer = load_tokenizer(config)
+    check_output(config)
+    plan = with_rows(plan)
+    notes = [*plan.notes, *ids_beyond(tokenizer.get_vocab(), model_config.get_text_config().vocab_size)]
+    plan = replace(plan, tokenizer=tokenizer, notes=notes)
     # One process looks and decides for all, since it also writes to the folder that the others would look at.
     found = broadcast(look_into_folder(plan) if is_main() else None)
     return replace(plan, **(found | {"notes": [*plan.notes, *found["notes"]]}))
+
+
+def with_layers(plan: RunPlan) -> RunPlan:
+    """A plan with the layers that are checkpointed; for `auto` all of them."""
+    first, adapter = plan.config.run.activation_checkpointing_layers, plan.config.method.adapter
+    count = plan.selection.anatomy.num_layers
+    layers = checkpointed_layers(plan.args, count, count if first == "auto" else first)
+    return replace(plan, checkpointed=range(0) if adapter and not adapter.keeps_checkpointing else layers)
+
+
+def with_fewest_layers(plan: RunPlan) -> RunPlan:
+    """A plan that checkpoints as few layers as fit into the GPU, or all of them and what to change if these do not fit.
+
+    Raises:
+        HFTError: the run's activations are not known.
+    """
+    available = (plan.outlook.bytes_of_gpu() if plan.outlook else None) or device_bytes()
+    if not plan.candidates:
+        raise HFTError(f"activation_checkpointing_layers auto: {plan.notes[-1]}; give a number of layers")
+    fewest = plan.own.fewest(available)
+    if fewest is None:
+        rows, shards, shardable = (
+            plan.args.per_device_train_batch_size,
+            plan.engine.shards,
+            plan.config.method.shardable,
+        )
+        change = what_to_change(plan.own, available, rows=rows, shards=shards, shardable=shardable)
+        return plan if plan.outlook else replace(plan, misfit=change)
+    plan.args.activation_checkpointing = plan.args.gradient_checkpointing = fewest > 0  # transformers is renaming it
+    return with_costs(replace(plan, checkpointed=range(fewest)))
+
+
+def with_costs(plan: RunPlan) -> RunPlan:
+    """A plan with FLOPs and activations, or with a note that says why they are not known."""
+    try:
+        candidates = candidates_of(
+            plan.config, plan.model_config, plan.selection, plan.args, plan.engine, tuple(plan.checkpointed)
+        )
+    except HFTError as error:
+        return replace(plan, notes=[*plan.notes, str(error)])
+    plan = replace(plan, candidates=candidates)
+    return replace(plan, memory=plan.own.memory)
+
+
+def with_rows(plan: RunPlan) -> RunPlan:
+    """A plan with the rows to train and to evaluate on."""
+    with plan.args.main_process_first(desc="loading the data"):
+        from hft.data import load_data
+
+        rows, evaluate = rows_of(plan.config.objective), plan.args.eval_strategy != "no"
+        data = load_data(plan.config.run, rows, evaluate=evaluate)
+    return replace(plan, data=data, notes=[*plan.notes, *data.notes])
+
+
+def with_rows_if_here(plan: RunPlan) -> RunPlan:
+    """A plan for another machine: with its rows if the steps depend on them and they can be had."""
+    if plan.args.max_steps > 0:
+        return plan
+    try:
+        return with_rows(plan)
+    except HFTError as error:
+        return replace(plan, notes=[*plan.notes, f"steps and GPU-hours are not known: {error}; or give --max_steps"])
 
 
 def plan_selection(config: Config, model_config: PretrainedConfig) -> Selection | AdapterFootprint:
@@ -226,21 +321,28 @@ def machine_settings(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if values.get(key) is None}
 
 
-def training_arguments(config: Config, machine: dict[str, Any]) -> tuple[TrainingArguments, list[str]]:
+def training_arguments(
+    config: Config, machine: dict[str, Any], processes: int | None = None
+) -> tuple[TrainingArguments, list[str]]:
     """TRL's config, with the batch, the learning rate and the template that ours come to; and notes about them.
+
+    Args:
+        config: of the run.
+        machine: settings that the machine decided.
+        processes: of the run; by default those that the launcher started.
 
     Raises:
         HFTError: TRL refuses a value, or the method cannot work with one.
     """
     cls, values = config_class(config.objective), dict(config.values)
-    batch = accumulation_steps(values, cls.per_device_train_batch_size)
+    batch = accumulation_steps(values, cls.per_device_train_batch_size, processes or world_size())
     rate, notes = learning_rate(values, cls.learning_rate)
     if values.get("max_steps", -1) > 0 and "num_train_epochs" in values:
         notes.append(f"max_steps {values['max_steps']} overrides num_train_epochs {values['num_train_epochs']:g}")
     if "chat_template_path" in values:
         values["chat_template_path"] = find_template(values["chat_template_path"])
     if (layers := values.get("activation_checkpointing_layers")) is not None:
-        values["activation_checkpointing"] = layers > 0
+        values["activation_checkpointing"] = layers == "auto" or layers > 0
     args = fill(cls, values | machine | batch | rate)
     if args.n_gpu > 1:  # Trainer would wrap the model in DataParallel and multiply the batch
         raise HFTError("several GPUs are visible to one process: use `accelerate launch`, or CUDA_VISIBLE_DEVICES=0")
@@ -256,7 +358,7 @@ def training_arguments(config: Config, machine: dict[str, Any]) -> tuple[Trainin
     return args, notes
 
 
-def accumulation_steps(values: dict[str, Any], default: int) -> dict[str, int]:
+def accumulation_steps(values: dict[str, Any], default: int, processes: int | None = None) -> dict[str, int]:
     """Gradient accumulation that makes the global batch what the recipe says; `default` rows per device.
 
     Raises:
@@ -270,10 +372,11 @@ def accumulation_steps(values: dict[str, Any], default: int) -> dict[str, int]:
     per_device = values.get("per_device_train_batch_size", default)
     if per_device < 1 or total < 1:
         raise HFTError(f"batch sizes must be at least 1, got {per_device} rows per device, {total} in all")
-    accumulation, remainder = divmod(total, per_device * world_size())
+    processes = processes or world_size()
+    accumulation, remainder = divmod(total, per_device * processes)
     if remainder or not accumulation:
         raise HFTError(
-            f"global_batch_size {total} is not a multiple of {per_device} rows per device x {world_size()} processes; "
+            f"global_batch_size {total} is not a multiple of {per_device} rows per device x {processes} processes; "
             "change --per_device_train_batch_size"
         )
     return {"gradient_accumulation_steps": accumulation}
@@ -357,18 +460,18 @@ def check_complete(checkpoint: Path, *, sharded: bool) -> None:
 
 def describe_steps(plan: RunPlan) -> str:
     """Batch, steps, tokens and activation checkpointing in words."""
-    args, steps, pairs = plan.args, plan.steps, in_pairs(plan.config.objective)
-    rows = "pairs" if pairs else "rows"
+    args, steps, data, processes = plan.args, plan.steps, plan.data, plan.engine.processes
+    rows = "pairs" if in_pairs(plan.config.objective) else "rows"
     batch = (
-        f"global batch {plan.global_batch} = {args.per_device_train_batch_size} {rows} x {args.world_size} processes x "
+        f"global batch {plan.global_batch} = {args.per_device_train_batch_size} {rows} x {processes} processes x "
         f"{args.gradient_accumulation_steps} accumulation steps"
     )
-    test = len(plan.data.test) if plan.data.test is not None else 0
     if steps is None:
-        how_long = "steps are known once the rows are packed"
+        how_long = "steps are known once the rows are packed" if data else "steps are not known without the rows"
     else:
-        tokens = steps * plan.global_batch * (args.max_length or 0) * (2 if pairs else 1)
-        how_long = f"{steps:,} steps, at most {tokens:,} tokens"
-    data = f"{len(plan.data.train):,} training {rows}, {how_long}; {test:,} {rows} to evaluate on"
+        how_long = f"{steps:,} steps, at most {plan.tokens:,} tokens"
     layers = f"activations of {len(plan.checkpointed)} of {plan.selection.anatomy.num_layers} layers checkpointed"
-    return f"{batch}\n{data}\n{layers}"
+    if data is None:
+        return f"{batch}\n{how_long}\n{layers}"
+    test = len(data.test) if data.test is not None else 0
+    return f"{batch}\n{len(data.train):,} training {rows}, {how_long}; {test:,} {rows} to evaluate on\n{layers}"

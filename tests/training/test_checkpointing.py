@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig
 
 from hft.data import load_split
+from hft.errors import HFTError
 from hft.methods.lora import LoRA
 from hft.runs.config import load_config
 from hft.runs.plan import make_plan
-from hft.runs.train import make_trainer
+from hft.runs.train import make_trainer, train
 from hft.training import AdapterDPOTrainer, HFTDPOTrainer
 from tests.conftest import error_of, identical, losses, tensors
 
@@ -64,6 +65,30 @@ def test_the_first_layers_alone_can_be_checkpointed(tmp_path, tiny, data, finish
     assert all(identical(ours[name], theirs[name]) for name in theirs)
 
 
+def test_auto_checkpoints_as_few_layers_as_fit(tmp_path, tiny, data, monkeypatch):
+    keys = {
+        "model_name_or_path": str(tiny),
+        "dataset_name": str(data),
+        "output_dir": str(tmp_path),
+        "report_to": "none",
+    }
+
+    def plan(layers):
+        files = ("recipes/tiny/sft.yaml", "recipes/methods/hft.yaml")
+        return make_plan(load_config("sft", *files, **keys, activation_checkpointing_layers=layers))
+
+    needed = {layers: plan(layers).memory.total for layers in (0, 2, 4)}
+    for layers, available in needed.items():
+        monkeypatch.setattr("hft.runs.plan.device_bytes", lambda available=available: available)
+        made = plan("auto")
+        assert made.checkpointed == range(layers)
+        assert made.args.activation_checkpointing == (layers > 0)
+        assert made.memory.total == available
+    monkeypatch.setattr("hft.runs.plan.device_bytes", lambda: needed[4] - 1)
+    with pytest.raises(HFTError, match=r"it lacks 0\.0 GiB: lower --per_device_train_batch_size from 16"):
+        train(plan("auto"))
+
+
 @pytest.mark.parametrize("how", ["shared", "beforehand", "full", "lora"])
 def test_dpo_checkpoints_the_same_layers_in_every_step(tmp_path, tiny, pairs, how):
     """TRL switches checkpointing off while the reference computes, and on again in all layers."""
@@ -72,7 +97,7 @@ def test_dpo_checkpoints_the_same_layers_in_every_step(tmp_path, tiny, pairs, ho
     settings |= {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no"}
     settings |= {"precompute_ref_log_probs": how == "beforehand", "learning_rate": 1e-3}
 
-    def train(name, **kwargs):
+    def losses_of(name, **kwargs):
         args = DPOConfig(output_dir=str(tmp_path / name), **settings, **kwargs)
         if how == "lora":
             trainer = AdapterDPOTrainer(str(tiny), args, adapter=LoRA(rank=4), train_dataset=rows)
@@ -83,9 +108,9 @@ def test_dpo_checkpoints_the_same_layers_in_every_step(tmp_path, tiny, pairs, ho
         trainer.train()
         return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
-    plain = train("plain", activation_checkpointing=False)
+    plain = losses_of("plain", activation_checkpointing=False)
     recorder.steps.clear()
-    assert train("every-2", activation_checkpointing_kwargs={"every_n_layers": 2}) == plain
+    assert losses_of("every-2", activation_checkpointing_kwargs={"every_n_layers": 2}) == plain
     assert [[on for on, _ in step] for step in recorder.steps] == [[True, False, True, False]] * 3
     assert len({function for step in recorder.steps for _, function in step}) == 1  # how, too
 
@@ -94,7 +119,11 @@ def test_dpo_checkpoints_the_same_layers_in_every_step(tmp_path, tiny, pairs, ho
     ("flags", "message"),
     [
         (["--activation_checkpointing_layers", "5"], "must lie in 0..4, the model's layers, got 5"),
-        (["--activation_checkpointing_layers", "auto"], "expected an integer, got 'auto'"),
+        (["--activation_checkpointing_layers", "many"], "expected 'auto', got 'many'"),
+        (
+            ["--activation_checkpointing_layers", "auto", "--schedule", "badam", "--policy", "all"],
+            "give a number of layers",
+        ),
         (["--activation_checkpointing_layers", "2", "--activation_checkpointing_kwargs", EVERY_2], "give one of them"),
         (["--activation_checkpointing_kwargs", '{"every_n_layers": 0}'], "an integer of at least 1, got 0"),
         (["--activation_checkpointing_kwargs", '{"every_n": 2}'], "has no 'every_n'; it has every_n_layers"),

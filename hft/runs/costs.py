@@ -1,0 +1,171 @@
+"""What a run's config says about its cost: engine, precision, rows and lengths, and what is checkpointed."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hft.errors import HFTError
+from hft.machine import cpu_has_bfloat16, is_sharded, world_size
+from hft.methods import Method
+from hft.planning.costs import costs_of
+from hft.planning.memory import Memory, memory_of
+from hft.planning.outlook import Candidate, Outlook
+from hft.planning.tape import BFLOAT16, FLOAT32, MIXED, Precision
+from hft.runs.objective import in_pairs
+from hft.selection import Selection, SelectionConfig
+from hft.selection.policies import build_selection, select
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, TrainingArguments
+
+    from hft.methods.adapter import AdapterFootprint
+    from hft.model.anatomy import Anatomy
+    from hft.runs.config import Config
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where a run computes.
+
+    Attributes:
+        processes: one for each device.
+        shards: devices that the model is sharded over; 1 under DDP and on one device.
+        precision: of weights and matrix products.
+        frozen_bytes: bytes of a frozen parameter.
+    """
+
+    processes: int
+    shards: int
+    precision: Precision
+    frozen_bytes: int
+
+
+def engine_of(config: Config, model_config: PretrainedConfig, outlook: Outlook | None) -> Engine:
+    """The engine of this machine, or of the GPUs that a plan is made for: FSDP2 if the method can be sharded."""
+    import torch
+
+    values, gpus = config.values, outlook.gpus if outlook else None
+    if gpus:
+        processes, shards = gpus, gpus if config.method.shardable else 1
+    else:
+        processes = world_size()
+        shards = processes if is_sharded() or values.get("fsdp") else 1
+    on_gpu = gpus or (torch.accelerator.is_available() and not values.get("use_cpu"))
+    bf16 = values.get("bf16")
+    half = bf16 if bf16 is not None else (bool(on_gpu) or cpu_has_bfloat16())
+    precision = (BFLOAT16 if shards > 1 else MIXED) if half else FLOAT32
+    stored = getattr(model_config.get_text_config(), "dtype", None) or torch.bfloat16
+    return Engine(processes, shards, precision, max(precision.frozen.itemsize, stored.itemsize))
+
+
+def state_of(config: Config, selection: Selection | AdapterFootprint, engine: Engine) -> Memory:
+    """Memory before activations."""
+    return memory_of(
+        config.method,
+        selection,
+        reference=has_reference(config),
+        shards=engine.shards,
+        processes=engine.processes,
+        frozen_bytes=engine.frozen_bytes,
+    )
+
+
+def has_reference(config: Config) -> bool:
+    return in_pairs(config.objective) and not config.values.get("precompute_ref_log_probs")
+
+
+def micro_batch(config: Config, args: TrainingArguments) -> dict[str, Any]:
+    """Sequences of a micro-batch on one device, their length, and how they are computed; arguments of `costs_of`.
+
+    Raises:
+        HFTError: the config has settings whose cost is not known.
+    """
+    if args.max_length is None:
+        raise HFTError("FLOPs and activations are not known without max_length")
+    if getattr(args, "activation_offloading", False):
+        raise HFTError("FLOPs and activations with activation_offloading are not known")
+    attention = (args.model_init_kwargs or {}).get("attn_implementation")
+    rows = args.per_device_train_batch_size * (2 if in_pairs(config.objective) else 1)
+    packed = getattr(args, "packing", False) or getattr(args, "padding_free", False)
+    return {
+        "rows": rows,
+        "length": args.max_length,
+        "attention": attention,
+        "padded": rows > 1 and not packed and not (attention or "").startswith("flash"),
+        "reference": has_reference(config),
+    }
+
+
+def check_known(args: TrainingArguments) -> None:
+    """Refuse a way of checkpointing whose cost is not known.
+
+    Raises:
+        HFTError: it is such a way.
+    """
+    kwargs = args.activation_checkpointing_kwargs or {}
+    if named := [key for key in ("use_reentrant", "selective", "offload") if kwargs.get(key)]:
+        raise HFTError(f"FLOPs and activations with {named[0]} checkpointing are not known")
+
+
+def candidates_of(
+    config: Config,
+    model_config: PretrainedConfig,
+    selection: Selection,
+    args: TrainingArguments,
+    engine: Engine,
+    checkpointed: tuple[int, ...],
+) -> list[Candidate]:
+    """Full fine-tuning, the run itself, and its cheapest rival: the lower half of the layers and both ends frozen.
+
+    Raises:
+        HFTError: the costs are not known.
+    """
+    method = config.method
+    if method.adapter:
+        raise HFTError(
+            "FLOPs and activations of an adapter are not known; the forward pass and the gradients of activations are "
+            "those of full fine-tuning, and next to no gradients of weights come on top"
+        )
+    if method.schedule:
+        raise HFTError(
+            f"FLOPs and activations under schedule {method.schedule.name} are not known, since what trains changes"
+        )
+    if checkpointed:
+        check_known(args)
+    anatomy = selection.anatomy
+    how = micro_batch(config, args) | {"precision": engine.precision}
+
+    def candidate(name: str, chosen: Selection, how_it_trains: Method) -> Candidate:
+        costs = functools.partial(costs_of, model_config, chosen, **how)
+
+        @functools.cache
+        def of_layers(layers: tuple[int, ...]):
+            return costs(checkpointed=layers)
+
+        memory = memory_of(
+            how_it_trains,
+            chosen,
+            reference=how["reference"],
+            shards=engine.shards,
+            processes=engine.processes,
+            frozen_bytes=engine.frozen_bytes,
+            costs=of_layers(checkpointed),
+        )
+        return Candidate(name, memory, lambda layers: of_layers(tuple(layers)), checkpointed, anatomy.num_layers)
+
+    everything, rival = select(anatomy, SelectionConfig(policy="all")), upper_half(anatomy)
+    own = candidate(config.values.get("method") or "hft", selection, method)
+    fft = candidate("fft", everything, Method(everything.config))
+    rest = candidate("upper half", rival, Method(rival.config))
+    is_fft = selection.config.policy == "all" and not selection.config.freeze_embeddings and not method.update
+    return [fft, rest] if is_fft else [fft, own, rest]
+
+
+def upper_half(anatomy: Anatomy) -> Selection:
+    """The upper half of the layers and the last norm train: the cheapest half, since the backward pass ends early."""
+    units = [unit for unit in anatomy.units if unit.layer >= anatomy.num_layers // 2]
+    lower = sorted({f"*.{unit.layer}.*" for unit in anatomy.units} - {f"*.{unit.layer}.*" for unit in units})
+    config = SelectionConfig(policy="explicit", freeze=lower or ["*"], freeze_embeddings=True)
+    return build_selection(anatomy, config, units)
