@@ -39,7 +39,10 @@ def merge_delta(
     manifest = Manifest.load(folder)
     if not manifest.only_trained:
         raise HFTError(f"{run} holds the whole model already")
-    whole = Checkpoint.open(base or manifest.base, None if base else manifest.revision)
+    try:
+        whole = Checkpoint.open(base or manifest.base, None if base else manifest.revision)
+    except HFTError as error:
+        raise HFTError(f"the base of {run} cannot be read: {error}; name it with --base") from error
     check_out(out, [replace(whole, name=run, folder=folder), whole])
     if not (found := verify_folder(folder, str(whole.folder))).ok:
         wrong = [*found.broken, *found.lost, *found.unlisted][0]

@@ -139,6 +139,8 @@ def test_another_base_is_refused(part, finished, tiny, tmp_path, capsys):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base": str(tmp_path / "nowhere")}))
     assert main(["verify", str(gone)]) == 2
     assert "was not found; name it with --base" in error_of(capsys)
+    assert main([*words, str(gone)]) == 2
+    assert "nowhere not found; name it with --base" in error_of(capsys)
 
 
 def test_what_moved_in_memory_fails_verify(tiny, data, tmp_path, capsys):
