@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
@@ -55,6 +55,17 @@ class RunConfig:
     eval_rows: int | None = field(
         default=None,
         metadata={"help": "Rows to evaluate on: the first of the test split, or held out if there is none."},
+    )
+    activation_checkpointing_layers: int | Literal["auto"] | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint the activations of this many layers, the first ones, whatever activation_checkpointing "
+            "says; auto: as few as fit into the GPU. By default of all layers or of none."
+        },
+    )
+    save_only_trained: bool = field(
+        default=False,
+        metadata={"help": "Save only the tensors that train; hft merge --method delta makes the whole model of them."},
     )
     method: str | None = field(default=None, metadata={"help": "Name of the method, for the run's name."})
     schedule: str | None = field(

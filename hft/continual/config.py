@@ -186,6 +186,8 @@ def resolve_sequence(given: Given) -> tuple[SequencePlan, bool]:
     wanted = {"strategy": settings.strategy, "dataset_name": "-", "output_dir": "-", "run_name": "-"}
     config = resolve_config("sft", Given(rest.files, rest.contents, rest.flags | wanted))
 
+    if config.run.save_only_trained:
+        raise HFTError("each run of a sequence starts from the model of the one before; leave out save_only_trained")
     name = merged.get("run_name") or _name(config, settings, given)
     out = Path(merged.get("output_dir", f"runs/{name}"))
     common = {"max_length": settings.max_prompt_length + settings.max_answer_length} | config.values

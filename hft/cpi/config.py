@@ -206,6 +206,8 @@ def make_plan(values: dict[str, Any], flags: Mapping[str, Any], files: Sequence[
     check_base_is_a_model(values["model_name_or_path"])
     for stage in ("probe", "train"):
         values = values | {stage: typed(stage, values.get(stage), RunConfig, config_class("sft"))}
+    if any(given.get("save_only_trained") for given in (values, values["probe"], values["train"])):
+        raise HFTError("each stage starts from the models of the one before; leave out save_only_trained")
     values = values | {"eval": typed("eval", values.get("eval"), Settings)}
     config, own = fill(CPIConfig, values), {f.name for f in fields(CPIConfig)}
     tasks = {name: make_task(name, given) for name, given in (config.tasks or {}).items()}

@@ -19,6 +19,7 @@ from hft.errors import HFTError
 from hft.machine import say
 from hft.merging.adapter import merge_adapter
 from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, throughput, write_model, zip_chunks
+from hft.merging.delta import merge_delta
 from hft.merging.operators import (
     COLINEAR_COS,
     MagnitudePruner,
@@ -37,12 +38,13 @@ Chunks = Callable[[str], Iterator[torch.Tensor]]
 class MergeConfig:
     """How `hft merge` merges what."""
 
-    method: Literal["average", "ties", "dare", "dare-ties", "slerp", "wise-ft", "adapter"] | None = field(
+    method: Literal["average", "ties", "dare", "dare-ties", "slerp", "wise-ft", "adapter", "delta"] | None = field(
         default=None,
         metadata={
             "help": "average: the mean of the weights; ties: the largest deltas, by the sign that wins; dare: random "
             "deltas, rescaled; dare-ties: those, by the sign that wins; slerp: on the arc between two models; wise-ft: "
-            "on the line from base to model; adapter: an adapter of PEFT's added to its base."
+            "on the line from base to model; adapter: an adapter of PEFT's added to its base; delta: what a run saved "
+            "with save_only_trained, put back into its base."
         },
     )
     models: list[str] | None = field(default=None, metadata={"help": "Models to merge: folders or Hub ids."})
@@ -97,6 +99,7 @@ OPERATORS = {
     "slerp": Operator((2, 2), None, ("t",)),
     "wise-ft": Operator((1, 1), True, ("alpha",)),
     "adapter": Operator((1, 1), None, ()),
+    "delta": Operator((1, 1), None, ()),
 }
 
 
@@ -120,9 +123,9 @@ def main(arguments: Sequence[str]) -> int:
     def finish(folder: Path) -> None:
         (folder / CONFIG_NAME).write_text(to_yaml(given))
 
-    if config.method == "adapter":
-        [adapter], size = config.models, config.max_shard_size
-        summary = merge_adapter(adapter, config.base, Path(config.out), finish, max_shard_size=size)
+    if join := {"adapter": merge_adapter, "delta": merge_delta}.get(config.method):
+        [part], size = config.models, config.max_shard_size
+        summary = join(part, config.base, Path(config.out), finish, max_shard_size=size)
     else:
         summary = merge(config, finish)
     say(summary, "", config.out)

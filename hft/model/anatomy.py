@@ -328,6 +328,15 @@ def _outside(model: PreTrainedModel, prefix: str, inside: set[str]) -> tuple[dic
     return embeddings, others, towers
 
 
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a decoder-only model.
+
+    Raises:
+        HFTError: the model is another one.
+    """
+    return _find_layers(model)[1]
+
+
 def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The layers of the text decoder; a vision tower inside it may have a list of the same length, further down."""
     text = model.config.get_text_config()

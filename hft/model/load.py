@@ -11,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Training
 
 from hft.errors import HFTError, reason
 from hft.model.anatomy import architecture_of, meta_model
-from hft.model.weights import Weights, local_folder, widest
+from hft.model.weights import MODEL_CONFIG, Weights, local_folder, widest
 
 
 def read_config(name: str, source: str | Path) -> PretrainedConfig:
@@ -24,8 +24,9 @@ def read_config(name: str, source: str | Path) -> PretrainedConfig:
     Raises:
         HFTError: it cannot be read, or the model is quantized.
     """
+    own = Path(source) / MODEL_CONFIG
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(own if own.exists() else source)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         hint = f"; `hft fetch {Path(name).name}` makes it" if name.startswith("models/") else ""
         raise HFTError(f"cannot read the config of {name}: {reason(error)}{hint}") from error

@@ -24,6 +24,8 @@ SAFE_FILE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_FILE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 # The files of weights, in whatever format, and of states to resume from.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "*.npz")
+# The config in a folder that holds some of a model's tensors only. Without a config.json nothing takes it for a model.
+MODEL_CONFIG = "hft_model_config.json"
 
 # safetensors' names of the dtypes that a model's weights come in; others are read to be known.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -159,7 +161,31 @@ def is_weights(path: Path) -> bool:
 
 
 def local_folder(model: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: the path itself, or where the Hub's files lie once they are downloaded.
+    """The folder of a whole model: the path itself, or where the Hub's files lie once they are downloaded.
+
+    Raises:
+        HFTError: the model is neither a folder nor reachable on the Hub, or holds only the tensors that trained.
+    """
+    folder = downloaded(model, revision)
+    check_whole(folder, model)
+    return folder
+
+
+def check_whole(folder: Path, name: str | Path) -> None:
+    """Refuse what a run with `save_only_trained` has saved.
+
+    Raises:
+        HFTError: the folder holds only the tensors that trained.
+    """
+    if (folder / MODEL_CONFIG).exists():
+        raise HFTError(
+            f"{name} holds only the tensors that trained; `hft merge --method delta --models {name} --base BASE --out "
+            "NEW` makes the whole model"
+        )
+
+
+def downloaded(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model, whole or not: the path itself, or where the Hub's files lie once they are downloaded.
 
     Raises:
         HFTError: the model is neither a folder nor reachable on the Hub.

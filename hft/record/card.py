@@ -63,6 +63,7 @@ def write_card(
         base=linked(manifest.base),
         base_id=portable(manifest.base),
         is_adapter=manifest.is_adapter,
+        only_trained=manifest.only_trained,
         tuned=manifest.tuned and linked(manifest.tuned),
         facts=facts(manifest, config, verified),
         scores=[(suite, score) for suite, found in scores_of(folder).items() for score in found.scores],

@@ -42,7 +42,9 @@ class Manifest:
         masks: SHA-256 of the mask of each partly frozen parameter; the masks are in `hft_masks.safetensors`.
         update: how the trained weights moved (`hft.methods.update.Update.record`).
         strategy: what each step did beside its rows in a sequence of tasks (`hft.methods.strategy.Strategy.record`).
-        moved: parameters that an adapter's training changed in memory: the adapter's own, and none of the base.
+        moved: parameters that training changed in memory, of those that the base alone holds on disk: an adapter's own
+            and none of the base, or none of the frozen ones.
+        only_trained: whether the folder holds only the tensors that train, wholly or in part (`save_only_trained`).
         tuned: of a Half-Reset, the model that was reset: its tensors are the trained ones, unchanged.
         schedule: how the trained units changed within the round, if they did: `config`, and once it has started
             `steps`, `fractions` and `history`. Units that trained at any step count as trained; those that never did
@@ -65,6 +67,7 @@ class Manifest:
     update: dict = field(default_factory=lambda: {"update": "plain"})
     strategy: dict = field(default_factory=dict)
     moved: list[str] = field(default_factory=list)
+    only_trained: bool = False
     tuned: str | None = None
     schedule: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from hft.errors import HFTError, shorten
 from hft.model.anatomy import meta_model
-from hft.model.weights import as_bytes, checksum, local_folder, weights_of
+from hft.model.weights import Weights, as_bytes, checksum, local_folder, weights_of
 from hft.record.manifest import MANIFEST_NAME, Manifest
 from hft.selection.masks import MASKS_NAME, Mask, frozen_values, load_masks
 
@@ -217,6 +217,8 @@ def verify_folder(out: str | Path, base: str | None = None) -> Verification | Re
         folder, base_weights = out, None
     if manifest.is_adapter:
         return verify_adapter(out, manifest, base_weights)
+    if manifest.only_trained:
+        return verify_only_trained(out, manifest, base_weights, _short_path(folder))
     masks, ours = masks_of(out, manifest), weights_of(out, _listed(manifest))
     frozen, trained = manifest.frozen_checksums, manifest.trained_parameters
     found = verify(
@@ -246,9 +248,9 @@ def not_listed(
     listed = set(_listed(manifest))
     if not (unknown := (ours.keys() | base.keys()) - listed):
         return [], []
-    from transformers import AutoConfig
+    from hft.model.load import read_config
 
-    parameters = {name for name, _ in meta_model(AutoConfig.from_pretrained(out)).named_parameters()}
+    parameters = {name for name, _ in meta_model(read_config(str(out), out)).named_parameters()}
     unknown = sorted(unknown & parameters)
     return [name for name in unknown if name in ours], [name for name in unknown if name not in ours]
 
@@ -266,6 +268,30 @@ def verify_adapter(out: Path, manifest: Manifest, base: Mapping[str, torch.Tenso
     found.changed, found.unchanged = sorted(moved & trained), sorted(trained - moved)
     found.broken |= dict.fromkeys(sorted(moved - trained), "changed in memory while the adapter was trained")
     found.lost = [] if (out / ADAPTER_NAME).exists() else [ADAPTER_NAME]
+    return found
+
+
+def verify_only_trained(
+    out: Path, manifest: Manifest, base: Mapping[str, torch.Tensor] | None, against: str
+) -> Verification:
+    """Compare what trained with the base, and the base's frozen tensors with the checksums they were trained with.
+
+    The folder does not hold those; that they had not moved in memory was found when it was written.
+
+    Raises:
+        HFTError: the base was not found; the folder is useless without it.
+    """
+    if base is None:
+        raise HFTError(f"{manifest.base}, the base of {out}, was not found; name it with --base")
+    ours, masks, checksums = Weights(out), masks_of(out, manifest), manifest.frozen_checksums
+    saved = {name: digest for name, digest in checksums.items() if name in masks or name in ours}
+    left_out = {name: digest for name, digest in checksums.items() if name not in saved}
+    found = verify(ours, saved, manifest.trained_parameters, base, masks=masks, against=against)
+    frozen = verify(base, left_out, (), None)
+    found.identical += [name for name in frozen.identical if name not in manifest.moved]
+    found.broken |= frozen.broken | dict.fromkeys(manifest.moved, "changed in memory while the others trained")
+    found.unlisted, missing = not_listed(out, manifest, ours, base)
+    found.lost += [name for name in missing if name not in found.lost]
     return found
 
 

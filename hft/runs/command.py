@@ -87,9 +87,14 @@ def summary(result: RunResult, out: Path) -> str:
     again = f"{hft} {result.objective} --config {out}/{CONFIG_NAME}"
     model = "model.safetensors       the model; loads in plain transformers"
     picture = f"  {PICTURE_NAME}           the selection as a picture\n"
+    manifest, scores = Manifest.load(out), f"{hft} eval {out}"
     others = f"\n  {again} recipes/methods/fft.yaml --output_dir NEW  # everything trains"
-    if Manifest.load(out).selection.get("policy") in DRAWN:
+    if manifest.selection.get("policy") in DRAWN:
         others = f"\n  {again} --output_dir NEW --selection_seed 1  # another half{others}"
+    if manifest.only_trained:
+        model = "model.safetensors       only the tensors that trained"
+        merge = f"{hft} merge --method delta --models {out} --base {manifest.base} --out NEW"
+        scores = f"{merge}  # the whole model\n  {hft} eval NEW"
     if (out / ADAPTER_NAME).exists():
         model, picture = f"{ADAPTER_NAME}  the adapter; loads in plain peft", ""
         others += f"\n  {hft} merge --method adapter --models {out} --out NEW  # a plain model"
@@ -108,5 +113,5 @@ result
 
 try next
   {hft} verify {out}
-  {hft} eval {out}  # what it learned and what it forgot
+  {scores}  # what it learned and what it forgot
   {again} --output_dir NEW  # the same run again{others}"""

@@ -13,6 +13,7 @@ from typing import Any
 from hft.config import Given, Keys, RunConfig, fill, read_arguments, read_yaml
 from hft.errors import HFTError
 from hft.methods import Method, all_classes, classes_of, method_of, owners_of
+from hft.model.weights import check_whole
 from hft.planning.outlook import Outlook
 from hft.record.manifest import rounds_so_far
 from hft.runs.objective import OBJECTIVES, config_class
@@ -26,6 +27,9 @@ DEFAULTS = {
 }
 # Keys that say where and how to run, not what: they neither name a run nor make it a different one.
 NEUTRAL_KEYS = ("output_dir", "run_name", "report_to", "resume_from_checkpoint", "dry_run", "use_cpu", "bf16")
+# Whatever is checkpointed, a run computes the same bits.
+NEUTRAL_KEYS += tuple(f"{name}_checkpointing{end}" for name in ("activation", "gradient") for end in ("", "_kwargs"))
+NEUTRAL_KEYS += ("activation_checkpointing_layers",)
 # transformers is renaming these; a recipe may have the one name and a flag the other.
 ALIASES = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
 TEMPLATES = Path(__file__).parents[1] / "demo" / "templates"
@@ -168,7 +172,8 @@ def _shorten(value: Any) -> str:
 
 
 def check_base_is_a_model(base: str) -> None:
-    """Refuse an adapter's folder as the base."""
+    """Refuse an adapter's folder as the base, and what a run with `save_only_trained` has saved."""
+    check_whole(Path(base), base)
     if (Path(base) / "adapter_config.json").exists():
         raise HFTError(
             f"{base} is an adapter, not a model; `hft merge --method adapter --models {base} --out NEW` makes it one"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hft.errors import HFTError
 from hft.machine import cpu_has_bfloat16, is_sharded, world_size
 from hft.methods import Method
-from hft.planning.costs import costs_of, layers_to_checkpoint
+from hft.planning.costs import costs_of
 from hft.planning.memory import Memory, memory_of
 from hft.planning.outlook import Candidate, Outlook
 from hft.planning.tape import BFLOAT16, FLOAT32, MIXED, Precision
@@ -98,25 +98,24 @@ def micro_batch(config: Config, args: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def checkpointed_layers(config: Config, args: TrainingArguments, count: int) -> tuple[int, ...]:
-    """The layers whose activations the config checkpoints.
+def check_known(args: TrainingArguments) -> None:
+    """Refuse a way of checkpointing whose cost is not known.
 
     Raises:
-        HFTError: it does so in a way whose cost is not known.
+        HFTError: it is such a way.
     """
     kwargs = args.activation_checkpointing_kwargs or {}
-    if not args.activation_checkpointing:
-        return ()
     if named := [key for key in ("use_reentrant", "selective", "offload") if kwargs.get(key)]:
         raise HFTError(f"FLOPs and activations with {named[0]} checkpointing are not known")
-    layers = config.values.get("activation_checkpointing_layers")
-    if isinstance(layers, int):  # the first ones
-        return tuple(range(min(layers, count)))
-    return tuple(layers_to_checkpoint(count, every=kwargs.get("every_n_layers", 1)))
 
 
 def candidates_of(
-    config: Config, model_config: PretrainedConfig, selection: Selection, args: TrainingArguments, engine: Engine
+    config: Config,
+    model_config: PretrainedConfig,
+    selection: Selection,
+    args: TrainingArguments,
+    engine: Engine,
+    checkpointed: tuple[int, ...],
 ) -> list[Candidate]:
     """Full fine-tuning, the run itself, and its cheapest rival: the lower half of the layers and both ends frozen.
 
@@ -133,8 +132,9 @@ def candidates_of(
         raise HFTError(
             f"FLOPs and activations under schedule {method.schedule.name} are not known, since what trains changes"
         )
+    if checkpointed:
+        check_known(args)
     anatomy = selection.anatomy
-    checkpointed = checkpointed_layers(config, args, anatomy.num_layers)
     how = micro_batch(config, args) | {"precision": engine.precision}
 
     def candidate(name: str, chosen: Selection, how_it_trains: Method) -> Candidate:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from hft.config import fill, to_yaml
 from hft.errors import HFTError, reason
-from hft.machine import broadcast, cpu_has_bfloat16, indented, is_main, is_sharded, world_size
+from hft.machine import broadcast, cpu_has_bfloat16, device_bytes, indented, is_main, is_sharded, world_size
 from hft.model.vocabulary import ids_beyond
+from hft.planning.checkpointing import check_checkpointing, checkpointed_layers
 from hft.planning.memory import Memory, why_it_does_not_fit
-from hft.planning.outlook import Candidate, Outlook
+from hft.planning.outlook import Candidate, Outlook, what_to_change
 from hft.record.checkpoints import last_checkpoint
 from hft.record.identity import check_same_run, differences
 from hft.record.manifest import Manifest, identity_of
@@ -50,6 +51,7 @@ class RunPlan:
         machine: settings that this machine decided.
         tokenizer: the base's.
         data: the rows to train and to evaluate on.
+        checkpointed: the indices of the layers that compute their activations again in the backward pass.
         resume_from: the checkpoint that the run resumes from, if there is one.
         is_finished: whether the folder holds this very run, finished.
         notes: what is worth knowing, one sentence each.
@@ -67,6 +69,7 @@ class RunPlan:
     machine: dict[str, Any] = field(default_factory=dict)
     tokenizer: PreTrainedTokenizerBase | None = None
     data: LoadedData | None = None
+    checkpointed: range = range(0)
     resume_from: str | None = None
     is_finished: bool = False
     notes: list[str] = field(default_factory=list)
@@ -173,7 +176,11 @@ def make_plan(config: Config, outlook: Outlook | None = None) -> RunPlan:
 
     machine = machine_settings(config.values)
     args, notes = training_arguments(config, machine, engine.processes)
-    plan = with_costs(replace(plan, args=args, machine={} if elsewhere else machine, notes=notes))
+    if config.run.save_only_trained and not (selection.frozen_parameters or plan.is_deferred):
+        notes.append("save_only_trained saves the whole model: no tensor is frozen as a whole")
+    plan = with_costs(with_layers(replace(plan, args=args, machine={} if elsewhere else machine, notes=notes)))
+    if config.run.activation_checkpointing_layers == "auto":
+        plan = with_fewest_layers(plan)
     if elsewhere:
         return with_rows_if_here(plan)
     tokenizer = load_tokenizer(config)
@@ -186,10 +193,42 @@ def make_plan(config: Config, outlook: Outlook | None = None) -> RunPlan:
     return replace(plan, **(found | {"notes": [*plan.notes, *found["notes"]]}))
 
 
+def with_layers(plan: RunPlan) -> RunPlan:
+    """A plan with the layers that are checkpointed; for `auto` all of them."""
+    first, adapter = plan.config.run.activation_checkpointing_layers, plan.config.method.adapter
+    count = plan.selection.anatomy.num_layers
+    layers = checkpointed_layers(plan.args, count, count if first == "auto" else first)
+    return replace(plan, checkpointed=range(0) if adapter and not adapter.keeps_checkpointing else layers)
+
+
+def with_fewest_layers(plan: RunPlan) -> RunPlan:
+    """A plan that checkpoints as few layers as fit into the GPU, or all of them and what to change if these do not fit.
+
+    Raises:
+        HFTError: the run's activations are not known.
+    """
+    available = (plan.outlook.bytes_of_gpu() if plan.outlook else None) or device_bytes()
+    if not plan.candidates:
+        raise HFTError(f"activation_checkpointing_layers auto: {plan.notes[-1]}; give a number of layers")
+    fewest = plan.own.fewest(available)
+    if fewest is None:
+        rows, shards, shardable = (
+            plan.args.per_device_train_batch_size,
+            plan.engine.shards,
+            plan.config.method.shardable,
+        )
+        change = what_to_change(plan.own, available, rows=rows, shards=shards, shardable=shardable)
+        return plan if plan.outlook else replace(plan, misfit=change)
+    plan.args.activation_checkpointing = plan.args.gradient_checkpointing = fewest > 0  # transformers is renaming it
+    return with_costs(replace(plan, checkpointed=range(fewest)))
+
+
 def with_costs(plan: RunPlan) -> RunPlan:
     """A plan with FLOPs and activations; one that was asked for them says why they are not known."""
     try:
-        candidates = candidates_of(plan.config, plan.model_config, plan.selection, plan.args, plan.engine)
+        candidates = candidates_of(
+            plan.config, plan.model_config, plan.selection, plan.args, plan.engine, tuple(plan.checkpointed)
+        )
     except HFTError as error:
         return replace(plan, notes=[*plan.notes, *([str(error)] if plan.outlook else [])])
     plan = replace(plan, candidates=candidates)
@@ -311,11 +350,17 @@ def training_arguments(
         notes.append(f"max_steps {values['max_steps']} overrides num_train_epochs {values['num_train_epochs']:g}")
     if "chat_template_path" in values:
         values["chat_template_path"] = find_template(values["chat_template_path"])
+    if (layers := values.get("activation_checkpointing_layers")) is not None:
+        values["activation_checkpointing"] = layers == "auto" or layers > 0
     args = fill(cls, values | machine | batch | rate)
     if args.n_gpu > 1:  # Trainer would wrap the model in DataParallel and multiply the batch
         raise HFTError("several GPUs are visible to one process: use `accelerate launch`, or CUDA_VISIBLE_DEVICES=0")
-    config.method.check_args(args, pairs=in_pairs(config.objective))
-    if in_pairs(config.objective) and not config.method.adapter:
+    if config.method.adapter and config.run.save_only_trained:
+        raise HFTError("an adapter's folder holds only what trained anyway; leave out save_only_trained")
+    pairs = in_pairs(config.objective)
+    config.method.check_args(args, pairs=pairs)
+    check_checkpointing(args, pairs=pairs)
+    if pairs and not config.method.adapter:
         from hft.training.dpo import check_reference
 
         check_reference(args)
@@ -423,7 +468,7 @@ def check_complete(checkpoint: Path, *, sharded: bool) -> None:
 
 
 def describe_steps(plan: RunPlan) -> str:
-    """Batch, steps and tokens in words."""
+    """Batch, steps, tokens and activation checkpointing in words."""
     args, steps, data, processes = plan.args, plan.steps, plan.data, plan.engine.processes
     rows = "pairs" if in_pairs(plan.config.objective) else "rows"
     batch = (
@@ -434,7 +479,8 @@ def describe_steps(plan: RunPlan) -> str:
         how_long = "steps are known once the rows are packed" if data else "steps are not known without the rows"
     else:
         how_long = f"{steps:,} steps, at most {plan.tokens:,} tokens"
+    layers = f"activations of {len(plan.checkpointed)} of {plan.selection.anatomy.num_layers} layers checkpointed"
     if data is None:
-        return f"{batch}\n{how_long}"
+        return f"{batch}\n{how_long}\n{layers}"
     test = len(data.test) if data.test is not None else 0
-    return f"{batch}\n{len(data.train):,} training {rows}, {how_long}; {test:,} {rows} to evaluate on"
+    return f"{batch}\n{len(data.train):,} training {rows}, {how_long}; {test:,} {rows} to evaluate on\n{layers}"

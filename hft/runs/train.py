@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hft.config import to_yaml
 from hft.errors import HFTError, reason
 from hft.machine import broadcast, indented, is_main, reset_peak_memory, say
+from hft.model.weights import MODEL_CONFIG
 from hft.record.card import CARD_NAME
 from hft.record.checkpoints import checkpoints
 from hft.record.manifest import MANIFEST_NAME, Manifest
@@ -87,6 +88,7 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
         HFTError: TRL or transformers refuse something, or the checkpoint to resume from is of another run.
     """
     from hft.data import check_prepared, refusals
+    from hft.training.checkpointing import CheckpointedLayers
 
     method = plan.config.method
     if method.adapter:
@@ -94,6 +96,7 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
     else:
         selection = resolve_deferred(plan) if plan.is_deferred else plan.selection
         how = {"selection": selection, "update": method.update, "schedule": method.schedule}
+        how["save_only_trained"] = plan.config.run.save_only_trained
     cls = trainer_class(plan.config.objective, adapter=method.adapter is not None)
     with refusals(plan.data, plan.tokenizer):
         trainer = cls(
@@ -109,6 +112,8 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
     trainer.manifest.strategy = method.strategy.record() if method.strategy else {}
     say(*check_prepared(trainer, plan.data), *trainer.notes(), *steps_of_packed(plan, len(trainer.train_dataset)), "")
     trainer.check_resumable(plan.resume_from)
+    if plan.config.run.activation_checkpointing_layers is not None:
+        trainer.add_callback(CheckpointedLayers(len(plan.checkpointed)))
     for callback in method.strategy.callbacks(trainer) if method.strategy else []:
         trainer.add_callback(callback)
     return trainer
@@ -174,7 +179,7 @@ def clear(out: Path) -> None:
             say(f"removing {checkpoint} of an earlier run")
             shutil.rmtree(checkpoint)
     if (out / MANIFEST_NAME).exists():
-        names = (MASKS_NAME, MANIFEST_NAME, RESULTS_NAME, PICTURE_NAME, CARD_NAME)
+        names = (MASKS_NAME, MANIFEST_NAME, RESULTS_NAME, PICTURE_NAME, CARD_NAME, MODEL_CONFIG)
         for path in (*out.glob("model*.safetensors*"), *out.glob("adapter_*"), *(out / name for name in names)):
             path.unlink(missing_ok=True)
         shutil.rmtree(out / SCORES_FOLDER, ignore_errors=True)

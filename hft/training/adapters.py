@@ -18,9 +18,11 @@ from hft.machine import is_main
 from hft.methods.adapter import Adapter, freeze_ranknum
 from hft.model.load import load_base
 from hft.model.weights import checksum, local_folder, weights_of
+from hft.planning.checkpointing import check_checkpointing
 from hft.record.checkpoints import is_checkpoint
 from hft.record.manifest import Manifest
 from hft.training.base import ManifestMixin
+from hft.training.checkpointing import KeepsCheckpointing
 
 STATE_NAME = "training_state.safetensors"  # in a checkpoint, beside PEFT's own files: everything that trains
 
@@ -40,6 +42,7 @@ class AdapterTuning(ManifestMixin):
 
     def __init__(self, model: str, args: TrainingArguments, *, adapter: Adapter, **kwargs):
         adapter.check_args(args, pairs=isinstance(self, DPOTrainer))
+        check_checkpointing(args, pairs=isinstance(self, DPOTrainer))
         self.adapter = adapter
         self._checkpointing_off = args.activation_checkpointing and not adapter.keeps_checkpointing
         if self._checkpointing_off:
@@ -123,7 +126,7 @@ class AdapterSFTTrainer(AdapterTuning, SFTTrainer):
     _tag_names = ["trl", "sft", "hft"]
 
 
-class AdapterDPOTrainer(AdapterTuning, DPOTrainer):
+class AdapterDPOTrainer(KeepsCheckpointing, AdapterTuning, DPOTrainer):
     """TRL's `DPOTrainer` with an adapter; the reference is the base with the adapter switched off."""
 
     _tag_names = ["trl", "dpo", "hft"]

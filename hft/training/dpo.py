@@ -12,10 +12,11 @@ from trl import DPOTrainer
 from hft.errors import HFTError
 from hft.freezing import HALF_PRECISION
 from hft.machine import is_sharded
+from hft.training.checkpointing import KeepsCheckpointing
 from hft.training.mixin import HalfFineTuning
 
 
-class HFTDPOTrainer(HalfFineTuning, DPOTrainer):
+class HFTDPOTrainer(KeepsCheckpointing, HalfFineTuning, DPOTrainer):
     """TRL's `DPOTrainer` with a `selection` (paper section 4.1).
 
     Where the model is not sharded and no `ref_model` is given, the reference shares the policy's frozen tensors and

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from trl import DPOTrainer
 
 from hft.errors import HFTError
-from hft.freezing import PartFreezer, check_frozen, freeze, upcast
+from hft.freezing import PartFreezer, check_frozen, freeze, upcast, whole
 from hft.machine import is_main, is_sharded
 from hft.methods import check_parts
 from hft.methods.callback import ScheduleCallback
 from hft.model.anatomy import anatomy_of
 from hft.model.load import load_base
-from hft.model.weights import cast_weights, checksum
+from hft.model.weights import MODEL_CONFIG, Weights, cast_weights, checksum, local_folder
+from hft.planning.checkpointing import check_checkpointing
 from hft.record.checkpoints import is_checkpoint
 from hft.record.manifest import Manifest
 from hft.selection import Selection, SelectionConfig, select
@@ -43,6 +46,8 @@ class HalfFineTuning(ManifestMixin):
         selection: which units train, or the config to make it from; by default the paper's HFT.
         update: how the trained weights move; by default as the optimizer says.
         schedule: how that changes during the run; by default it does not.
+        save_only_trained: leave the wholly frozen tensors out of what is saved, checkpoints included; `hft merge
+            --method delta` takes them from the base.
         kwargs: whatever else the trainer takes.
 
     Raises:
@@ -58,12 +63,15 @@ class HalfFineTuning(ManifestMixin):
         selection: Selection | SelectionConfig | None = None,
         update: Update | None = None,
         schedule: Schedule | None = None,
+        save_only_trained: bool = False,
         **kwargs,
     ):
         check_arguments(kwargs)
         check_parts(args, update, schedule)
+        check_checkpointing(args, pairs=isinstance(self, DPOTrainer))
         if schedule:  # what it freezes at a step is an unused parameter to DDP
             args.ddp_find_unused_parameters = True
+        source = model
         model, self._stored_dtypes = loaded(model, args)
         self._config_dtype = model.dtype
         if not isinstance(selection, Selection):
@@ -71,6 +79,12 @@ class HalfFineTuning(ManifestMixin):
         self.selection = selection
         freeze(model, selection)
         self._record(model, args, update, schedule)
+        if save_only_trained and selection.frozen_parameters:
+            if isinstance(source, str):
+                check_stored_as_computed(source, self.manifest.revision, selection.anatomy.parameters)
+            self.manifest.only_trained = True
+            # transformers' own list; on a resume Trainer takes these, and only these, as rightly missing.
+            model._keys_to_ignore_on_save |= keys_of(model, selection.frozen_parameters)
 
         callbacks = update.callbacks(model, selection.anatomy) if update else []  # before the upcast: the base's values
         if schedule:  # now, since Trainer's constructor collects what a checkpoint keeps of callbacks
@@ -152,23 +166,29 @@ class HalfFineTuning(ManifestMixin):
         """Save the model with its manifest, the frozen tensors bit for bit those of the base.
 
         A `checkpoint-N` folder keeps the fp32 master weights of the trained half, so that a resumed run continues
-        exactly; anywhere else the trained half too is written in the dtypes of the base.
+        exactly; anywhere else the trained half too is written in the dtypes of the base. With `save_only_trained` the
+        frozen tensors are compared in memory, and left out.
         """
         folder = Path(output_dir or self.args.output_dir)
+        checkpoint = is_checkpoint(folder, self.args.output_dir)
+        if self.manifest.only_trained and not checkpoint:
+            self.manifest.moved = self._moved()
         super().save_model(str(folder), _internal_call)
         if not self.args.should_save:
             return
         manifest, dtypes = self.manifest_so_far(), self._stored_dtypes
         others = (self._config_dtype, self.model.state_dict().keys())
-        if is_checkpoint(folder, self.args.output_dir):
-            whole = manifest.frozen_checksums.keys() - manifest.masks.keys()
-            dtypes, others = {name: dtypes[name] for name in whole if name in dtypes}, None
+        if checkpoint:
+            frozen = manifest.frozen_checksums.keys() - manifest.masks.keys()
+            dtypes, others = {name: dtypes[name] for name in frozen if name in dtypes}, None
         elif self.schedule is not None:
             manifest = self.finished_manifest(manifest)
         cast_weights(folder, dtypes, others)
         config = copy.deepcopy(self.model.config)
         config.dtype = self._config_dtype  # not that of the master weights
         config.save_pretrained(folder)
+        if manifest.only_trained:
+            (folder / "config.json").replace(folder / MODEL_CONFIG)
         manifest.save(folder)
         save_masks(folder, self.selection.frozen_masks)
 
@@ -201,6 +221,15 @@ class HalfFineTuning(ManifestMixin):
             trained_parameters=[name for name in manifest.trained_parameters if name in touched],
             frozen_checksums=manifest.frozen_checksums | {name: self._base_checksums[name] for name in never},
         )
+
+    def _moved(self) -> list[str]:
+        """The frozen parameters that differ, in memory, from the base; every process takes part under FSDP2."""
+        parameters, dtypes, moved = dict(self.model.named_parameters()), self._stored_dtypes, []
+        for name in self.selection.frozen_parameters:
+            value = whole(parameters[name].detach()).to(dtypes.get(name, self._config_dtype))
+            if is_main() and checksum(value) != self.manifest.frozen_checksums[name]:
+                moved.append(name)
+        return moved
 
     def _checksums(self, model: PreTrainedModel, names: list[str]) -> dict[str, str]:
         """Checksums of parameters, or of their frozen elements, in the dtypes they are stored in."""
@@ -236,6 +265,27 @@ def check_arguments(kwargs: dict[str, Any]) -> None:
         raise HFTError("peft_config and half fine-tuning exclude each other: adapters freeze the whole base")
     if (kwargs.get("optimizers") or (None, None))[0] is not None:
         raise HFTError("give optimizer settings, not a built optimizer: it must be built after the freezing")
+
+
+def check_stored_as_computed(base: str, revision: str | None, names: Iterable[str]) -> None:
+    """Refuse to save a part of a model whose files name its tensors otherwise than transformers computes with them.
+
+    Raises:
+        HFTError: they do, so that what trained could not be put back into the base.
+    """
+    stored = Weights(local_folder(base, revision))
+    if missing := [name for name in names if name not in stored]:
+        raise HFTError(
+            f"{base} does not store {missing[0]} under that name (as mixtures of experts and GPT-NeoX do not), so what "
+            "trained could not be put back into it; leave out save_only_trained"
+        )
+
+
+def keys_of(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """The keys of some parameters in a model's state dict, where tied ones have one each."""
+    parameters = dict(model.named_parameters())
+    meant = {id(parameters[name]) for name in names}
+    return {key for key, p in model.named_parameters(remove_duplicate=False) if id(p) in meant}
 
 
 class PartFreezing(TrainerCallback):

@@ -29,6 +29,7 @@ RUNS = {
     "mofo": ("sft", "mofo", {}),
     "gem": ("sft", "hft", {"strategy": "gem", "strategy_data": "memory.jsonl"}),
     "experts": ("sft", "hft", {}),
+    "only-trained": ("sft", "hft", {"save_only_trained": True}),
 }
 
 
@@ -87,8 +88,8 @@ def folder(tmp_path_factory, tiny, data, pairs, rows):
             values |= {"strategy_data": str(memory)} if "strategy_data" in more else {}
             files = [f"recipes/tiny/{objective}.yaml", f"recipes/methods/{method}.yaml"]
             runs.append({"objective": objective, "files": files, "flags": values})
-            if processes == 2 and name == "lisa":  # cut after two steps and resumed
-                resumed = folder / "two" / "lisa-resumed"
+            if processes == 2 and name in ("lisa", "only-trained"):  # cut after two steps and resumed
+                resumed = folder / "two" / f"{name}-resumed"
                 runs.append({"copy": [str(out / "checkpoint-2"), str(resumed)]})
                 runs.append({"objective": objective, "files": files, "flags": values | {"output_dir": str(resumed)}})
         return runs
@@ -143,6 +144,18 @@ def test_every_frozen_bit_stays_under_fsdp2(folder, name):
     assert json.loads((out / "results.json").read_text())["verify"]["not_finite"] == 0
 
 
+def test_what_trained_is_put_back_into_the_base_under_fsdp2(folder, tmp_path):
+    assert (
+        main(
+            ["merge", "--method", "delta", "--models", str(folder / "two/only-trained"), "--out", str(tmp_path / "new")]
+        )
+        == 0
+    )
+    ours, theirs = tensors(tmp_path / "new"), tensors(folder / "two" / "sft")
+    assert ours.keys() == theirs.keys()
+    assert all(identical(ours[name], theirs[name]) for name in theirs)
+
+
 def test_dpo_starts_at_the_reference_in_fp32(folder):
     history = json.loads((folder / "two" / "dpo" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     first = next(row for row in history if "loss" in row)
@@ -153,7 +166,7 @@ def test_dpo_starts_at_the_reference_in_fp32(folder):
     assert first["logps/chosen"] == pytest.approx(theirs["logps/chosen"], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["sft", "lisa"])
+@pytest.mark.parametrize("name", ["sft", "lisa", "only-trained"])
 def test_a_resumed_run_ends_at_the_same_bits(folder, name):
     straight, resumed = (tensors(folder / "two" / out / "checkpoint-4") for out in (name, f"{name}-resumed"))
     assert all(identical(straight[key], resumed[key]) for key in straight)
