@@ -50,7 +50,7 @@ P := $(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' $(or $(wildcard r
 S := runs/$(MODEL)-sft-fft
 D := runs/$(MODEL)-dpo-fft-from-$(notdir $(S))
 
-.PHONY: help install trace-mini cpi eval report forgetting sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo \
+.PHONY: help install trace-mini cpi eval report forgetting bench sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo \
 	lint test test-slow test-gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -69,6 +69,7 @@ help:
 	@echo "make merge-MERGE [MODEL=...] [S=runs/an-sft-run] [D=runs/a-dpo-run] [ARGS=...]"
 	@echo "make eval [RUN=runs/a-run] [SUITE=quick|general|knowledge|recent] [ARGS=...]"
 	@echo "make forgetting [ARGS=...]    what each method learns and forgets, on SmolLM2-135M"
+	@echo "make bench [ARGS=...]    what a step costs, by methods: time, memory, tokens/s, against the FLOPs"
 	@echo "  METHOD  $(basename $(notdir $(wildcard recipes/methods/*.yaml)))"
 	@echo "  MODEL   $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/sft.yaml)))))"
 	@echo "  ARM     $(basename $(notdir $(wildcard recipes/cpi/*.yaml)))"
@@ -155,6 +156,10 @@ eval: $(INSTALLED) $(LOCAL_FILES)
 forgetting: models/smollm2-135m/config.json
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[forgetting]'
 	$(BIN)/python benchmarks/forgetting.py $(ARGS)
+
+# What a step costs, by methods: results/bench/DEVICE.md. On a GPU random weights in Llama's shapes.
+bench: $(INSTALLED) models/smollm2-135m/config.json models/tiny/config.json
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 reset: $(INSTALLED) $(LOCAL_FILES)
 	@test -f recipes/$(MODEL)/reset.yaml || { echo "only $(RESETS) have a reset.yaml; see also reset-sft"; exit 1; }
