@@ -17,7 +17,6 @@ from tqdm import tqdm
 from hft.config import Keys, fill, read_arguments, to_yaml
 from hft.errors import HFTError
 from hft.machine import say
-from hft.merging.adapter import merge_adapter
 from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, throughput, write_model, zip_chunks
 from hft.merging.operators import (
     COLINEAR_COS,
@@ -121,6 +120,8 @@ def main(arguments: Sequence[str]) -> int:
         (folder / CONFIG_NAME).write_text(to_yaml(given))
 
     if config.method == "adapter":
+        from hft.merging.adapter import merge_adapter  # and peft, which takes longer to import than all else
+
         [adapter], size = config.models, config.max_shard_size
         summary = merge_adapter(adapter, config.base, Path(config.out), finish, max_shard_size=size)
     else:
