@@ -285,7 +285,8 @@ def device_name() -> str:
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
-    return f"{found[1] if found else platform.processor()} {torch.get_num_threads()} thread(s)"
+    threads = torch.get_num_threads()
+    return f"{found[1] if found else platform.processor()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def not_run(parts: list[str]) -> str:
@@ -304,7 +305,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="llama-1.1b" if gpu else "models/smollm2-135m", help="folder or shape")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS) if gpu else ["sft", "equal"])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10 if gpu else 2, help="measured in each round, after another one")
     parser.add_argument("--rows", type=int, default=2, help="per step")
     parser.add_argument("--length", type=int, default=2048 if gpu else 256, help="tokens per row")
