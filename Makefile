@@ -3,6 +3,7 @@
 MODEL ?= smollm2-135m
 FROM ?=
 STRATEGY ?= seqft
+ENGINE ?=
 ARGS ?=
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,9 +28,9 @@ export CUDA_VISIBLE_DEVICES ?= 0
 endif
 
 # $(call train,OBJECTIVE,METHOD): the command of a run; $(call run,COMMAND,RECIPE,METHOD,OPTION) that of a sequence. On
-# several GPUs `hft engine` says how the method is spread over them, fsdp2 or ddp. It is asked only then, since it takes a
-# second or two.
-engine = $(or $(shell $(BIN)/hft engine recipes/methods/$1.yaml $2),$(error `$(BIN)/hft engine \
+# several GPUs ENGINE says how the method is spread over them (recipes/accelerate), or else `hft engine`: fsdp2 or ddp. It
+# is asked only then, since it takes a second or two.
+engine = $(or $(ENGINE),$(shell $(BIN)/hft engine recipes/methods/$1.yaml $2),$(error `$(BIN)/hft engine \
 	recipes/methods/$1.yaml` failed: see above, or run `make install` first))
 launch = $(BIN)/accelerate launch --config_file recipes/accelerate/$(engine).yaml --num_processes $(NUM_GPUS) -m hft
 several = $(filter-out 0 1,$(NUM_GPUS))
@@ -75,6 +76,7 @@ help:
 	@echo "  ARM     $(basename $(notdir $(wildcard recipes/cpi/*.yaml)))"
 	@echo "  MERGE   $(basename $(notdir $(wildcard recipes/merges/*.yaml)))"
 	@echo "make report [RUNS='runs/a runs/b'] [ARGS=...]    runs side by side, as a page: report/report.html"
+	@echo "ENGINE=fsdp2|zero3|ddp    how several GPUs share a model; by default fsdp2, or ddp for what cannot be sharded"
 	@echo "make install | test | lint | test-slow | test-gpu | clean"
 
 install: $(INSTALLED)
