@@ -3,6 +3,7 @@
 MODEL ?= smollm2-135m
 FROM ?=
 STRATEGY ?= seqft
+ENGINE ?=
 ARGS ?=
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,9 +28,9 @@ export CUDA_VISIBLE_DEVICES ?= 0
 endif
 
 # $(call train,OBJECTIVE,METHOD): the command of a run; $(call run,COMMAND,RECIPE,METHOD,OPTION) that of a sequence. On
-# several GPUs `hft engine` says how the method is spread over them, fsdp2 or ddp. It is asked only then, since it takes a
-# second or two.
-engine = $(or $(shell $(BIN)/hft engine recipes/methods/$1.yaml $2),$(error `$(BIN)/hft engine \
+# several GPUs ENGINE says how the method is spread over them (recipes/accelerate), or else `hft engine`: fsdp2 or ddp. It
+# is asked only then, since it takes a second or two.
+engine = $(or $(ENGINE),$(shell $(BIN)/hft engine recipes/methods/$1.yaml $2),$(error `$(BIN)/hft engine \
 	recipes/methods/$1.yaml` failed: see above, or run `make install` first))
 launch = $(BIN)/accelerate launch --config_file recipes/accelerate/$(engine).yaml --num_processes $(NUM_GPUS) -m hft
 several = $(filter-out 0 1,$(NUM_GPUS))
@@ -50,7 +51,7 @@ P := $(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' $(or $(wildcard r
 S := runs/$(MODEL)-sft-fft
 D := runs/$(MODEL)-dpo-fft-from-$(notdir $(S))
 
-.PHONY: help install trace-mini cpi eval report forgetting sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo \
+.PHONY: help install trace-mini cpi eval report forgetting bench sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo \
 	lint test test-slow test-gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -69,11 +70,13 @@ help:
 	@echo "make merge-MERGE [MODEL=...] [S=runs/an-sft-run] [D=runs/a-dpo-run] [ARGS=...]"
 	@echo "make eval [RUN=runs/a-run] [SUITE=quick|general|knowledge|recent] [ARGS=...]"
 	@echo "make forgetting [ARGS=...]    what each method learns and forgets, on SmolLM2-135M"
+	@echo "make bench [ARGS=...]    what a step costs, by methods: time, memory, tokens/s, against the FLOPs"
 	@echo "  METHOD  $(basename $(notdir $(wildcard recipes/methods/*.yaml)))"
 	@echo "  MODEL   $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/sft.yaml)))))"
 	@echo "  ARM     $(basename $(notdir $(wildcard recipes/cpi/*.yaml)))"
 	@echo "  MERGE   $(basename $(notdir $(wildcard recipes/merges/*.yaml)))"
 	@echo "make report [RUNS='runs/a runs/b'] [ARGS=...]    runs side by side, as a page: report/report.html"
+	@echo "ENGINE=fsdp2|zero3|ddp    how several GPUs share a model; by default fsdp2, or ddp for what cannot be sharded"
 	@echo "make install | test | lint | test-slow | test-gpu | clean"
 
 install: $(INSTALLED)
@@ -155,6 +158,10 @@ eval: $(INSTALLED) $(LOCAL_FILES)
 forgetting: models/smollm2-135m/config.json
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[forgetting]'
 	$(BIN)/python benchmarks/forgetting.py $(ARGS)
+
+# What a step costs, by methods: results/bench/DEVICE.md. On a GPU random weights in Llama's shapes.
+bench: $(INSTALLED) models/smollm2-135m/config.json models/tiny/config.json
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 reset: $(INSTALLED) $(LOCAL_FILES)
 	@test -f recipes/$(MODEL)/reset.yaml || { echo "only $(RESETS) have a reset.yaml; see also reset-sft"; exit 1; }

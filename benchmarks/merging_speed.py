@@ -1,21 +1,24 @@
-"""Times reset and merges against a plain copy, interleaved: python merging_speed.py BASE [REPETITIONS]."""
+"""Times reset and merges beside mergekit's same merges and a plain copy: python merging_speed.py BASE [REPETITIONS].
 
-import contextlib
-import io
+Whole commands, each a process of its own, in turn; what is read is in the page cache after the first round, which does
+not count. Ratios are to the same round.
+"""
+
 import re
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
-from hft.cli import main
-
-base, repetitions = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 5
+base, repetitions = Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 5
 folder = Path(tempfile.mkdtemp())
 for seed, name in enumerate("SD"):
     torch.manual_seed(seed)
@@ -26,46 +29,66 @@ s, d, out = str(folder / "S"), str(folder / "D"), str(folder / "out")
 
 
 def copy() -> str:
-    start = time.monotonic()
     Path(out).mkdir()
     shutil.copyfile(f"{s}/model.safetensors", f"{out}/model.safetensors")
-    seconds, size = time.monotonic() - start, Path(out, "model.safetensors").stat().st_size / 1e9
-    return f"read {size} GB, wrote {size} GB in {seconds} s: {2 * size / seconds} GB/s"
+    return ""
 
 
-def command(*words: str) -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()):
-        assert main([*words, "--out", out]) == 0
-    return printed.getvalue()
+def hft(*words: str) -> Callable[[], str]:
+    """One of our commands, and what it prints."""
+    command = [sys.executable, "-m", "hft", *words, "--out", out]
+    return lambda: subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-merge, both = ("merge", "--method"), ("--models", s, d)
-commands = {
+def mergekit(method: str, on_base: bool = False, **parameters: float) -> Callable[[], str]:
+    """mergekit's command for the same merge."""
+    config = {"merge_method": method, "dtype": "bfloat16"}
+    if method == "slerp":
+        config |= {"base_model": s, "models": [{"model": d}], "parameters": {"t": 0.5}}
+    else:
+        config["models"] = [{"model": model, "parameters": parameters} for model in (s, d)]
+        config |= {"base_model": str(base)} if on_base else {}
+        config |= {"parameters": {"normalize": method != "dare_linear", "int8_mask": False}}
+    path = folder / f"{method}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [str(Path(sys.executable).with_name("mergekit-yaml")), str(path), out]
+    return lambda: subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+both = ("--models", s, d)
+on_base = (*both, "--base", str(base))
+arms: dict[str, Callable[[], str]] = {
     "plain copy": copy,
-    "reset": lambda: command("reset", "--tuned", s, "--base", str(base)),
-    "average (S+D)": lambda: command(*merge, "average", *both),
-    "wise-ft (P+S)": lambda: command(*merge, "wise-ft", "--models", s, "--base", str(base)),
-    "slerp (S+D)": lambda: command(*merge, "slerp", *both),
-    "dare (S+D)": lambda: command(*merge, "dare", *both, "--base", str(base)),
-    "ties (S+D), trim tensor": lambda: command(*merge, "ties", *both, "--base", str(base)),
-    "ties (S+D), trim global": lambda: command(*merge, "ties", *both, "--base", str(base), "--trim", "global"),
+    "reset": hft("reset", "--tuned", s, "--base", str(base)),
+    "average": hft("merge", "--method", "average", *both),
+    "average, mergekit": mergekit("linear", weight=0.5),
+    "slerp": hft("merge", "--method", "slerp", *both),
+    "slerp, mergekit": mergekit("slerp"),
+    "dare": hft("merge", "--method", "dare", *on_base),
+    "dare, mergekit": mergekit("dare_linear", True, weight=0.5, density=0.1),
+    "ties": hft("merge", "--method", "ties", *on_base),
+    "ties, mergekit": mergekit("ties", True, weight=1.0, density=0.2),
 }
-speeds: dict[str, list[float]] = {name: [] for name in commands}
-seconds: dict[str, list[float]] = {name: [] for name in commands}
-traffic = {}
-for _ in range(repetitions):
-    for name, run in commands.items():
-        found = re.search(r"read ([\d.]+) GB, wrote ([\d.]+) GB in ([\d.]+) s: ([\d.]+) GB/s", run())
-        traffic[name] = float(found[1]), float(found[2])
-        seconds[name].append(float(found[3]))
-        speeds[name].append(float(found[4]))
+seconds: dict[str, list[float]] = {name: [] for name in arms}
+merging: dict[str, list[float]] = {name: [] for name in arms}  # without start-up, as the command itself says
+for number in range(repetitions + 1):
+    for name, run in arms.items():
+        start = time.monotonic()
+        said = re.search(r" in ([\d.]+) s: ", run())
+        if number:
+            seconds[name].append(time.monotonic() - start)
+            merging[name] += [float(said[1])] if said else []
         shutil.rmtree(out)
 shutil.rmtree(folder)
 
-print("| | read, GB | written, GB | seconds, median | GB/s: median (least-most) | of the copy in its round, median |")
-print("| --- | --- | --- | --- | --- | --- |")
-for name, values in speeds.items():
-    ratio = statistics.median(value / copied for value, copied in zip(values, speeds["plain copy"], strict=True))
-    spread = f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
-    read, wrote = traffic[name]
-    print(f"| {name} | {read:.2f} | {wrote:.2f} | {statistics.median(seconds[name]):.1f} | {spread} | {ratio:.0%} |")
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Median (least-most)."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+print("| | command, s | of it reading, merging, writing, s | of mergekit's |\n| --- | --- | --- | --- |")
+for name, values in seconds.items():
+    theirs = seconds.get(f"{name}, mergekit")
+    ratio = spread([a / b for a, b in zip(values, theirs, strict=True)], 2) if theirs else ""
+    print(f"| {name} | {spread(values)} | {spread(merging[name]) if merging[name] else ''} | {ratio} |")

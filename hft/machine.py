@@ -25,8 +25,13 @@ def world_size() -> int:
 
 
 def is_sharded(args: TrainingArguments | None = None) -> bool:
-    """Whether the run shards the model with FSDP, by accelerate's launcher or by the trainer's config."""
-    return os.environ.get("ACCELERATE_USE_FSDP") == "true" or bool(args and args.fsdp)
+    """Whether the run shards the model with FSDP or ZeRO-3, by accelerate's launcher or by the trainer's config."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true" or bool(args and args.fsdp) or is_zero3(args)
+
+
+def is_zero3(args: TrainingArguments | None = None) -> bool:
+    """Whether the run shards the model with DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or bool(args and args.deepspeed)
 
 
 def say(*lines: object) -> None:

@@ -152,6 +152,12 @@ def test_several_gpus_take_the_engine_of_the_method(venv):
     assert "hft engine recipes/methods/lora.yaml` failed: see above, or run `make install` first" in failed.stderr
 
 
+def test_an_engine_that_is_named_is_not_asked_for(venv):
+    words = ["sft-hft", "MODEL=llama2-7b", "ENGINE=zero3", f"VENV={venv}"]
+    assert "--config_file recipes/accelerate/zero3.yaml --num_processes 8 " in commands(*words, NUM_GPUS="8")[0]
+    assert not (venv / "calls").exists()
+
+
 def test_one_gpu_asks_for_no_engine(venv):
     assert commands("sft-lora", "MODEL=llama2-7b", f"VENV={venv}") == [f"{SFT}lora.yaml"]
     assert not (venv / "calls").exists()

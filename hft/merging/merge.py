@@ -17,9 +17,7 @@ from tqdm import tqdm
 from hft.config import Keys, fill, read_arguments, to_yaml
 from hft.errors import HFTError
 from hft.machine import say
-from hft.merging.adapter import merge_adapter
 from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, throughput, write_model, zip_chunks
-from hft.merging.delta import merge_delta
 from hft.merging.operators import (
     COLINEAR_COS,
     MagnitudePruner,
@@ -123,7 +121,11 @@ def main(arguments: Sequence[str]) -> int:
     def finish(folder: Path) -> None:
         (folder / CONFIG_NAME).write_text(to_yaml(given))
 
-    if join := {"adapter": merge_adapter, "delta": merge_delta}.get(config.method):
+    if config.method in ("adapter", "delta"):
+        if config.method == "delta":
+            from hft.merging.delta import merge_delta as join
+        else:  # and with it peft, which takes longer to import than all else
+            from hft.merging.adapter import merge_adapter as join
         [part], size = config.models, config.max_shard_size
         summary = join(part, config.base, Path(config.out), finish, max_shard_size=size)
     else:

@@ -1,6 +1,7 @@
 """How tensors are merged: pure functions on chunks of tensors, in fp32 or better.
 
-A delta is what a fine-tuned model adds to its base (its task vector), flat. Where peft has the operator, it is peft's.
+A delta is what a fine-tuned model adds to its base (its task vector), flat. Importing peft takes longer than merging a
+small model, so its operators are written out here; tests hold them to peft's bits.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
 import torch
-from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, task_arithmetic
 
 # Above this |cos| slerp interpolates linearly, as mergekit does.
 COLINEAR_COS = 0.9995
@@ -19,7 +19,7 @@ COLINEAR_COS = 0.9995
 
 def weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
     """The sum of tensors times weights."""
-    return task_arithmetic(list(tensors), torch.tensor(weights, dtype=tensors[0].dtype))
+    return sum(tensor * weight for tensor, weight in zip(tensors, weights, strict=True))
 
 
 def generator_of(key: str) -> torch.Generator:
@@ -43,7 +43,8 @@ def ties_merge(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
     A sum of zero counts as positive, as in peft and mergekit.
     """
     stacked = torch.stack(list(deltas))
-    return disjoint_merge(stacked, calculate_majority_sign_mask(stacked))
+    wins = stacked.sign() == torch.where(stacked.sum(dim=0) >= 0, 1, -1)
+    return (stacked * wins).sum(dim=0) / wins.sum(dim=0).clamp(min=1)
 
 
 class MagnitudePruner:

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from hft.errors import HFTError, reason
-from hft.machine import is_sharded
+from hft.machine import is_sharded, is_zero3
 from hft.methods.adapter import Adapter
 from hft.methods.schedule import Schedule
 from hft.methods.strategy import Strategy
@@ -70,6 +70,11 @@ def check_parts(args: TrainingArguments, *parts: Schedule | Update | Strategy | 
         if is_sharded(args) and not part.shardable:
             raise HFTError(
                 f"{part.kind} {part.name} does not run on the shards of FSDP2; launch with recipes/accelerate/ddp.yaml"
+            )
+        if is_zero3(args):
+            raise HFTError(
+                f"{part.kind} {part.name} does not run under ZeRO-3, which keeps parameters and gradients where only "
+                "DeepSpeed reaches them; launch with recipes/accelerate/fsdp2.yaml"
             )
         part.check_args(args)
 

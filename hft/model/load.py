@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import AutoConfig
 
 from hft.errors import HFTError, reason
 from hft.model.anatomy import architecture_of, meta_model
 from hft.model.weights import MODEL_CONFIG, Weights, local_folder, widest
+
+if TYPE_CHECKING:  # the trainer's arguments import peft
+    from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 
 
 def read_config(name: str, source: str | Path) -> PretrainedConfig:

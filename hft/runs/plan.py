@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft.config import fill, to_yaml
 from hft.errors import HFTError, reason
-from hft.machine import broadcast, cpu_has_bfloat16, device_bytes, indented, is_main, is_sharded, world_size
+from hft.machine import broadcast, cpu_has_bfloat16, device_bytes, indented, is_main, is_sharded, is_zero3, world_size
 from hft.model.vocabulary import ids_beyond
 from hft.planning.checkpointing import check_checkpointing, checkpointed_layers
 from hft.planning.memory import Memory, why_it_does_not_fit
@@ -327,6 +327,8 @@ def machine_settings(values: dict[str, Any]) -> dict[str, Any]:
 
     on_cpu = values.get("use_cpu") or not torch.accelerator.is_available()
     settings = {"use_cpu": True, "bf16": cpu_has_bfloat16()} if on_cpu else {}
+    if is_zero3():  # DeepSpeed itself calls torch's autocast; with bf16 it would convert the frozen half
+        settings["bf16"] = False
     return {key: value for key, value in settings.items() if values.get(key) is None}
 
 
@@ -443,23 +445,37 @@ def look_into_folder(plan: RunPlan) -> dict[str, Any]:
             notes = [f"NOTE: resuming with other settings than before: {'; '.join(changes)}"]
     if start:
         check_same_run(plan.identity, Manifest.load(start).identity, start)
-        check_complete(Path(start), sharded=is_sharded(plan.args))
+        check_complete(Path(start), plan.args)
         notes.append(f"resuming from {start}")
     return {"resume_from": start, "notes": notes}
 
 
-def check_complete(checkpoint: Path, *, sharded: bool) -> None:
+def check_complete(checkpoint: Path, args: TrainingArguments) -> None:
     """Refuse a checkpoint without the state of the optimizer or of the learning rate, or in another engine's form.
 
     Trainer would load the weights and silently start both from the beginning.
     """
-    plain, fsdp = (checkpoint / "optimizer.pt").exists(), any(checkpoint.glob("optimizer[._][b0]*"))
-    if plain != fsdp and sharded == plain:
+    parts = list(checkpoint.glob("global_step*/*optim_states.pt"))  # one of each process of ZeRO-3
+    states = {
+        "ddp": (checkpoint / "optimizer.pt").exists(),
+        "fsdp2": any(checkpoint.glob("optimizer[._][b0]*")),
+        "zero3": bool(parts),
+    }
+    now = "zero3" if is_zero3(args) else "fsdp2" if is_sharded(args) else "ddp"
+    saved = [engine for engine, found in states.items() if found]
+    if len(saved) == 1 and saved != [now]:
+        how = {"ddp": "without FSDP2", "fsdp2": "with FSDP2", "zero3": "with ZeRO-3"}[saved[0]]
+        count = f"{len(parts)} processes" if parts else "any number of processes"
         raise HFTError(
-            f"cannot resume from {checkpoint}: its optimizer state was saved {'with' if fsdp else 'without'} FSDP2; "
-            f"launch with recipes/accelerate/{'fsdp2' if fsdp else 'ddp'}.yaml, on any number of processes"
+            f"cannot resume from {checkpoint}: its optimizer state was saved {how}; launch with "
+            f"recipes/accelerate/{saved[0]}.yaml, on {count}"
         )
-    if not ((plain or fsdp) and (checkpoint / "scheduler.pt").exists()):
+    if now == "zero3" and parts and len(parts) != args.world_size:
+        raise HFTError(
+            f"cannot resume from {checkpoint}: ZeRO-3 saved it in the parts of {len(parts)} processes, and here are "
+            f"{args.world_size}; launch {len(parts)}"
+        )
+    if not (saved and (checkpoint / "scheduler.pt").exists()):
         raise HFTError(
             f"cannot resume from {checkpoint}: it holds no optimizer or scheduler state (save_only_model), so the run "
             "would not continue exactly; start again with --resume_from_checkpoint none, or give it as "

@@ -20,8 +20,8 @@ class HFTDPOTrainer(KeepsCheckpointing, HalfFineTuning, DPOTrainer):
     """TRL's `DPOTrainer` with a `selection` (paper section 4.1).
 
     Where the model is not sharded and no `ref_model` is given, the reference shares the policy's frozen tensors and
-    copies the trained half only. Under FSDP2 TRL loads and shards a full reference. With `precompute_ref_log_probs`
-    none is kept.
+    copies the trained half only. Under FSDP2 and ZeRO-3 TRL loads and shards a full reference. With
+    `precompute_ref_log_probs` none is kept.
     """
 
     _tag_names = ["trl", "dpo", "hft"]
@@ -37,7 +37,7 @@ class HFTDPOTrainer(KeepsCheckpointing, HalfFineTuning, DPOTrainer):
         """Which reference there is, and what it takes."""
         if self.ref_model is None:
             return ["reference: its log-probabilities are computed beforehand, no model is kept"]
-        if self.is_fsdp_enabled:
+        if is_sharded(self.args):
             return ["reference: a full copy, sharded by TRL"]
         full = sum(parameter.nbytes for parameter in self.ref_model.parameters())
         return [

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOTrainer
 
 from hft.errors import HFTError
 from hft.freezing import PartFreezer, check_frozen, freeze, upcast, whole
-from hft.machine import is_main, is_sharded
+from hft.machine import is_main, is_sharded, is_zero3
 from hft.methods import check_parts
 from hft.methods.callback import ScheduleCallback
 from hft.model.anatomy import anatomy_of
@@ -72,13 +73,22 @@ class HalfFineTuning(ManifestMixin):
         if schedule:  # what it freezes at a step is an unused parameter to DDP
             args.ddp_find_unused_parameters = True
         source = model
+        if is_zero3(args):  # else from_pretrained would partition what is to be frozen, upcast and checked whole
+            unset_hf_deepspeed_config()
         model, self._stored_dtypes = loaded(model, args)
         self._config_dtype = model.dtype
         if not isinstance(selection, Selection):
             selection = select(anatomy_of(model), selection or SelectionConfig())
         self.selection = selection
+        if is_zero3(args) and selection.frozen_masks:
+            raise HFTError(
+                "ZeRO-3 holds parameters flat and in parts, where masks of elements do not fit; launch with "
+                "recipes/accelerate/fsdp2.yaml"
+            )
         freeze(model, selection)
         self._record(model, args, update, schedule)
+        if is_zero3(args) and save_only_trained:
+            raise HFTError("save_only_trained goes with FSDP2 and DDP, not with ZeRO-3; leave it out")
         if save_only_trained and selection.frozen_parameters:
             if isinstance(source, str):
                 check_stored_as_computed(source, self.manifest.revision, selection.anatomy.parameters)
@@ -115,7 +125,7 @@ class HalfFineTuning(ManifestMixin):
 
     def _check_engine(self) -> None:
         if self.is_deepspeed_enabled:
-            raise HFTError("DeepSpeed is not supported; shard with FSDP2 (recipes/accelerate/fsdp2.yaml)")
+            check_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config)
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
             raise HFTError("FSDP1 cannot mix frozen and trained parameters in a layer; set fsdp_version: 2")
         reentrant = (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant")
@@ -142,7 +152,9 @@ class HalfFineTuning(ManifestMixin):
             The remaining arguments of TRL's constructor.
         """
         # accelerate upcasts the trained parameters of an FSDP2 model itself, but only if it computes in half precision.
-        if not is_sharded(args) or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
+        if is_zero3(args):
+            upcast(model, autocast=True)
+        elif not is_sharded(args) or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
             upcast(model, autocast=args.bf16 or args.fp16)
         return kwargs
 
@@ -253,6 +265,23 @@ def loaded(model: PreTrainedModel | str, args: TrainingArguments) -> tuple[PreTr
     if getattr(model.config, "quantization_config", None) is not None:
         raise HFTError("the model is quantized; half fine-tuning trains the weights themselves, give the original")
     return model, stored
+
+
+def check_deepspeed(config: dict[str, Any]) -> None:
+    """Refuse a DeepSpeed config that would round the frozen half or could not write the model.
+
+    Raises:
+        HFTError: it is another stage than ZeRO-3, or half precision is not left to torch's autocast.
+    """
+    zero, ours = config.get("zero_optimization", {}), "take recipes/accelerate/zero3.json"
+    if zero.get("stage") != 3:
+        raise HFTError(f"of DeepSpeed only ZeRO-3 is supported, which shards the frozen half too; {ours}")
+    if any(config.get(key, {}).get("enabled") for key in ("bf16", "fp16")):
+        raise HFTError(f"DeepSpeed's bf16 and fp16 would convert the frozen half; {ours}, with torch_autocast")
+    if not config.get("torch_autocast", {}).get("enabled"):
+        raise HFTError(f"without torch_autocast fp32 master weights and the frozen half do not multiply; {ours}")
+    if not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise HFTError(f"without stage3_gather_16bit_weights_on_model_save no model would be written; {ours}")
 
 
 def check_arguments(kwargs: dict[str, Any]) -> None:

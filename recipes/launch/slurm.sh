@@ -1,0 +1,34 @@
+#!/bin/bash
+# Llama-2-7B on two nodes of 8 GPUs, sharded with FSDP2 over all 16. Run once on the login node: make install. Then:
+#
+#   sbatch recipes/launch/slurm.sh
+#   sbatch --nodes 4 recipes/launch/slurm.sh sft --config recipes/llama2-13b/sft.yaml recipes/methods/hft.yaml
+#
+# The words after the script are those of `hft`. The folder must be on a file system that all nodes see. Submitted again,
+# a run that was killed resumes.
+#SBATCH --job-name=hft
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.log
+
+set -euo pipefail
+cd "$SLURM_SUBMIT_DIR"
+
+if [ $# -eq 0 ]; then
+    set -- sft --config recipes/llama2-7b/sft.yaml recipes/methods/hft.yaml
+fi
+engine=${ENGINE:-fsdp2} # or ddp, zero3: recipes/accelerate
+processes=$((SLURM_NNODES * SLURM_GPUS_ON_NODE))
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+# One launcher on each node; the node's number is known only there.
+srun bash -c '
+    engine=$1 processes=$2 head=$3
+    shift 3
+    .venv/bin/accelerate launch --config_file "recipes/accelerate/$engine.yaml" --num_machines "$SLURM_NNODES" \
+        --num_processes "$processes" --machine_rank "$SLURM_NODEID" --main_process_ip "$head" \
+        --main_process_port 29500 -m hft "$@"
+' _ "$engine" "$processes" "$head" "$@"

@@ -1,0 +1,43 @@
+"""`make bench`, on the tiny model."""
+
+import re
+import runpy
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def rows_of(text: str) -> dict[str, list[str]]:
+    """The cells of every table row by its first cell; of rows of one name the last."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {cells[0].strip(): cells for cells in lines}
+
+
+def bench(monkeypatch, out, model, *words: str) -> str:
+    """What the bench writes about one step of each arm."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    small = ["--rounds", "1", "--steps", "1", "--rows", "1", "--length", "32"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--model", str(model), *small, "--out", str(out), *words])
+    runpy.run_path(str(ROOT / "benchmarks" / "bench.py"), run_name="__main__")
+    return out.read_text()
+
+
+def test_the_bench_measures_what_the_plan_says(tmp_path, tiny, monkeypatch):
+    text = bench(monkeypatch, tmp_path / "bench.md", tiny, "--parts", "sft")
+    rows = rows_of(text)
+    *_, together, planned = rows["hft"]
+    assert together == planned
+    bounds = {name: float(cells[8]) for name, cells in rows.items() if re.fullmatch(r"[\d.]+", cells[-1])}
+    assert bounds["fft"] == 1 > bounds["hft"] > bounds["bottom half"] > 0.5
+    assert "frozen by hand; the loss of the first step is the same" in text
+    assert 'make bench ARGS="--parts dpo"' in text  # which was not run
+
+
+@pytest.mark.slow
+def test_the_bench_at_equal_memory_and_for_dpo(tmp_path, tiny, monkeypatch):
+    text = bench(monkeypatch, tmp_path / "bench.md", tiny, "--parts", "equal", "dpo", "checkpointing")
+    shared, full = (rows_of(text)[f"hft, {which} reference"] for which in ("shared", "full"))
+    assert float(shared[-3]) < float(full[-3])
+    assert re.search(r"the bound by FLOPs is 0\.\d{3}", text)
