@@ -11,7 +11,7 @@ from hft.errors import HFTError, reason
 from hft.machine import broadcast, indented, is_main, reset_peak_memory, say
 from hft.record.card import CARD_NAME
 from hft.record.checkpoints import checkpoints
-from hft.record.manifest import MANIFEST_NAME, Manifest
+from hft.record.manifest import MANIFEST_NAME, Manifest, write_text
 from hft.record.scores import SCORES_FOLDER
 from hft.record.verification import masks_of, verify_folder
 from hft.runs.card import card_settings, write_run_card
@@ -35,7 +35,9 @@ def train(plan: RunPlan) -> RunResult:
         The result, the same in every process.
 
     Raises:
-        HFTError: the machine cannot hold the run, or something that only the weights or the prepared rows show.
+        HFTError: the machine cannot hold the run, something that only the weights or the prepared rows show, or a loss
+            that is not finite.
+        Stopped: SIGTERM; a checkpoint is saved.
     """
     if plan.misfit:
         raise HFTError(plan.misfit)
@@ -50,10 +52,12 @@ def train(plan: RunPlan) -> RunResult:
         claim_folder(plan, trainer)
 
     from hft.runs import tracking
+    from hft.runs.stopping import saved_on_sigterm
 
     selection = getattr(trainer, "selection", plan.selection)
     with tracking.tracked(on_wandb, plan.args.run_name, plan.config.values, selection, plan.out):
-        trainer.train(resume_from_checkpoint=plan.resume_from)
+        with saved_on_sigterm(trainer):
+            trainer.train(resume_from_checkpoint=plan.resume_from)
         trainer.save_model(_internal_call=True)  # is pushed to the Hub once it is verified
         final = metrics_of_what_was_saved(trainer)
         trainer.accelerator.wait_for_everyone()
@@ -157,7 +161,7 @@ def claim_folder(plan: RunPlan, trainer: ManifestMixin) -> None:
         plan.out.mkdir(parents=True, exist_ok=True)
         if not plan.resume_from:
             clear(plan.out)
-        (plan.out / CONFIG_NAME).write_text(to_yaml(plan.config.values))
+        write_text(plan.out / CONFIG_NAME, to_yaml(plan.config.values))
         (plan.out / RESULTS_NAME).unlink(missing_ok=True)
         if not plan.config.method.adapter:
             from hft.record.picture import plot_selection
