@@ -51,7 +51,7 @@ S := runs/$(MODEL)-sft-fft
 D := runs/$(MODEL)-dpo-fft-from-$(notdir $(S))
 
 .PHONY: help install trace-mini cpi eval report forgetting sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo \
-	lint test test-slow test-gpu clean
+	lint test test-slow test-gpu audit clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PRECIOUS: models/%/config.json
@@ -74,7 +74,7 @@ help:
 	@echo "  ARM     $(basename $(notdir $(wildcard recipes/cpi/*.yaml)))"
 	@echo "  MERGE   $(basename $(notdir $(wildcard recipes/merges/*.yaml)))"
 	@echo "make report [RUNS='runs/a runs/b'] [ARGS=...]    runs side by side, as a page: report/report.html"
-	@echo "make install | test | lint | test-slow | test-gpu | clean"
+	@echo "make install | test | lint | test-slow | test-gpu | audit | clean"
 
 install: $(INSTALLED)
 
@@ -191,6 +191,13 @@ test-slow: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/pytest -m gpu $(ARGS)
+
+# Known vulnerabilities of the versions in constraints.txt. pip-audit has an environment of its own; it asks pypi.org.
+audit: $(INSTALLED)
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	@echo "asking pypi.org; this needs the network"
+	$(VENV)/audit/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt $(ARGS)
 
 clean:
 	rm -rf data models report runs wandb

@@ -25,8 +25,12 @@ def read_config(name: str, source: str | Path) -> PretrainedConfig:
         HFTError: it cannot be read, or the model is quantized.
     """
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)  # instead of asking on the terminal
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        if "custom code" in str(error):
+            raise HFTError(
+                f"{name} comes with code of its own, which hft never runs; give a model that transformers has"
+            ) from error
         hint = f"; `hft fetch {Path(name).name}` makes it" if name.startswith("models/") else ""
         raise HFTError(f"cannot read the config of {name}: {reason(error)}{hint}") from error
     if getattr(config, "quantization_config", None) is not None:
