@@ -197,7 +197,7 @@ audit: $(INSTALLED)
 	$(PYTHON) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/pip install --quiet --disable-pip-version-check pip-audit
 	@echo "asking pypi.org; this needs the network"
-	$(VENV)/audit/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt $(ARGS)
+	$(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt $(ARGS)
 
 clean:
 	rm -rf data models report runs wandb

@@ -85,5 +85,5 @@ def test_yaml_makes_no_objects(tmp_path, capsys, marker):
         (tmp_path / "recipe.yaml").write_text(f"run_name: {text}\n")
         assert main(["sft", "--config", str(tmp_path / "recipe.yaml")]) == 2
         assert "is not valid YAML: could not determine a constructor for the tag" in error_of(capsys)
-        assert main(["sft", "--config", "recipes/tiny/sft.yaml", "--model_init_kwargs", f"{{a: {text}}}"]) == 2
+        assert main(["cpi", "--config", "recipes/tiny/cpi.yaml", "--probe", f"{{a: {text}}}"]) == 2
         assert "could not determine a constructor for the tag" in error_of(capsys)

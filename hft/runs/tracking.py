@@ -152,5 +152,8 @@ def log_result(result: RunResult, out: Path) -> None:
         return
     artifact = wandb.Artifact(f"manifest-{wandb.run.id}", type="manifest")
     artifact.add_file(str(out / MANIFEST_NAME))
-    wandb.run.log_artifact(artifact)
     wandb.run.summary.update({"results": asdict(result)})
+    try:
+        wandb.run.log_artifact(artifact)
+    except wandb.Error as error:  # it asks the server first whether it may
+        say(f"wandb has no artifact of {out / MANIFEST_NAME}: {reason(error)}")

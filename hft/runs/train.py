@@ -46,7 +46,12 @@ def train(plan: RunPlan) -> RunResult:
             f"{plan.out} holds this run, finished; train again with --resume_from_checkpoint none or another output_dir"
         )
         return broadcast(conclude(RunResult.load(plan.out), plan.out) if is_main() else None)
-    trainer = make_trainer(plan)
+    try:
+        trainer = make_trainer(plan)
+    except OSError as error:
+        if error.filename is None or not plan.out.is_relative_to(error.filename):
+            raise
+        raise cannot_write_to(plan.out, error) from error  # Trainer makes the folder
     on_wandb = is_main() and "wandb" in plan.args.report_to
     if is_main():
         claim_folder(plan, trainer)
@@ -168,7 +173,12 @@ def claim_folder(plan: RunPlan, trainer: ManifestMixin) -> None:
 
             plot_selection(trainer.selection, plan.args.run_name).savefig(plan.out / PICTURE_NAME)
     except OSError as error:
-        raise HFTError(f"cannot write to output_dir {plan.out}: {error.strerror or reason(error)}") from error
+        raise cannot_write_to(plan.out, error) from error
+
+
+def cannot_write_to(out: Path, error: OSError) -> HFTError:
+    """The error about a run's folder that cannot be made or written to."""
+    return HFTError(f"cannot write to output_dir {out}: {error.strerror or reason(error)}")
 
 
 def clear(out: Path) -> None:

@@ -114,12 +114,10 @@ class ManifestMixin:
 def diverged(name: str, value: float, step: int, out: str) -> HFTError:
     """The error about a number that should be finite after a step."""
     last = last_checkpoint(out)
-    start = (
-        f"goes on from {last}, the last good checkpoint" if last else "starts over, since no checkpoint is saved yet"
-    )
+    kept = f"{last} is the last good checkpoint" if last else "no checkpoint was saved"
     return HFTError(
-        f"the {name} is {value} at step {step}; lower --learning_rate or --max_grad_norm, or raise --warmup_steps, and "
-        f"run the command again: it {start}"
+        f"the {name} is {value} at step {step}; {kept}; a resume keeps its learning rates, so train again with a lower "
+        "--learning_rate or --max_grad_norm, or more --warmup_steps, and --resume_from_checkpoint none"
     )
 
 
