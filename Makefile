@@ -52,7 +52,7 @@ S := runs/$(MODEL)-sft-fft
 D := runs/$(MODEL)-dpo-fft-from-$(notdir $(S))
 
 .PHONY: help install trace-mini cpi eval report forgetting bench sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo \
-	lint test test-slow test-gpu clean
+	lint test test-slow test-gpu audit clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PRECIOUS: models/%/config.json
@@ -77,7 +77,7 @@ help:
 	@echo "  MERGE   $(basename $(notdir $(wildcard recipes/merges/*.yaml)))"
 	@echo "make report [RUNS='runs/a runs/b'] [ARGS=...]    runs side by side, as a page: report/report.html"
 	@echo "ENGINE=fsdp2|zero3|ddp    how several GPUs share a model; by default fsdp2, or ddp for what cannot be sharded"
-	@echo "make install | test | lint | test-slow | test-gpu | clean"
+	@echo "make install | test | lint | test-slow | test-gpu | audit | clean"
 
 install: $(INSTALLED)
 
@@ -198,6 +198,13 @@ test-slow: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/pytest -m gpu $(ARGS)
+
+# Known vulnerabilities of the versions in constraints.txt. pip-audit has an environment of its own; it asks pypi.org.
+audit: $(INSTALLED)
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	@echo "asking pypi.org; this needs the network"
+	$(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt $(ARGS)
 
 clean:
 	rm -rf data models report runs wandb

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 
-from hft.errors import HFTError
+from hft.errors import HFTError, cannot_write
 
 # Command, the function that takes the rest of the words and returns an exit status, and what it does.
 COMMANDS = {
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0; 1 if verify found a difference; 2 for a mistake that the user can correct.
+        The exit status: 0; 1 if verify found a difference; 2 for a mistake that the user can correct; 143 for a run
+        that SIGTERM has stopped.
     """
     # TRL pings a server whenever a trainer is made; huggingface_hub reads this when it is imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -63,9 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _imported(COMMANDS[command][0])(rest)
     except HFTError as error:
         _tell(error)
-        return 2
+        return error.status
     except SystemExit as done:  # argparse, after --help or a mistake
         return int(done.code or 0)
+    except Exception as error:
+        if sentence := cannot_write(error):
+            _tell(sentence)
+            return HFTError.status
+        raise
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,7 +103,7 @@ def _imported(target: str) -> Callable[[Sequence[str]], int]:
         gc.enable()
 
 
-def _tell(error: HFTError) -> None:
+def _tell(error: HFTError | str) -> None:
     """Print an error, once per run.
 
     The launcher ends the other processes as soon as one fails. Where all fail alike the first one speaks, and the
@@ -106,4 +112,7 @@ def _tell(error: HFTError) -> None:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(3)
+    if "tqdm" in sys.modules:  # a bar that is still open would end up after the sentence
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.close()
     print(f"hft: {error}", file=sys.stderr, flush=True)

@@ -20,6 +20,9 @@ from hft.errors import HFTError, reason
 
 T = TypeVar("T")
 
+# Keys of TRL's configs and of `from_pretrained` that hold a secret.
+SECRETS = ("hub_token", "token", "use_auth_token", "api_key")
+
 
 @dataclass
 class RunConfig:
@@ -263,7 +266,7 @@ class Given:
             All keys that were given with their typed values, and those among them that were flags.
 
         Raises:
-            HFTError: an unknown key, or a value of the wrong type.
+            HFTError: an unknown key, a value of the wrong type, or a secret.
         """
         merged, sources = self.merge(keys.replaced, keys.aliases)
         values = {}
@@ -272,7 +275,23 @@ class Given:
                 values[key] = keys.convert(key, value)
             except HFTError as error:
                 raise (HFTError(f"{sources[key]}: {error}") if key in sources else error) from error
+        refuse_secrets(values)
         return values, {key: values[key] for key in self._named(self.flags, keys.aliases)}
+
+
+def refuse_secrets(values: Mapping[str, Any]) -> None:
+    """Refuse keys that hold a secret, also inside other keys: a config is printed, and saved beside the model.
+
+    Raises:
+        HFTError: there is one.
+    """
+    for key, value in values.items():
+        if key in SECRETS and isinstance(value, str):
+            raise HFTError(
+                f"{key} would be saved with the config; leave it out, and set HF_TOKEN or run `hf auth login`"
+            )
+        if isinstance(value, Mapping):
+            refuse_secrets(value)
 
 
 class _Parser(argparse.ArgumentParser):

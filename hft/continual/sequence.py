@@ -18,6 +18,7 @@ from hft.errors import HFTError
 from hft.machine import broadcast, is_main, reset_peak_memory, say
 from hft.methods.strategy import Row
 from hft.record.identity import differences
+from hft.record.manifest import write_text
 from hft.runs.config import comparable, read_config
 from hft.runs.plan import RunPlan, load_tokenizer, make_plan
 from hft.runs.train import train
@@ -99,10 +100,10 @@ def prepare(plan: SequencePlan, data: Data) -> None:
         return
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
-        (plan.out / RECIPE_NAME).write_text(to_yaml(plan.common))
+        write_text(plan.out / RECIPE_NAME, to_yaml(plan.common))
         data.shorten(load_tokenizer(plan.config(data.runs(plan)[0][0])), plan)
         data.write(plan)
-        (plan.out / SEQUENCE_NAME).write_text(to_yaml(keys_of(plan)))
+        write_text(plan.out / SEQUENCE_NAME, to_yaml(keys_of(plan)))
     except OSError as error:
         raise HFTError(f"cannot write to output_dir {plan.out}: {error.strerror}") from error
 
@@ -162,16 +163,16 @@ def log_to_wandb(plan: SequencePlan, matrix: Matrix) -> str:
     """
     import wandb
 
-    from hft.runs.tracking import open_run
+    from hft.runs.tracking import finish, open_run
 
     run, where = open_run(name=plan.name, job_type="sequence", config=keys_of(plan))
-    with run:
-        rows = [[name, *row] for name, row in zip(matrix.rounds, matrix.scores, strict=True)]
-        run.log({"matrix": wandb.Table(["round", *matrix.tasks], rows)})
-        found = matrix.summary()
-        for t, row in enumerate(matrix.after_rounds):
-            scores = {task: value for task, value in zip(matrix.tasks, row, strict=True) if value is not None}
-            run.log(scores | {"round": t + 1, "OP": found["op"][t], "BWT": found["bwt"][t]})
+    rows = [[name, *row] for name, row in zip(matrix.rounds, matrix.scores, strict=True)]
+    run.log({"matrix": wandb.Table(["round", *matrix.tasks], rows)})
+    found = matrix.summary()
+    for t, row in enumerate(matrix.after_rounds):
+        scores = {task: value for task, value in zip(matrix.tasks, row, strict=True) if value is not None}
+        run.log(scores | {"round": t + 1, "OP": found["op"][t], "BWT": found["bwt"][t]})
+    finish()
     return where
 
 

@@ -8,6 +8,7 @@ from hft.config import to_yaml
 from hft.cpi.config import STAGES, Plan, parse_config
 from hft.errors import HFTError
 from hft.machine import indented, leave_process_group, say, world_size
+from hft.record.manifest import write_text
 from hft.runs.result import CONFIG_NAME
 
 
@@ -80,7 +81,14 @@ def run_stages(plan: Plan, stages: Sequence[str], *, alone: bool = False) -> Non
 
 
 def save_config(plan: Plan) -> None:
-    """Write the resolved config, with the folder of stage 1, so that a stage can be repeated from it."""
-    plan.out.mkdir(parents=True, exist_ok=True)
+    """Write the resolved config, with the folder of stage 1, so that a stage can be repeated from it.
+
+    Raises:
+        HFTError: the folder cannot be made.
+    """
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HFTError(f"cannot write to output_dir {plan.out}: {error.strerror}") from error
     values = plan.values | {"probe_dir": str(plan.probes)}
-    (plan.out / CONFIG_NAME).write_text(to_yaml({key: value for key, value in values.items() if key != "dry_run"}))
+    write_text(plan.out / CONFIG_NAME, to_yaml({key: value for key, value in values.items() if key != "dry_run"}))

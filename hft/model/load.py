@@ -29,8 +29,13 @@ def read_config(name: str, source: str | Path) -> PretrainedConfig:
     """
     own = Path(source) / MODEL_CONFIG
     try:
-        config = AutoConfig.from_pretrained(own if own.exists() else source)
+        # transformers would ask on the terminal whether to run code that comes with a model.
+        config = AutoConfig.from_pretrained(own if own.exists() else source, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        if "custom code" in str(error):
+            raise HFTError(
+                f"{name} comes with code of its own, which hft never runs; give a model that transformers has"
+            ) from error
         hint = f"; `hft fetch {Path(name).name}` makes it" if name.startswith("models/") else ""
         raise HFTError(f"cannot read the config of {name}: {reason(error)}{hint}") from error
     if getattr(config, "quantization_config", None) is not None:

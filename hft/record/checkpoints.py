@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from pathlib import Path
 
-from hft.record.manifest import MANIFEST_NAME
+from hft.record.manifest import MANIFEST_NAME, Manifest
 
 # As Trainer names them; transformers.trainer_utils has the constants, and importing it loads peft.
 CHECKPOINT = re.compile(r"checkpoint-\d+")
-TRAINER_STATE = "trainer_state.json"
+TRAINER_STATE, RNG_STATE = "trainer_state.json", "rng_state_{}.pth"
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -27,11 +28,16 @@ def is_checkpoint(folder: Path, out: str | Path) -> bool:
 def last_checkpoint(folder: str | Path) -> str | None:
     """The last complete checkpoint in a folder, or None.
 
-    The trainer writes its state after everything else, so a checkpoint without it was cut off.
+    The trainer writes its state after everything else, so a checkpoint without it was cut off. In several processes
+    the first one does not wait for the random states of the others.
     """
     for checkpoint in reversed(checkpoints(folder)):
         if (checkpoint / MANIFEST_NAME).exists() and _is_json(checkpoint / TRAINER_STATE):
-            return str(checkpoint)
+            processes = Manifest.load(checkpoint).processes
+            states = [checkpoint / RNG_STATE.format(rank) for rank in range(processes if processes > 1 else 0)]
+            # torch saves zip archives, whose table is at the end. A checkpoint of weights alone has no states.
+            if not any(path.exists() for path in states) or all(map(zipfile.is_zipfile, states)):
+                return str(checkpoint)
     return None
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft.errors import HFTError, reason
+from hft.machine import world_size
 from hft.record.identity import check_same_run
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Manifest:
             `steps`, `fractions` and `history`. Units that trained at any step count as trained; those that never did
             count as frozen once the round is over.
         data: what identifies the data files (`hft.data.fingerprint`).
+        processes: how many trained, each with a random state of its own in a checkpoint; 0 if that is not known.
         versions: the packages that made it.
     """
 
@@ -71,6 +73,7 @@ class Manifest:
     tuned: str | None = None
     schedule: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
+    processes: int = 0
     versions: dict[str, str] = field(
         default_factory=lambda: {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     )
@@ -101,6 +104,7 @@ class Manifest:
             counts={block: list(count) for block, count in selection.counts().items()},
             masks={name: mask.digest() for name, mask in selection.frozen_masks.items()},
             earlier=rounds_so_far(base),
+            processes=world_size(),
             **record,
         )
 
@@ -165,9 +169,14 @@ class Manifest:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> Path:
-    """Write a JSON file in one step: a reader sees the old or the new one, never half of it."""
+    """Write a JSON file in one step."""
+    return write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file in one step: a reader sees the old or the new one, never half of it."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     return temporary.replace(path)
 
 

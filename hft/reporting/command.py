@@ -55,13 +55,13 @@ def log_report(page: Path, out: Path) -> str:
     """
     import wandb
 
-    from hft.runs.tracking import open_run
+    from hft.runs.tracking import finish, open_run
 
     run, where = open_run(name=out.resolve().name, job_type="report")
-    with run:
-        run.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
-        artifact = wandb.Artifact(f"report-{run.id}", type="report")
-        artifact.add_dir(str(out))
-        run.log_artifact(artifact)
+    run.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+    artifact = wandb.Artifact(f"report-{run.id}", type="report")
+    artifact.add_dir(str(out))
+    run.log_artifact(artifact)
+    finish()
     wandb.teardown()  # another run in this process reads its settings again
     return where

@@ -307,7 +307,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
     base, template = config.run.model_name_or_path, config.run.chat_template_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise HFTError(f"cannot load the tokenizer of {base}: {reason(error)}") from error
     if template and Path(find_template(template)).is_file():

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from hft.selection import Selection
 
 PROJECT = "hft"
+# Seconds; wandb itself would wait for its server forever. WANDB_FINISH_TIMEOUT changes it.
+FINISH_TIMEOUT = 60
 
 
 @contextmanager
@@ -45,9 +47,9 @@ def tracked(
     try:
         yield
     except BaseException:
-        wandb.finish(exit_code=1)
+        finish(exit_code=1)
         raise
-    wandb.finish()
+    finish()
     wandb.teardown()  # another run in this process reads its settings again
 
 
@@ -87,7 +89,9 @@ def open_run(**settings: Any) -> tuple[wandb.Run, str]:
             mode, why = ("online", "") if wandb.login(prompt=False, verify=False) else ("offline", "no API key")
         except wandb.Error as error:
             mode, why = "offline", reason(error)
-    settings = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "settings": wandb.Settings(quiet=True)} | settings
+    timeout = float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT))
+    how = wandb.Settings(quiet=True, finish_timeout=timeout, finish_timeout_raises=True)
+    settings = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "settings": how} | settings
     try:
         run = wandb.init(**settings, mode=mode)
     except wandb.Error as error:
@@ -96,6 +100,17 @@ def open_run(**settings: Any) -> tuple[wandb.Run, str]:
     if run.offline:
         return run, f"wandb is offline ({why}); upload later with `wandb sync {Path(run.dir).parent}`"
     return run, f"wandb: {run.url}"
+
+
+def finish(exit_code: int = 0) -> None:
+    """End the wandb run; where wandb can no longer be reached, say how to upload the rest instead of waiting for it."""
+    import wandb
+
+    folder = Path(wandb.run.dir).parent if wandb.run else None
+    try:
+        wandb.finish(exit_code)
+    except TimeoutError:
+        say(f"wandb cannot be reached; upload the rest later with `wandb sync {folder}`")
 
 
 def current() -> dict[str, str]:
@@ -117,7 +132,7 @@ def log_scores(run: dict[str, str], scores: dict[str, float]) -> None:
 
     again, _ = open_run(**run, resume="allow")
     again.summary.update(scores)
-    wandb.finish()
+    finish()
     wandb.teardown()
 
 
@@ -137,5 +152,8 @@ def log_result(result: RunResult, out: Path) -> None:
         return
     artifact = wandb.Artifact(f"manifest-{wandb.run.id}", type="manifest")
     artifact.add_file(str(out / MANIFEST_NAME))
-    wandb.run.log_artifact(artifact)
     wandb.run.summary.update({"results": asdict(result)})
+    try:
+        wandb.run.log_artifact(artifact)
+    except wandb.Error as error:  # it asks the server first whether it may
+        say(f"wandb has no artifact of {out / MANIFEST_NAME}: {reason(error)}")

@@ -12,7 +12,7 @@ from hft.machine import broadcast, indented, is_main, reset_peak_memory, say
 from hft.model.weights import MODEL_CONFIG
 from hft.record.card import CARD_NAME
 from hft.record.checkpoints import checkpoints
-from hft.record.manifest import MANIFEST_NAME, Manifest
+from hft.record.manifest import MANIFEST_NAME, Manifest, write_text
 from hft.record.scores import SCORES_FOLDER
 from hft.record.verification import masks_of, verify_folder
 from hft.runs.card import card_settings, write_run_card
@@ -36,7 +36,9 @@ def train(plan: RunPlan) -> RunResult:
         The result, the same in every process.
 
     Raises:
-        HFTError: the machine cannot hold the run, or something that only the weights or the prepared rows show.
+        HFTError: the machine cannot hold the run, something that only the weights or the prepared rows show, or a loss
+            that is not finite.
+        Stopped: SIGTERM; a checkpoint is saved.
     """
     if plan.misfit:
         raise HFTError(plan.misfit)
@@ -45,16 +47,23 @@ def train(plan: RunPlan) -> RunResult:
             f"{plan.out} holds this run, finished; train again with --resume_from_checkpoint none or another output_dir"
         )
         return broadcast(conclude(RunResult.load(plan.out), plan.out) if is_main() else None)
-    trainer = make_trainer(plan)
+    try:
+        trainer = make_trainer(plan)
+    except OSError as error:
+        if error.filename is None or not plan.out.is_relative_to(error.filename):
+            raise
+        raise cannot_write_to(plan.out, error) from error  # Trainer makes the folder
     on_wandb = is_main() and "wandb" in plan.args.report_to
     if is_main():
         claim_folder(plan, trainer)
 
     from hft.runs import tracking
+    from hft.runs.stopping import saved_on_sigterm
 
     selection = getattr(trainer, "selection", plan.selection)
     with tracking.tracked(on_wandb, plan.args.run_name, plan.config.values, selection, plan.out):
-        trainer.train(resume_from_checkpoint=plan.resume_from)
+        with saved_on_sigterm(trainer):
+            trainer.train(resume_from_checkpoint=plan.resume_from)
         trainer.save_model(_internal_call=True)  # is pushed to the Hub once it is verified
         final = metrics_of_what_was_saved(trainer)
         trainer.accelerator.wait_for_everyone()
@@ -162,14 +171,19 @@ def claim_folder(plan: RunPlan, trainer: ManifestMixin) -> None:
         plan.out.mkdir(parents=True, exist_ok=True)
         if not plan.resume_from:
             clear(plan.out)
-        (plan.out / CONFIG_NAME).write_text(to_yaml(plan.config.values))
+        write_text(plan.out / CONFIG_NAME, to_yaml(plan.config.values))
         (plan.out / RESULTS_NAME).unlink(missing_ok=True)
         if not plan.config.method.adapter:
             from hft.record.picture import plot_selection
 
             plot_selection(trainer.selection, plan.args.run_name).savefig(plan.out / PICTURE_NAME)
     except OSError as error:
-        raise HFTError(f"cannot write to output_dir {plan.out}: {error.strerror or reason(error)}") from error
+        raise cannot_write_to(plan.out, error) from error
+
+
+def cannot_write_to(out: Path, error: OSError) -> HFTError:
+    """The error about a run's folder that cannot be made or written to."""
+    return HFTError(f"cannot write to output_dir {out}: {error.strerror or reason(error)}")
 
 
 def clear(out: Path) -> None:

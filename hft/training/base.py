@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+from hft.errors import HFTError
 from hft.machine import peak_memory
 from hft.record.card import write_card
 from hft.record.checkpoints import TRAINER_STATE, last_checkpoint
@@ -47,6 +52,8 @@ class ManifestMixin:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         self.check_resumable(resume_from_checkpoint)
         self.resumed_from = resume_from_checkpoint or None
+        # It would hide what `log` looks for, and wait for the device at every batch.
+        self.args.logging_nan_inf_filter = False
         return super().train(resume_from_checkpoint=self.resumed_from, **kwargs)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
@@ -63,9 +70,30 @@ class ManifestMixin:
             self.manifest.check_resumable(checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the peak memory so far."""
+        """Log, with the peak memory so far.
+
+        Raises:
+            HFTError: the training loss or the gradient is not finite.
+        """
         logs["peak_memory_gb"] = round(peak_memory() / 1e9, 2)
         super().log(logs, start_time)
+        # Under fp16 the scaler skips a step whose gradient is infinite, and goes on.
+        names = {"loss": "loss"} | ({} if self.args.fp16 else {"grad_norm": "gradient"})
+        for key, name in names.items():
+            if not math.isfinite(logs.get(key, 0.0)):
+                raise diverged(name, logs[key], self.state.global_step, self.args.output_dir)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, unless training has spoiled it: the last good checkpoint stays the last one.
+
+        Raises:
+            HFTError: a weight that trains is not finite.
+        """
+        norm = get_total_norm([p.detach() for p in self.model.parameters() if p.requires_grad])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not norm.isfinite():
+            raise diverged("norm of the weights", norm.item(), self.state.global_step, self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -81,6 +109,16 @@ class ManifestMixin:
         saved = not self.is_in_train and (Path(folder) / MANIFEST_NAME).exists()
         manifest = Manifest.load(folder) if saved else self.manifest_so_far()
         write_card(folder, manifest, settings, tags, verified=self.verified, model_id=self.hub_model_id)
+
+
+def diverged(name: str, value: float, step: int, out: str) -> HFTError:
+    """The error about a number that should be finite after a step."""
+    last = last_checkpoint(out)
+    kept = f"{last} is the last good checkpoint" if last else "no checkpoint was saved"
+    return HFTError(
+        f"the {name} is {value} at step {step}; {kept}; a resume keeps its learning rates, so train again with a lower "
+        "--learning_rate or --max_grad_norm, or more --warmup_steps, and --resume_from_checkpoint none"
+    )
 
 
 def changed_arguments(args: TrainingArguments) -> dict[str, Any]:

@@ -2,15 +2,14 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from hft.demo.tasks import write_tasks
+from tests import faults
 from tests.conftest import ROOT, identical, tensors
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -24,29 +23,36 @@ GEM = ("--strategy", "gem", "--memory_rows", "4")
 SELF_REPLAY = ("--strategy", "self-replay", "--replay_texts", "24", "--replay_batch", "9", "--replay_tokens", "24")
 
 
-def words(tiny, tasks, out, *strategy: str, processes: int = 1, sharded: bool = False) -> list[str]:
+def sequence(tiny, tasks, out, *strategy: str, processes: int = 1) -> list[str]:
+    """The words of `hft continual` on two tasks, of twenty steps each."""
     paths = {"model_name_or_path": tiny, "trace_dir": tasks, "output_dir": out}
     settings = SETTINGS | paths | {"per_device_train_batch_size": 8 // processes}
     flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     files = ["--config", "recipes/tiny/trace.yaml", "recipes/methods/hft.yaml", "--tasks", "First", "Swap", *METRICS]
+    return ["continual", *files, *flags, *strategy]
+
+
+def words(*args, processes: int = 1, sharded: bool = False) -> list[str]:
+    """The command of a sequence in one process or several, under DDP or FSDP2."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     program = [str(FSDP2)] if sharded else ["-m", "hft"]
-    return [sys.executable, *(launch if processes > 1 else []), *program, "continual", *files, *flags, *strategy]
+    return [sys.executable, *(launch if processes > 1 else []), *program, *sequence(*args, processes=processes)]
 
 
-# A sequence is killed as soon as one of these appears: while it prepares, scores, trains, saves and verifies.
+# While a sequence prepares, scores, trains, saves and verifies.
 MOMENTS = [
-    "recipe.yaml",
-    "data/02-Swap.jsonl",
-    "start/scores/trace.json",
-    "01-First/checkpoint-5",
-    "01-First/checkpoint-15/optimizer.pt",
-    "01-First/model.safetensors",
-    "01-First/results.json",
-    "01-First/scores/trace.json",
-    "02-Swap/checkpoint-10",
-    "02-Swap/hft_manifest.json",
-    "02-Swap/scores/trace.json",
+    "write recipe.tmp",
+    "write data/02-Swap.jsonl",
+    "rename start/scores/trace.tmp",
+    "mkdir 01-First/checkpoint-5",
+    "write 01-First/checkpoint-15/optimizer.pt",
+    "write 01-First/model.safetensors",
+    "verify 01-First",
+    "rename 01-First/results.tmp",
+    "write 01-First/scores/trace.tmp",
+    "optimizer 12",
+    "write 02-Swap/hft_manifest.tmp",
+    "write matrix.tmp",
 ]
 
 
@@ -63,13 +69,7 @@ def straight(tmp_path_factory, tiny):
 def test_a_sequence_that_is_killed_ends_with_the_same_matrix(straight, tiny, tmp_path):
     whole, tasks = straight
     out = tmp_path / "out"
-    for moment in MOMENTS:
-        run = subprocess.Popen(words(tiny, tasks, out, *GEM), cwd=ROOT, env=ENVIRONMENT)
-        while run.poll() is None and not (out / moment).exists():
-            time.sleep(0.002)
-        run.kill()
-        assert run.wait() == -signal.SIGKILL, moment
-    subprocess.run(words(tiny, tasks, out, *GEM), check=True, cwd=ROOT, env=ENVIRONMENT)
+    faults.killed_at(MOMENTS, sequence(tiny, tasks, out, *GEM), out)
     for name in ("01-First", "02-Swap"):
         ours, theirs = tensors(out / name), tensors(whole / name)
         assert all(identical(ours[key], theirs[key]) for key in theirs), name

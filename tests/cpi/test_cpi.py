@@ -1,6 +1,7 @@
 """CPI-FT: cores, groups, fusion, and groups that leave the cores of earlier ones as they are."""
 
 import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from hft.merging.checkpoint import Checkpoint
 from hft.record.manifest import Manifest
 from hft.record.scores import Score
 from hft.selection.masks import MASKS_NAME, Masks, load_masks
+from tests import faults
 from tests.conftest import command, error_of, identical, losses, tensors, write_jsonl
 from tests.training.test_fsdp2 import launch
 
@@ -497,3 +499,18 @@ def test_all_stages_under_fsdp2(tmp_path, tiny, tasks):
     printed = launch(2, *words(tiny, tasks, tmp_path / "out", *flags, names=NAMES[:2]))
     assert printed.count("of them the frozen part of a tensor") == 2  # once in the backbone, once after the fusion
     assert "now in one process: hft cpi score --config" in printed
+
+
+@pytest.mark.slow
+def test_stages_that_are_killed_end_with_the_same_bits(tmp_path, tiny, tasks):
+    """At ten random moments of the stages: of their rows, models, cores, runs and scores."""
+    out, straight = tmp_path / "out", tmp_path / "straight"
+    assert faults.run(words(tiny, tasks, straight, names=NAMES[:2]), straight, trace=True) == [0]
+    every = faults.moments(straight)
+    moments = [every[index] for index in sorted(random.Random(0).sample(range(len(every)), 10))]
+    faults.killed_at(moments, words(tiny, tasks, out, names=NAMES[:2]), out)
+    ours, theirs = (sorted(path.relative_to(one) for path in one.rglob("*.safetensors")) for one in (out, straight))
+    assert ours == theirs
+    assert not [name for name in ours if (out / name).read_bytes() != (straight / name).read_bytes()]
+    scores = (json.loads((one / "scores.json").read_text()) for one in (out, straight))
+    assert next(scores) == next(scores)

@@ -1,0 +1,116 @@
+"""A loss that is not finite, an output that cannot be written, wandb out of reach: a sentence, and nothing is lost."""
+
+import json
+import re
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from transformers import Trainer
+
+from hft.cli import main
+from hft.record.checkpoints import last_checkpoint
+from tests.conftest import error_of
+from tests.cpi.test_cpi import words as cpi
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, sft, capsys):
+    out = tmp_path / "out"
+    spoiled = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--save_steps", "1"]
+    assert sft(out, *spoiled) == 2  # the first step has rate 0, the second ruins the weights
+    first = out / "checkpoint-1"
+    assert error_of(capsys) == (
+        f"hft: the norm of the weights is inf at step 2; {first} is the last good checkpoint; a resume keeps its "
+        "learning rates, so train again with a lower --learning_rate or --max_grad_norm, or more --warmup_steps, and "
+        "--resume_from_checkpoint none"
+    )
+    assert last_checkpoint(out) == str(first)
+    assert not list(out.glob("checkpoint-2/*"))
+    assert not (out / "model.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_a_run(tmp_path, dpo, capsys):
+    assert dpo(tmp_path / "out", "--learning_rate", "1e30", "--max_grad_norm", "0", "--save_strategy", "no") == 2
+    assert "hft: the loss is nan at step 3; no checkpoint was saved; " in error_of(capsys)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_training(tmp_path, sft, tiny, capsys):
+    assert sft("/proc/out") == 2
+    assert "hft: cannot write to output_dir /proc/out: " in error_of(capsys)
+    (tmp_path / "file").write_text("")
+    for out in ("/proc/out", tmp_path / "file" / "out"):
+        assert main(cpi(tiny, tmp_path, out)) == 2
+        assert f"hft: cannot write to output_dir {out}: " in error_of(capsys)
+
+
+def test_a_read_only_file_system_is_named(tmp_path, monkeypatch, sft, capsys):
+    """As the root user, whom permissions do not stop."""
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system", str(tmp_path / "out" / "optimizer.pt"))
+
+    monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", refuse)
+    assert sft(tmp_path / "out") == 2
+    error = error_of(capsys)
+    assert error.endswith("optimizer.pt: Read-only file system; choose a folder that you may write to")
+
+
+@pytest.fixture
+def wandb_online(tmp_path, monkeypatch):
+    """wandb with a key that looks valid, and short timeouts."""
+    settings = {"API_KEY": "0" * 40, "BASE_URL": "http://127.0.0.1:9", "DIR": str(tmp_path)}
+    settings |= {"INIT_TIMEOUT": "2", "FINISH_TIMEOUT": "2"}
+    for key, value in settings.items():
+        monkeypatch.setenv(f"WANDB_{key}", value)
+    monkeypatch.delenv("WANDB_MODE")
+
+
+def test_wandb_out_of_reach_from_the_start(tmp_path, sft, capsys, wandb_online):
+    assert sft(tmp_path / "out", "--report_to", "wandb", "--max_steps", "1") == 0
+    printed = capsys.readouterr().out
+    assert "wandb is offline (it cannot be reached: " in printed
+    assert f"upload later with `wandb sync {tmp_path / 'wandb' / 'offline-run-'}" in printed
+
+
+class Server(BaseHTTPRequestHandler):
+    """As much of wandb's server as a run needs to start."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        asked = json.loads(body) if self.path == "/graphql" else {}
+        name = asked.get("variables", {}).get("name") or "run"
+        run = {"id": "id", "name": name, "displayName": name, "project": {"name": "hft", "entity": {"name": "me"}}}
+        viewer = {"id": "me", "entity": "me", "username": "me", "teams": {"edges": []}}
+        data = {"viewer": viewer, "serverInfo": {"features": []}, "upsertBucket": {"bucket": run, "inserted": True}}
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_wandb_out_of_reach_midway(tmp_path, sft, capsys, wandb_online, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "60")
+    step = Trainer.training_step
+
+    def last_seen(trainer, *args, **kwargs):
+        server.shutdown()
+        server.server_close()
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", last_seen)
+    assert sft(tmp_path / "out", "--report_to", "wandb", "--max_steps", "1") == 0
+    printed = capsys.readouterr().out
+    assert "wandb: http://127.0.0.1" in printed
+    assert "verify passed" in printed
+    (folder,) = re.findall("wandb cannot be reached; upload the rest later with `wandb sync (.*)`", printed)
+    (log,) = Path(folder).glob("*.wandb")
+    assert b"train/loss" in log.read_bytes()
