@@ -511,6 +511,9 @@ def test_stages_that_are_killed_end_with_the_same_bits(tmp_path, tiny, tasks):
     faults.killed_at(moments, words(tiny, tasks, out, names=NAMES[:2]), out)
     ours, theirs = (sorted(path.relative_to(one) for path in one.rglob("*.safetensors")) for one in (out, straight))
     assert ours == theirs
-    assert not [name for name in ours if (out / name).read_bytes() != (straight / name).read_bytes()]
+    for name in ours:  # the order of a file's metadata is not always the same, so tensors are compared
+        one, other = load_file(out / name), load_file(straight / name)
+        assert one.keys() == other.keys()
+        assert all(identical(one[key], other[key]) for key in one), name
     scores = (json.loads((one / "scores.json").read_text()) for one in (out, straight))
     assert next(scores) == next(scores)
