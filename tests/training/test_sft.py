@@ -2,10 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -207,30 +203,6 @@ def test_frozen_embeddings_stay(tmp_path, tiny, sft):
     base, out = tensors(tiny), tensors(tmp_path / "out")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert identical(base[name], out[name])
-
-
-def test_a_killed_run_goes_on_exactly_where_it_was(tmp_path, tiny, data, sft):
-    """2N steps at a stretch, and N steps, SIGKILL, the same command again: the same weights, bit for bit."""
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    steps = ["--max_steps", "16", "--save_steps", "4"]
-    assert sft(straight, *steps) == 0
-
-    words = command("sft", killed, *steps, model=tiny, data=data)
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "hft", *words], stdout=log, stderr=log)
-        deadline = time.monotonic() + 120
-        while last_checkpoint(killed) is None and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    checkpoint = last_checkpoint(killed)
-    assert checkpoint is not None, (tmp_path / "log").read_text()
-    assert not (killed / "results.json").exists()
-
-    assert sft(killed, *steps) == 0
-    ours, theirs = tensors(killed), tensors(straight)
-    assert all(identical(ours[name], theirs[name]) for name in theirs)
-    assert losses(killed / "checkpoint-16") == losses(straight / "checkpoint-16")
 
 
 def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(finished, tmp_path):
