@@ -146,7 +146,7 @@ def sft(bench: Bench, checkpointing: bool = False) -> str:
     arms["TRL, frozen by hand"] = bench.arm(bench.trl, **keys)
     arms |= {name: bench.arm(bench.trainer, name, **keys) for name in METHODS[2:]}
     found = bench.run(arms)
-    planned = {name: bench.plan(name, **keys).memory.total for name in METHODS}
+    planned = {name: bench.plan(name, **keys).memory.state for name in METHODS}
     ours, theirs = found["hft"], found["TRL, frozen by hand"]
     overhead = [median(a) / median(b) for a, b in zip(ours, theirs, strict=True)]
     same = all(a.loss == b.loss for a, b in zip(ours, theirs, strict=True))
@@ -202,7 +202,7 @@ def one_gpu(bench: Bench) -> str:
         "hft": bench.arm(bench.trainer, "hft"),
         "hft, checkpointing": bench.arm(bench.trainer, "hft", activation_checkpointing=True),
     }
-    return table(bench.run(arms), bench, {"hft": bench.plan("hft").memory.total})
+    return table(bench.run(arms), bench, {"hft": bench.plan("hft").memory.state})
 
 
 RUN = {"sft": sft, "checkpointing": partial(sft, checkpointing=True), "equal": equal, "dpo": dpo, "7b": one_gpu}

@@ -45,6 +45,7 @@ class RunPlan:
         engine: where it computes.
         model_config: the base's.
         candidates: full fine-tuning, the run, and its cheapest rival, where their costs are known.
+        unknown: a sentence on why they are not known, else None.
         outlook: the machine that the plan is made for, if it was asked for.
         misfit: a sentence if this machine cannot hold the run; then nothing below is known.
         args: TRL's config.
@@ -63,6 +64,7 @@ class RunPlan:
     engine: Engine
     model_config: PretrainedConfig
     candidates: list[Candidate] = field(default_factory=list)
+    unknown: str | None = None
     outlook: Outlook | None = None
     misfit: str | None = None
     args: TrainingArguments | None = None
@@ -209,7 +211,7 @@ def with_fewest_layers(plan: RunPlan) -> RunPlan:
     """
     available = (plan.outlook.bytes_of_gpu() if plan.outlook else None) or device_bytes()
     if not plan.candidates:
-        raise HFTError(f"activation_checkpointing_layers auto: {plan.notes[-1]}; give a number of layers")
+        raise HFTError(f"activation_checkpointing_layers auto: {plan.unknown}; give a number of layers")
     fewest = plan.own.fewest(available)
     if fewest is None:
         rows, shards, shardable = (
@@ -230,7 +232,7 @@ def with_costs(plan: RunPlan) -> RunPlan:
             plan.config, plan.model_config, plan.selection, plan.args, plan.engine, tuple(plan.checkpointed)
         )
     except HFTError as error:
-        return replace(plan, notes=[*plan.notes, *([str(error)] if plan.outlook else [])])
+        return replace(plan, unknown=str(error), notes=[*plan.notes, *([str(error)] if plan.outlook else [])])
     plan = replace(plan, candidates=candidates)
     return replace(plan, memory=plan.own.memory)
 
