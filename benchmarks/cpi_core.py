@@ -109,9 +109,26 @@ def main() -> None:
     print("| | seconds | anonymous memory, GB | resident at most, GB |\n| --- | --- | --- | --- |", flush=True)
     for way in ("streaming", "topk"):
         subprocess.run([sys.executable, __file__, way, str(folder)], check=True)
-    masks = Masks(folder / "core")
-    marked = torch.cat([masks[name].tensor().reshape(-1) for name in base.parameters])
-    print("\nsame elements:", torch.equal(marked.nonzero().squeeze(1), torch.load(folder / "topk.pt")))
+    print("\n" + compare(folder, base))
+
+
+def compare(folder: Path, base: Checkpoint) -> str:
+    """Whether both ways found the same elements. Of equal changes we take the first ones, torch.topk any."""
+    tuned, masks, found = Checkpoint.open(str(folder / "tuned")), Masks(folder / "core"), torch.load(folder / "topk.pt")
+    start, only_one, kept = 0, [], []
+    for name in base.parameters:
+        change = (tuned.weights[name] - base.weights[name]).abs().reshape(-1)
+        ours, theirs = masks[name].tensor().reshape(-1), torch.zeros(len(change), dtype=torch.bool)
+        first, last = torch.searchsorted(found, torch.tensor([start, start + len(change)]))
+        theirs[found[first:last] - start] = True
+        only_one.append(change[ours != theirs])
+        kept.append(change[ours].min() if ours.any() else torch.tensor(torch.inf))
+        start += len(change)
+    ties, threshold = torch.cat(only_one), torch.stack(kept).min()
+    if len(ties) == 0:
+        return "same elements"
+    same = "same elements, but for" if bool((ties == threshold).all()) else "OTHER ELEMENTS:"
+    return f"{same} {len(ties) // 2} that changed by exactly as much as the smallest one"
 
 
 if __name__ == "__main__":
