@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -324,8 +325,8 @@ def _run(
     limits = [n for n in (settings.limit, benchmark.paper_rows if settings.paper_subsets else None) if n is not None]
     say(f"{subject.name}: {benchmark.name}")
     try:
-        return (
-            lm_eval.simple_evaluate(
+        with _without_environment():
+            results = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=[spec],
                 task_manager=manager,
@@ -336,10 +337,22 @@ def _run(
                 bootstrap_iters=1000,
                 confirm_run_unsafe_code=settings.allow_code,
             )
-            or {}
-        )
     except (DatasetsError, ImportError, LookupError, OSError, ValueError) as error:
         raise HFTError(f"{benchmark.name} cannot be run: {reason(error)}") from error
+    return results or {}
+
+
+@contextmanager
+def _without_environment() -> Iterator[None]:
+    """Leave out lm-eval's description of the machine, for which it runs `pip list` with every benchmark: 1 to 2 s."""
+    from lm_eval import evaluator
+
+    describe = evaluator.add_env_info
+    evaluator.add_env_info = lambda results: None
+    try:
+        yield
+    finally:
+        evaluator.add_env_info = describe
 
 
 def _scores_of(benchmark: Benchmark, results: dict[str, Any]) -> list[Score]:
