@@ -175,7 +175,10 @@ def parse_sequence(arguments: Sequence[str]) -> tuple[SequencePlan, bool]:
 def resolve_sequence(given: Given) -> tuple[SequencePlan, bool]:
     """Divide keys between the sequence and its runs, and type and check both."""
     own = {f.name for f in fields(SequenceConfig)}
-    settings = fill(SequenceConfig, _part(given, own).resolve(Keys((SequenceConfig,)))[0])
+    values, flags = _part(given, own).resolve(Keys((SequenceConfig,)))
+    if "tasks" in flags and "metrics" not in flags:  # the recipe's metrics are of the recipe's tasks
+        values["metrics"] = {task: name for task, name in values.get("metrics", {}).items() if task in values["tasks"]}
+    settings = fill(SequenceConfig, values)
     rest = _part(given, own, inside=False)
     dry_run = str(rest.flags.pop("dry_run", "false")).lower() == "true"
     merged, _ = rest.merge(lambda config: (), {})

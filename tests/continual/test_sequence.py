@@ -17,6 +17,7 @@ from hft.continual.matrix import Matrix
 from hft.continual.scoring import score
 from hft.continual.tasks import read_task, shorten_rows
 from hft.demo.tasks import write_tasks
+from hft.errors import HFTError
 from hft.record.manifest import Manifest
 from hft.record.scores import Scores
 from hft.reporting.paper import read_runs
@@ -189,6 +190,14 @@ def test_dry_run_writes_nothing(tmp_path, tiny, tasks, capsys):
     out = capsys.readouterr().out
     assert out.index("01-Swap") < out.index("02-First")
     assert "training rows, 2 steps" in out
+
+
+def test_other_tasks_than_the_recipes_need_no_metrics_of_its_own():
+    words = ["--config", "recipes/smollm2-135m/trace.yaml", "--tasks", "ScienceQA", "Kind"]
+    plan, _ = parse_sequence(words)
+    assert plan.settings.metrics == {"ScienceQA": "choice_and_reason", "Kind": "choice"}
+    with pytest.raises(HFTError, match="metrics has Swap"):
+        parse_sequence([*words, "--metrics", "{Kind: choice, Swap: accuracy}"])
 
 
 def test_the_documents_own_strategy_chooses_rows(tmp_path, tiny, tasks):
