@@ -61,7 +61,7 @@ help:
 	@echo "make sft-METHOD [MODEL=smollm2-135m] [ARGS='--key value ...'] [NUM_GPUS=n]"
 	@echo "make dpo-METHOD [MODEL=...] [FROM=runs/an-sft-run] [ARGS=...] [NUM_GPUS=n]"
 	@echo "make trace-METHOD [MODEL=...] [STRATEGY=seqft|replay|gem|agem|self-replay|lora] [ARGS=...] [NUM_GPUS=n]"
-	@echo "make trace-mini [ARGS=...]    what each method learns and forgets over six tasks, 20 minutes on a laptop"
+	@echo "make trace-mini [ARGS=...]    what each method learns and forgets over six tasks, half an hour on a laptop"
 	@echo "make cpi | cpi-ARM [MODEL=...] [ARGS=...]    CPI-FT, and what it is compared with"
 	@echo "make sweep-ratios | runtimes [MODEL=...]    the ten ratios of Table 10, and the time of each"
 	@echo "make sweep-seeds [MODEL=...]                five selections, as in Table 14"
