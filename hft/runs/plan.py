@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft.config import fill, to_yaml
 from hft.errors import HFTError, reason
-from hft.machine import broadcast, cpu_has_bfloat16, device_bytes, indented, is_main, is_sharded, is_zero3, world_size
+from hft.machine import broadcast, cpu_has_bfloat16, device_bytes, indented, is_main, is_zero3, world_size
 from hft.model.vocabulary import ids_beyond
 from hft.planning.checkpointing import check_checkpointing, checkpointed_layers
 from hft.planning.memory import Memory, why_it_does_not_fit
 from hft.planning.outlook import Candidate, Outlook, what_to_change
-from hft.record.checkpoints import last_checkpoint
-from hft.record.identity import check_same_run, differences
-from hft.record.manifest import Manifest, identity_of
-from hft.record.verification import check_base
+from hft.record.manifest import identity_of
 from hft.runs.comparison import compare, describe_flops, exactly
-from hft.runs.config import Config, comparable, find_template, read_config
+from hft.runs.config import Config, find_template
 from hft.runs.costs import Engine, candidates_of, engine_of, has_reference, micro_batch, state_of
+from hft.runs.folder import check_output, look_into_folder
 from hft.runs.objective import config_class, in_pairs, rows_of
-from hft.runs.result import CONFIG_NAME, RESULTS_NAME
 from hft.selection import Selection
 from hft.selection.policies import DEFERRED, placeholder_selection
 
@@ -191,7 +187,7 @@ def make_plan(config: Config, outlook: Outlook | None = None) -> RunPlan:
     notes = [*plan.notes, *ids_beyond(tokenizer.get_vocab(), model_config.get_text_config().vocab_size)]
     plan = replace(plan, tokenizer=tokenizer, notes=notes)
     # One process looks and decides for all, since it also writes to the folder that the others would look at.
-    found = broadcast(look_into_folder(plan) if is_main() else None)
+    found = broadcast(look_into_folder(config, plan.identity, args) if is_main() else None)
     return replace(plan, **(found | {"notes": [*plan.notes, *found["notes"]]}))
 
 
@@ -403,86 +399,6 @@ def learning_rate(values: dict[str, Any], default: float) -> tuple[dict[str, flo
     return {"learning_rate": rate * factor}, [
         f"learning rate {rate * factor:g}: {factor:g} times the recipe's {rate:g}"
     ]
-
-
-def check_output(config: Config) -> None:
-    """Refuse an output folder that cannot be written to, or that holds the base.
-
-    Raises:
-        HFTError: it is such a folder, or the base does not match its own manifest.
-    """
-    out, base = config.out, config.run.model_name_or_path
-    if Path(base).is_dir() and Path(base).resolve().is_relative_to(out.resolve()):
-        raise HFTError(f"output_dir {out} is the base itself, or holds it; choose another")
-    existing = next(path for path in [out.resolve(), *out.resolve().parents] if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise HFTError(f"cannot write to output_dir {out}: {existing} is not a folder that you may write to")
-    check_base(base)
-
-
-def look_into_folder(plan: RunPlan) -> dict[str, Any]:
-    """Where the run starts: a checkpoint to resume from, nothing left to do, or the base.
-
-    Returns:
-        Those fields of `RunPlan` that the folder decides.
-
-    Raises:
-        HFTError: the folder holds another run, or the checkpoint is of another one.
-    """
-    start, notes, values = plan.config.values["resume_from_checkpoint"], [], plan.config.values
-    if start in (None, "none", "false"):
-        return {"resume_from": None, "notes": []}
-    if start in ("auto", "true"):
-        saved = plan.out / CONFIG_NAME
-        changes = differences(comparable(values), comparable(read_config(saved))) if saved.exists() else []
-        start = last_checkpoint(plan.out)
-        if (plan.out / RESULTS_NAME).exists():
-            if not changes:
-                return {"is_finished": True, "notes": []}
-            raise HFTError(
-                f"{plan.out} holds a finished run with other settings ({'; '.join(changes)}): choose another "
-                "--output_dir, or --resume_from_checkpoint none to overwrite it"
-            )
-        if start and changes:
-            notes = [f"NOTE: resuming with other settings than before: {'; '.join(changes)}"]
-    if start:
-        check_same_run(plan.identity, Manifest.load(start).identity, start)
-        check_complete(Path(start), plan.args)
-        notes.append(f"resuming from {start}")
-    return {"resume_from": start, "notes": notes}
-
-
-def check_complete(checkpoint: Path, args: TrainingArguments) -> None:
-    """Refuse a checkpoint without the state of the optimizer or of the learning rate, or in another engine's form.
-
-    Trainer would load the weights and silently start both from the beginning.
-    """
-    parts = list(checkpoint.glob("global_step*/*optim_states.pt"))  # one of each process of ZeRO-3
-    states = {
-        "ddp": (checkpoint / "optimizer.pt").exists(),
-        "fsdp2": any(checkpoint.glob("optimizer[._][b0]*")),
-        "zero3": bool(parts),
-    }
-    now = "zero3" if is_zero3(args) else "fsdp2" if is_sharded(args) else "ddp"
-    saved = [engine for engine, found in states.items() if found]
-    if len(saved) == 1 and saved != [now]:
-        how = {"ddp": "without FSDP2", "fsdp2": "with FSDP2", "zero3": "with ZeRO-3"}[saved[0]]
-        count = f"{len(parts)} processes" if parts else "any number of processes"
-        raise HFTError(
-            f"cannot resume from {checkpoint}: its optimizer state was saved {how}; launch with "
-            f"recipes/accelerate/{saved[0]}.yaml, on {count}"
-        )
-    if now == "zero3" and parts and len(parts) != args.world_size:
-        raise HFTError(
-            f"cannot resume from {checkpoint}: ZeRO-3 saved it in the parts of {len(parts)} processes, and here are "
-            f"{args.world_size}; launch {len(parts)}"
-        )
-    if not (saved and (checkpoint / "scheduler.pt").exists()):
-        raise HFTError(
-            f"cannot resume from {checkpoint}: it holds no optimizer or scheduler state (save_only_model), so the run "
-            "would not continue exactly; start again with --resume_from_checkpoint none, or give it as "
-            "--model_name_or_path with another --output_dir"
-        )
 
 
 def describe_steps(plan: RunPlan) -> str:

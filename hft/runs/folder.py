@@ -1,0 +1,105 @@
+"""A run's folder before the run: whether it can be written to, and what in it is to be resumed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hft.errors import HFTError
+from hft.machine import is_sharded, is_zero3
+from hft.record.checkpoints import last_checkpoint
+from hft.record.identity import check_same_run, differences
+from hft.record.manifest import Manifest
+from hft.record.verification import check_base
+from hft.runs.config import Config, comparable, read_config
+from hft.runs.result import CONFIG_NAME, RESULTS_NAME
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def check_output(config: Config) -> None:
+    """Refuse an output folder that cannot be written to, or that holds the base.
+
+    Raises:
+        HFTError: it is such a folder, or the base does not match its own manifest.
+    """
+    out, base = config.out, config.run.model_name_or_path
+    if Path(base).is_dir() and Path(base).resolve().is_relative_to(out.resolve()):
+        raise HFTError(f"output_dir {out} is the base itself, or holds it; choose another")
+    existing = next(path for path in [out.resolve(), *out.resolve().parents] if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise HFTError(f"cannot write to output_dir {out}: {existing} is not a folder that you may write to")
+    check_base(base)
+
+
+def look_into_folder(config: Config, identity: dict[str, Any], args: TrainingArguments) -> dict[str, Any]:
+    """Where a run starts: a checkpoint to resume from, nothing left to do, or the base.
+
+    Args:
+        config: of the run.
+        identity: what makes another run the same (`RunPlan.identity`).
+        args: the trainer's config.
+
+    Returns:
+        Those fields of `RunPlan` that the folder decides.
+
+    Raises:
+        HFTError: the folder holds another run, or the checkpoint is of another one.
+    """
+    values, out, notes = config.values, config.out, []
+    start = values["resume_from_checkpoint"]
+    if start in (None, "none", "false"):
+        return {"resume_from": None, "notes": []}
+    if start in ("auto", "true"):
+        saved = out / CONFIG_NAME
+        changes = differences(comparable(values), comparable(read_config(saved))) if saved.exists() else []
+        start = last_checkpoint(out)
+        if (out / RESULTS_NAME).exists():
+            if not changes:
+                return {"is_finished": True, "notes": []}
+            raise HFTError(
+                f"{out} holds a finished run with other settings ({'; '.join(changes)}): choose another "
+                "--output_dir, or --resume_from_checkpoint none to overwrite it"
+            )
+        if start and changes:
+            notes = [f"NOTE: resuming with other settings than before: {'; '.join(changes)}"]
+    if start:
+        check_same_run(identity, Manifest.load(start).identity, start)
+        check_complete(Path(start), args)
+        notes.append(f"resuming from {start}")
+    return {"resume_from": start, "notes": notes}
+
+
+def check_complete(checkpoint: Path, args: TrainingArguments) -> None:
+    """Refuse a checkpoint without the state of the optimizer or of the learning rate, or in another engine's form.
+
+    Trainer would load the weights and silently start both from the beginning.
+    """
+    parts = list(checkpoint.glob("global_step*/*optim_states.pt"))  # one of each process of ZeRO-3
+    states = {
+        "ddp": (checkpoint / "optimizer.pt").exists(),
+        "fsdp2": any(checkpoint.glob("optimizer[._][b0]*")),
+        "zero3": bool(parts),
+    }
+    now = "zero3" if is_zero3(args) else "fsdp2" if is_sharded(args) else "ddp"
+    saved = [engine for engine, found in states.items() if found]
+    if len(saved) == 1 and saved != [now]:
+        how = {"ddp": "without FSDP2", "fsdp2": "with FSDP2", "zero3": "with ZeRO-3"}[saved[0]]
+        count = f"{len(parts)} processes" if parts else "any number of processes"
+        raise HFTError(
+            f"cannot resume from {checkpoint}: its optimizer state was saved {how}; launch with "
+            f"recipes/accelerate/{saved[0]}.yaml, on {count}"
+        )
+    if now == "zero3" and parts and len(parts) != args.world_size:
+        raise HFTError(
+            f"cannot resume from {checkpoint}: ZeRO-3 saved it in the parts of {len(parts)} processes, and here are "
+            f"{args.world_size}; launch {len(parts)}"
+        )
+    if not (saved and (checkpoint / "scheduler.pt").exists()):
+        raise HFTError(
+            f"cannot resume from {checkpoint}: it holds no optimizer or scheduler state (save_only_model), so the run "
+            "would not continue exactly; start again with --resume_from_checkpoint none, or give it as "
+            "--model_name_or_path with another --output_dir"
+        )
