@@ -1,6 +1,6 @@
 """What half fine-tuning costs beside FFT and others: `make bench`, or python benchmarks/bench.py [--rounds 5 ...].
 
-Each arm is a run of some steps on the same rows, made by the public API and let go of. All arms follow each other in
+Each arm is a run of some steps on the same rows, made by the public API and freed. All arms follow each other in
 one process, once a round, every other round backwards. The tables go to results/bench/DEVICE.md.
 """
 
@@ -125,7 +125,7 @@ class Bench:
             processing_class=plan.tokenizer,
         )
 
-    def run(self, arms: dict[str, Callable[..., Measured]]) -> dict[str, list[Measured]]:
+    def run(self, arms: dict[str, Callable[[], Measured]]) -> dict[str, list[Measured]]:
         """Measure arms in turn, every other round backwards."""
         found: dict[str, list[Measured]] = {name: [] for name in arms}
         for number in range(self.rounds):
@@ -134,9 +134,9 @@ class Bench:
                 print(f"round {number + 1}, {name}: {statistics.median(found[name][-1].step):.3f} s", flush=True)
         return found
 
-    def arm(self, make: Callable[..., Trainer], *words, checkpointed: int | None = None, **keys) -> Callable:
+    def arm(self, make: Callable[..., Trainer], *words, **keys) -> Callable[[], Measured]:
         """Something that measures an arm when it is called."""
-        return partial(measure, partial(make, *words, **keys), self.tokens, checkpointed)
+        return partial(measure, partial(make, *words, **keys), self.tokens)
 
 
 def sft(bench: Bench, checkpointing: bool = False) -> str:
@@ -162,13 +162,12 @@ def equal(bench: Bench) -> str:
     layers = AutoConfig.from_pretrained(bench.model).num_hidden_layers
     budget = bench.arm(bench.trainer, "hft")().peak
     none, most = (
-        bench.arm(bench.trainer, "fft", activation_checkpointing=True, checkpointed=count)().peak
-        for count in (0, layers)
+        bench.arm(bench.trainer, "fft", activation_checkpointing_layers=count)().peak for count in (0, layers)
     )
     count = min(layers, max(0, -int(-layers * (none - budget) // (none - most))))
     fft, half = f"fft, {count} of {layers} layers checkpointed", "hft, none checkpointed"
     arms = {
-        fft: bench.arm(bench.trainer, "fft", activation_checkpointing=True, checkpointed=count),
+        fft: bench.arm(bench.trainer, "fft", activation_checkpointing_layers=count),
         half: bench.arm(bench.trainer, "hft"),
     }
     found = bench.run(arms)
@@ -296,7 +295,7 @@ def not_run(parts: list[str]) -> str:
         return ""
     where = "" if torch.cuda.is_available() else " On a GPU `make bench` runs all of them, the last on one of 80 GB."
     commands = "\n".join(f'- {PARTS[part]}: `make bench ARGS="--parts {part}"`' for part in missing)
-    return f"## Not run here\n\n{commands}\n\nThey write the file anew; `--out FILE` writes another.{where}\n"
+    return f"## Not run here\n\n{commands}\n\nThey overwrite the file; `--out FILE` writes another.{where}\n"
 
 
 def parse() -> argparse.Namespace:

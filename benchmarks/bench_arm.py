@@ -15,7 +15,6 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 @dataclass
@@ -55,12 +54,11 @@ class Watch(TrainerCallback):
     Args:
         trainer: whose steps to measure, without gradient accumulation.
         tokens: rows and tokens per row of a batch.
-        checkpointed: of the layers, how many are checkpointed from the first on; None leaves what the config says.
         held: bytes that the process held before the arm.
     """
 
-    def __init__(self, trainer: Trainer, tokens: tuple[int, int], checkpointed: int | None, held: int) -> None:
-        self.trainer, self.tokens, self.checkpointed, self.held = trainer, tokens, checkpointed, held
+    def __init__(self, trainer: Trainer, tokens: tuple[int, int], held: int) -> None:
+        self.trainer, self.tokens, self.held = trainer, tokens, held
         self.measured, self.parts = Measured(), {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
         trainer.compute_loss = self._timed("forward", trainer.compute_loss)
         trainer.accelerator.backward = self._timed("backward", trainer.accelerator.backward)
@@ -74,11 +72,7 @@ class Watch(TrainerCallback):
 
         return run
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if self.checkpointed is not None:
-            layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-            for index, layer in enumerate(layers):
-                layer.gradient_checkpointing = index < self.checkpointed
+    def on_train_begin(self, args, state, control, **kwargs):
         reset_peak()
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -112,18 +106,17 @@ class Watch(TrainerCallback):
             measured.reference = size([*model.parameters(), *trainer.ref_model.parameters()]) - measured.weights
 
 
-def measure(make: Callable[[], Trainer], tokens: tuple[int, int], checkpointed: int | None = None) -> Measured:
-    """Make a trainer, train, and let go of it.
+def measure(make: Callable[[], Trainer], tokens: tuple[int, int]) -> Measured:
+    """Make a trainer, train, and free it.
 
     Args:
         make: makes it.
         tokens: rows and tokens per row of a batch.
-        checkpointed: as `Watch` takes it.
     """
     release()
     held = resident()
     trainer = make()
-    watch = Watch(trainer, tokens, checkpointed, held)
+    watch = Watch(trainer, tokens, held)
     trainer.add_callback(watch)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -178,7 +171,7 @@ def resident() -> int:
 
 
 def reset_peak() -> None:
-    """Start the peak anew."""
+    """Reset the peak."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:

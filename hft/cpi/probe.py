@@ -173,7 +173,7 @@ def check_probe(probe: Checkpoint, base: Checkpoint, also: str = "") -> None:
     manifest = Manifest.load(probe.folder)
     if manifest.base not in {absolute_or_hub_id(name) for name in (base.name, also)}:
         raise HFTError(
-            f"probe {probe.name} was trained from {manifest.base}, not from {also or base.name}; train it anew"
+            f"probe {probe.name} was trained from {manifest.base}, not from {also or base.name}; train it again"
         )
     if manifest.frozen_checksums:
         raise HFTError(

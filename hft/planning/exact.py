@@ -145,7 +145,7 @@ class _Saved:
         return saved_tensors_hooks(pack, lambda held: held.tensor)
 
     def bytes(self) -> int:
-        """Bytes of what is still held: a checkpoint that nothing needs has let go of its input."""
+        """Bytes of what is still held: a checkpoint that nothing needs has freed its input."""
         storages = [held.tensor.untyped_storage() for ref in self._held if (held := ref()) is not None]
         return sum({s._cdata: s.nbytes() for s in storages if s._cdata not in self._own}.values())
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from hft.machine import world_size
+from hft.machine import device_bytes, world_size
 from hft.methods import Method
 from hft.selection import Selection
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 GIB = 2**30
 # Above this many parameters a run on a CPU is a mistake unless it was asked for by name.
 CPU_MODEL_SIZE = 1_000_000_000
-
-
 # Names in a table of the parts that have another name there.
 LABELS = {
     "master_weights": "fp32 master weights",
@@ -181,7 +179,7 @@ def why_it_does_not_fit(
     size = f"{selection.anatomy.numel / 1e9:.1f}B parameters"
     if torch.accelerator.is_available() and not use_cpu:
         need = needed(shards=shards, processes=world_size())
-        if torch.cuda.is_available() and need > (have := torch.cuda.get_device_properties(0).total_memory / GIB):
+        if torch.cuda.is_available() and need > (have := device_bytes() / GIB):
             more = "; shard it over more GPUs with FSDP2" if method.shardable else ""
             return f"{size} need {need:.1f} GiB per device before activations and each has {have:.1f} GiB{more}"
         return None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hft.config import to_yaml
+from hft.config import SECRETS, to_yaml
 from hft.errors import shorten
 from hft.methods import NOTHING, find
 from hft.record.manifest import Manifest
@@ -16,7 +16,6 @@ from hft.selection.policies import POLICIES
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-SECRETS = ("hub_token",)  # keys of a config that stay out of the card
 
 
 def write_card(

@@ -80,15 +80,10 @@ class HalfFineTuning(ManifestMixin):
         if not isinstance(selection, Selection):
             selection = select(anatomy_of(model), selection or SelectionConfig())
         self.selection = selection
-        if is_zero3(args) and selection.frozen_masks:
-            raise HFTError(
-                "ZeRO-3 holds parameters flat and in parts, where masks of elements do not fit; launch with "
-                "recipes/accelerate/fsdp2.yaml"
-            )
+        if is_zero3(args):
+            check_zero3(selection, save_only_trained=save_only_trained)
         freeze(model, selection)
         self._record(model, args, update, schedule)
-        if is_zero3(args) and save_only_trained:
-            raise HFTError("save_only_trained goes with FSDP2 and DDP, not with ZeRO-3; leave it out")
         if save_only_trained and selection.frozen_parameters:
             if isinstance(source, str):
                 check_stored_as_computed(source, self.manifest.revision, selection.anatomy.parameters)
@@ -265,6 +260,21 @@ def loaded(model: PreTrainedModel | str, args: TrainingArguments) -> tuple[PreTr
     if getattr(model.config, "quantization_config", None) is not None:
         raise HFTError("the model is quantized; half fine-tuning trains the weights themselves, give the original")
     return model, stored
+
+
+def check_zero3(selection: Selection, *, save_only_trained: bool) -> None:
+    """Refuse what only the other engines can do.
+
+    Raises:
+        HFTError: masks of elements, or `save_only_trained`.
+    """
+    if selection.frozen_masks:
+        raise HFTError(
+            "ZeRO-3 holds parameters flat and in parts, where masks of elements do not fit; launch with "
+            "recipes/accelerate/fsdp2.yaml"
+        )
+    if save_only_trained:
+        raise HFTError("save_only_trained goes with FSDP2 and DDP, not with ZeRO-3; leave it out")
 
 
 def check_deepspeed(config: dict[str, Any]) -> None:

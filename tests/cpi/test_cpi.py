@@ -442,7 +442,7 @@ def test_probes_that_say_nothing_of_the_task_are_refused(models, tiny, finished,
         check_probe(Checkpoint.open(str(tiny)), base)
     probe = Checkpoint.open(str(finished.probe_of("sum")))
     check_probe(probe, Checkpoint.open(str(finished.probes / "base")))
-    with pytest.raises(HFTError, match=r"was trained from .*/probes/base, not from .*/models.*/base; train it anew"):
+    with pytest.raises(HFTError, match=r"was trained from .*/probes/base, not from .*/models.*/base; train it again"):
         check_probe(probe, base)
     other = ["--model_name_or_path", str(models["base"]), "--probe_dir", str(finished.probes)]
     assert main(["cpi", "train", "--config", str(finished.out / "config.yaml"), *other]) == 2
