@@ -113,12 +113,12 @@ class Adapter:
         """Take back what `state` gave."""
 
     def num_held(self, model: PeftModel) -> int:
-        """Elements that the adapter holds without training them, in the base's dtype."""
+        """Elements that the adapter holds without training them, in fp32."""
         return 0
 
     def base_bytes(self, anatomy: Anatomy, held: int, bytes_per_element: float) -> float:
         """Bytes of everything that is frozen; `held` elements are the adapter's own."""
-        return (anatomy.numel + held) * bytes_per_element
+        return anatomy.numel * bytes_per_element + 4 * held
 
     def record(self) -> dict[str, Any]:
         """What a manifest keeps: the name and the keys."""
@@ -155,7 +155,7 @@ class AdapterFootprint:
         anatomy: the base's.
         adapter: which one.
         added: elements of each trained parameter, by its name in the model that has the adapter.
-        held: elements that the adapter holds without training them, in the base's dtype.
+        held: elements that the adapter holds without training them, in fp32.
     """
 
     anatomy: Anatomy
@@ -201,8 +201,12 @@ class AdapterFootprint:
         return {block: (0, count) for block, count in sizes.items() if count}
 
     def base_bytes(self, bytes_per_element: float) -> float:
-        """Bytes of everything that is frozen, with that many per element where it is not quantized."""
-        return self.adapter.base_bytes(self.anatomy, self.held, bytes_per_element)
+        """Bytes of everything that is frozen, with that many per element where it is not quantized.
+
+        The input's embeddings are held in fp32 (`hft.freezing.upcast`).
+        """
+        upcast = (4 - bytes_per_element) * next(iter(self.anatomy.embeddings.values()))
+        return self.adapter.base_bytes(self.anatomy, self.held, bytes_per_element) + upcast
 
     def record(self) -> dict[str, Any]:
         """What a manifest keeps of it."""

@@ -19,11 +19,23 @@ class Gradients(TrainerCallback):
         self.bytes = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
 
 
-def plan_of(objective, out, tiny, data, **keys):
+def plan_of(objective, out, tiny, data, method="hft", **keys):
     settings = {"model_name_or_path": str(tiny), "dataset_name": str(data), "output_dir": str(out), "max_steps": 2}
     settings |= {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no", "report_to": "none"}
     recipe = f"recipes/tiny/{objective}.yaml"
-    return hft.make_plan(hft.load_config(objective, recipe, "recipes/methods/hft.yaml", **(settings | keys)))
+    return hft.make_plan(hft.load_config(objective, recipe, f"recipes/methods/{method}.yaml", **(settings | keys)))
+
+
+def weights_of(model):
+    """Bytes of what is frozen and of what trains."""
+    weights = Counter()
+    for parameter in model.parameters():
+        weights[parameter.requires_grad] += parameter.nbytes
+    return weights
+
+
+def moments_of(trainer):
+    return [t for state in trainer.optimizer.state.values() for t in state.values() if t.dim()]
 
 
 @pytest.mark.parametrize(
@@ -41,11 +53,7 @@ def test_the_state_of_a_run_takes_what_its_plan_says(objective, keys, tiny, data
     trainer, gradients = make_trainer(plan), Gradients()
     trainer.add_callback(gradients)
     trainer.train()
-    weights = Counter()
-    for parameter in trainer.model.parameters():
-        weights[parameter.requires_grad] += parameter.nbytes
-    moments = [t for state in trainer.optimizer.state.values() for t in state.values() if t.dim()]
-    memory = plan.memory
+    memory, weights, moments = plan.memory, weights_of(trainer.model), moments_of(trainer)
     assert weights[False] == memory.weights
     assert weights[True] == memory.master_weights
     assert gradients.bytes == memory.gradients
@@ -53,6 +61,20 @@ def test_the_state_of_a_run_takes_what_its_plan_says(objective, keys, tiny, data
     assert all(tensor.dtype == torch.float32 for tensor in moments)
     assert memory.reference == (reference_bytes(trainer) if objective == "dpo" else 0)
     assert memory.state == sum(weights.values()) + gradients.bytes + memory.moments + memory.reference
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "osf", "p-tuning", "p-tuning-v2"])
+def test_the_state_of_an_adapters_run_takes_what_its_plan_says(method, tiny, data, tmp_path):
+    plan = plan_of("sft", tmp_path / "out", tiny, data, method, bf16=True)
+    trainer, gradients = make_trainer(plan), Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    memory, weights = plan.memory, weights_of(trainer.model)
+    held = sum(buffer.nbytes for name, buffer in trainer.model.named_buffers() if "osf" in name)
+    assert weights[False] + held == pytest.approx(memory.weights, rel=1e-4)  # AdaLoRA counts ranks, in a few bytes
+    assert weights[True] == memory.master_weights
+    assert gradients.bytes == memory.gradients
+    assert sum(moment.nbytes for moment in moments_of(trainer)) == memory.moments
 
 
 def test_a_step_of_a_run_holds_what_its_plan_says(tiny, data, tmp_path):
