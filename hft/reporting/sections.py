@@ -252,15 +252,17 @@ def variations(found: Found, styles: Styles) -> Section:
 
 
 def cost(found: Found) -> Section:
-    head = ["", "n", "trains, % of layers", "% of model", "tokens/s", "peak memory, GB", "optimizer state, MB"]
+    head = ["", "n", "trains, % of layers", "% of model", "FLOPs, of fft", "tokens/s", "peak memory, GB"]
+    head += ["optimizer state, MB"]
     tables = []
     for model, groups in found.models.items():
         trained = [group for group in groups if group.first.result]
         rows = [[Cell(g.label), Cell(str(len(g.runs))), *cost_cells(g, baseline_of(g, groups))] for g in trained]
         tables += [Table(model, [Cell(text) for text in head], rows)] if rows else []
     text = (
-        "As the runs measured it; below, relative to full fine-tuning. Speeds compare only on the same machine. The "
-        "optimizer state is that in the last checkpoint."
+        "As the runs measured it; below, relative to full fine-tuning. FLOPs per token are counted, and bound what a "
+        "run can save in time. Speeds compare only on the same machine. The optimizer state is that in the last "
+        "checkpoint."
     )
     return Section("Cost", text, tables)
 
@@ -268,6 +270,8 @@ def cost(found: Found) -> Section:
 def cost_cells(group: Group, baseline: Group | None) -> list[Cell]:
     fractions = [group.first.fractions.get(of) for of in ("layers", "model")]
     cells = [Cell("" if fraction is None else f"{100 * fraction:.1f}") for fraction in fractions]
+    flops = (group.first.result.planned or {}).get("flops_to_fft")
+    cells.append(Cell("" if flops is None else f"{flops:.3f}"))
     measures: list[tuple[int, Callable[[Run], float | None]]] = [
         (0, lambda run: run.result and run.result.tokens_per_second),
         (1, lambda run: run.result and run.result.peak_memory_gb),

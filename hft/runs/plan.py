@@ -89,6 +89,16 @@ class RunPlan:
         return args.per_device_train_batch_size * self.engine.processes * args.gradient_accumulation_steps
 
     @property
+    def planned(self) -> dict[str, float] | None:
+        """Of the run per device, for its result: FLOPs per token, what they are of full fine-tuning's, bytes that are
+        held all the time and at the peak; None where they are not known."""
+        if not self.candidates:
+            return None
+        fft, own, memory = self.candidates[0].step, self.own.step, self.own.memory
+        per_token = {"flops_per_token": own.flops / own.tokens, "flops_to_fft": own.flops / fft.flops}
+        return per_token | {"state_bytes": memory.state, "peak_bytes": memory.total}
+
+    @property
     def steps(self) -> int | None:
         """Steps of the whole run; None if the data is not here, or rows are packed and only the packed ones tell."""
         if self.args.max_steps > 0:

@@ -40,6 +40,7 @@ class RunResult:
         machine: settings that the machine decided.
         verify: for each finding of `hft verify` how many tensors it concerns.
         ok: whether verify passed.
+        planned: FLOPs and bytes by `RunPlan.planned`, to hold the measured ones against.
         wandb: id, project and entity of its wandb run, if it has one.
         schedule_fractions: trainable fraction of the layers first, last and on average, under a schedule.
     """
@@ -57,6 +58,7 @@ class RunResult:
     verify: dict[str, int] = field(default_factory=dict)
     ok: bool = True
     schedule_fractions: dict[str, float] | None = None
+    planned: dict[str, float] | None = None
     wandb: dict[str, str] | None = None
 
     def save(self, folder: str | Path) -> Path:

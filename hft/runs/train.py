@@ -71,6 +71,7 @@ def train(plan: RunPlan) -> RunResult:
         if is_main():
             draw_history(trainer, plan, on_wandb)
             measured = measure(plan.config.objective, trainer, plan.machine, final)
+            measured.planned = plan.planned
             measured.wandb = tracking.current() if on_wandb else None
             result = conclude(measured, plan.out)
             if on_wandb:

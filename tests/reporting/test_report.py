@@ -98,7 +98,7 @@ def copied(source: Path, folder: Path, **settings) -> Path:
     return folder
 
 
-def test_runs_that_differ_in_their_seed_are_one_row(whole):
+def test_runs_that_differ_in_their_seed_are_one_row(whole, runs):
     text = whole[1]
     rows = table(text, "tiny: task, drift and facts")
     assert list(rows) == ["base", "fft", "hft", "half-reset"]
@@ -111,6 +111,9 @@ def test_runs_that_differ_in_their_seed_are_one_row(whole):
     assert rows["base"]["KL to base"] == "0.000 (se 0.010, -0.400 to fft)"
     cost = table(text, "tiny")
     assert (cost["fft"]["trains, % of layers"], cost["hft"]["trains, % of layers"]) == ("100.0", "50.0")
+    assert cost["fft"]["FLOPs, of fft"] == "1.000"
+    planned = json.loads((runs["hft-a"] / "results.json").read_text())["planned"]
+    assert float(cost["hft"]["FLOPs, of fft"]) == round(planned["flops_to_fft"], 3) < 1
     sizes = {name: float(row["optimizer state, MB"].split()[0]) for name, row in cost.items()}
     assert sizes["hft"] < 0.75 * sizes["fft"]
 
