@@ -67,10 +67,6 @@ class Bench:
     steps: int
     rounds: int
 
-    @property
-    def tokens(self) -> tuple[int, int]:
-        return self.rows, self.length
-
     def plan(self, method: str, objective: str = "sft", **keys) -> hft.RunPlan:
         """The plan of an arm."""
         if method == "bottom half":
@@ -136,7 +132,7 @@ class Bench:
 
     def arm(self, make: Callable[..., Trainer], *words, **keys) -> Callable[[], Measured]:
         """Something that measures an arm when it is called."""
-        return partial(measure, partial(make, *words, **keys), self.tokens)
+        return partial(measure, partial(make, *words, **keys), self.rows, self.length)
 
 
 def sft(bench: Bench, checkpointing: bool = False) -> str:
@@ -151,7 +147,7 @@ def sft(bench: Bench, checkpointing: bool = False) -> str:
     overhead = [median(a) / median(b) for a, b in zip(ours, theirs, strict=True)]
     same = all(a.loss == b.loss for a, b in zip(ours, theirs, strict=True))
     return (
-        f"{table(found, bench, planned)}\n\n"
+        f"{table(found, planned)}\n\n"
         f"HFT's step takes {spread(overhead, 3)} of that of TRL with the same parameters frozen by hand; the loss of "
         f"the first step is {'the same' if same else 'NOT the same'}."
     )
@@ -178,7 +174,7 @@ def equal(bench: Bench) -> str:
     return (
         f"The budget is what HFT takes without checkpointing, {budget / 1e9:.2f} GB. FFT takes {none / 1e9:.2f} GB "
         f"with no layer checkpointed and {most / 1e9:.2f} GB with all {layers}, so it checkpoints {count}.{fits}\n\n"
-        f"{table(found, bench)}\n\n"
+        f"{table(found)}\n\n"
         f"HFT's step takes {spread(ratios, 3)} of FFT's, its forward and backward pass {spread(passes, 3)}; the bound "
         f"by FLOPs is {bound:.3f}. The step is {statistics.median(ratios) / bound:.3f} times the bound, the passes "
         f"{statistics.median(passes) / bound:.3f} times."
@@ -192,7 +188,7 @@ def dpo(bench: Bench) -> str:
         "hft, full reference": bench.arm(bench.full_reference),
         "fft": bench.arm(bench.trainer, "fft", "dpo"),
     }
-    return table(bench.run(arms), bench)
+    return table(bench.run(arms))
 
 
 def one_gpu(bench: Bench) -> str:
@@ -201,7 +197,7 @@ def one_gpu(bench: Bench) -> str:
         "hft": bench.arm(bench.trainer, "hft"),
         "hft, checkpointing": bench.arm(bench.trainer, "hft", activation_checkpointing=True),
     }
-    return table(bench.run(arms), bench, {"hft": bench.plan("hft").memory.state})
+    return table(bench.run(arms), {"hft": bench.plan("hft").memory.state})
 
 
 RUN = {"sft": sft, "checkpointing": partial(sft, checkpointing=True), "equal": equal, "dpo": dpo, "7b": one_gpu}
@@ -227,7 +223,7 @@ HEAD = ("", "step, s", "forward", "backward", "optimizer", "tokens/s", "step, of
 HEAD += ("peak memory, GB", "weights, MB", "gradients", "optimizer state", "reference", "together", "planned")
 
 
-def table(found: dict[str, list[Measured]], bench: Bench, planned: dict[str, float] | None = None) -> str:
+def table(found: dict[str, list[Measured]], planned: dict[str, float] | None = None) -> str:
     """A row per arm; the first is what the others are held against, round by round."""
     first = next(iter(found.values()))
     lines = [" | ".join(HEAD), " | ".join("---" for _ in HEAD)]
@@ -240,11 +236,11 @@ def table(found: dict[str, list[Measured]], bench: Bench, planned: dict[str, flo
             name,
             spread(steps, 3),
             *(f"{statistics.median(values):.3f}" for values in times.values()),
-            f"{bench.rows * bench.length / statistics.median(steps):.0f}",
+            f"{one.tokens / statistics.median(steps):.0f}",
             spread([median(a) / median(b) for a, b in pairs], 3),
             f"{statistics.median(passes_of(a) / passes_of(b) for a, b in pairs):.3f}",
             f"{one.flops / first[0].flops:.3f}",
-            f"{statistics.median(m.peak for m in rounds) / 1e9:.2f}",
+            spread([m.peak / 1e9 for m in rounds], 2),
             *(f"{size / 1e6:.1f}" for size in (one.weights, one.gradients, one.states, one.reference, one.state)),
             f"{planned[name] / 1e6:.1f}" if planned and name in planned else "",
         ]

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+from trl import DPOTrainer
 
 
 @dataclass
@@ -27,7 +29,8 @@ class Measured:
         loss: of the first step.
         peak: bytes at the peak while it trained; on a CPU those of the process beyond what it held before the arm.
         weights, gradients, states, reference: bytes of the tensors.
-        flops: of the forward and the backward pass of one step.
+        flops: of the forward and the backward pass of one step, and of DPO's reference.
+        tokens: that go through the model in one step; in DPO those of both answers.
     """
 
     forward: list[float] = field(default_factory=list)
@@ -41,6 +44,7 @@ class Measured:
     states: int = 0
     reference: int = 0
     flops: int = 0
+    tokens: int = 0
 
     @property
     def state(self) -> int:
@@ -53,13 +57,15 @@ class Watch(TrainerCallback):
 
     Args:
         trainer: whose steps to measure, without gradient accumulation.
-        tokens: rows and tokens per row of a batch.
+        rows, length: of a batch; in DPO a row is two sequences of that length.
         held: bytes that the process held before the arm.
     """
 
-    def __init__(self, trainer: Trainer, tokens: tuple[int, int], held: int) -> None:
-        self.trainer, self.tokens, self.held = trainer, tokens, held
-        self.measured, self.parts = Measured(), {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
+    def __init__(self, trainer: Trainer, rows: int, length: int, held: int) -> None:
+        self.trainer, self.held, self.pairs = trainer, held, isinstance(trainer, DPOTrainer)
+        self.sequences, self.length = rows * (2 if self.pairs else 1), length
+        self.measured = Measured(tokens=self.sequences * length)
+        self.parts = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
         trainer.compute_loss = self._timed("forward", trainer.compute_loss)
         trainer.accelerator.backward = self._timed("backward", trainer.accelerator.backward)
 
@@ -81,7 +87,7 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if not self.measured.flops:  # here, where a schedule's layers are those of this step
             self.measured.gradients = size(p.grad for p in model.parameters() if p.grad is not None)
-            self.measured.flops = step_flops(model, *self.tokens)
+            self.measured.flops = step_flops(model, self.sequences, self.length, reference=self.pairs)
         self.before_optimizer = now()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -106,28 +112,28 @@ class Watch(TrainerCallback):
             measured.reference = size([*model.parameters(), *trainer.ref_model.parameters()]) - measured.weights
 
 
-def measure(make: Callable[[], Trainer], tokens: tuple[int, int]) -> Measured:
+def measure(make: Callable[[], Trainer], rows: int, length: int) -> Measured:
     """Make a trainer, train, and free it.
 
     Args:
         make: makes it.
-        tokens: rows and tokens per row of a batch.
+        rows, length: of a batch.
     """
     release()
     held = resident()
     trainer = make()
-    watch = Watch(trainer, tokens, held)
+    watch = Watch(trainer, rows, length, held)
     trainer.add_callback(watch)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return watch.measured
 
 
-def step_flops(model: PreTrainedModel, rows: int, length: int) -> int:
+def step_flops(model: PreTrainedModel, sequences: int, length: int, *, reference: bool = False) -> int:
     """FLOPs of the forward and the backward pass over one batch, with the model's frozen parameters and checkpointing.
 
     Counted on a copy without weights, with eager attention, the whole square. TRL's head keeps no logits and projects
-    once more in the backward pass, which is added.
+    once more in the backward pass, which is added. A reference adds another forward pass.
     """
     parameters = {
         id(p): nn.Parameter(torch.empty(p.shape, device="meta"), requires_grad=p.requires_grad)
@@ -136,12 +142,16 @@ def step_flops(model: PreTrainedModel, rows: int, length: int) -> int:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     copied = copy.deepcopy(base, parameters).to("meta")
     copied.set_attn_implementation("eager")
-    ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
+    ids = torch.zeros(sequences, length, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, length, length, device="meta")
     with FlopCounterMode(display=False) as counter:
         # The class's own forward pass: what accelerate and TRL have put in its place still refers to the model.
-        type(base).forward(copied, input_ids=ids, labels=ids, attention_mask=mask, use_cache=False).loss.backward()
-    return counter.get_total_flops() + 2 * rows * length * copied.get_output_embeddings().weight.numel()
+        forward = partial(type(base).forward, copied, input_ids=ids, attention_mask=mask, use_cache=False)
+        forward(labels=ids).loss.backward()
+        if reference:
+            with torch.no_grad():
+                forward()
+    return counter.get_total_flops() + 2 * sequences * length * copied.get_output_embeddings().weight.numel()
 
 
 def size(tensors: Iterable[torch.Tensor]) -> int:

@@ -37,7 +37,11 @@ def test_the_bench_measures_what_the_plan_says(tmp_path, tiny, monkeypatch):
 
 @pytest.mark.slow
 def test_the_bench_at_equal_memory_and_for_dpo(tmp_path, tiny, monkeypatch):
-    text = bench(monkeypatch, tmp_path / "bench.md", tiny, "--parts", "equal", "dpo", "checkpointing")
-    shared, full = (rows_of(text)[f"hft, {which} reference"] for which in ("shared", "full"))
+    text = bench(monkeypatch, tmp_path / "bench.md", tiny, "--parts", "equal", "checkpointing", "sft", "dpo")
+    rows = rows_of(text)  # "hft" is SFT's and "fft" is DPO's
+    shared, full = (rows[f"hft, {which} reference"] for which in ("shared", "full"))
     assert float(shared[-2]) < float(full[-2])  # bytes of the reference; nothing is planned in the last column
+    # The backward pass is two forward passes in FFT, and the reference is one more.
+    assert float(rows["fft"][8]) == pytest.approx(4 / (3 * float(rows["hft"][8]) + 1), rel=0.02)
+    assert int(shared[5]) == pytest.approx(2 * 32 / float(shared[1].split()[0]), rel=0.1)  # two answers of 32 tokens
     assert re.search(r"the bound by FLOPs is 0\.\d{3}", text)
