@@ -12,6 +12,7 @@ from hft.record.manifest import MANIFEST_NAME, Manifest
 # As Trainer names them; transformers.trainer_utils has the constants, and importing it loads peft.
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 TRAINER_STATE, RNG_STATE = "trainer_state.json", "rng_state_{}.pth"
+RESHARDED = "resharded"  # beside the checkpoints, while one of ZeRO-3 is converted
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -23,6 +24,11 @@ def checkpoints(folder: str | Path) -> list[Path]:
 def is_checkpoint(folder: Path, out: str | Path) -> bool:
     """Whether a folder is a checkpoint of the run in `out`."""
     return folder.parent == Path(out) and CHECKPOINT.fullmatch(folder.name) is not None
+
+
+def zero3_parts(checkpoint: str | Path) -> list[Path]:
+    """The optimizer states in a checkpoint of ZeRO-3, one of each process that saved it."""
+    return list(Path(checkpoint).glob("global_step*/*optim_states.pt"))
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft.errors import HFTError
 from hft.machine import is_sharded, is_zero3
-from hft.record.checkpoints import last_checkpoint
+from hft.record.checkpoints import last_checkpoint, zero3_parts
 from hft.record.identity import check_same_run, differences
 from hft.record.manifest import Manifest
 from hft.record.verification import check_base
@@ -77,7 +77,7 @@ def check_complete(checkpoint: Path, args: TrainingArguments) -> None:
 
     Trainer would load the weights and silently start both from the beginning.
     """
-    parts = list(checkpoint.glob("global_step*/*optim_states.pt"))  # one of each process of ZeRO-3
+    parts = zero3_parts(checkpoint)
     states = {
         "ddp": (checkpoint / "optimizer.pt").exists(),
         "fsdp2": any(checkpoint.glob("optimizer[._][b0]*")),
@@ -87,19 +87,35 @@ def check_complete(checkpoint: Path, args: TrainingArguments) -> None:
     saved = [engine for engine, found in states.items() if found]
     if len(saved) == 1 and saved != [now]:
         how = {"ddp": "without FSDP2", "fsdp2": "with FSDP2", "zero3": "with ZeRO-3"}[saved[0]]
-        count = f"{len(parts)} processes" if parts else "any number of processes"
         raise HFTError(
             f"cannot resume from {checkpoint}: its optimizer state was saved {how}; launch with "
-            f"recipes/accelerate/{saved[0]}.yaml, on {count}"
+            f"recipes/accelerate/{saved[0]}.yaml, on any number of processes"
         )
-    if now == "zero3" and parts and len(parts) != args.world_size:
-        raise HFTError(
-            f"cannot resume from {checkpoint}: ZeRO-3 saved it in the parts of {len(parts)} processes, and here are "
-            f"{args.world_size}; launch {len(parts)}"
-        )
+    if now == "zero3" and len(parts) not in (0, args.world_size):
+        check_convertible(checkpoint, len(parts), args)
     if not (saved and (checkpoint / "scheduler.pt").exists()):
         raise HFTError(
             f"cannot resume from {checkpoint}: it holds no optimizer or scheduler state (save_only_model), so the run "
             "would not continue exactly; start again with --resume_from_checkpoint none, or give it as "
             "--model_name_or_path with another --output_dir"
         )
+
+
+def check_convertible(checkpoint: Path, parts: int, args: TrainingArguments) -> None:
+    """Refuse to go on with a checkpoint of ZeRO-3 on another number of processes where DeepSpeed would lose something.
+
+    Raises:
+        HFTError: parts of it are missing, its optimizer is not Adam, or another checkpoint may have to be loaded later.
+    """
+    if (processes := Manifest.load(checkpoint).processes) not in (0, parts):
+        raise HFTError(
+            f"cannot resume from {checkpoint}: {processes} processes saved it, and the parts of {parts} are here; give "
+            "an --output_dir that all nodes share"
+        )
+    why = ""
+    if args.optim not in ("adamw_torch", "adamw_torch_fused"):
+        why = f"DeepSpeed converts the state of AdamW to another number of processes, not that of {args.optim.value}"
+    elif args.load_best_model_at_end:
+        why = "load_best_model_at_end may need a checkpoint of before, which loads on as many processes as saved it"
+    if why:
+        raise HFTError(f"cannot resume from {checkpoint} on {args.world_size} processes: {why}; launch {parts}")

@@ -11,7 +11,7 @@ from hft.errors import HFTError, reason
 from hft.machine import broadcast, indented, is_main, reset_peak_memory, say
 from hft.model.weights import MODEL_CONFIG
 from hft.record.card import CARD_NAME
-from hft.record.checkpoints import checkpoints
+from hft.record.checkpoints import RESHARDED, checkpoints
 from hft.record.manifest import MANIFEST_NAME, Manifest, write_text
 from hft.record.scores import SCORES_FOLDER
 from hft.record.verification import masks_of, verify_folder
@@ -170,6 +170,7 @@ def claim_folder(plan: RunPlan, trainer: ManifestMixin) -> None:
     """Remove what an earlier run left in the folder, unless this run resumes it, and write what this run is."""
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(plan.out / RESHARDED, ignore_errors=True)  # where a run was killed while converting
         if not plan.resume_from:
             clear(plan.out)
         write_text(plan.out / CONFIG_NAME, to_yaml(plan.config.values))

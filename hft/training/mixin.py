@@ -29,6 +29,7 @@ from hft.record.manifest import Manifest
 from hft.selection import Selection, SelectionConfig, select
 from hft.selection.masks import frozen_values, save_masks
 from hft.training.base import ManifestMixin
+from hft.training.resharding import resharded
 
 if TYPE_CHECKING:
     from hft.methods.schedule import Schedule
@@ -152,6 +153,16 @@ class HalfFineTuning(ManifestMixin):
         elif not is_sharded(args) or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
             upcast(model, autocast=args.bf16 or args.fp16)
         return kwargs
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """Resume under ZeRO-3 on any number of processes.
+
+        Not public in transformers, which makes the engine and loads its checkpoint in one go.
+        """
+        if not (resume_from_checkpoint and self.is_deepspeed_enabled):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        with resharded(self, resume_from_checkpoint) as checkpoint:
+            return super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load a schedule's optimizer state under FSDP2, which expects one for whatever requires a gradient.

@@ -34,7 +34,22 @@ def launch(processes: int, *words: object) -> subprocess.CompletedProcess:
 
 def flags(processes: int) -> list[str]:
     rows = ["--global_batch_size", "8", "--per_device_train_batch_size", str(8 // processes), "--logging_steps", "1"]
-    return [*rows, "--use_cpu", "false"]
+    return [*rows, "--save_steps", "1", "--weight_decay", "0.1", "--use_cpu", "false"]
+
+
+def resumed(folder: Path, name: str, checkpoint: Path, processes: int, tiny: Path, data: Path) -> str:
+    """Go on from a copy of a checkpoint in a folder of its own; what was printed."""
+    out = folder / name / "sft"
+    shutil.copytree(checkpoint, out / checkpoint.name)
+    done = launch(processes, *command("sft", out, *flags(processes), model=tiny, data=data))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def optimizer_states(checkpoint: Path) -> list[dict]:
+    """The state of the optimizer in each process that saved a checkpoint."""
+    paths = sorted(checkpoint.glob("global_step*/*optim_states.pt"))
+    return [torch.load(path, weights_only=False)["optimizer_state_dict"]["optimizer_state_dict"] for path in paths]
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +64,7 @@ def folder(tmp_path_factory, tiny, data, pairs):
         assert main(alone) == 0
         done = launch(2, *command(objective, folder / "two" / objective, *flags(2), **same))
         assert done.returncode == 0, done.stderr[-3000:]
-    resumed = folder / "resumed" / "sft"
-    shutil.copytree(folder / "two" / "sft" / "checkpoint-2", resumed / "checkpoint-2")
-    done = launch(2, *command("sft", resumed, *flags(2), model=tiny, data=data))
-    assert done.returncode == 0, done.stderr[-3000:]
+    resumed(folder, "resumed", folder / "two" / "sft" / "checkpoint-2", 2, tiny, data)
     return folder
 
 
@@ -76,10 +88,8 @@ def test_every_frozen_bit_stays_under_zero3(folder, name):
 def test_only_what_trains_has_optimizer_state_under_zero3(folder):
     model = tensors(folder / "two" / "sft")
     trained = sum(model[name].numel() for name in Manifest.load(folder / "two" / "sft").trained_parameters)
-    held = 0
-    for path in (folder / "two" / "sft" / "checkpoint-4").glob("global_step4/*optim_states.pt"):
-        states = torch.load(path, weights_only=False)["optimizer_state_dict"]["optimizer_state_dict"]["state"]
-        held += sum(state["exp_avg"].numel() for state in states.values())
+    states = optimizer_states(folder / "two" / "sft" / "checkpoint-4")
+    held = sum(state["exp_avg"].numel() for part in states for state in part["state"].values())
     assert trained <= held < 1.01 * trained  # DeepSpeed pads
 
 
@@ -88,10 +98,45 @@ def test_a_run_resumed_under_zero3_ends_at_the_same_bits(folder):
     assert all(identical(straight[key], resumed[key]) for key in straight)
 
 
-def test_zero3_refuses_another_number_of_processes_and_masks(folder, tiny, data, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "checkpoint-2").symlink_to(folder / "two" / "sft" / "checkpoint-2")
+@pytest.fixture(scope="module")
+def fewer_and_more(folder, tiny, data):
+    """In `fewer` two processes' run that one went on with after step 2; in `more` that one's, by two after step 3."""
+    left_by_a_kill = folder / "fewer" / "sft" / "resharded" / "universal"
+    left_by_a_kill.mkdir(parents=True)
+    checkpoint = folder / "two" / "sft" / "checkpoint-2"
+    assert "checkpoint-2 from 2 to 1 processes" in resumed(folder, "fewer", checkpoint, 1, tiny, data)
+    checkpoint = folder / "fewer" / "sft" / "checkpoint-3"
+    assert "checkpoint-3 from 1 to 2 processes" in resumed(folder, "more", checkpoint, 2, tiny, data)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "parts"), [("fewer", 1), ("more", 2)])
+def test_zero3_goes_on_with_another_number_of_processes(fewer_and_more, name, parts):
+    straight, ours = fewer_and_more / "two" / "sft", fewer_and_more / name / "sft"
+    assert losses(ours / "checkpoint-4") == pytest.approx(losses(straight / "checkpoint-4"), rel=1e-3)
+    assert main(["verify", str(ours)]) == 0
+    assert Manifest.load(ours).frozen_checksums == Manifest.load(straight).frozen_checksums
+    assert not (ours / "resharded").exists()
+
+    before, end, theirs = (
+        tensors(out) for out in (straight / "checkpoint-2", straight / "checkpoint-4", ours / "checkpoint-4")
+    )
+    moved, apart = ([(a[k].double() - b[k]).norm() for k in end] for a, b in ((end, before), (theirs, end)))
+    assert torch.stack(apart).norm() < 0.01 * torch.stack(moved).norm()
+
+    states, expected = optimizer_states(ours / "checkpoint-4"), optimizer_states(straight / "checkpoint-4")[0]
+    assert len(states) == parts
+    for state in states:
+        assert [part["step"] for part in state["state"].values()] == [4, 4]
+        assert state["param_groups"] == expected["param_groups"]
+
+
+def test_zero3_refuses_a_damaged_checkpoint_and_masks(folder, tiny, data, tmp_path):
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    shutil.copytree(folder / "two" / "sft" / "checkpoint-2", checkpoint)
+    next(checkpoint.glob("*/*_rank_1_*optim_states.pt")).write_bytes(b"")  # cut off
     done = launch(1, *command("sft", tmp_path / "out", *flags(1), model=tiny, data=data))
-    assert "ZeRO-3 saved it in the parts of 2 processes, and here are 1; launch 2" in done.stderr
+    assert f"DeepSpeed could not convert {checkpoint}: " in done.stderr
+    assert not (tmp_path / "out" / "resharded").exists()
     words = command("sft", tmp_path / "masks", *flags(1), method="random-element", model=tiny, data=data)
     assert "masks of elements do not fit" in launch(1, *words).stderr
