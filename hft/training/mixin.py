@@ -154,6 +154,14 @@ class HalfFineTuning(ManifestMixin):
             upcast(model, autocast=args.bf16 or args.fp16)
         return kwargs
 
+    def compute_loss_context_manager(self):
+        """Evaluate in autocast under ZeRO-3 too, which only DeepSpeed's engine enters: Trainer calls the bare model."""
+        contexts = super().compute_loss_context_manager()
+        if self.is_deepspeed_enabled and not self.model.training:
+            dtype = self.accelerator.state.deepspeed_plugin.deepspeed_config["torch_autocast"].get("dtype", "bfloat16")
+            contexts.enter_context(torch.autocast(self.args.device.type, getattr(torch, dtype)))
+        return contexts
+
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """Resume under ZeRO-3 on any number of processes.
 

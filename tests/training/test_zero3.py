@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO-3, recipes/accelerate/zero3.yaml, on CPU processes against one process without it."""
 
+import json
 import math
 import os
 import shutil
@@ -34,7 +35,8 @@ def launch(processes: int, *words: object) -> subprocess.CompletedProcess:
 
 def flags(processes: int) -> list[str]:
     rows = ["--global_batch_size", "8", "--per_device_train_batch_size", str(8 // processes), "--logging_steps", "1"]
-    return [*rows, "--save_steps", "1", "--weight_decay", "0.1", "--use_cpu", "false"]
+    evaluation = ["--eval_strategy", "steps", "--eval_steps", "4", "--eval_on_start", "true"]
+    return [*rows, *evaluation, "--save_steps", "1", "--weight_decay", "0.1", "--use_cpu", "false"]
 
 
 def resumed(folder: Path, name: str, checkpoint: Path, processes: int, tiny: Path, data: Path) -> str:
@@ -44,6 +46,12 @@ def resumed(folder: Path, name: str, checkpoint: Path, processes: int, tiny: Pat
     done = launch(processes, *command("sft", out, *flags(processes), model=tiny, data=data))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def evaluations(checkpoint: Path) -> list[float]:
+    """The held-out losses that a checkpoint's trainer logged."""
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [row["eval_loss"] for row in history if "eval_loss" in row]
 
 
 def optimizer_states(checkpoint: Path) -> list[dict]:
@@ -72,6 +80,9 @@ def folder(tmp_path_factory, tiny, data, pairs):
 def test_two_processes_of_zero3_compute_what_one_process_does(folder, name):
     one, two = folder / "one" / name, folder / "two" / name
     assert losses(two / "checkpoint-4") == pytest.approx(losses(one / "checkpoint-4"), rel=1e-3)
+    ours, theirs = (evaluations(out / "checkpoint-4") for out in (two, one))
+    assert len(ours) == 2
+    assert ours == pytest.approx(theirs, rel=1e-3)
     if name == "dpo":
         assert losses(two / "checkpoint-4")[0] == pytest.approx(math.log(2), abs=5e-4)
     ours, theirs = ({key: (t.dtype, t.shape) for key, t in tensors(out).items()} for out in (one, two))
