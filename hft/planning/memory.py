@@ -22,9 +22,11 @@ LABELS = {
     "master_weights": "fp32 master weights",
     "moments": "optimizer moments",
     "buckets": "DDP buckets",
-    "gathered": "gathered by FSDP2",
+    "gathered": "gathered from shards",
     "transient": "on top, at the peak",
 }
+# Bytes of an optimizer's state per trained parameter, by the name that `optim` has for it.
+MOMENTS = {"adamw_torch": 8, "adamw_torch_fused": 8, "sgd": 0}
 # What comes on top of the state while a micro-batch is computed.
 WORKING = ("gathered", "activations", "transient")
 
@@ -37,12 +39,12 @@ class Memory:
         weights: frozen parameters, and the frozen values of partly frozen ones, in the dtype they are held in.
         master_weights: fp32, of what trains. Partly frozen parameters have them, gradients and moments whole.
         gradients: fp32.
-        moments: AdamW's two, fp32.
+        moments: AdamW's two, fp32; none of SGD.
         reference: DPO's, a copy of the trained half, or of everything if the model is sharded.
         method: what the method keeps beside them, such as the starting weights.
         buckets: DDP's copy of all gradients, from which it sends them.
-        gathered: what FSDP2 holds whole at one time, about: two layers and what lies outside the layers in bf16, and
-            the gradients of one layer, in bf16 and in fp32 to be reduced.
+        gathered: what a sharded model holds whole at one time, about: two layers and what lies outside the layers in
+            the dtype that it computes with, and the gradients of one layer, in that dtype and in fp32 to be reduced.
         activations: what autograd holds between the forward and the backward pass of a micro-batch.
         transient: the most that a micro-batch takes beside them at one time (`StepCosts.transient`).
     """
@@ -88,6 +90,8 @@ def memory_of(
     shards: int = 1,
     processes: int = 1,
     frozen_bytes: int = 2,
+    gathered_bytes: int = 2,
+    moments_bytes: int = 8,
     costs: StepCosts | None = None,
 ) -> Memory:
     """The memory of a run.
@@ -99,12 +103,14 @@ def memory_of(
         shards: devices that the model is sharded over (FSDP2); 1 under DDP and on one device.
         processes: of the run.
         frozen_bytes: bytes of a frozen parameter.
+        gathered_bytes: bytes of a parameter that is gathered from its shards.
+        moments_bytes: bytes of the optimizer's state per trained parameter.
         costs: of a micro-batch, where they are known.
     """
     held = selection.num_with_optimizer_state
     buckets = 4 * held if processes > shards else 0
     if method.adapter:  # the reference is the base itself, with the adapter switched off
-        return Memory(selection.base_bytes(frozen_bytes), 4 * held, 4 * held, 8 * held, buckets=buckets)
+        return Memory(selection.base_bytes(frozen_bytes), 4 * held, 4 * held, moments_bytes * held, buckets=buckets)
     size = selection.anatomy.numel
     at_once = method.schedule.peak_numel(selection) if method.schedule else held
     kept = sum(part.memory(selection) for part in (method.update, method.strategy) if part)
@@ -116,11 +122,11 @@ def memory_of(
         weights=frozen / shards,
         master_weights=4 * held / shards,
         gradients=4 * at_once / shards,
-        moments=8 * at_once / shards,
+        moments=moments_bytes * at_once / shards,
         reference=reference_bytes(selection, shards, frozen_bytes) if reference else 0,
         method=kept / (1 if method.update and method.update.replicated else shards),
         buckets=buckets,
-        gathered=gathered_bytes(selection) if shards > 1 and costs else 0,
+        gathered=gathered(selection, gathered_bytes) if shards > 1 and costs else 0,
         activations=costs.saved if costs else 0,
         transient=costs.transient if costs else 0,
     )
@@ -145,8 +151,8 @@ def reference_bytes(selection: Selection, shards: int, frozen_bytes: int) -> flo
     return sum(numels[n] * (frozen_bytes if is_linear(n) else 4) for n in selection.trained_parameters)
 
 
-def gathered_bytes(selection: Selection) -> float:
-    """What FSDP2 holds whole at one time (`Memory.gathered`)."""
+def gathered(selection: Selection, itemsize: int) -> float:
+    """Bytes that a sharded model holds whole at one time (`Memory.gathered`)."""
     anatomy, trained = selection.anatomy, set(selection.trained_parameters)
     layers: list[list[int]] = [[0, 0] for _ in range(anatomy.num_layers)]
     for name, parts in anatomy.parts_by_parameter.items():
@@ -155,11 +161,17 @@ def gathered_bytes(selection: Selection) -> float:
         layers[parts[0][0].layer][1] += numel * (name in trained)
     outside = sum((anatomy.embeddings | anatomy.others).values())
     size, gradients = (max(column) for column in zip(*layers, strict=True))
-    return 2 * (2 * size + outside) + (2 + 4) * gradients
+    return itemsize * (2 * size + outside) + (itemsize + 4) * gradients
 
 
 def why_it_does_not_fit(
-    method: Method, selection: Selection | AdapterFootprint, *, reference: bool, shards: int, use_cpu: bool
+    method: Method,
+    selection: Selection | AdapterFootprint,
+    *,
+    reference: bool,
+    shards: int,
+    use_cpu: bool,
+    optim: str | None = None,
 ) -> str | None:
     """A sentence if this machine cannot hold a run, else None.
 
@@ -169,12 +181,14 @@ def why_it_does_not_fit(
         reference: whether DPO keeps a reference model.
         shards: devices that the model is sharded over.
         use_cpu: whether the CPU was asked for by name, however large the model is.
+        optim: name of the optimizer; one whose state is not known counts as if it had none.
     """
     import psutil
     import torch
 
     def needed(**how: int) -> float:
-        return memory_of(method, selection, reference=reference, **how).total / GIB
+        moments = MOMENTS.get(optim or "adamw_torch", 0)
+        return memory_of(method, selection, reference=reference, moments_bytes=moments, **how).total / GIB
 
     size = f"{selection.anatomy.numel / 1e9:.1f}B parameters"
     if torch.accelerator.is_available() and not use_cpu:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tqdm import tqdm
+
 from hft.errors import HFTError
+from hft.machine import device_bytes
 from hft.planning.costs import StepCosts, fewest_checkpointed_layers
 from hft.planning.memory import GIB, LABELS, Memory
 
-UNITS = {"gib": 2**30, "gb": 10**9, "g": 2**30}
+UNITS = {"tib": 2**40, "gib": 2**30, "mib": 2**20, "gb": 10**9, "mb": 10**6, "g": 2**30}
+# Fraction of a device that a plan leaves free, for what it does not know: CUDA's context, workspaces, fragments.
+SPARE = 0.05
 
 
 @dataclass
@@ -45,11 +50,24 @@ class Outlook:
         """Bytes of a GPU, if they were given."""
         if self.gpu_memory is None:
             return None
-        number, unit = re.fullmatch(r"\s*([\d.]*)\s*([a-z]*)\s*", self.gpu_memory.lower()).groups() or ("", "")
-        try:
-            return float(number) * UNITS[unit or "gib"]
-        except (ValueError, KeyError):
-            raise HFTError(f"gpu_memory: expected a size such as 80GiB or 24GB, got {self.gpu_memory!r}") from None
+        found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-z]*)\s*", self.gpu_memory.lower())
+        size = float(found[1]) * UNITS.get(found[2] or "gib", 0) if found else 0
+        if not size:
+            raise HFTError(f"gpu_memory: expected a size such as 80GiB or 24GB, got {self.gpu_memory!r}")
+        return size
+
+
+def usable_bytes(outlook: Outlook | None) -> float | None:
+    """What a run may take of a device: of the GPUs it is planned for, or of this machine's GPU or memory, less `SPARE`.
+
+    None for GPUs whose memory was not given and that are not here either.
+    """
+    import torch
+
+    given = outlook.bytes_of_gpu() if outlook else None
+    if given is None and outlook and outlook.gpus and not torch.cuda.is_available():
+        return None
+    return (given or device_bytes()) * (1 - SPARE)
 
 
 @dataclass(frozen=True)
@@ -59,14 +77,14 @@ class Candidate:
     Attributes:
         name: of the method.
         memory: per device, with activations.
-        costs: of a micro-batch, given the layers that are checkpointed.
+        costs: of a micro-batch, given the layers that are checkpointed and, if they are not the recipe's, its rows.
         checkpointed: those that the recipe checkpoints.
         layers: number of layers.
     """
 
     name: str
     memory: Memory
-    costs: Callable[[Iterable[int]], StepCosts]
+    costs: Callable[..., StepCosts]
     checkpointed: tuple[int, ...]
     layers: int
 
@@ -80,45 +98,57 @@ class Candidate:
         return fewest_checkpointed_layers(self.costs, self.layers, available - self.memory.state - self.memory.gathered)
 
 
-def memory_rows(candidates: list[Candidate]) -> list[tuple[str, list[str]]]:
-    """Memory by part, in GiB, and the sum, also relative to the first candidate."""
+Rows = list[tuple[str, list[str]]]
+
+
+def memory_block(candidates: list[Candidate]) -> tuple[str, Rows]:
+    """Memory by part, and the sum, also relative to the first candidate."""
     parts = [candidate.memory.parts() for candidate in candidates]
     names = [name for name in parts[0] if any(part[name] for part in parts)]
-    rows = [(LABELS.get(name, name), [f"{part[name] / GIB:.2f}" for part in parts]) for name in names]
     totals = [candidate.memory.total for candidate in candidates]
-    return [*rows, ("peak, at most", [f"{t / GIB:.2f}" for t in totals]), _relative(totals)]
+    unit, size = ("GiB", GIB) if max(totals) >= GIB else ("MiB", 2**20)
+    rows = [(LABELS.get(name, name), [f"{part[name] / size:.2f}" for part in parts]) for name in names]
+    rows += [("peak, at most", [f"{total / size:.2f}" for total in totals]), _relative(totals)]
+    return f"{unit} per device", rows
 
 
-def flops_rows(candidates: list[Candidate]) -> list[tuple[str, list[str]]]:
-    """GFLOPs per token by pass, and the sum, also relative to the first candidate."""
+def flops_block(candidates: list[Candidate]) -> tuple[str, Rows]:
+    """FLOPs per token by pass, and the sum, also relative to the first candidate."""
     steps = [candidate.step for candidate in candidates]
+    totals = [step.flops / step.tokens for step in steps]
+    unit, size = ("GFLOPs", 1e9) if max(totals) >= 1e8 else ("MFLOPs", 1e6)
     rows = []
     for name in ("forward", "backward", "recompute", "reference"):
         flops = [getattr(step, name) for step in steps]
-        rows += [(name, [f"{f / s.tokens / 1e9:.2f}" for f, s in zip(flops, steps, strict=True)])] if any(flops) else []
-    totals = [step.flops / step.tokens for step in steps]
-    return [*rows, ("sum", [f"{t / 1e9:.2f}" for t in totals]), _relative(totals)]
+        cells = [f"{f / step.tokens / size:.2f}" for f, step in zip(flops, steps, strict=True)]
+        rows += [(name, cells)] if any(flops) else []
+    rows += [("sum", [f"{total / size:.2f}" for total in totals]), _relative(totals)]
+    return f"{unit} per token", rows
 
 
-def fitting_rows(candidates: list[Candidate], available: float) -> list[tuple[str, list[str]]]:
+def fitting_block(candidates: list[Candidate], available: float) -> tuple[str, Rows]:
     """Whether each fits as the recipe has it, the fewest layers that must be checkpointed, and its FLOPs with these."""
+    whole = available / (1 - SPARE)
     fewest = [candidate.fewest(available) for candidate in candidates]
     first = candidates[0].step.flops
     best = [None if n is None else c.costs(range(n)).flops / first for c, n in zip(candidates, fewest, strict=True)]
-    return [
+    rows = [
         ("fits", ["yes" if c.memory.total <= available else "no" for c in candidates]),
         ("fewest checkpointed layers", ["none fits" if n is None else str(n) for n in fewest]),
         ("FLOPs with these, to fft", ["-" if ratio is None else f"{ratio:.3f}" for ratio in best]),
     ]
+    return f"in {whole / GIB:.3g} GiB, {(whole - available) / GIB:.2g} of them left free", rows
 
 
-def hours_row(candidates: list[Candidate], tokens: float, outlook: Outlook) -> tuple[str, list[str]]:
+def hours_block(candidates: list[Candidate], tokens: int, outlook: Outlook) -> tuple[str, Rows]:
     """GPU-hours for so many tokens."""
     rate = outlook.gpu_tflops * 1e12 * outlook.mfu
-    return "GPU-hours", [f"{c.step.flops / c.step.tokens * tokens / rate / 3600:,.0f}" for c in candidates]
+    hours = [candidate.step.flops / candidate.step.tokens * tokens / rate / 3600 for candidate in candidates]
+    title = f"{tqdm.format_sizeof(tokens)} tokens at {outlook.mfu:.0%} of {outlook.gpu_tflops:g} TFLOP/s"
+    return title, [("GPU-hours", [f"{h:,.0f}" if h >= 100 else f"{h:.2g}" for h in hours])]
 
 
-def in_columns(heads: list[str], blocks: list[tuple[str, list[tuple[str, list[str]]]]]) -> str:
+def in_columns(heads: list[str], blocks: list[tuple[str, Rows]]) -> str:
     """Blocks of rows, each below its title, in columns as wide as what is in them."""
     rows = [row for _, block in blocks for row in block]
     first = max(len(name) for name, _ in rows) + 2
@@ -135,7 +165,7 @@ def what_to_change(candidate: Candidate, available: float, *, rows: int, shards:
 
     Args:
         candidate: the run.
-        available: bytes of a device.
+        available: bytes of a device that it may take.
         rows: on each device.
         shards: devices that the model is sharded over.
         shardable: whether the method can be sharded.
@@ -145,10 +175,13 @@ def what_to_change(candidate: Candidate, available: float, *, rows: int, shards:
         return None
     lacking = f"it lacks {(memory.total - available) / GIB:.1f} GiB"
     if (fewest := candidate.fewest(available)) is not None:
-        every = "all" if fewest == candidate.layers else f"{fewest} of {candidate.layers}"
-        return f"{lacking}: checkpoint the activations of {every} layers"
-    if memory.state + memory.gathered < available and rows > 1:
-        return f"{lacking}: lower --per_device_train_batch_size from {rows}, with activation checkpointing on"
+        return f"{lacking}: --activation_checkpointing_layers {fewest} of {candidate.layers} makes it fit"
+    left, every = available - memory.state - memory.gathered, range(candidate.layers)
+    if fewer := next((n for n in range(rows - 1, 0, -1) if candidate.costs(every, n).peak <= left), None):
+        checkpointed = "" if len(candidate.checkpointed) == candidate.layers else ", with all layers checkpointed"
+        return f"{lacking}: lower --per_device_train_batch_size from {rows} to {fewer}{checkpointed}"
+    if candidate.costs(every, 1).transient < left:
+        return f"{lacking}, and one row with all layers checkpointed is too long: lower --max_length"
     if not shardable:
         return f"{lacking}, and this method cannot be sharded: take GPUs with more memory, or a smaller model"
     how = "shard it over more GPUs" if shards > 1 else "shard it over several GPUs with FSDP2"

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hft.machine import device_bytes
 from hft.planning.exact import count
 from hft.planning.memory import GIB
-from hft.planning.outlook import fitting_rows, flops_rows, hours_row, in_columns, memory_rows, what_to_change
+from hft.planning.outlook import (
+    fitting_block,
+    flops_block,
+    hours_block,
+    in_columns,
+    memory_block,
+    usable_bytes,
+    what_to_change,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from hft.planning.memory import Memory
     from hft.planning.outlook import Candidate, Outlook
     from hft.runs.costs import Engine
     from hft.selection import Selection
@@ -34,6 +42,7 @@ def compare(
     engine: Engine,
     how: dict[str, Any],
     *,
+    rows: int,
     tokens: int | None,
     shardable: bool,
 ) -> str:
@@ -44,17 +53,18 @@ def compare(
         outlook: the machine.
         engine: where the run computes.
         how: its micro-batch.
+        rows: of the micro-batch, as the recipe counts them.
         tokens: of the whole run, if its steps are known.
         shardable: whether its method can be sharded.
     """
-    available, own = outlook.bytes_of_gpu() or device_bytes(), candidates[-2]
-    blocks = [("GiB per device", memory_rows(candidates)), ("GFLOPs per token", flops_rows(candidates))]
-    blocks.append((f"in {available / GIB:.0f} GiB", fitting_rows(candidates, available)))
-    if tokens:
-        at = f"at {outlook.mfu:.0%} of {outlook.gpu_tflops:g} TFLOP/s"
-        blocks.append((f"{tokens / 1e9:,.3g}B tokens {at}", [hours_row(candidates, tokens, outlook)]))
-    sequences = how["rows"] // (2 if how["reference"] else 1)
-    change = what_to_change(own, available, rows=sequences, shards=engine.shards, shardable=shardable)
+    available, own, conclusion = usable_bytes(outlook), candidates[-2], []
+    blocks = [memory_block(candidates), flops_block(candidates)]
+    if available:
+        blocks.append(fitting_block(candidates, available))
+        change = what_to_change(own, available, rows=rows, shards=engine.shards, shardable=shardable)
+        conclusion = [f"{own.name} {'does not fit: ' + change if change else 'fits'}"]
+    if tokens and engine.on_gpu:
+        blocks.append(hours_block(candidates, tokens, outlook))
     spread = f"FSDP2 over {engine.shards}" if engine.shards > 1 else f"DDP on {engine.processes}"
     return "\n".join(
         [
@@ -62,10 +72,23 @@ def compare(
             f"{len(own.checkpointed)} of {own.layers} layers checkpointed",
             in_columns([candidate.name for candidate in candidates], blocks),
             f"the peak of {own.name} is {own.step.peak_at}",
-            f"{candidates[-1].name}: the cheapest half; embeddings and head are frozen too",
-            f"{own.name} {'does not fit: ' + change if change else 'fits'}",
+            f"{candidates[-1].name}: embeddings and head are frozen too; the cheapest half without activation "
+            "checkpointing",
+            *conclusion,
         ]
     )
+
+
+def describe_state(memory: Memory, outlook: Outlook) -> str:
+    """Whether a device holds the state of a run whose activations are not known."""
+    available, state = usable_bytes(outlook), memory.state / GIB
+    said = "activations and FLOPs are not known, so mfu, gpu_tflops and exact have no effect"
+    if available is None:
+        return said
+    room = f"{state:.1f} of the {available / GIB:.1f} GiB that a device can give"
+    if memory.state > available:
+        return f"does not fit: the state alone takes {room}\n{said}"
+    return f"the state takes {room}\n{said}"
 
 
 def exactly(
@@ -76,8 +99,12 @@ def exactly(
     Raises:
         HFTError: torch cannot run the model on fake tensors.
     """
+    if how["padded"] and how["rows"] == 1:
+        return "packed rows cannot be counted on fake tensors, since masks depend on where they begin"
     closed, checkpointed = own.step, own.checkpointed
     how = {name: how[name] for name in ("rows", "length", "attention")}
+    if (how["attention"] or "").startswith("flash"):  # which need not be here; sdpa keeps the same tensors
+        how["attention"] = "sdpa"
     counted = count(model_config, selection, **how, precision=engine.precision, checkpointed=checkpointed)
     return (
         f"counted on fake tensors: {counted.forward:,} FLOPs forward, {counted.backward:,} backward, "

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hft.errors import HFTError
-from hft.machine import cpu_has_bfloat16, is_sharded, world_size
+from hft.machine import cpu_has_bfloat16, is_sharded, is_zero3, world_size
 from hft.methods import Method
-from hft.planning.costs import costs_of
-from hft.planning.memory import Memory, memory_of
+from hft.planning.costs import StepCosts, costs_of
+from hft.planning.memory import MOMENTS, Memory, memory_of
 from hft.planning.outlook import Candidate, Outlook
 from hft.planning.tape import BFLOAT16, FLOAT32, MIXED, Precision
 from hft.runs.objective import in_pairs
@@ -34,16 +35,36 @@ class Engine:
         shards: devices that the model is sharded over; 1 under DDP and on one device.
         precision: of weights and matrix products.
         frozen_bytes: bytes of a frozen parameter.
+        on_gpu: whether the devices are GPUs.
+        moments_bytes: bytes of the optimizer's state per trained parameter.
     """
 
     processes: int
     shards: int
     precision: Precision
     frozen_bytes: int
+    on_gpu: bool
+    moments_bytes: int
+
+    def memory(self, method: Method, selection: Selection | AdapterFootprint, **more: Any) -> Memory:
+        """Memory per device of a run on it."""
+        return memory_of(
+            method,
+            selection,
+            shards=self.shards,
+            processes=self.processes,
+            frozen_bytes=self.frozen_bytes,
+            gathered_bytes=self.precision.trained.itemsize,
+            moments_bytes=self.moments_bytes,
+            **more,
+        )
 
 
 def engine_of(config: Config, model_config: PretrainedConfig, outlook: Outlook | None) -> Engine:
-    """The engine of this machine, or of the GPUs that a plan is made for: FSDP2 if the method can be sharded."""
+    """The engine of this machine, or of the GPUs that a plan is made for: FSDP2 if the method can be sharded.
+
+    An optimizer whose state is not known counts as AdamW.
+    """
     import torch
 
     values, gpus = config.values, outlook.gpus if outlook else None
@@ -54,30 +75,28 @@ def engine_of(config: Config, model_config: PretrainedConfig, outlook: Outlook |
         shards = processes if is_sharded() or values.get("fsdp") else 1
     on_gpu = gpus or (torch.accelerator.is_available() and not values.get("use_cpu"))
     bf16 = values.get("bf16")
-    half = bf16 if bf16 is not None else (bool(on_gpu) or cpu_has_bfloat16())
-    precision = (BFLOAT16 if shards > 1 else MIXED) if half else FLOAT32
-    stored = getattr(model_config.get_text_config(), "dtype", None) or torch.bfloat16
-    return Engine(processes, shards, precision, max(precision.frozen.itemsize, stored.itemsize))
-
-
-def state_of(config: Config, selection: Selection | AdapterFootprint, engine: Engine) -> Memory:
-    """Memory before activations."""
-    return memory_of(
-        config.method,
-        selection,
-        reference=has_reference(config),
-        shards=engine.shards,
-        processes=engine.processes,
-        frozen_bytes=engine.frozen_bytes,
-    )
+    half = values.get("fp16") or (bf16 if bf16 is not None else (bool(on_gpu) or cpu_has_bfloat16()))
+    # ZeRO-3 computes under autocast, from what one device would hold; FSDP2 gathers everything in bf16.
+    precision = (BFLOAT16 if shards > 1 and not is_zero3() else MIXED) if half else FLOAT32
+    kwargs = values.get("model_init_kwargs") or {}
+    asked = (json.loads(kwargs) if isinstance(kwargs, str) else kwargs).get("dtype", "auto")
+    named = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    stored = named or getattr(model_config.get_text_config(), "dtype", None) or torch.bfloat16
+    moments = MOMENTS.get(values.get("optim") or "adamw_torch", MOMENTS["adamw_torch"])
+    return Engine(processes, shards, precision, max(precision.frozen.itemsize, stored.itemsize), bool(on_gpu), moments)
 
 
 def has_reference(config: Config) -> bool:
     return in_pairs(config.objective) and not config.values.get("precompute_ref_log_probs")
 
 
-def micro_batch(config: Config, args: TrainingArguments) -> dict[str, Any]:
+def micro_batch(config: Config, args: TrainingArguments, rows: int | None = None) -> dict[str, Any]:
     """Sequences of a micro-batch on one device, their length, and how they are computed; arguments of `costs_of`.
+
+    Args:
+        config: of the run.
+        args: the trainer's config.
+        rows: of a micro-batch; by default those of the config.
 
     Raises:
         HFTError: the config has settings whose cost is not known.
@@ -87,13 +106,18 @@ def micro_batch(config: Config, args: TrainingArguments) -> dict[str, Any]:
     if getattr(args, "activation_offloading", False):
         raise HFTError("FLOPs and activations with activation_offloading are not known")
     attention = (args.model_init_kwargs or {}).get("attn_implementation")
-    rows = args.per_device_train_batch_size * (2 if in_pairs(config.objective) else 1)
-    packed = getattr(args, "packing", False) or getattr(args, "padding_free", False)
+    rows, length = rows or args.per_device_train_batch_size, args.max_length
+    rows *= 2 if in_pairs(config.objective) else 1
+    packed, flash = getattr(args, "packing", False), (attention or "").startswith("flash")
+    full = packed and args.packing_strategy == "wrapped"
+    flat = (packed and not full) or getattr(args, "padding_free", False)
+    if flat and not flash:  # one row of them all, in which a mask keeps them apart
+        rows, length = 1, rows * length
     return {
         "rows": rows,
-        "length": args.max_length,
+        "length": length,
         "attention": attention,
-        "padded": rows > 1 and not packed and not (attention or "").startswith("flash"),
+        "padded": not flash and not full and (flat or rows > 1),
         "reference": has_reference(config),
     }
 
@@ -126,7 +150,7 @@ def candidates_of(
     if method.adapter:
         raise HFTError(
             "FLOPs and activations of an adapter are not known; the forward pass and the gradients of activations are "
-            "those of full fine-tuning, and next to no gradients of weights come on top"
+            "those of full fine-tuning, the gradients of weights those of what the adapter trains"
         )
     if method.schedule:
         raise HFTError(
@@ -135,31 +159,24 @@ def candidates_of(
     if checkpointed:
         check_known(args)
     anatomy = selection.anatomy
-    how = micro_batch(config, args) | {"precision": engine.precision}
 
     def candidate(name: str, chosen: Selection, how_it_trains: Method) -> Candidate:
-        costs = functools.partial(costs_of, model_config, chosen, **how)
-
         @functools.cache
-        def of_layers(layers: tuple[int, ...]):
-            return costs(checkpointed=layers)
+        def costs(layers: tuple[int, ...], rows: int | None = None) -> StepCosts:
+            how = micro_batch(config, args, rows)
+            return costs_of(model_config, chosen, checkpointed=layers, precision=engine.precision, **how)
 
-        memory = memory_of(
-            how_it_trains,
-            chosen,
-            reference=how["reference"],
-            shards=engine.shards,
-            processes=engine.processes,
-            frozen_bytes=engine.frozen_bytes,
-            costs=of_layers(checkpointed),
+        memory = engine.memory(how_it_trains, chosen, reference=has_reference(config), costs=costs(checkpointed))
+        return Candidate(
+            name, memory, lambda layers, rows=None: costs(tuple(layers), rows), checkpointed, anatomy.num_layers
         )
-        return Candidate(name, memory, lambda layers: of_layers(tuple(layers)), checkpointed, anatomy.num_layers)
 
     everything, rival = select(anatomy, SelectionConfig(policy="all")), upper_half(anatomy)
     own = candidate(config.values.get("method") or "hft", selection, method)
     fft = candidate("fft", everything, Method(everything.config))
     rest = candidate("upper half", rival, Method(rival.config))
-    is_fft = selection.config.policy == "all" and not selection.config.freeze_embeddings and not method.update
+    is_fft = selection.config.policy == "all" and not selection.config.freeze_embeddings
+    is_fft = is_fft and not (method.update or method.strategy)
     return [fft, rest] if is_fft else [fft, own, rest]
 
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from hft.config import fill, to_yaml
 from hft.errors import HFTError, reason
-from hft.machine import broadcast, cpu_has_bfloat16, device_bytes, indented, is_main, is_zero3, world_size
+from hft.machine import broadcast, cpu_has_bfloat16, indented, is_main, is_zero3, world_size
 from hft.model.vocabulary import ids_beyond
 from hft.planning.checkpointing import check_checkpointing, checkpointed_layers
-from hft.planning.memory import Memory, why_it_does_not_fit
-from hft.planning.outlook import Candidate, Outlook, what_to_change
+from hft.planning.memory import MOMENTS, Memory, why_it_does_not_fit
+from hft.planning.outlook import Candidate, Outlook, usable_bytes, what_to_change
 from hft.record.manifest import identity_of
-from hft.runs.comparison import compare, describe_flops, exactly
+from hft.runs.comparison import compare, describe_flops, describe_state, exactly
 from hft.runs.config import Config, find_template
-from hft.runs.costs import Engine, candidates_of, engine_of, has_reference, micro_batch, state_of
+from hft.runs.costs import Engine, candidates_of, engine_of, has_reference, micro_batch
 from hft.runs.folder import check_output, look_into_folder
 from hft.runs.objective import config_class, in_pairs, rows_of
 from hft.selection import Selection
@@ -108,9 +108,9 @@ class RunPlan:
 
     @property
     def tokens(self) -> int | None:
-        """Tokens of the whole run if all rows are as long as they may be; None if its steps are not known."""
-        sequences = self.global_batch * (2 if in_pairs(self.config.objective) else 1)
-        return None if self.steps is None else self.steps * sequences * (self.args.max_length or 0)
+        """Tokens of the whole run if all rows are as long as they may be; None if that or its steps are not known."""
+        sequences, length = self.global_batch * (2 if in_pairs(self.config.objective) else 1), self.args.max_length
+        return None if self.steps is None or length is None else self.steps * sequences * length
 
     def steps_over(self, rows: int) -> int:
         """Steps of all epochs over that many rows."""
@@ -143,6 +143,8 @@ class RunPlan:
             blocks.append(("plan", describe_steps(self)))
         if self.candidates:
             blocks += self._costs()
+        elif self.outlook and self.args:
+            blocks.append(("cost", describe_state(self.memory, self.outlook)))
         schedule = self.config.method.schedule
         if schedule and self.data and self.steps:
             blocks.append(("schedule", schedule.describe(self.selection, self.steps)))
@@ -154,8 +156,8 @@ class RunPlan:
         if not self.outlook:
             return [("cost", describe_flops(self.candidates, self.args.max_length))]
         how, candidates, engine = micro_batch(self.config, self.args), self.candidates, self.engine
-        shardable = self.config.method.shardable
-        text = compare(candidates, self.outlook, engine, how, tokens=self.tokens, shardable=shardable)
+        rows, shardable = self.args.per_device_train_batch_size, self.config.method.shardable
+        text = compare(candidates, self.outlook, engine, how, rows=rows, tokens=self.tokens, shardable=shardable)
         counted = exactly(self.model_config, self.selection, self.own, engine, how) if self.outlook.exact else None
         return [("cost", text), *([("exact", counted)] if counted else [])]
 
@@ -175,15 +177,22 @@ def make_plan(config: Config, outlook: Outlook | None = None) -> RunPlan:
     model_config = load_model_config(config)
     selection = plan_selection(config, model_config)
     engine = engine_of(config, model_config, outlook)
-    plan = RunPlan(config, selection, state_of(config, selection, engine), engine, model_config, outlook=outlook)
-    elsewhere = bool(outlook and outlook.gpus)
-    use_cpu, reference = bool(config.values.get("use_cpu")), has_reference(config)
-    misfit = why_it_does_not_fit(method, selection, reference=reference, shards=engine.shards, use_cpu=use_cpu)
+    elsewhere, reference = bool(outlook and outlook.gpus), has_reference(config)
+    state = engine.memory(method, selection, reference=reference)
+    plan = RunPlan(config, selection, state, engine, model_config, outlook=outlook)
+    use_cpu, optim = bool(config.values.get("use_cpu")), config.values.get("optim")
+    misfit = why_it_does_not_fit(
+        method, selection, reference=reference, shards=engine.shards, use_cpu=use_cpu, optim=optim
+    )
     if misfit and not elsewhere:
         return replace(plan, misfit=misfit)
 
     machine = machine_settings(config.values)
     args, notes = training_arguments(config, machine, engine.processes)
+    if optim and optim not in MOMENTS:
+        notes.append(f"the state of {optim} is not known; planned is that of AdamW, 8 bytes per trained parameter")
+    if method.strategy and method.strategy.acts_on_steps and outlook:
+        notes.append(f"FLOPs and activations of the gradients that {method.strategy.name} computes are not counted")
     if config.run.save_only_trained and not (selection.frozen_parameters or plan.is_deferred):
         notes.append("save_only_trained saves the whole model: no tensor is frozen as a whole")
     plan = with_costs(with_layers(replace(plan, args=args, machine={} if elsewhere else machine, notes=notes)))
@@ -215,9 +224,11 @@ def with_fewest_layers(plan: RunPlan) -> RunPlan:
     Raises:
         HFTError: the run's activations are not known.
     """
-    available = (plan.outlook.bytes_of_gpu() if plan.outlook else None) or device_bytes()
+    available = usable_bytes(plan.outlook)
     if not plan.candidates:
         raise HFTError(f"activation_checkpointing_layers auto: {plan.unknown}; give a number of layers")
+    if available is None:
+        raise HFTError("activation_checkpointing_layers auto depends on the GPU's memory; add --gpu_memory")
     fewest = plan.own.fewest(available)
     if fewest is None:
         rows, shards, shardable = (
@@ -416,13 +427,13 @@ def describe_steps(plan: RunPlan) -> str:
     args, steps, data, processes = plan.args, plan.steps, plan.data, plan.engine.processes
     rows = "pairs" if in_pairs(plan.config.objective) else "rows"
     batch = (
-        f"global batch {plan.global_batch} = {args.per_device_train_batch_size} {rows} x {processes} processes x "
-        f"{args.gradient_accumulation_steps} accumulation steps"
+        f"global batch {plan.global_batch} = {args.per_device_train_batch_size} {rows} x {processes} "
+        f"process{'es' if processes > 1 else ''} x {args.gradient_accumulation_steps} accumulation steps"
     )
     if steps is None:
         how_long = "steps are known once the rows are packed" if data else "steps are not known without the rows"
     else:
-        how_long = f"{steps:,} steps, at most {plan.tokens:,} tokens"
+        how_long = f"{steps:,} steps" + (f", at most {plan.tokens:,} tokens" if plan.tokens else "")
     layers = f"activations of {len(plan.checkpointed)} of {plan.selection.anatomy.num_layers} layers checkpointed"
     if data is None:
         return f"{batch}\n{how_long}\n{layers}"

@@ -43,6 +43,8 @@ def moments_of(trainer):
     [
         ("sft", {"bf16": False}),
         ("sft", {"bf16": True, "freeze_embeddings": True}),
+        ("sft", {"bf16": True, "model_init_kwargs": {"dtype": "float32"}}),
+        ("sft", {"bf16": True, "optim": "sgd"}),
         ("dpo", {"bf16": True}),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
@@ -77,9 +79,11 @@ def test_the_state_of_an_adapters_run_takes_what_its_plan_says(method, tiny, dat
     assert sum(moment.nbytes for moment in moments_of(trainer)) == memory.moments
 
 
-def test_a_step_of_a_run_holds_what_its_plan_says(tiny, data, tmp_path):
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_step_of_a_run_holds_what_its_plan_says(tiny, data, tmp_path, packing):
     """Activations of real tensors, in TRL's own loss: what autograd saves for rows as long as they may be."""
-    plan = plan_of("sft", tmp_path / "out", tiny, data, bf16=True, per_device_train_batch_size=2, max_length=64)
+    keys = {"bf16": True, "per_device_train_batch_size": 2, "max_length": 64, "packing": packing}
+    plan = plan_of("sft", tmp_path / "out", tiny, data, **keys)
     trainer = make_trainer(plan)
     model, own, saved = trainer.model, {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}, {}
 
@@ -93,6 +97,9 @@ def test_a_step_of_a_run_holds_what_its_plan_says(tiny, data, tmp_path):
     mask = torch.ones_like(ids)
     mask[1, -1] = 0  # so that attention needs a mask, which costs what it costs with more padding
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    if packing:  # the rows of a micro-batch follow each other
+        ids = ids.reshape(1, -1)
+        inputs = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(32).repeat(4)[None]}
     model.train()
     hooks, autocast = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16)
     with hooks, autocast, trainer.compute_loss_context_manager():

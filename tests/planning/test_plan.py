@@ -11,6 +11,9 @@ from tests.conftest import command, error_of
 LLAMA = ["--config", "recipes/llama2-7b/sft.yaml", "recipes/methods/hft.yaml", "--max_steps", "100"]
 
 
+SIZES = ("much", "0", "1,000GiB", "-80GiB", "80 elephants")
+
+
 def plan(capsys, *words):
     """The rows of the table that a plan prints, by name, and all that it prints."""
     assert main(["plan", *words]) == 0
@@ -20,7 +23,7 @@ def plan(capsys, *words):
 
 
 def test_a_7b_is_planned_for_8_gpus_that_are_not_here(capsys):
-    rows, out = plan(capsys, "sft", *LLAMA, "--gpus", "8", "--gpu_memory", "80GiB")
+    rows, out = plan(capsys, "sft", *LLAMA, "--max_steps", "5098", "--gpus", "8", "--gpu_memory", "80GiB")
     assert re.search(r"GiB per device: +fft +hft +upper half", out)
     assert "FSDP2 over 8; 4 x 4,096 tokens per device; 32 of 32 layers checkpointed" in out
     assert "global batch 128 = 4 rows x 8 processes x 4 accumulation steps" in out
@@ -29,21 +32,59 @@ def test_a_7b_is_planned_for_8_gpus_that_are_not_here(capsys):
     assert fft > hft > rival == 0
     assert "hft fits" in out
     # FLOPs per token times tokens, at the stated rate.
-    per_token, hours = float(rows["sum"][1]) * 1e9, float(rows["GPU-hours"][1].replace(",", ""))
-    assert hours == pytest.approx(100 * 128 * 4096 * per_token / (0.4 * 312e12) / 3600, abs=1)
+    for per_token, hours in zip(rows["sum"], rows["GPU-hours"], strict=True):
+        needed = 5098 * 128 * 4096 * float(per_token) * 1e9 / (0.4 * 312e12) / 3600
+        assert int(hours) == pytest.approx(needed, abs=0.6)
+    assert "in 80 GiB, 4 of them left free:" in out
     assert "loaded, nothing was written" in out
 
 
 def test_a_plan_says_what_to_change(capsys):
     one = ["--gpus", "1", "--per_device_train_batch_size", "2"]
     _, out = plan(capsys, "sft", *LLAMA, *one, "--gpu_memory", "80GiB", "--activation_checkpointing", "false")
-    assert re.search(r"hft does not fit: it lacks [\d.]+ GiB: checkpoint the activations of \d+ of 32 layers", out)
-    _, out = plan(capsys, "sft", *LLAMA, *one, "--gpu_memory", "67GiB")
-    assert "GiB: lower --per_device_train_batch_size from 2" in out
+    assert re.search(r"hft does not fit: it lacks [\d.]+ GiB: --activation_checkpointing_layers \d+ of 32", out)
+    _, out = plan(capsys, "sft", *LLAMA, *one, "--gpu_memory", "71GiB")
+    assert "GiB: lower --per_device_train_batch_size from 2 to 1" in out
+    _, out = plan(capsys, "sft", *LLAMA, *one, "--gpu_memory", "71GiB", "--per_device_train_batch_size", "1")
+    assert "hft fits" in out
+    _, out = plan(capsys, "sft", *LLAMA, "--gpus", "8", "--gpu_memory", "80GiB", "--max_length", "200000")
+    assert "one row with all layers checkpointed is too long: lower --max_length" in out
     _, out = plan(capsys, "sft", *LLAMA, *one, "--gpu_memory", "40GiB")
     assert "GiB being state: shard it over several GPUs with FSDP2" in out
     _, out = plan(capsys, "sft", *LLAMA, "--gpus", "2", "--gpu_memory", "24GiB")
     assert "GiB being state: shard it over more GPUs" in out
+
+
+def test_what_is_not_known_of_the_machine_or_the_run_is_left_out(capsys):
+    _, out = plan(capsys, "sft", *LLAMA, "--gpus", "8", "--max_length", "none")
+    assert "100 steps\n" in out
+    rows, out = plan(capsys, "sft", *LLAMA, "--gpus", "8")
+    assert "in " not in out.partition("\ncost\n")[2].partition("the peak")[0]
+    assert "fits" not in rows
+    assert main(["plan", "sft", *LLAMA, "--gpus", "8", "--activation_checkpointing_layers", "auto"]) == 2
+    assert "auto depends on the GPU's memory; add --gpu_memory" in error_of(capsys)
+    osf = [*LLAMA[:2], "recipes/methods/osf.yaml", "--max_steps", "9", "--gpus", "8"]
+    _, out = plan(capsys, "sft", *osf, "--gpu_memory", "80GiB")
+    assert "does not fit: the state alone takes" in out
+    assert "of the 76.0 GiB that a device can give" in out
+
+
+def test_the_optimizer_and_a_strategy_count(capsys, tmp_path):
+    gpus = ["--gpus", "8", "--gpu_memory", "80GiB"]
+    rows, out = plan(capsys, "sft", *LLAMA, *gpus)
+    moments = float(rows["optimizer moments"][1])
+    assert moments > 3
+    rows, _ = plan(capsys, "sft", *LLAMA, *gpus, "--optim", "sgd")
+    assert "optimizer moments" not in rows
+    rows, out = plan(capsys, "sft", *LLAMA, *gpus, "--optim", "adamw_bnb_8bit")
+    assert float(rows["optimizer moments"][1]) == moments
+    assert "the state of adamw_bnb_8bit is not known; planned is that of AdamW" in out
+    fft = [*LLAMA[:2], "recipes/methods/fft.yaml", "--max_steps", "9", *gpus]
+    memory = tmp_path / "memory.jsonl"
+    memory.write_text('{"prompt": "a", "completion": "b", "task": "0"}\n')
+    rows, out = plan(capsys, "sft", *fft, "--strategy", "gem", "--strategy_data", str(memory))
+    assert float(rows["method"][1]) > float(rows["method"][0]) == 0
+    assert "of the gradients that gem computes are not counted" in out
 
 
 def test_the_rival_is_cheap_only_without_checkpointing(capsys):
@@ -56,6 +97,11 @@ def test_the_rival_is_cheap_only_without_checkpointing(capsys):
 
 def test_a_plan_counts_exactly(capsys, tiny, data, tmp_path):
     words = command("sft", tmp_path / "out", "--exact", "true", "--gpus", "1", model=tiny, data=data)
+    _, out = plan(capsys, *words, "--packing", "true")
+    assert "packed rows cannot be counted on fake tensors" in out
+    attention = ["--model_init_kwargs", '{"attn_implementation": "flash_attention_2"}']
+    _, out = plan(capsys, *words, *attention)
+    assert "counted on fake tensors: " in out
     _, out = plan(capsys, *words)
     counted, closed = re.findall(r"([\d,]+) FLOPs forward, ([\d,]+) backward, ([\d.]+) GiB held", out)
     assert counted == closed
@@ -78,11 +124,11 @@ def test_without_its_rows_a_plan_ends_with_the_costs(capsys):
 def test_wrong_values_are_refused(capsys):
     for words, message in (
         (["--gpus", "0"], "gpus must be at least 1"),
-        (["--gpu_memory", "much"], "gpu_memory: expected a size such as 80GiB"),
+        *((["--gpu_memory", size], "gpu_memory: expected a size such as 80GiB") for size in SIZES),
         (["--mfu", "40"], "mfu must lie in 0..1"),
         (["--gpus", "7"], "is not a multiple of 4 rows per device x 7 processes"),
     ):
         assert main(["plan", "sft", *LLAMA, *words]) == 2
         assert message in error_of(capsys)
     assert Outlook(gpu_memory="24 GB").bytes_of_gpu() == 24e9
-    assert Outlook(gpu_memory="80").bytes_of_gpu() == 80 * 2**30
+    assert Outlook(gpu_memory="80").bytes_of_gpu() == Outlook(gpu_memory="81920MiB").bytes_of_gpu() == 80 * 2**30
