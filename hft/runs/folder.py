@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
+# What the optimizer's state restores, whatever the new settings are.
+RESTORED = ("learning_rate ", "weight_decay ", "adam_beta", "adam_epsilon ")
+
+
 def check_output(config: Config) -> None:
     """Refuse an output folder that cannot be written to, or that holds the base.
 
@@ -52,20 +56,28 @@ def look_into_folder(config: Config, identity: dict[str, Any], args: TrainingArg
     start = values["resume_from_checkpoint"]
     if start in (None, "none", "false"):
         return {"resume_from": None, "notes": []}
-    if start in ("auto", "true"):
-        saved = out / CONFIG_NAME
-        changes = differences(comparable(values), comparable(read_config(saved))) if saved.exists() else []
+    is_auto, is_finished = start in ("auto", "true"), (out / RESULTS_NAME).exists()
+    saved = (out if is_auto else Path(start).parent) / CONFIG_NAME
+    changes = differences(comparable(values), comparable(read_config(saved))) if saved.exists() else []
+    if is_auto and is_finished and not changes:
+        return {"is_finished": True, "notes": []}
+    if is_auto and is_finished:
+        raise HFTError(
+            f"{out} holds a finished run with other settings ({'; '.join(changes)}): choose another "
+            "--output_dir, or --resume_from_checkpoint none to overwrite it"
+        )
+    if is_auto:
         start = last_checkpoint(out)
-        if (out / RESULTS_NAME).exists():
-            if not changes:
-                return {"is_finished": True, "notes": []}
-            raise HFTError(
-                f"{out} holds a finished run with other settings ({'; '.join(changes)}): choose another "
-                "--output_dir, or --resume_from_checkpoint none to overwrite it"
-            )
-        if start and changes:
-            notes = [f"NOTE: resuming with other settings than before: {'; '.join(changes)}"]
+    elif is_finished:
+        notes.append(f"NOTE: {out} holds a finished run, which this one replaces")
     if start:
+        if restored := [change for change in changes if change.startswith(RESTORED)]:
+            raise HFTError(
+                f"cannot resume from {start}, whose optimizer keeps its own settings: {'; '.join(restored)}; give "
+                "another --output_dir, or --resume_from_checkpoint none"
+            )
+        if changes:
+            notes.append(f"NOTE: resuming with other settings than before: {'; '.join(changes)}")
         check_same_run(identity, Manifest.load(start).identity, start)
         check_complete(Path(start), args)
         notes.append(f"resuming from {start}")
@@ -80,7 +92,7 @@ def check_complete(checkpoint: Path, args: TrainingArguments) -> None:
     parts = zero3_parts(checkpoint)
     states = {
         "ddp": (checkpoint / "optimizer.pt").exists(),
-        "fsdp2": any(checkpoint.glob("optimizer[._][b0]*")),
+        "fsdp2": any((checkpoint / name).exists() for name in ("optimizer.bin", "optimizer_0")),
         "zero3": bool(parts),
     }
     now = "zero3" if is_zero3(args) else "fsdp2" if is_sharded(args) else "ddp"

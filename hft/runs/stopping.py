@@ -64,8 +64,11 @@ class StopAfterStep(TrainerCallback):
         if not self.is_stopping:
             return
         leave_process_group()  # after the others have saved too
+        # A checkpoint that the command names would be taken again.
+        named = args.resume_from_checkpoint not in (None, "auto", "true", "none", "false")
+        how = " with --resume_from_checkpoint auto" if named else ""
         raise Stopped(
-            f"stopped by SIGTERM after step {state.global_step}; run the same command again to go on from "
+            f"stopped by SIGTERM after step {state.global_step}; run the same command again{how} to go on from "
             f"{last_checkpoint(args.output_dir)}"
         )
 

@@ -167,12 +167,11 @@ def resolve_deferred(plan: RunPlan) -> Selection:
 
 
 def claim_folder(plan: RunPlan, trainer: ManifestMixin) -> None:
-    """Remove what an earlier run left in the folder, unless this run resumes it, and write what this run is."""
+    """Remove what an earlier run left in the folder, but what this run goes on from, and write what this run is."""
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(plan.out / RESHARDED, ignore_errors=True)  # where a run was killed while converting
-        if not plan.resume_from:
-            clear(plan.out)
+        clear(plan.out, plan.resume_from)
         write_text(plan.out / CONFIG_NAME, to_yaml(plan.config.values))
         (plan.out / RESULTS_NAME).unlink(missing_ok=True)
         if not plan.config.method.adapter:
@@ -188,9 +187,16 @@ def cannot_write_to(out: Path, error: OSError) -> HFTError:
     return HFTError(f"cannot write to output_dir {out}: {error.strerror or reason(error)}")
 
 
-def clear(out: Path) -> None:
-    """Remove an earlier run's checkpoints and model, so that they are not mistaken for this run's."""
-    for checkpoint in checkpoints(out):
+def clear(out: Path, resumed: str | None) -> None:
+    """Remove an earlier run's checkpoints and model, so that they are not mistaken for this run's.
+
+    Args:
+        out: the run's folder.
+        resumed: the checkpoint that it resumes from. Those before it stay, if it is in the folder.
+    """
+    found = checkpoints(out)
+    same = [index for index, path in enumerate(found) if resumed and path.samefile(resumed)]
+    for checkpoint in found[same[0] + 1 :] if same else found:
         if (checkpoint / MANIFEST_NAME).exists():
             say(f"removing {checkpoint} of an earlier run")
             shutil.rmtree(checkpoint)

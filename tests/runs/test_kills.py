@@ -2,13 +2,14 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 
 from hft.record.checkpoints import last_checkpoint
 from tests import faults
-from tests.conftest import command
+from tests.conftest import command, identical, tensors
 
 # Before the first checkpoint, in a save, in a step, in the cast of the final weights, and in verify.
 MOMENTS = [
@@ -78,6 +79,28 @@ def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path, strai
     assert faults.run(line, out) == [0]
     assert f"resuming from {out / 'checkpoint-1'}" in faults.printed(out)
     same(out, straight("sft"), "checkpoint-1/")
+
+
+def test_a_run_that_went_back_is_not_taken_for_the_one_before(tmp_path, straight, tiny, data):
+    out = tmp_path / "out"
+    shutil.copytree(straight("sft"), out)
+    back = [*words("sft", out, tiny, data), "--max_grad_norm", "1e-6", "--save_steps", "1"]
+    named = ["--resume_from_checkpoint", str(out / "checkpoint-2")]
+    assert faults.run([*back, *named], out, at="optimizer 2", does="terminate") == [143]
+    printed = faults.printed(out)
+    assert f"NOTE: {out} holds a finished run, which this one replaces" in printed
+    assert "NOTE: resuming with other settings than before: " in printed
+    assert f"again with --resume_from_checkpoint auto to go on from {out / 'checkpoint-3'}" in printed
+    assert not (out / "checkpoint-4").exists()
+    assert not (out / "model.safetensors").exists()
+    assert faults.run(back, out) == [0]
+    assert f"resuming from {out / 'checkpoint-3'}" in faults.printed(out)
+    ours, theirs = (tensors(folder / "checkpoint-4") for folder in (out, straight("sft")))
+    assert not all(identical(ours[name], theirs[name]) for name in theirs)  # as gradients were clipped
+    (out / "results.json").unlink()
+    assert faults.run([*back, "--learning_rate", "1e-2", "--weight_decay", "0.1"], out) == [2]
+    sentence = "whose optimizer keeps its own settings: learning_rate 0.001 there, 0.01 here; weight_decay"
+    assert sentence in faults.printed(out)
 
 
 def test_a_full_disk_leaves_the_last_complete_checkpoint(tmp_path, straight, tiny, data):
