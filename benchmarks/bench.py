@@ -6,6 +6,7 @@ one process, once a round, every other round backwards. The tables go to results
 
 import argparse
 import json
+import math
 import platform
 import re
 import statistics
@@ -156,11 +157,12 @@ def sft(bench: Bench, checkpointing: bool = False) -> str:
 def equal(bench: Bench) -> str:
     """FFT and HFT in the memory that HFT takes without activation checkpointing."""
     layers = AutoConfig.from_pretrained(bench.model).num_hidden_layers
+    bench.arm(bench.trainer, "hft")()  # what the first arm of a process allocates once is in no arm's peak
     budget = bench.arm(bench.trainer, "hft")().peak
     none, most = (
         bench.arm(bench.trainer, "fft", activation_checkpointing_layers=count)().peak for count in (0, layers)
     )
-    count = min(layers, max(0, -int(-layers * (none - budget) // (none - most))))
+    count = fewest_layers(budget, none, most, layers)
     fft, half = f"fft, {count} of {layers} layers checkpointed", "hft, none checkpointed"
     arms = {
         fft: bench.arm(bench.trainer, "fft", activation_checkpointing_layers=count),
@@ -170,7 +172,7 @@ def equal(bench: Bench) -> str:
     ratios = [median(a) / median(b) for a, b in zip(found[half], found[fft], strict=True)]
     passes = [passes_of(a) / passes_of(b) for a, b in zip(found[half], found[fft], strict=True)]
     bound = found[half][0].flops / found[fft][0].flops
-    fits = "" if most <= budget else " That is more than the budget even so."
+    fits = "" if min(none, most) <= budget else " That is more than the budget even so."
     return (
         f"The budget is what HFT takes without checkpointing, {budget / 1e9:.2f} GB. FFT takes {none / 1e9:.2f} GB "
         f"with no layer checkpointed and {most / 1e9:.2f} GB with all {layers}, so it checkpoints {count}.{fits}\n\n"
@@ -179,6 +181,15 @@ def equal(bench: Bench) -> str:
         f"by FLOPs is {bound:.3f}. The step is {statistics.median(ratios) / bound:.3f} times the bound, the passes "
         f"{statistics.median(passes) / bound:.3f} times."
     )
+
+
+def fewest_layers(budget: float, none: float, most: float, layers: int) -> int:
+    """How many of so many layers to checkpoint so that a peak, of `none` or of all layers, comes down to a budget."""
+    if none <= budget:
+        return 0
+    if none <= most:
+        return layers
+    return min(layers, math.ceil(layers * (none - budget) / (none - most)))
 
 
 def dpo(bench: Bench) -> str:

@@ -35,6 +35,14 @@ def test_the_bench_measures_what_the_plan_says(tmp_path, tiny, monkeypatch):
     assert 'make bench ARGS="--parts dpo"' in text  # which was not run
 
 
+@pytest.mark.parametrize(
+    ("none", "most", "count"), [(9, 5, 0), (10, 5, 0), (15, 5, 15), (15, 10, 30), (20, 12, 30), (15, 15, 30)]
+)
+def test_as_few_layers_are_checkpointed_as_come_down_to_the_budget(monkeypatch, none, most, count):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    assert runpy.run_path(str(ROOT / "benchmarks" / "bench.py"))["fewest_layers"](10, none, most, 30) == count
+
+
 @pytest.mark.slow
 def test_the_bench_at_equal_memory_and_for_dpo(tmp_path, tiny, monkeypatch):
     text = bench(monkeypatch, tmp_path / "bench.md", tiny, "--parts", "equal", "checkpointing", "sft", "dpo")
