@@ -19,8 +19,8 @@ LOCAL_FILES := $(if $(LOCAL),models/$(LOCAL)/config.json $(DEMO))
 
 # The visible GPUs. The models made here are too small to spread over several.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
-ifdef CUDA_VISIBLE_DEVICES
-GPUS := $(words $(subst $(,), ,$(CUDA_VISIBLE_DEVICES)))
+ifneq ($(origin CUDA_VISIBLE_DEVICES),undefined)# empty or -1 hides all of them
+GPUS := $(words $(filter-out -1,$(subst $(,), ,$(CUDA_VISIBLE_DEVICES))))
 endif
 NUM_GPUS ?= $(if $(LOCAL),$(if $(filter 0,$(GPUS)),0,1),$(GPUS))
 ifeq ($(NUM_GPUS),1)
