@@ -133,7 +133,7 @@ class HalfFineTuning(ManifestMixin):
         """Under FSDP2 keep log-probabilities, losses and the reduction of gradients in fp32, as under DDP.
 
         accelerate's own policy is bf16 throughout: at |logp| above 512 sums move in steps of 4. One policy holds for
-        every wrapped module, so layers hand on fp32 too, which doubles the inputs that activation checkpointing keeps.
+        every wrapped module, so the last layer hands fp32 on to the head too.
         """
         super().create_accelerator_and_postprocess()
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None

@@ -87,16 +87,17 @@ def matrix(out: Path) -> dict:
     ("strategy", "sharded"), [(GEM, False), (GEM, True), (SELF_REPLAY, False)], ids=["gem", "gem-fsdp2", "self-replay"]
 )
 def test_two_processes_agree_with_one(straight, tiny, tmp_path, strategy, sharded):
-    more = ["--lr_scheduler_type", "constant", "--learning_rate", "1e-3", "--bf16", str(sharded).lower()]
+    more = ["--lr_scheduler_type", "constant", "--learning_rate", "1e-3", "--bf16", "false"]
     for processes in (1, 2):
         two = {"processes": processes, "sharded": sharded and processes == 2}
         run = words(tiny, straight[1], tmp_path / str(processes), *strategy, *more, **two)
-        subprocess.run(run, check=True, cwd=ROOT, env=ENVIRONMENT)
+        # In fp32, as rounding decides which constraints of GEM's problem hold with equality.
+        subprocess.run(run, check=True, cwd=ROOT, env=ENVIRONMENT | {"ACCELERATE_MIXED_PRECISION": "no"})
     one, two = (tensors(tmp_path / name / "02-Swap") for name in "12")
-    start, rounding = tensors(tiny), 0.1 if sharded else 0.02  # FSDP2 computes in bf16
+    start = tensors(tiny)
     for key, tensor in one.items():
         moved = (tensor.float() - start[key].float()).norm()
-        assert (tensor.float() - two[key].float()).norm() <= rounding * moved, key
+        assert (tensor.float() - two[key].float()).norm() <= 0.02 * moved, key
     ours, theirs = (matrix(tmp_path / name)["scores"] for name in "12")
     for row, other in zip(ours, theirs, strict=True):
         assert row == pytest.approx(other, abs=2)

@@ -20,9 +20,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def set_environment() -> None:
-    """What `accelerate launch` makes of the config that `make` uses."""
+    """What `accelerate launch` makes of the config that `make` uses, and of a precision in the environment."""
     config = yaml.safe_load((ROOT / "recipes/accelerate/fsdp2.yaml").read_text())
-    os.environ |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": config["mixed_precision"]}
+    os.environ.setdefault("ACCELERATE_MIXED_PRECISION", config["mixed_precision"])
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
     os.environ |= {key.upper(): str(value).lower() for key, value in config["fsdp_config"].items()}
     for key in ("fsdp_auto_wrap_policy", "fsdp_state_dict_type"):
         os.environ[key.upper()] = config["fsdp_config"][key]
@@ -36,7 +37,8 @@ def choose_fsdp() -> None:
         init(self, *args, **kwargs)
         plugin = kwargs.get("fsdp_plugin")
         if plugin is not None and "fsdp_plugin" not in self.__dict__:
-            plugin.set_mixed_precision(self._mixed_precision)
+            if self._mixed_precision != "no":
+                plugin.set_mixed_precision(self._mixed_precision)
             self.fsdp_plugin = plugin
         if self.__dict__.get("fsdp_plugin") is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.FSDP
