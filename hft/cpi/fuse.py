@@ -101,26 +101,27 @@ def write_fused(out: Path, what: Fusion) -> str:
     cores, shapes = [Masks(core) for core in what.cores], {key: tuple(base.specs[key].shape) for key in base.parameters}
     if wrong := [folder for folder, core in zip(what.cores, cores, strict=True) if core.shapes != shapes]:
         raise HFTError(f"{wrong[0]} is not a core of {base.name}; run `hft cpi probe` again")
-    branches, claims = Counter(), Counter()
+    branches, claims = [], []  # lists, as several threads add to them
 
     def chunks(name: str) -> Iterator[torch.Tensor]:
         factors, branch = interpolation(models, name, what)
-        branches[branch] += 1
+        branches.append(branch)
         masks = [core[name].bits.split(CHUNK_NUMEL // 8) for core in cores]
         for values, bits in zip(zip_chunks([base, *models], name), zip(*masks, strict=True), strict=True):
             inside = torch.stack([Mask(one, values[0].shape).tensor() for one in bits])
-            claims.update(dict(enumerate(torch.bincount(inside.sum(0)).tolist())))
+            claims.append(torch.bincount(inside.sum(0), minlength=len(cores) + 1))
             claimed = transplant(values[-len(probes) :], inside, values[0], what.overlap)
             yield torch.where(inside.any(0), claimed, weighted_sum(values[1:], factors))
 
     with replaced_folder(out, FUSED_NAME) as folder:
         write_model(folder, base, chunks)
-        found = {"branches": dict(branches), "elements_in_cores": {str(n): c for n, c in sorted(claims.items())}}
+        ways, elements = Counter(branches), sum(claims).tolist()
+        found = {"branches": ways, "elements_in_cores": {str(n): c for n, c in enumerate(elements) if c}}
         write_json(folder / FUSED_NAME, asdict(what) | found)
-    several = sum(count for n, count in claims.items() if n > 1)
     return (
-        f"fused {len(probes)} probes: {branches['arc']} tensors along the arc, {branches['line']} along the line "
-        f"(|cos| > {COLINEAR_COS}); {claims[1]:,} elements in one core, {several:,} in several ({what.overlap})"
+        f"fused {len(probes)} probes: {ways['arc']} tensors along the arc, {ways['line']} along the line "
+        f"(|cos| > {COLINEAR_COS}); {elements[1]:,} elements in one core, {sum(elements[2:]):,} in several "
+        f"({what.overlap})"
     )
 
 

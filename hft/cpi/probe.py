@@ -14,7 +14,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from hft.cpi.config import Plan
 from hft.cpi.runs import in_main_process, is_current, replaced_folder, train_sft
@@ -236,18 +235,14 @@ def write_largest(
     Args:
         folder: where to write.
         like: the model, for names and shapes.
-        scores: the flat fp32 chunks of a parameter's scores, by its name; the same in each pass.
+        scores: the flat fp32 chunks of a parameter's scores, by its name; the same in each pass, in any thread.
         percent: p.
 
     Returns:
         How many there are, and the smallest of them.
     """
 
-    def passes(what: str) -> Iterator[torch.Tensor]:
-        for name in tqdm(like.parameters, desc=what, unit="tensor", leave=False):
-            yield from scores(name)
-
-    cut = MagnitudePruner(lambda: passes("finding the core"), Fraction(str(percent)) / 100)
+    cut = MagnitudePruner(scores, like.parameters, Fraction(str(percent)) / 100)
     ties = cut.ties
 
     def packed(name: str) -> Iterator[torch.Tensor]:

@@ -51,7 +51,7 @@ def merge_adapter(
     if notes := ids_beyond(new, model.num_embeddings):  # a base's own such ids are its own matter
         raise HFTError(f"{adapter}: {notes[0]}")
     state = merged_state(adapter, config, model)
-    model.bytes_read = sum(spec.nbytes for spec in model.specs.values())
+    model.reads.extend(spec.nbytes for spec in model.specs.values())
     with new_folder(out) as folder:
         chunks = {name: tensor.reshape(-1).split(CHUNK_NUMEL) for name, tensor in state.items()}
         written = write_model(folder, model, chunks.__getitem__, max_shard_size=max_shard_size)

@@ -7,18 +7,19 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, field
+from itertools import accumulate, combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from hft.errors import HFTError, shorten
+from hft.machine import in_threads
 from hft.model.anatomy import meta_model
 from hft.model.load import read_config
 from hft.model.vocabulary import check_same_ids, vocabulary
@@ -55,7 +56,7 @@ class Checkpoint:
             is stored, such as the `rotary_emb.inv_freq` of older Llamas. A tied head is left out.
         parameters: names of the model's parameters, a tied head not listed twice.
         tied: names of tied parameters, and the parameter that each is tied to.
-        bytes_read: how much of it has been read so far.
+        reads: bytes of each chunk that has been read so far; a list, as several threads add to it.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Checkpoint:
     specs: dict[str, torch.Tensor]
     parameters: list[str]
     tied: dict[str, str]
-    bytes_read: int = 0
+    reads: list[int] = field(default_factory=list)
 
     @classmethod
     def open(cls, name: str, revision: str | None = None) -> Checkpoint:
@@ -98,7 +99,7 @@ class Checkpoint:
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
         """A tensor as stored, flattened, `CHUNK_NUMEL` elements at a time."""
         for chunk in self.weights[name].reshape(-1).split(CHUNK_NUMEL):
-            self.bytes_read += chunk.nbytes
+            self.reads.append(chunk.nbytes)
             yield chunk
 
     def fp32_chunks(self, name: str) -> Iterator[torch.Tensor]:
@@ -246,14 +247,15 @@ def write_model(
 ) -> int:
     """Write a model in safetensors, tensor by tensor, with the companion files of another one.
 
-    Files are written as they come, header first, so that only chunks are in memory, whatever the size of the model,
-    of a tensor or of a shard. What is read is mapped into memory by file: its pages count as resident while there is
-    room, and the kernel takes them back when there is none.
+    Only chunks are in memory, one per thread, whatever the size of the model, of a tensor or of a shard. What is read
+    is mapped into memory by file: its pages count as resident while there is room, and the kernel takes them back when
+    there is none.
 
     Args:
         folder: an existing folder.
         like: the model whose names, shapes, dtypes, tokenizer and config are written.
-        chunks_of: the flat chunks of a parameter, by its name. Tensors that are not parameters are `like`'s.
+        chunks_of: the flat chunks of a parameter, by its name; called in several threads. Tensors that are not
+            parameters are `like`'s.
         specs: where dtypes are to be others than `like`'s.
         max_shard_size: bytes of a file, as `save_pretrained` takes it.
 
@@ -261,8 +263,40 @@ def write_model(
         Bytes of tensors written.
 
     Raises:
-        HFTError: a tensor would hold NaN or infinity, or has a dtype that cannot be written; there is too little
-            space; or `max_shard_size` is not a size.
+        HFTError: as `plan_files`, or a tensor would hold NaN or infinity.
+    """
+    specs, split = plan_files(folder, like, specs, max_shard_size)
+    parameters, size = set(like.parameters), sum(spec.nbytes for spec in specs.values())
+    copy_companions(like.folder, folder)
+    with tqdm(total=size, desc="writing", unit="B", unit_scale=True, leave=False) as bar:
+
+        def stored(name: str) -> Iterator[torch.Tensor]:
+            for chunk in chunks_of(name) if name in parameters else like.chunks(name):
+                yield _stored(name, chunk, specs[name].dtype)
+                with bar.get_lock():
+                    bar.update(chunk.numel() * specs[name].itemsize)
+
+        for filename, names in split.filename_to_tensors.items():
+            of_file = {name: specs[name] for name in names}
+            write_safetensors(folder / filename, of_file, stored, {"format": "pt"}, threads=True)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / SAFE_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    Weights(folder)  # reads the headers, which must account for every byte
+    return size
+
+
+def plan_files(
+    folder: Path, like: Checkpoint, specs: Mapping[str, torch.Tensor] | None = None, max_shard_size: str = "5GB"
+) -> tuple[dict[str, torch.Tensor], StateDictSplit]:
+    """What `write_model` will write to which files; everything that can fail before it begins, fails here.
+
+    Returns:
+        Shape and dtype of each tensor in the order of writing, and the names by file.
+
+    Raises:
+        HFTError: a tensor has a dtype that cannot be written, there is too little space, or `max_shard_size` is not a
+            size.
     """
     # As safetensors' own writer does, wide dtypes come first, so that every tensor is aligned.
     specs = dict(sorted((specs or like.specs).items(), key=lambda item: -item[1].itemsize))
@@ -274,24 +308,9 @@ def write_model(
     if free < size:
         raise HFTError(f"{folder.parent} has {free / 1e9:.1f} GB free and the model takes {size / 1e9:.1f} GB")
     try:
-        split = split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
+        return specs, split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
     except ValueError as error:
         raise HFTError(f"max_shard_size must be a number and a unit, such as 5GB, got {max_shard_size!r}") from error
-    copy_companions(like.folder, folder)
-    with tqdm(total=size, desc="writing", unit="B", unit_scale=True, leave=False) as bar:
-
-        def stored(name: str) -> Iterator[torch.Tensor]:
-            for chunk in chunks_of(name) if name in parameters else like.chunks(name):
-                yield _stored(name, chunk, specs[name].dtype)
-                bar.update(chunk.numel() * specs[name].itemsize)
-
-        for filename, names in split.filename_to_tensors.items():
-            write_safetensors(folder / filename, {name: specs[name] for name in names}, stored, {"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / SAFE_INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    Weights(folder)  # reads the headers, which must account for every byte
-    return size
 
 
 def _stored(name: str, chunk: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -311,20 +330,31 @@ def write_safetensors(
     specs: Mapping[str, torch.Tensor],
     chunks_of: Callable[[str], Iterable[torch.Tensor]],
     metadata: Mapping[str, str],
+    *,
+    threads: bool = False,
 ) -> None:
-    """Write a safetensors file tensor by tensor; only a chunk is in memory.
+    """Write a safetensors file in chunks, so that no tensor is in memory as a whole.
 
     Args:
         path: the file.
         specs: shape and dtype of each tensor, by name.
         chunks_of: the flat chunks of a tensor, in its dtype, by its name.
         metadata: the file's.
+        threads: whether to write several tensors at a time, large ones first; else they are written in order.
     """
-    with path.open("wb") as file:
-        file.write(_header(specs, metadata))
-        for name in specs:
+    header = _header(specs, metadata)
+    path.write_bytes(header)
+    starts = dict(zip(specs, accumulate((spec.nbytes for spec in specs.values()), initial=len(header)), strict=False))
+
+    def write(name: str) -> None:
+        with path.open("r+b") as file:
+            file.seek(starts[name])
             for chunk in chunks_of(name):
                 file.write(as_bytes(chunk).numpy())
+
+    names = sorted(specs, key=lambda name: -specs[name].nbytes) if threads else specs
+    for _ in in_threads(write, names) if threads else map(write, names):
+        pass
 
 
 def _header(specs: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -358,6 +388,6 @@ def copy_companions(source: Path, target: Path, but: Sequence[str] = ()) -> None
 
 def throughput(inputs: Sequence[Checkpoint], written: int, seconds: float) -> str:
     """Bytes read and written, and how fast, in words."""
-    read, size = sum(checkpoint.bytes_read for checkpoint in inputs), tqdm.format_sizeof
+    read, size = sum(sum(checkpoint.reads) for checkpoint in inputs), tqdm.format_sizeof
     rate = size((read + written) / seconds, "B/s")
     return f"read {size(read, 'B')}, wrote {size(written, 'B')} in {seconds:.1f} s: {rate}"

@@ -12,12 +12,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 
 from hft.config import Keys, fill, read_arguments, to_yaml
 from hft.errors import HFTError
 from hft.machine import say
-from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, throughput, write_model, zip_chunks
+from hft.merging.checkpoint import (
+    Checkpoint,
+    check_alike,
+    check_out,
+    new_folder,
+    plan_files,
+    throughput,
+    write_model,
+    zip_chunks,
+)
 from hft.merging.operators import (
     COLINEAR_COS,
     MagnitudePruner,
@@ -149,16 +157,18 @@ def merge(config: MergeConfig, finish: Callable[[Path], None]) -> str:
     inputs = [*models, *([base] if base else [])]
     check_out(out, inputs)
     check_alike(*inputs)
-    start, branches = time.monotonic(), Counter()
+    start, branches = time.monotonic(), []
     with new_folder(out) as folder:
+        plan_files(folder, models[0], max_shard_size=config.max_shard_size)  # fails before passes over the models do
         merged = interpolated(config, models, branches) if base is None else with_deltas(config, models, base)
         written = write_model(folder, models[0], merged, max_shard_size=config.max_shard_size)
         finish(folder)
     speed = throughput(inputs, written, time.monotonic() - start)
     if not branches:
         return speed
-    ways = f"{branches['arc']} tensors along the arc, {branches['line']} along the line (|cos| > {COLINEAR_COS})"
-    return f"slerp: {ways}\n{speed}"
+    ways = Counter(branches)
+    arc, line = f"{ways['arc']} tensors along the arc", f"{ways['line']} along the line (|cos| > {COLINEAR_COS})"
+    return f"slerp: {arc}, {line}\n{speed}"
 
 
 def check_config(config: MergeConfig, given: dict[str, Any]) -> None:
@@ -186,13 +196,13 @@ def check_config(config: MergeConfig, given: dict[str, Any]) -> None:
         raise HFTError(f"average divides weights by their sum, which must not be 0, got {config.weights}")
 
 
-def interpolated(config: MergeConfig, models: Sequence[Checkpoint], branches: Counter[str]) -> Chunks:
+def interpolated(config: MergeConfig, models: Sequence[Checkpoint], branches: list[str]) -> Chunks:
     """The merged chunks of a parameter by name, of operators that merge the weights themselves.
 
     Args:
         config: its method is average or slerp.
         models: what to merge.
-        branches: counts the tensors that each branch of slerp took.
+        branches: gets the branch of slerp that each tensor takes.
     """
 
     def average(name: str) -> Iterator[torch.Tensor]:
@@ -202,7 +212,7 @@ def interpolated(config: MergeConfig, models: Sequence[Checkpoint], branches: Co
 
     def slerp(name: str) -> Iterator[torch.Tensor]:
         *factors, branch = slerp_factors(zip_chunks(models, name), config.t)
-        branches[branch] += 1
+        branches.append(branch)
         for chunks in zip_chunks(models, name):
             yield weighted_sum(chunks, factors)
 
@@ -219,16 +229,15 @@ def with_deltas(config: MergeConfig, models: Sequence[Checkpoint], base: Checkpo
     combine = ties_merge if "ties" in config.method else lambda deltas: weighted_sum(deltas, weights)
 
     def pruners(names: Sequence[str]) -> list[MagnitudePruner]:
-        return [MagnitudePruner(functools.partial(deltas_of, model, base, names), config.density) for model in models]
+        deltas = [functools.partial(deltas_of, model, base) for model in models]
+        return [MagnitudePruner(chunks_of, names, config.density) for chunks_of in deltas]
 
-    @functools.cache  # made when the first tensor is written, after every cheap check
-    def global_pruners() -> list[MagnitudePruner]:
-        return pruners(base.parameters)
+    by_model = pruners(base.parameters) if config.method == "ties" and config.trim == "global" else None
 
     def changes(name: str) -> list[Callable[[torch.Tensor], torch.Tensor]]:
         """What is done to the deltas of each model before they are combined."""
         if config.method == "ties":
-            return global_pruners() if config.trim == "global" else pruners([name])
+            return by_model or pruners([name])
         if config.method in ("dare", "dare-ties"):
             generators = [generator_of(f"{config.seed}/{index}/{name}") for index in range(len(models))]
             return [functools.partial(random_prune, p=config.drop, generator=one) for one in generators]
@@ -243,8 +252,7 @@ def with_deltas(config: MergeConfig, models: Sequence[Checkpoint], base: Checkpo
     return merged
 
 
-def deltas_of(model: Checkpoint, base: Checkpoint, names: Sequence[str]) -> Iterator[torch.Tensor]:
-    """What a model adds to its base in the given parameters, in chunks."""
-    for name in tqdm(names, desc="finding where to trim", unit="tensor", leave=False, disable=len(names) == 1):
-        for tuned, start in zip_chunks([model, base], name):
-            yield tuned - start
+def deltas_of(model: Checkpoint, base: Checkpoint, name: str) -> Iterator[torch.Tensor]:
+    """What a model adds to its base in a parameter, in chunks."""
+    for tuned, start in zip_chunks([model, base], name):
+        yield tuned - start

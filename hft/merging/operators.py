@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
 import torch
+from tqdm import tqdm
+
+from hft.machine import in_threads
 
 # Above this |cos| slerp interpolates linearly, as mergekit does.
 COLINEAR_COS = 0.9995
@@ -55,7 +58,8 @@ class MagnitudePruner:
     magnitudes' fp32 bits, which are ordered as the magnitudes are.
 
     Args:
-        chunks: makes the chunks of the delta, each time it is called.
+        chunks_of: makes the chunks of a tensor of the delta, by its name; called twice, in several threads.
+        names: the tensors that the delta consists of.
         density: fraction to keep; a `Fraction` makes the count exact.
 
     Attributes:
@@ -64,15 +68,22 @@ class MagnitudePruner:
         ties: how many of them have this magnitude. More elements may have it, and `__call__` keeps those too.
     """
 
-    def __init__(self, chunks: Callable[[], Iterable[torch.Tensor]], density: float | Fraction):
-        upper, lower = torch.zeros(2**15, dtype=torch.long), torch.zeros(2**16, dtype=torch.long)
-        for chunk in chunks():
-            upper += torch.bincount(magnitude_bits(chunk) >> 16, minlength=len(upper))
+    def __init__(
+        self, chunks_of: Callable[[str], Iterable[torch.Tensor]], names: Sequence[str], density: float | Fraction
+    ):
+        def histogram(half: Callable[[torch.Tensor], torch.Tensor], bins: int) -> torch.Tensor:
+            def of_tensor(name: str) -> torch.Tensor:
+                bits = map(magnitude_bits, chunks_of(name))
+                return sum(torch.bincount(half(one), minlength=bins) for one in bits)
+
+            counts = in_threads(of_tensor, names)
+            what = {"desc": "finding where to cut", "unit": "tensor", "leave": False, "disable": len(names) == 1}
+            return sum(tqdm(counts, total=len(names), **what))
+
+        upper = histogram(lambda bits: bits >> 16, 2**15)
         self.wanted = int(density * int(upper.sum()))
         start, rest = _bin_of(upper, self.wanted)
-        for chunk in chunks():
-            bits = magnitude_bits(chunk)
-            lower += torch.bincount(bits[bits >> 16 == start] & 0xFFFF, minlength=len(lower))
+        lower = histogram(lambda bits: bits[bits >> 16 == start] & 0xFFFF, 2**16)
         end, self.ties = _bin_of(lower, rest)
         self.smallest = start << 16 | end
 

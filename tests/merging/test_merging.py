@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import huggingface_hub
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hft.cli import main
 from hft.config import Keys, fill, read_arguments
 from hft.errors import HFTError
+from hft.machine import in_threads
 from hft.merging import checkpoint as checkpoints
 from hft.merging import merge as merging
 from hft.merging.merge import OPERATORS, MergeConfig, check_config
@@ -325,7 +327,7 @@ def test_mergekit_agrees(tmp_path, trio, monkeypatch):
 def test_the_largest_deltas_are_kept_and_all_that_tie_with_the_smallest_of_them(density):
     delta = torch.randint(-4, 5, (1000,), generator=torch.Generator().manual_seed(0)).float() / 1024
     delta[7] = -0.0
-    prune = MagnitudePruner(lambda: delta.split(300), density)
+    prune = MagnitudePruner(lambda name: delta.split(300), ["delta"], density)
     kept = torch.cat([prune(chunk) for chunk in delta.split(300)])
     count = int(density * 1000)
     smallest = delta.abs().sort(descending=True).values[count - 1] if count else torch.inf
@@ -338,18 +340,36 @@ def test_the_elected_sign_is_that_of_the_larger_mass():
     assert ties_merge(deltas).tolist() == [2.0, -2.0, 0.0, 1.0]
 
 
-@pytest.mark.parametrize("method", ["average", "ties", "slerp", "wise-ft"])
-def test_a_merge_depends_on_neither_chunks_nor_shards(tmp_path, tuned, tiny, monkeypatch, method):
+@pytest.fixture
+def three_threads():
+    """Three threads of torch, where tests have one."""
+    before = torch.get_num_threads()
+    yield lambda: torch.set_num_threads(3)
+    counts = [torch.get_num_threads()]
+    thread = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert counts == [3, 3]
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("method", ["average", "ties", "dare", "slerp", "wise-ft"])
+def test_a_merge_depends_on_neither_chunks_nor_shards_nor_threads(
+    tmp_path, tuned, tiny, monkeypatch, capsys, three_threads, method
+):
     """In bf16, where many deltas are equal."""
     models, base = {"average": ([tuned, tiny], None), "slerp": ([tuned, tiny], None)}.get(method, ([tuned], tiny))
     flags = ["--trim", "global"] if method == "ties" else []
     assert merge(method, tmp_path / "one", models, base, *flags) == 0
+    said = capsys.readouterr().out.partition(" in ")[0]
+    three_threads()
     AutoModelForCausalLM.from_pretrained(tuned).save_pretrained(tmp_path / "shards", max_shard_size="500KB")
     AutoTokenizer.from_pretrained(tuned).save_pretrained(tmp_path / "shards")
     monkeypatch.setattr(checkpoints, "CHUNK_NUMEL", 10_000)
     models = [tmp_path / "shards", *models[1:]]
     assert merge(method, tmp_path / "two", models, base, *flags, "--max_shard_size", "600KB") == 0
     assert same(tmp_path / "two", tensors(tmp_path / "one"))
+    assert capsys.readouterr().out.partition(" in ")[0] == said  # what was read and written, and slerp's branches
 
     index = json.loads((tmp_path / "two" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "two").glob("*.safetensors"))
@@ -360,6 +380,25 @@ def test_a_merge_depends_on_neither_chunks_nor_shards(tmp_path, tuned, tiny, mon
     assert loaded.dtype == torch.bfloat16
     assert all(identical(p.data, tensors(tmp_path / "one")[name]) for name, p in loaded.named_parameters())
     assert AutoTokenizer.from_pretrained(tmp_path / "two").chat_template
+
+
+def test_a_mistake_in_one_of_several_threads_ends_the_merge(tmp_path, tuned, tiny, capsys, three_threads):
+    broken = changed_copy(tuned, tmp_path / "broken", lambda name, t: t * float("nan") if "1.mlp.up" in name else t)
+    three_threads()
+    assert merge("ties", tmp_path / "out", [broken], tiny) == 2
+    assert "layers.1.mlp.up_proj.weight would hold NaN or infinity" in error_of(capsys)
+    assert {path.name for path in tmp_path.iterdir()} == {"broken"}
+
+
+def test_threads_take_items_side_by_side_and_give_results_in_order(three_threads):
+    three_threads()
+    together = threading.Barrier(3, timeout=10)
+
+    def at_once(item: int) -> tuple[int, int]:
+        together.wait()  # for two others
+        return item, torch.get_num_threads()
+
+    assert list(in_threads(at_once, range(6))) == [(item, 1) for item in range(6)]
 
 
 def test_results_are_in_the_first_models_dtypes(tmp_path, tuned, tiny):
