@@ -142,6 +142,11 @@ def convert(key: str, value: Any, annotation: Any) -> Any:
     kinds = set(_members(annotation))
     if isinstance(value, bool) and not kinds & {bool, Any}:
         raise HFTError(f"{key}: expected {_in_words(annotation)}, got {str(value).lower()}")
+    if isinstance(value, str) and dict in kinds and value.lstrip().startswith("{"):
+        try:
+            return convert(key, yaml.load(value, Loader), annotation)
+        except (yaml.YAMLError, ValueError) as wrong:
+            raise HFTError(f"{key}: {reason(wrong)}") from wrong
     try:
         adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
     except PydanticUserError:  # a dataclass or model with a config of its own
@@ -151,11 +156,6 @@ def convert(key: str, value: Any, annotation: Any) -> Any:
     except ValidationError as error:
         if isinstance(value, str) and NoneType in kinds and value.lower() in ("none", "null"):
             return None
-        if isinstance(value, str) and dict in kinds and value.lstrip().startswith("{"):
-            try:
-                return convert(key, yaml.load(value, Loader), annotation)
-            except (yaml.YAMLError, ValueError) as wrong:
-                raise HFTError(f"{key}: {reason(wrong)}") from wrong
         if list in kinds and not isinstance(value, list | dict | NoneType):
             return convert(key, [value], annotation)
         choices = [e["ctx"]["expected"] for e in error.errors() if e["type"] == "literal_error"]

@@ -144,7 +144,8 @@ def hours_block(candidates: list[Candidate], tokens: int, outlook: Outlook) -> t
     """GPU-hours for so many tokens."""
     rate = outlook.gpu_tflops * 1e12 * outlook.mfu
     hours = [candidate.step.flops / candidate.step.tokens * tokens / rate / 3600 for candidate in candidates]
-    title = f"{tqdm.format_sizeof(tokens)} tokens at {outlook.mfu:.0%} of {outlook.gpu_tflops:g} TFLOP/s"
+    count = tqdm.format_sizeof(tokens).replace("G", "B")
+    title = f"{count} tokens at {outlook.mfu:.0%} of {outlook.gpu_tflops:g} TFLOP/s"
     return title, [("GPU-hours", [f"{h:,.0f}" if h >= 100 else f"{h:.2g}" for h in hours])]
 
 

@@ -96,6 +96,8 @@ def resolve_config(objective: str, given: Given) -> Config:
     values, flags = given.resolve(keys_of(objective, given))
     if not values.get("model_name_or_path") or not values.get("dataset_name"):
         raise HFTError("model_name_or_path and dataset_name are needed: give a recipe with --config, or both as flags")
+    if isinstance(text := values.get("model_init_kwargs"), str):  # as TRL's types allow
+        raise HFTError(f"model_init_kwargs: expected a mapping, got {text!r}")
     values = DEFAULTS | values
     if "model_name_or_path" in flags and "architecture" not in flags:
         values.pop("architecture", None)  # the recipe's is that of the recipe's model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from hft.selection import Selection, SelectionConfig
 from hft.selection.policies import build_selection, select
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, TrainingArguments
 
     from hft.methods.adapter import AdapterFootprint
@@ -78,12 +79,17 @@ def engine_of(config: Config, model_config: PretrainedConfig, outlook: Outlook |
     half = values.get("fp16") or (bf16 if bf16 is not None else (bool(on_gpu) or cpu_has_bfloat16()))
     # ZeRO-3 computes under autocast, from what one device would hold; FSDP2 gathers everything in bf16.
     precision = (BFLOAT16 if shards > 1 and not is_zero3() else MIXED) if half else FLOAT32
-    kwargs = values.get("model_init_kwargs") or {}
-    asked = (json.loads(kwargs) if isinstance(kwargs, str) else kwargs).get("dtype", "auto")
-    named = getattr(torch, asked, None) if isinstance(asked, str) else asked
-    stored = named or getattr(model_config.get_text_config(), "dtype", None) or torch.bfloat16
+    stored = asked_dtype(values) or getattr(model_config.get_text_config(), "dtype", None) or torch.bfloat16
     moments = MOMENTS.get(values.get("optim") or "adamw_torch", MOMENTS["adamw_torch"])
     return Engine(processes, shards, precision, max(precision.frozen.itemsize, stored.itemsize), bool(on_gpu), moments)
+
+
+def asked_dtype(values: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype in `model_init_kwargs`, if it names one."""
+    import torch
+
+    named = (values.get("model_init_kwargs") or {}).get("dtype")
+    return getattr(torch, named, None) if isinstance(named, str) else named
 
 
 def has_reference(config: Config) -> bool:

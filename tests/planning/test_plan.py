@@ -126,6 +126,7 @@ def test_wrong_values_are_refused(capsys):
         (["--gpus", "0"], "gpus must be at least 1"),
         *((["--gpu_memory", size], "gpu_memory: expected a size such as 80GiB") for size in SIZES),
         (["--mfu", "40"], "mfu must lie in 0..1"),
+        (["--model_init_kwargs", "float32"], "model_init_kwargs: expected a mapping, got 'float32'"),
         (["--gpus", "7"], "is not a multiple of 4 rows per device x 7 processes"),
     ):
         assert main(["plan", "sft", *LLAMA, *words]) == 2
