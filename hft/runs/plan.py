@@ -90,8 +90,7 @@ class RunPlan:
 
     @property
     def planned(self) -> dict[str, float] | None:
-        """Of the run per device, for its result: FLOPs per token, what they are of full fine-tuning's, bytes that are
-        held all the time and at the peak; None where they are not known."""
+        """The run's FLOPs, also relative to full fine-tuning, and bytes per device; None where they are not known."""
         if not self.candidates:
             return None
         fft, own, memory = self.candidates[0].step, self.own.step, self.own.memory
