@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hft.cli import main
-from tests.conftest import command, identical, tensors
+from tests.conftest import command, identical, tensors, write_jsonl
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -29,6 +30,31 @@ def test_one_gpu(tmp_path, tiny, data, pairs, stage, method):
     assert run.returncode == 0
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["peak_memory_gb"] < 4
+
+
+def wide_model(tiny, folder, width: int) -> None:
+    """Random weights in tiny's shape with wider layers, whose tensors outweigh what CUDA's libraries take."""
+    config = AutoConfig.from_pretrained(tiny)
+    config.hidden_size, config.intermediate_size, config.head_dim, config.num_hidden_layers = width, 3 * width, 64, 8
+    config.num_attention_heads = config.num_key_value_heads = width // 64
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("method", ["hft", "fft"])
+@pytest.mark.parametrize("layers", [0, 8])
+def test_the_planned_peak_is_that_of_the_run(tmp_path, tiny, method, layers):
+    """Of full rows, and with gradients of an earlier micro-batch."""
+    wide_model(tiny, tmp_path / "wide", 2048)
+    chat = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": " ".join(map(str, range(2000)))}]
+    data = write_jsonl(tmp_path / "sft.jsonl", [{"messages": chat}] * 32)
+    rows = ["--max_length", "1024", "--per_device_train_batch_size", "4", "--global_batch_size", "8"]
+    flags = [*rows, "--activation_checkpointing_layers", str(layers)]
+    words = command("sft", tmp_path / "out", *flags, method=method, model=tmp_path / "wide", data=data)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "0"}
+    subprocess.run([sys.executable, "-m", "hft", *words], env=environment, check=True)
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result["peak_memory_gb"] * 1e9 == pytest.approx(result["planned"]["peak_bytes"], rel=0.1)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
