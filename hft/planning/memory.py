@@ -135,7 +135,7 @@ def memory_of(
 def reference_bytes(selection: Selection, shards: int, frozen_bytes: int) -> float:
     """DPO's reference beside what it shares with the policy.
 
-    On one device it copies what trains: matrices in the checkpoint's dtype, and in fp32 what is no linear layer.
+    On one device it copies what trains: matrices in the checkpoint's dtype, and in fp32 what is not a linear layer.
     """
     anatomy = selection.anatomy
     if shards > 1:
