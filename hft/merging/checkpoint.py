@@ -351,6 +351,8 @@ def write_safetensors(
             file.seek(starts[name])
             for chunk in chunks_of(name):
                 file.write(as_bytes(chunk).numpy())
+            if (written := file.tell() - starts[name]) != specs[name].nbytes:
+                raise ValueError(f"{name} has {specs[name].nbytes} bytes, and {written} were written")
 
     names = sorted(specs, key=lambda name: -specs[name].nbytes) if threads else specs
     for _ in in_threads(write, names) if threads else map(write, names):
