@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from hft.errors import HFTError
 from hft.machine import is_sharded, is_zero3
-from hft.record.checkpoints import last_checkpoint, zero3_parts
+from hft.record.checkpoints import checkpoints, last_checkpoint, zero3_parts
 from hft.record.identity import check_same_run, differences
-from hft.record.manifest import Manifest
+from hft.record.manifest import MANIFEST_NAME, Manifest
 from hft.record.verification import check_base
 from hft.runs.config import Config, comparable, read_config
 from hft.runs.result import CONFIG_NAME, RESULTS_NAME
@@ -57,7 +57,9 @@ def look_into_folder(config: Config, identity: dict[str, Any], args: TrainingArg
     if start in (None, "none", "false"):
         return {"resume_from": None, "notes": []}
     is_auto, is_finished = start in ("auto", "true"), (out / RESULTS_NAME).exists()
-    saved = (out if is_auto else Path(start).parent) / CONFIG_NAME
+    if not (is_auto or Path(start).is_dir()):
+        raise HFTError(f"checkpoint {start} not found")
+    saved = (out if is_auto else Path(start).resolve().parent) / CONFIG_NAME
     changes = differences(comparable(values), comparable(read_config(saved))) if saved.exists() else []
     if is_auto and is_finished and not changes:
         return {"is_finished": True, "notes": []}
@@ -70,11 +72,14 @@ def look_into_folder(config: Config, identity: dict[str, Any], args: TrainingArg
         start = last_checkpoint(out)
     elif is_finished:
         notes.append(f"NOTE: {out} holds a finished run, which this one replaces")
+    if not is_auto and (later := replaced(out, start)):
+        notes.append(f"NOTE: {', '.join(path.name for path in later)} in {out} will be removed")
     if start:
         if restored := [change for change in changes if change.startswith(RESTORED)]:
+            other = "another --output_dir, or --resume_from_checkpoint none"
+            how = other if is_auto else "the same ones, or the checkpoint as --model_name_or_path"
             raise HFTError(
-                f"cannot resume from {start}, whose optimizer keeps its own settings: {'; '.join(restored)}; give "
-                "another --output_dir, or --resume_from_checkpoint none"
+                f"cannot resume from {start}, whose optimizer keeps its own settings: {'; '.join(restored)}; give {how}"
             )
         if changes:
             notes.append(f"NOTE: resuming with other settings than before: {'; '.join(changes)}")
@@ -82,6 +87,13 @@ def look_into_folder(config: Config, identity: dict[str, Any], args: TrainingArg
         check_complete(Path(start), args)
         notes.append(f"resuming from {start}")
     return {"resume_from": start, "notes": notes}
+
+
+def replaced(out: Path, resumed: str | None) -> list[Path]:
+    """The checkpoints in a folder that a run replaces: those after the one it resumes from, or else all of them."""
+    found = [path for path in checkpoints(out) if (path / MANIFEST_NAME).exists()]
+    same = [index for index, path in enumerate(found) if resumed and path.samefile(resumed)]
+    return found[same[0] + 1 :] if same else found
 
 
 def check_complete(checkpoint: Path, args: TrainingArguments) -> None:

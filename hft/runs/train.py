@@ -11,11 +11,12 @@ from hft.errors import HFTError, reason
 from hft.machine import broadcast, indented, is_main, reset_peak_memory, say
 from hft.model.weights import MODEL_CONFIG
 from hft.record.card import CARD_NAME
-from hft.record.checkpoints import RESHARDED, checkpoints
+from hft.record.checkpoints import RESHARDED
 from hft.record.manifest import MANIFEST_NAME, Manifest, write_text
 from hft.record.scores import SCORES_FOLDER
 from hft.record.verification import masks_of, verify_folder
 from hft.runs.card import card_settings, write_run_card
+from hft.runs.folder import replaced
 from hft.runs.objective import trainer_class
 from hft.runs.plan import RunPlan
 from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, RunResult, measure
@@ -194,12 +195,9 @@ def clear(out: Path, resumed: str | None) -> None:
         out: the run's folder.
         resumed: the checkpoint that it resumes from. Those before it stay, if it is in the folder.
     """
-    found = checkpoints(out)
-    same = [index for index, path in enumerate(found) if resumed and path.samefile(resumed)]
-    for checkpoint in found[same[0] + 1 :] if same else found:
-        if (checkpoint / MANIFEST_NAME).exists():
-            say(f"removing {checkpoint} of an earlier run")
-            shutil.rmtree(checkpoint)
+    for checkpoint in replaced(out, resumed):
+        say(f"removing {checkpoint} of an earlier run")
+        checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
     if (out / MANIFEST_NAME).exists():
         names = (MASKS_NAME, MANIFEST_NAME, RESULTS_NAME, PICTURE_NAME, CARD_NAME, MODEL_CONFIG)
         for path in (*out.glob("model*.safetensors*"), *out.glob("adapter_*"), *(out / name for name in names)):

@@ -89,6 +89,7 @@ def test_a_run_that_went_back_is_not_taken_for_the_one_before(tmp_path, straight
     assert faults.run([*back, *named], out, at="optimizer 2", does="terminate") == [143]
     printed = faults.printed(out)
     assert f"NOTE: {out} holds a finished run, which this one replaces" in printed
+    assert f"NOTE: checkpoint-4 in {out} will be removed" in printed
     assert "NOTE: resuming with other settings than before: " in printed
     assert f"again with --resume_from_checkpoint auto to go on from {out / 'checkpoint-3'}" in printed
     assert not (out / "checkpoint-4").exists()
@@ -98,6 +99,12 @@ def test_a_run_that_went_back_is_not_taken_for_the_one_before(tmp_path, straight
     ours, theirs = (tensors(folder / "checkpoint-4") for folder in (out, straight("sft")))
     assert not all(identical(ours[name], theirs[name]) for name in theirs)  # as gradients were clipped
     (out / "results.json").unlink()
+    (tmp_path / "latest").symlink_to(out / "checkpoint-4")
+    linked = ["--resume_from_checkpoint", str(tmp_path / "latest"), "--output_dir", str(tmp_path / "other")]
+    assert faults.run([*back, *linked, "--learning_rate", "1e-2"], tmp_path / "other") == [2]
+    assert "give the same ones, or the checkpoint as --model_name_or_path" in faults.printed(tmp_path / "other")
+    assert faults.run([*back, "--resume_from_checkpoint", str(out / "checkpoint-9")], out) == [2]
+    assert f"checkpoint {out / 'checkpoint-9'} not found" in faults.printed(out)
     assert faults.run([*back, "--learning_rate", "1e-2", "--weight_decay", "0.1"], out) == [2]
     sentence = "whose optimizer keeps its own settings: learning_rate 0.001 there, 0.01 here; weight_decay"
     assert sentence in faults.printed(out)
