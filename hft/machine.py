@@ -88,12 +88,12 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def device_bytes() -> int:
-    """Memory of the GPU here, or of the machine if it has none."""
+def device_bytes(*, use_cpu: bool = False) -> int:
+    """Memory of the GPU here, or of the machine if it has none or is to compute on its CPU."""
     import psutil
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not use_cpu:
         return torch.cuda.get_device_properties(0).total_memory
     return psutil.virtual_memory().total
 

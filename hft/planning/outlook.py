@@ -57,7 +57,7 @@ class Outlook:
         return size
 
 
-def usable_bytes(outlook: Outlook | None) -> float | None:
+def usable_bytes(outlook: Outlook | None, *, use_cpu: bool = False) -> float | None:
     """What a run may take of a device: of the GPUs it is planned for, or of this machine's GPU or memory, less `SPARE`.
 
     None for GPUs whose memory was not given and that are not here either.
@@ -67,7 +67,7 @@ def usable_bytes(outlook: Outlook | None) -> float | None:
     given = outlook.bytes_of_gpu() if outlook else None
     if given is None and outlook and outlook.gpus and not torch.cuda.is_available():
         return None
-    return (given or device_bytes()) * (1 - SPARE)
+    return (given or device_bytes(use_cpu=use_cpu)) * (1 - SPARE)
 
 
 @dataclass(frozen=True)
@@ -161,13 +161,16 @@ def in_columns(heads: list[str], blocks: list[tuple[str, Rows]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def what_to_change(candidate: Candidate, available: float, *, rows: int, shards: int, shardable: bool) -> str | None:
+def what_to_change(
+    candidate: Candidate, available: float, *, rows: int, batch: int, shards: int, shardable: bool
+) -> str | None:
     """A sentence about what makes a run fit that does not, or None if it fits.
 
     Args:
         candidate: the run.
         available: bytes of a device that it may take.
-        rows: on each device.
+        rows: of a micro-batch, on each device.
+        batch: rows of a step, on each device.
         shards: devices that the model is sharded over.
         shardable: whether the method can be sharded.
     """
@@ -176,9 +179,10 @@ def what_to_change(candidate: Candidate, available: float, *, rows: int, shards:
         return None
     lacking = f"it lacks {(memory.total - available) / GIB:.1f} GiB"
     if (fewest := candidate.fewest(available)) is not None:
-        return f"{lacking}: --activation_checkpointing_layers {fewest} of {candidate.layers} makes it fit"
+        return f"{lacking}: --activation_checkpointing_layers {fewest} (of {candidate.layers}) makes it fit"
     left, every = available - memory.state - memory.gathered, range(candidate.layers)
-    if fewer := next((n for n in range(rows - 1, 0, -1) if candidate.costs(every, n).peak <= left), None):
+    divisors = [n for n in range(rows - 1, 0, -1) if not batch % n]
+    if fewer := next((n for n in divisors if candidate.costs(every, n).peak <= left), None):
         checkpointed = "" if len(candidate.checkpointed) == candidate.layers else ", with all layers checkpointed"
         return f"{lacking}: lower --per_device_train_batch_size from {rows} to {fewer}{checkpointed}"
     if candidate.costs(every, 1).transient < left:

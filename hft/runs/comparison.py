@@ -43,6 +43,7 @@ def compare(
     how: dict[str, Any],
     *,
     rows: int,
+    batch: int,
     tokens: int | None,
     shardable: bool,
 ) -> str:
@@ -54,14 +55,15 @@ def compare(
         engine: where the run computes.
         how: its micro-batch.
         rows: of the micro-batch, as the recipe counts them.
+        batch: rows of a step on each device.
         tokens: of the whole run, if its steps are known.
         shardable: whether its method can be sharded.
     """
-    available, own, conclusion = usable_bytes(outlook), candidates[-2], []
+    available, own, conclusion = usable_bytes(outlook, use_cpu=not engine.on_gpu), candidates[-2], []
     blocks = [memory_block(candidates), flops_block(candidates)]
     if available:
         blocks.append(fitting_block(candidates, available))
-        change = what_to_change(own, available, rows=rows, shards=engine.shards, shardable=shardable)
+        change = what_to_change(own, available, rows=rows, batch=batch, shards=engine.shards, shardable=shardable)
         conclusion = [f"{own.name} {'does not fit: ' + change if change else 'fits'}"]
     if tokens and engine.on_gpu:
         blocks.append(hours_block(candidates, tokens, outlook))
@@ -79,9 +81,9 @@ def compare(
     )
 
 
-def describe_state(memory: Memory, outlook: Outlook) -> str:
+def describe_state(memory: Memory, outlook: Outlook, engine: Engine) -> str:
     """Whether a device holds the state of a run whose activations are not known."""
-    available, state = usable_bytes(outlook), memory.state / GIB
+    available, state = usable_bytes(outlook, use_cpu=not engine.on_gpu), memory.state / GIB
     said = "activations and FLOPs are not known, so mfu, gpu_tflops and exact have no effect"
     if available is None:
         return said

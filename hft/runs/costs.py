@@ -73,23 +73,33 @@ def engine_of(config: Config, model_config: PretrainedConfig, outlook: Outlook |
         processes, shards = gpus, gpus if config.method.shardable else 1
     else:
         processes = world_size()
-        shards = processes if is_sharded() or values.get("fsdp") else 1
+        shards = processes if is_sharded() or values.get("fsdp") or values.get("deepspeed") else 1
     on_gpu = gpus or (torch.accelerator.is_available() and not values.get("use_cpu"))
     bf16 = values.get("bf16")
     half = values.get("fp16") or (bf16 if bf16 is not None else (bool(on_gpu) or cpu_has_bfloat16()))
     # ZeRO-3 computes under autocast, from what one device would hold; FSDP2 gathers everything in bf16.
-    precision = (BFLOAT16 if shards > 1 and not is_zero3() else MIXED) if half else FLOAT32
+    zero3 = is_zero3() or values.get("deepspeed")
+    precision = (BFLOAT16 if shards > 1 and not zero3 else MIXED) if half else FLOAT32
     stored = asked_dtype(values) or getattr(model_config.get_text_config(), "dtype", None) or torch.bfloat16
     moments = MOMENTS.get(values.get("optim") or "adamw_torch", MOMENTS["adamw_torch"])
     return Engine(processes, shards, precision, max(precision.frozen.itemsize, stored.itemsize), bool(on_gpu), moments)
 
 
 def asked_dtype(values: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype in `model_init_kwargs`, if it names one."""
+    """The dtype in `model_init_kwargs`, if it names one.
+
+    Raises:
+        HFTError: torch has no such dtype.
+    """
     import torch
 
     named = (values.get("model_init_kwargs") or {}).get("dtype")
-    return getattr(torch, named, None) if isinstance(named, str) else named
+    if named in (None, "auto") or isinstance(named, torch.dtype):
+        return None if named == "auto" else named
+    found = getattr(torch, str(named).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise HFTError(f"model_init_kwargs: torch has no dtype {named!r}; take float32, bfloat16 or auto")
+    return found
 
 
 def has_reference(config: Config) -> bool:
@@ -113,17 +123,19 @@ def micro_batch(config: Config, args: TrainingArguments, rows: int | None = None
         raise HFTError("FLOPs and activations with activation_offloading are not known")
     attention = (args.model_init_kwargs or {}).get("attn_implementation")
     rows, length = rows or args.per_device_train_batch_size, args.max_length
-    rows *= 2 if in_pairs(config.objective) else 1
-    packed, flash = getattr(args, "packing", False), (attention or "").startswith("flash")
+    pairs, flash = in_pairs(config.objective), (attention or "").startswith("flash")
+    rows *= 2 if pairs else 1
+    packed = getattr(args, "packing", False)
     full = packed and args.packing_strategy == "wrapped"
-    flat = (packed and not full) or getattr(args, "padding_free", False)
+    # In DPO TRL 1.16 pads whatever `padding_free` says.
+    flat = (packed and not full) or (getattr(args, "padding_free", False) and not pairs)
     if flat and not flash:  # one row of them all, in which a mask keeps them apart
         rows, length = 1, rows * length
     return {
         "rows": rows,
         "length": length,
         "attention": attention,
-        "padded": not flash and not full and (flat or rows > 1),
+        "padded": not flash and (flat or (rows > 1 and not full)),
         "reference": has_reference(config),
     }
 

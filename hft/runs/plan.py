@@ -83,10 +83,14 @@ class RunPlan:
         return self.config.out
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows per step of one process."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+
+    @property
     def global_batch(self) -> int:
         """Rows per step, over all processes."""
-        args = self.args
-        return args.per_device_train_batch_size * self.engine.processes * args.gradient_accumulation_steps
+        return self.rows_per_step * self.engine.processes
 
     @property
     def planned(self) -> dict[str, float] | None:
@@ -143,7 +147,7 @@ class RunPlan:
         if self.candidates:
             blocks += self._costs()
         elif self.outlook and self.args:
-            blocks.append(("cost", describe_state(self.memory, self.outlook)))
+            blocks.append(("cost", describe_state(self.memory, self.outlook, self.engine)))
         schedule = self.config.method.schedule
         if schedule and self.data and self.steps:
             blocks.append(("schedule", schedule.describe(self.selection, self.steps)))
@@ -155,8 +159,17 @@ class RunPlan:
         if not self.outlook:
             return [("cost", describe_flops(self.candidates, self.args.max_length))]
         how, candidates, engine = micro_batch(self.config, self.args), self.candidates, self.engine
-        rows, shardable = self.args.per_device_train_batch_size, self.config.method.shardable
-        text = compare(candidates, self.outlook, engine, how, rows=rows, tokens=self.tokens, shardable=shardable)
+        rows, batch = self.args.per_device_train_batch_size, self.rows_per_step
+        text = compare(
+            candidates,
+            self.outlook,
+            engine,
+            how,
+            rows=rows,
+            batch=batch,
+            tokens=self.tokens,
+            shardable=self.config.method.shardable,
+        )
         counted = exactly(self.model_config, self.selection, self.own, engine, how) if self.outlook.exact else None
         return [("cost", text), *([("exact", counted)] if counted else [])]
 
@@ -223,19 +236,21 @@ def with_fewest_layers(plan: RunPlan) -> RunPlan:
     Raises:
         HFTError: the run's activations are not known.
     """
-    available = usable_bytes(plan.outlook)
+    available = usable_bytes(plan.outlook, use_cpu=not plan.engine.on_gpu)
     if not plan.candidates:
         raise HFTError(f"activation_checkpointing_layers auto: {plan.unknown}; give a number of layers")
     if available is None:
         raise HFTError("activation_checkpointing_layers auto depends on the GPU's memory; add --gpu_memory")
     fewest = plan.own.fewest(available)
     if fewest is None:
-        rows, shards, shardable = (
-            plan.args.per_device_train_batch_size,
-            plan.engine.shards,
-            plan.config.method.shardable,
+        change = what_to_change(
+            plan.own,
+            available,
+            rows=plan.args.per_device_train_batch_size,
+            batch=plan.rows_per_step,
+            shards=plan.engine.shards,
+            shardable=plan.config.method.shardable,
         )
-        change = what_to_change(plan.own, available, rows=rows, shards=shards, shardable=shardable)
         return plan if plan.outlook else replace(plan, misfit=change)
     plan.args.activation_checkpointing = plan.args.gradient_checkpointing = fewest > 0  # transformers is renaming it
     return with_costs(replace(plan, checkpointed=range(fewest)))

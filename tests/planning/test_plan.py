@@ -42,11 +42,13 @@ def test_a_7b_is_planned_for_8_gpus_that_are_not_here(capsys):
 def test_a_plan_says_what_to_change(capsys):
     one = ["--gpus", "1", "--per_device_train_batch_size", "2"]
     _, out = plan(capsys, "sft", *LLAMA, *one, "--gpu_memory", "80GiB", "--activation_checkpointing", "false")
-    assert re.search(r"hft does not fit: it lacks [\d.]+ GiB: --activation_checkpointing_layers \d+ of 32", out)
+    assert re.search(r"hft does not fit: it lacks [\d.]+ GiB: --activation_checkpointing_layers \d+ \(of 32\)", out)
     _, out = plan(capsys, "sft", *LLAMA, *one, "--gpu_memory", "71GiB")
     assert "GiB: lower --per_device_train_batch_size from 2 to 1" in out
     _, out = plan(capsys, "sft", *LLAMA, *one, "--gpu_memory", "71GiB", "--per_device_train_batch_size", "1")
     assert "hft fits" in out
+    _, out = plan(capsys, "sft", *LLAMA, "--gpus", "8", "--gpu_memory", "17GiB")
+    assert "lower --per_device_train_batch_size from 4 to 2" in out  # 3 rows do not make a global batch of 128
     _, out = plan(capsys, "sft", *LLAMA, "--gpus", "8", "--gpu_memory", "80GiB", "--max_length", "200000")
     assert "one row with all layers checkpointed is too long: lower --max_length" in out
     _, out = plan(capsys, "sft", *LLAMA, *one, "--gpu_memory", "40GiB")
@@ -79,6 +81,9 @@ def test_the_optimizer_and_a_strategy_count(capsys, tmp_path):
     rows, out = plan(capsys, "sft", *LLAMA, *gpus, "--optim", "adamw_bnb_8bit")
     assert float(rows["optimizer moments"][1]) == moments
     assert "the state of adamw_bnb_8bit is not known; planned is that of AdamW" in out
+    pairs = ["dpo", "--config", "recipes/llama2-7b/dpo.yaml", LLAMA[2], "--max_steps", "9", *gpus]
+    padded, _ = plan(capsys, *pairs)
+    assert plan(capsys, *pairs, "--padding_free", "true")[0] == padded  # which TRL's DPO does not do
     fft = [*LLAMA[:2], "recipes/methods/fft.yaml", "--max_steps", "9", *gpus]
     memory = tmp_path / "memory.jsonl"
     memory.write_text('{"prompt": "a", "completion": "b", "task": "0"}\n')
@@ -126,6 +131,7 @@ def test_wrong_values_are_refused(capsys):
         (["--gpus", "0"], "gpus must be at least 1"),
         *((["--gpu_memory", size], "gpu_memory: expected a size such as 80GiB") for size in SIZES),
         (["--mfu", "40"], "mfu must lie in 0..1"),
+        (["--model_init_kwargs", '{"dtype": "load"}'], "torch has no dtype 'load'"),
         (["--model_init_kwargs", "float32"], "model_init_kwargs: expected a mapping, got 'float32'"),
         (["--gpus", "7"], "is not a multiple of 4 rows per device x 7 processes"),
     ):

@@ -79,13 +79,13 @@ def test_auto_checkpoints_as_few_layers_as_fit(tmp_path, tiny, data, monkeypatch
 
     needed = {layers: plan(layers).memory.total for layers in (0, 2, 4)}
     for layers, available in needed.items():
-        monkeypatch.setattr("hft.runs.plan.usable_bytes", lambda outlook, available=available: available)
+        monkeypatch.setattr("hft.runs.plan.usable_bytes", lambda *_, available=available, **kwargs: available)
         made = plan("auto")
         assert made.checkpointed == range(layers)
         assert made.args.activation_checkpointing == (layers > 0)
         assert made.memory.total == available
-    monkeypatch.setattr("hft.runs.plan.usable_bytes", lambda outlook: needed[4] - 1)
-    with pytest.raises(HFTError, match=r"it lacks 0\.0 GiB: lower --per_device_train_batch_size from 16 to 15"):
+    monkeypatch.setattr("hft.runs.plan.usable_bytes", lambda *_, **kwargs: needed[4] - 1)
+    with pytest.raises(HFTError, match=r"it lacks 0\.0 GiB: lower --per_device_train_batch_size from 16 to 8"):
         train(plan("auto"))
 
 
