@@ -390,6 +390,13 @@ def test_a_mistake_in_one_of_several_threads_ends_the_merge(tmp_path, tuned, tin
     assert {path.name for path in tmp_path.iterdir()} == {"broken"}
 
 
+@pytest.mark.parametrize("length", [3, 5])
+def test_a_tensor_of_another_length_than_its_header_says_is_an_error(tmp_path, length):
+    specs = {name: torch.empty(4, device="meta") for name in "ab"}
+    with pytest.raises(ValueError, match=f"a has 16 bytes, and {4 * length} were written"):
+        checkpoints.write_safetensors(tmp_path / "file", specs, lambda name: [torch.ones(length)], {})
+
+
 def test_threads_take_items_side_by_side_and_give_results_in_order(three_threads):
     three_threads()
     together = threading.Barrier(3, timeout=10)
