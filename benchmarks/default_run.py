@@ -6,11 +6,11 @@ operators a step spends its time in.
 """
 
 import argparse
-import statistics
 import tempfile
 import time
 
 import torch
+from bench import spread
 from transformers import Trainer, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -46,11 +46,6 @@ def trainer_of(objective: str, folder: str, steps: int, **keys) -> Trainer:
     few = {"output_dir": f"{folder}/out", "max_steps": steps, "eval_strategy": "no", "eval_on_start": False}
     few |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     return make_trainer(hft.make_plan(hft.load_config(objective, *files, **few | keys)))
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Median (least-most)."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 def compare(options: argparse.Namespace) -> str:

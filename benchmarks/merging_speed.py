@@ -6,7 +6,6 @@ not count. Ratios are to the same round.
 
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from bench import spread
 from safetensors.torch import load_file, save_file
 
 base, repetitions = Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 5
@@ -82,13 +82,8 @@ for number in range(repetitions + 1):
 shutil.rmtree(folder)
 
 
-def spread(values: list[float], digits: int = 1) -> str:
-    """Median (least-most)."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
 print("| | command, s | of it reading, merging, writing, s | of mergekit's |\n| --- | --- | --- | --- |")
 for name, values in seconds.items():
     theirs = seconds.get(f"{name}, mergekit")
     ratio = spread([a / b for a, b in zip(values, theirs, strict=True)], 2) if theirs else ""
-    print(f"| {name} | {spread(values)} | {spread(merging[name]) if merging[name] else ''} | {ratio} |")
+    print(f"| {name} | {spread(values, 1)} | {spread(merging[name], 1) if merging[name] else ''} | {ratio} |")

@@ -13,7 +13,6 @@ from hft.planning.outlook import (
     in_columns,
     memory_block,
     usable_bytes,
-    what_to_change,
 )
 
 if TYPE_CHECKING:
@@ -42,10 +41,9 @@ def compare(
     engine: Engine,
     how: dict[str, Any],
     *,
-    rows: int,
-    batch: int,
     tokens: int | None,
-    shardable: bool,
+    available: float | None,
+    change: str | None,
 ) -> str:
     """Memory, FLOPs and GPU-hours in columns, and whether the run fits.
 
@@ -54,16 +52,14 @@ def compare(
         outlook: the machine.
         engine: where the run computes.
         how: its micro-batch.
-        rows: of the micro-batch, as the recipe counts them.
-        batch: rows of a step on each device.
         tokens: of the whole run, if its steps are known.
-        shardable: whether its method can be sharded.
+        available: bytes of a device that it may take, if they are known.
+        change: what makes it fit, if it does not.
     """
-    available, own, conclusion = usable_bytes(outlook, use_cpu=not engine.on_gpu), candidates[-2], []
+    own, conclusion = candidates[-2], []
     blocks = [memory_block(candidates), flops_block(candidates)]
     if available:
         blocks.append(fitting_block(candidates, available))
-        change = what_to_change(own, available, rows=rows, batch=batch, shards=engine.shards, shardable=shardable)
         conclusion = [f"{own.name} {'does not fit: ' + change if change else 'fits'}"]
     if tokens and engine.on_gpu:
         blocks.append(hours_block(candidates, tokens, outlook))

@@ -61,9 +61,9 @@ def look_into_folder(config: Config, identity: dict[str, Any], args: TrainingArg
         raise HFTError(f"checkpoint {start} not found")
     saved = (out if is_auto else Path(start).resolve().parent) / CONFIG_NAME
     changes = differences(comparable(values), comparable(read_config(saved))) if saved.exists() else []
-    if is_auto and is_finished and not changes:
-        return {"is_finished": True, "notes": []}
     if is_auto and is_finished:
+        if not changes:
+            return {"is_finished": True, "notes": []}
         raise HFTError(
             f"{out} holds a finished run with other settings ({'; '.join(changes)}): choose another "
             "--output_dir, or --resume_from_checkpoint none to overwrite it"

@@ -155,21 +155,24 @@ class RunPlan:
             blocks.append(("notes", "\n".join(self.notes)))
         return "\n".join(f"{title}\n{indented(text)}\n" for title, text in blocks)
 
+    def what_to_change(self, available: float) -> str | None:
+        """A sentence about what makes the run fit into so many bytes of a device, or None if it fits."""
+        return what_to_change(
+            self.own,
+            available,
+            rows=self.args.per_device_train_batch_size,
+            batch=self.rows_per_step,
+            shards=self.engine.shards,
+            shardable=self.config.method.shardable,
+        )
+
     def _costs(self) -> list[tuple[str, str]]:
         if not self.outlook:
             return [("cost", describe_flops(self.candidates, self.args.max_length))]
         how, candidates, engine = micro_batch(self.config, self.args), self.candidates, self.engine
-        rows, batch = self.args.per_device_train_batch_size, self.rows_per_step
-        text = compare(
-            candidates,
-            self.outlook,
-            engine,
-            how,
-            rows=rows,
-            batch=batch,
-            tokens=self.tokens,
-            shardable=self.config.method.shardable,
-        )
+        available = usable_bytes(self.outlook, use_cpu=not engine.on_gpu)
+        change = self.what_to_change(available) if available else None
+        text = compare(candidates, self.outlook, engine, how, tokens=self.tokens, available=available, change=change)
         counted = exactly(self.model_config, self.selection, self.own, engine, how) if self.outlook.exact else None
         return [("cost", text), *([("exact", counted)] if counted else [])]
 
@@ -243,15 +246,7 @@ def with_fewest_layers(plan: RunPlan) -> RunPlan:
         raise HFTError("activation_checkpointing_layers auto depends on the GPU's memory; add --gpu_memory")
     fewest = plan.own.fewest(available)
     if fewest is None:
-        change = what_to_change(
-            plan.own,
-            available,
-            rows=plan.args.per_device_train_batch_size,
-            batch=plan.rows_per_step,
-            shards=plan.engine.shards,
-            shardable=plan.config.method.shardable,
-        )
-        return plan if plan.outlook else replace(plan, misfit=change)
+        return plan if plan.outlook else replace(plan, misfit=plan.what_to_change(available))
     plan.args.activation_checkpointing = plan.args.gradient_checkpointing = fewest > 0  # transformers is renaming it
     return with_costs(replace(plan, checkpointed=range(fewest)))
 
