@@ -25,6 +25,7 @@ from trl import SFTTrainer
 
 import hft
 from hft.freezing import upcast
+from hft.planning.forecast import forecast
 from hft.runs.train import make_trainer
 
 METHODS = ("fft", "hft", "hft-layer", "bottom half", "lora", "lisa")
@@ -68,8 +69,8 @@ class Bench:
     steps: int
     rounds: int
 
-    def plan(self, method: str, objective: str = "sft", **keys) -> hft.RunPlan:
-        """The plan of an arm."""
+    def config(self, method: str, objective: str = "sft", **keys) -> hft.Config:
+        """The config of an arm."""
         if method == "bottom half":
             layers = AutoConfig.from_pretrained(self.model).num_hidden_layers
             keys |= {"policy": "explicit", "freeze_embeddings": True}
@@ -92,15 +93,15 @@ class Bench:
             "disable_tqdm": True,
         }
         flags |= {"chat_template_path": "tulu.jinja"} if objective == "sft" else {}
-        return hft.make_plan(hft.load_config(objective, f"recipes/methods/{method}.yaml", **flags | keys))
+        return hft.load_config(objective, f"recipes/methods/{method}.yaml", **flags | keys)
 
     def trainer(self, method: str, objective: str = "sft", **keys) -> Trainer:
         """An arm's trainer."""
-        return make_trainer(self.plan(method, objective, **keys))
+        return make_trainer(hft.make_plan(self.config(method, objective, **keys)))
 
     def trl(self, **keys) -> Trainer:
         """HFT without this package: TRL's trainer on a model that was frozen and upcast by hand."""
-        plan = self.plan("hft", **keys)
+        plan = hft.make_plan(self.config("hft", **keys))
         model = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto")
         frozen = set(plan.selection.frozen_parameters)
         for name, parameter in model.named_parameters():
@@ -111,7 +112,7 @@ class Bench:
 
     def full_reference(self) -> Trainer:
         """DPO with HFT whose reference is a model of its own."""
-        plan = self.plan("hft", "dpo")
+        plan = hft.make_plan(self.config("hft", "dpo"))
         reference = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto")
         return hft.HFTDPOTrainer(
             self.model,
@@ -143,7 +144,7 @@ def sft(bench: Bench, checkpointing: bool = False) -> str:
     arms["TRL, frozen by hand"] = bench.arm(bench.trl, **keys)
     arms |= {name: bench.arm(bench.trainer, name, **keys) for name in METHODS[2:]}
     found = bench.run(arms)
-    planned = {name: bench.plan(name, **keys).memory.state for name in METHODS}
+    planned = {name: forecast(bench.config(name, **keys)).memory.state for name in METHODS}
     ours, theirs = found["hft"], found["TRL, frozen by hand"]
     overhead = [median(a) / median(b) for a, b in zip(ours, theirs, strict=True)]
     same = all(a.loss == b.loss for a, b in zip(ours, theirs, strict=True))
@@ -208,7 +209,7 @@ def one_gpu(bench: Bench) -> str:
         "hft": bench.arm(bench.trainer, "hft"),
         "hft, checkpointing": bench.arm(bench.trainer, "hft", activation_checkpointing=True),
     }
-    return table(bench.run(arms), {"hft": bench.plan("hft").memory.state})
+    return table(bench.run(arms), {"hft": forecast(bench.config("hft")).memory.state})
 
 
 RUN = {"sft": sft, "checkpointing": partial(sft, checkpointing=True), "equal": equal, "dpo": dpo, "7b": one_gpu}

@@ -13,16 +13,15 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from hft.errors import HFTError, cannot_write
+from hft.objectives import OBJECTIVES, find_objective
 
 # Command, the function that takes the rest of the words and returns an exit status, and what it does.
-COMMANDS = {
-    "sft": ("hft.runs.command:sft", "fine-tune on demonstrations: --config RECIPE.yaml [METHOD.yaml] [--key value]"),
-    "dpo": ("hft.runs.command:dpo", "align with preferences: --config RECIPE.yaml [METHOD.yaml] [--key value]"),
+COMMANDS = {name: ("hft.runs.command:main", find_objective(name).description) for name in OBJECTIVES} | {
     "continual": (
         "hft.continual.command:main",
         "learn one task after another, and score all after each: --config TRACE.yaml [METHOD.yaml] [--strategy NAME]",
     ),
-    "plan": ("hft.runs.command:plan", "print what `sft` or `dpo` would do, with its selection and memory, and stop"),
+    "plan": ("hft.planning.forecast:main", "forecast memory, FLOPs and GPU-hours of a run, here or on other GPUs"),
     "verify": ("hft.record.command:verify", "compare a model's frozen half with its base, bit by bit"),
     "reset": ("hft.merging.reset:main", "Half-Reset: put what would be frozen back to the base"),
     "merge": ("hft.merging.merge:main", "merge models, or an adapter into its base"),
@@ -61,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         command, rest = parser.parse_args(words[:1]).command, words[1:]
-        return _imported(COMMANDS[command][0])(rest)
+        function = _imported(COMMANDS[command][0])
+        return function(command, rest) if command in OBJECTIVES else function(rest)
     except HFTError as error:
         _tell(error)
         return error.status

@@ -17,6 +17,10 @@ class HFTError(ValueError):
     status = 2
 
 
+class DoesNotFit(HFTError):
+    """A run that this machine cannot hold."""
+
+
 class Stopped(HFTError):
     """A run that was asked to stop and has saved what it needs to go on; the status is a shell's for SIGTERM."""
 

@@ -7,10 +7,12 @@ from trl import SFTConfig
 from hft.cli import COMMANDS, main
 from hft.config import Keys, RunConfig, read_arguments, to_yaml
 from hft.errors import HFTError
+from hft.objectives import OBJECTIVES
+from hft.planning.engine import Engine
 from hft.planning.memory import memory_of
+from hft.runs.arguments import accumulation_steps, machine_settings, training_arguments
 from hft.runs.config import load_config, parse_config
-from hft.runs.objective import OBJECTIVES
-from hft.runs.plan import accumulation_steps, load_model_config, machine_settings, plan_selection, training_arguments
+from hft.runs.plan import load_model_config, plan_selection
 from hft.selection import SelectionConfig
 
 RECIPES = sorted(path for objective in OBJECTIVES for path in Path("recipes").glob(f"*/{objective}.yaml"))
@@ -139,7 +141,7 @@ def test_every_method_has_a_plan_for_8_gpus_of_80_gib(tmp_path, objective):
     for method in METHODS:
         config = load_config(objective, f"recipes/llama2-7b/{objective}.yaml", method, output_dir=str(tmp_path))
         selection, shards = plan_selection(config, load_model_config(config)), 8 if config.method.shardable else 1
-        memory = memory_of(config.method, selection, reference=objective == "dpo", shards=shards, processes=8)
+        memory = memory_of(config.method, selection, Engine(8, shards), reference=objective != "sft")
         assert memory.total < 40 * 2**30 or method.stem == "osf", method
 
 

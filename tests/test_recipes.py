@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from hft.objectives import OBJECTIVES
 from hft.reporting.paper import read_runs
 from hft.runs.config import parse_config
-from hft.runs.objective import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [

@@ -9,7 +9,7 @@ from hft.config import to_yaml
 from hft.continual.config import SequencePlan, parse_sequence
 from hft.continual.data import Data
 from hft.continual.sequence import first_plan, keys_of, log_to_wandb, run_sequence
-from hft.errors import HFTError
+from hft.errors import DoesNotFit, HFTError
 from hft.machine import indented, is_main, leave_process_group, say
 
 NEEDED = ("lm_eval", "rapidfuzz", "rouge_score", "scipy")
@@ -29,12 +29,17 @@ def main(arguments: Sequence[str]) -> int:
     plan, dry_run = parse_sequence(arguments)
     data = Data(plan)
     rounds = data.runs(plan)
-    first = first_plan(plan, rounds[0][0], data.of_round(plan, 0)["train"])
-    say("resolved config", indented(to_yaml(keys_of(plan))), "first run", indented(first.report()))
+    say("resolved config", indented(to_yaml(keys_of(plan))))
+    try:
+        first = first_plan(plan, rounds[0][0], data.of_round(plan, 0)["train"])
+        say("first run", indented(first.report()))
+    except DoesNotFit as error:
+        if not dry_run:
+            raise
+        say(f"does not fit in memory on this machine: {error}", "")
     say(*(["notes on the data", indented("\n".join(data.notes)), ""] if data.notes else []))
     say("commands", *(f"  {plan.command(run)}" for runs in rounds for run in runs), "")
     if dry_run:
-        say(*([f"it does not fit here: {first.misfit}"] if first.misfit else []))
         say("stopped here: no weights were loaded, nothing was written")
         say(f"the sequence writes {plan.out}/recipe.yaml and {plan.out}/data first, which the commands need")
         return 0

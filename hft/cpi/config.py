@@ -12,8 +12,8 @@ from hft.config import Keys, RunConfig, fill, read_arguments
 from hft.errors import HFTError
 from hft.evaluation.evaluate import Settings
 from hft.evaluation.suites import SUITES
+from hft.objectives import find_objective
 from hft.runs.config import ALIASES, check_base_is_a_model, name_of
-from hft.runs.objective import config_class
 
 # Keys of a single run that the stages set themselves.
 OF_A_STAGE = (
@@ -182,9 +182,9 @@ def parse_config(arguments: Sequence[str]) -> Plan:
     """
     classes: dict[str, tuple[type, ...]] = {"CPI-FT": (CPIConfig,), "every run": (RunConfig,)}
     if {"-h", "--help"} & set(arguments):
-        classes["TRL and transformers"] = (config_class("sft"),)
+        classes["TRL and transformers"] = (find_objective("sft").config,)
     given = read_arguments(arguments, "hft cpi", HELP, classes)
-    keys = Keys((CPIConfig, RunConfig, config_class("sft")), aliases=ALIASES)
+    keys = Keys((CPIConfig, RunConfig, find_objective("sft").config), aliases=ALIASES)
     return make_plan(*given.resolve(keys), given.files)
 
 
@@ -205,7 +205,7 @@ def make_plan(values: dict[str, Any], flags: Mapping[str, Any], files: Sequence[
         raise HFTError("model_name_or_path is needed: give a recipe with --config, or the base as a flag")
     check_base_is_a_model(values["model_name_or_path"])
     for stage in ("probe", "train"):
-        values = values | {stage: typed(stage, values.get(stage), RunConfig, config_class("sft"))}
+        values = values | {stage: typed(stage, values.get(stage), RunConfig, find_objective("sft").config)}
     if any(given.get("save_only_trained") for given in (values, values["probe"], values["train"])):
         raise HFTError("each stage starts from the models of the one before; leave out save_only_trained")
     values = values | {"eval": typed("eval", values.get("eval"), Settings)}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from hft.cpi.config import Plan
 from hft.cpi.group import chance
-from hft.machine import indented, is_sharded, world_size
-from hft.methods import Method
-from hft.model.anatomy import anatomy_of, meta_model
-from hft.model.load import read_config
-from hft.planning.memory import memory_of, why_it_does_not_fit
-from hft.selection import SelectionConfig, select
+from hft.machine import indented
+from hft.planning.engine import engine_of
+from hft.planning.fit import why_state_does_not_fit
+from hft.planning.memory import memory_of
+from hft.runs.config import load_config
+from hft.runs.plan import load_model_config, plan_selection
 
 # Bytes per second, to turn bytes into minutes; results/cpi-core.md has what was measured.
 READ_RATE = 1e9
@@ -19,16 +17,13 @@ READ_RATE = 1e9
 
 def describe(plan: Plan) -> tuple[str, str | None]:
     """The stages in words, and a sentence if this machine cannot hold a run: tasks, cores, disk, memory, minutes."""
-    source = plan.base
-    if plan.values.get("architecture") and not Path(source).is_dir():
-        source = plan.values["architecture"]
-    anatomy = anatomy_of(meta_model(read_config(plan.base, source)))
-    config, tasks, size = plan.config, len(plan.tasks), anatomy.numel
-    selection = select(anatomy, SelectionConfig(policy="all"))
-    method, shards = Method(selection), world_size() if is_sharded() else 1
-    memory = memory_of(method, selection, shards=shards, processes=world_size())
-    use_cpu = bool(plan.values.get("use_cpu"))
-    misfit = why_it_does_not_fit(method, selection, reference=False, shards=shards, use_cpu=use_cpu)
+    own = {"model_name_or_path": plan.base, "dataset_name": plan.tasks[next(iter(plan.tasks))].dataset_name}
+    run = load_config("sft", **plan.sft | own | {"policy": "all", "output_dir": str(plan.out)})
+    model_config = load_model_config(run)
+    selection, engine = plan_selection(run, model_config), engine_of(run, model_config)
+    memory = memory_of(run.method, selection, engine)
+    misfit = why_state_does_not_fit(run, selection, engine)
+    config, tasks, size = plan.config, len(plan.tasks), selection.anatomy.numel
     passes = 3 * 2 * 4 * size
     most = 1 + tasks + (config.fusion + tasks) + (tasks if config.fusion and config.backbone == "multi-stage" else 0)
     lines = [

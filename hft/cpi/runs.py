@@ -13,8 +13,9 @@ from hft.errors import HFTError
 from hft.machine import broadcast, is_main, say, world_size
 from hft.merging.checkpoint import new_folder
 from hft.model.weights import weight_files
+from hft.runs.arguments import machine_settings
 from hft.runs.config import load_config
-from hft.runs.plan import machine_settings, make_plan
+from hft.runs.plan import make_plan
 from hft.runs.result import CONFIG_NAME, RunResult
 from hft.runs.train import train
 
@@ -34,10 +35,10 @@ def train_sft(out: Path, values: Mapping[str, Any], *inputs: Path) -> RunResult:
     """
     name = "-".join(out.resolve().parts[-3:])  # of the stages' folder, the stage and the run
     plan = make_plan(load_config("sft", **values, output_dir=str(out), run_name=name))
-    if plan.is_finished and (newer := newer_than(weight_files(out), *inputs)):
+    if plan.start.is_finished and (newer := newer_than(weight_files(out), *inputs)):
         raise HFTError(f"{out} was trained before {newer} was written, which it starts from; remove it to train again")
     say(f"hft sft --config {out / CONFIG_NAME}", "")
-    say(*([] if plan.is_finished else [plan.report()]))
+    say(*([] if plan.start.is_finished else [plan.report()]))
     result = train(plan)
     if not result.ok:
         raise HFTError(f"verify failed for {out}: see above")

@@ -88,11 +88,11 @@ def held_out_rows(folder: Path) -> list[dict[str, Any]]:
         folder: of the run, with its `config.yaml`.
     """
     from hft.data import load_data
+    from hft.objectives import find_objective
     from hft.runs.config import load_config
-    from hft.runs.objective import rows_of
     from hft.runs.result import CONFIG_NAME, RunResult
 
     objective = RunResult.load(folder).objective
     config = load_config(objective, folder / CONFIG_NAME)
-    test = load_data(config.run, rows_of(objective), evaluate=True).test
+    test = load_data(config.run, find_objective(objective).read_rows, evaluate=True).test
     return list(test.select(range(min(ROWS, len(test)))))

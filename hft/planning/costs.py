@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from hft.errors import HFTError
 from hft.planning.layers import Shape, layer, norm, why_not_known
-from hft.planning.tape import MIXED, Precision, Tape, Value
+from hft.planning.tape import BFLOAT16, FLOAT32, MIXED, Precision, Tape, Value  # noqa: F401
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

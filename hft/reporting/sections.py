@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from matplotlib import rc_context
 
+from hft.planning.forecast import flops_to_fft
 from hft.record.scores import Score
 from hft.reporting import figures
 from hft.reporting.collect import SEED_IN_NAME, Column, Found, Group, Run, baseline_of
@@ -270,7 +271,7 @@ def cost(found: Found) -> Section:
 def cost_cells(group: Group, baseline: Group | None) -> list[Cell]:
     fractions = [group.first.fractions.get(of) for of in ("layers", "model")]
     cells = [Cell("" if fraction is None else f"{100 * fraction:.1f}") for fraction in fractions]
-    flops = (group.first.result.planned or {}).get("flops_to_fft")
+    flops = flops_to_fft(group.first.folder)
     cells.append(Cell("" if flops is None else f"{flops:.3f}"))
     measures: list[tuple[int, Callable[[Run], float | None]]] = [
         (0, lambda run: run.result and run.result.tokens_per_second),

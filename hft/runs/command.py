@@ -1,21 +1,18 @@
-"""`hft sft`, `hft dpo` and `hft plan`: a command line in, an exit status out."""
+"""The command of each objective, such as `hft sft`: a command line in, an exit status out."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from hft.config import to_yaml
 from hft.machine import indented, leave_process_group, say
-from hft.planning.outlook import Outlook
 from hft.record.card import CARD_NAME
 from hft.record.manifest import Manifest
 from hft.record.verification import ADAPTER_NAME
-from hft.runs.config import Config, parse_config, parse_plan
-from hft.runs.objective import OBJECTIVES
-from hft.runs.plan import RunPlan, make_plan
+from hft.runs.config import parse_config
+from hft.runs.plan import make_plan
 from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, RunResult
 from hft.runs.train import train
 from hft.selection.policies import DRAWN
@@ -25,7 +22,7 @@ def main(objective: str, arguments: Sequence[str]) -> int:
     """Plan, print the plan, and train.
 
     Args:
-        objective: `sft` or `dpo`.
+        objective: its name, which is the command's.
         arguments: `--config RECIPE.yaml [METHOD.yaml ...] [--key value ...]`.
 
     Returns:
@@ -35,46 +32,16 @@ def main(objective: str, arguments: Sequence[str]) -> int:
         HFTError: the run cannot be made as asked.
     """
     config = parse_config(objective, arguments)
-    plan = tell(config)
+    say("resolved config", indented(to_yaml(config.values)))
+    plan = make_plan(config)
+    say(plan.report())
     if config.run.dry_run:
-        return stop(plan)
+        say(f"stopped here: no weights were loaded, nothing was written to {plan.out}")
+        return 0
     result = train(plan)
     say("", summary(result, plan.out))
     leave_process_group()
     return 0 if result.ok else 1
-
-
-def tell(config: Config, outlook: Outlook | None = None) -> RunPlan:
-    """Print a config, make its plan, and print that."""
-    say("resolved config", indented(to_yaml(config.values)))
-    plan = make_plan(config, outlook)
-    say(plan.report())
-    return plan
-
-
-def stop(plan: RunPlan) -> int:
-    """End after the plan."""
-    if plan.misfit:
-        say(f"it does not fit here: {plan.misfit}")
-        say("to plan it for other GPUs: hft plan ... --gpus 8 --gpu_memory 80GiB")
-    say(f"stopped here: no weights were loaded, nothing was written to {plan.out}")
-    return 0
-
-
-def sft(arguments: Sequence[str]) -> int:
-    return main("sft", arguments)
-
-
-def dpo(arguments: Sequence[str]) -> int:
-    return main("dpo", arguments)
-
-
-def plan(arguments: Sequence[str]) -> int:
-    """Print what a command would do, beside other ways of training and on the GPUs that are named, and stop."""
-    parser = argparse.ArgumentParser(prog="hft plan", description="Print what a command would do, and stop.")
-    parser.add_argument("objective", choices=OBJECTIVES, help="the command; its own words follow")
-    objective = parser.parse_args(arguments[:1]).objective
-    return stop(tell(*parse_plan(objective, arguments[1:])))
 
 
 def summary(result: RunResult, out: Path) -> str:

@@ -14,9 +14,8 @@ from hft.config import Given, Keys, RunConfig, fill, read_arguments, read_yaml
 from hft.errors import HFTError
 from hft.methods import Method, all_classes, classes_of, method_of, owners_of
 from hft.model.weights import check_whole
-from hft.planning.outlook import Outlook
+from hft.objectives import OBJECTIVES, find_objective
 from hft.record.manifest import rounds_so_far
-from hft.runs.objective import OBJECTIVES, config_class
 from hft.selection import SelectionConfig
 
 # What our commands set differently from TRL; a recipe or a flag still wins.
@@ -40,7 +39,7 @@ class Config:
     """A resolved config.
 
     Attributes:
-        objective: `sft` or `dpo`.
+        objective: its name, such as `sft`.
         values: every key that was given or has a default of ours, typed; what `config.yaml` holds.
         run: model, data, batch and names.
         method: how parameters change.
@@ -71,13 +70,6 @@ def parse_config(objective: str, arguments: Sequence[str]) -> Config:
     return resolve_config(objective, read_command_line(objective, arguments))
 
 
-def parse_plan(objective: str, arguments: Sequence[str]) -> tuple[Config, Outlook]:
-    """The config of a run from the command line of `hft plan`, and the machine that it is planned for."""
-    given, keys = read_command_line(objective, arguments, plan=(Outlook,)), Keys((Outlook,))
-    own = {key: keys.convert(key, given.flags.pop(key)) for key in list(given.flags) if key in keys.types}
-    return resolve_config(objective, given), fill(Outlook, own)
-
-
 def read_command_line(objective: str, arguments: Sequence[str], **more: tuple[type, ...]) -> Given:
     """The files and flags of a command line; `more` are further keys, by the heading that `--help` gives them."""
     description = f"Train with {objective.upper()}: a recipe, a method, and flags."
@@ -87,7 +79,7 @@ def read_command_line(objective: str, arguments: Sequence[str], **more: tuple[ty
         **{f"{cls.kind} {cls.name}: {cls.description}": (cls,) for cls in all_classes()},
     }
     if {"-h", "--help"} & set(arguments):
-        groups["TRL and transformers"] = (config_class(objective),)
+        groups["TRL and transformers"] = (find_objective(objective).config,)
     return read_arguments(arguments, f"hft {'plan ' if more else ''}{objective}", description, groups)
 
 
@@ -118,12 +110,13 @@ def resolve_config(objective: str, given: Given) -> Config:
 
 def keys_of(objective: str, given: Given) -> Keys:
     """The keys of an objective's config, with those of the methods that are named in the end."""
-    own = (RunConfig, SelectionConfig, *classes_of(given.merge(replaced_keys, ALIASES)[0]), config_class(objective))
+    methods = classes_of(given.merge(replaced_keys, ALIASES)[0])
+    own = (RunConfig, SelectionConfig, *methods, find_objective(objective).config)
 
     def explain(key: str) -> str | None:
         if owners := owners_of(key):
             return f"{key} is a key of {owners}; remove it, or give that method"
-        others = [other for other in OBJECTIVES if key in {f.name for f in fields(config_class(other))}]
+        others = [other for other in OBJECTIVES if key in {f.name for f in fields(find_objective(other).config)}]
         return f"{key!r} is a key of {others[0]}, not of {objective}" if others else None
 
     return Keys(own, explain, replaced_keys, ALIASES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,16 +39,28 @@ def check_output(config: Config) -> None:
     check_base(base)
 
 
-def look_into_folder(config: Config, identity: dict[str, Any], args: TrainingArguments) -> dict[str, Any]:
-    """Where a run starts: a checkpoint to resume from, nothing left to do, or the base.
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        resume_from: the checkpoint that it resumes from; None for the base.
+        is_finished: whether the folder holds this very run, finished.
+        notes: what is worth knowing about it, one sentence each.
+    """
+
+    resume_from: str | None = None
+    is_finished: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def find_start(config: Config, identity: dict[str, Any], args: TrainingArguments) -> Start:
+    """Where a run starts: from a checkpoint, from the base, or nowhere since it is finished.
 
     Args:
         config: of the run.
-        identity: what makes another run the same (`RunPlan.identity`).
+        identity: what makes another run the same (`hft.record.manifest.identity_of`).
         args: the trainer's config.
-
-    Returns:
-        Those fields of `RunPlan` that the folder decides.
 
     Raises:
         HFTError: the folder holds another run, or the checkpoint is of another one.
@@ -55,7 +68,7 @@ def look_into_folder(config: Config, identity: dict[str, Any], args: TrainingArg
     values, out, notes = config.values, config.out, []
     start = values["resume_from_checkpoint"]
     if start in (None, "none", "false"):
-        return {"resume_from": None, "notes": []}
+        return Start()
     is_auto, is_finished = start in ("auto", "true"), (out / RESULTS_NAME).exists()
     if not (is_auto or Path(start).is_dir()):
         raise HFTError(f"checkpoint {start} not found")
@@ -63,7 +76,7 @@ def look_into_folder(config: Config, identity: dict[str, Any], args: TrainingArg
     changes = differences(comparable(values), comparable(read_config(saved))) if saved.exists() else []
     if is_auto and is_finished:
         if not changes:
-            return {"is_finished": True, "notes": []}
+            return Start(is_finished=True)
         raise HFTError(
             f"{out} holds a finished run with other settings ({'; '.join(changes)}): choose another "
             "--output_dir, or --resume_from_checkpoint none to overwrite it"
@@ -74,19 +87,19 @@ def look_into_folder(config: Config, identity: dict[str, Any], args: TrainingArg
         notes.append(f"NOTE: {out} holds a finished run, which this one replaces")
     if not is_auto and (later := replaced(out, start)):
         notes.append(f"NOTE: {', '.join(path.name for path in later)} in {out} will be removed")
-    if start:
-        if restored := [change for change in changes if change.startswith(RESTORED)]:
-            other = "another --output_dir, or --resume_from_checkpoint none"
-            how = other if is_auto else "the same ones, or the checkpoint as --model_name_or_path"
-            raise HFTError(
-                f"cannot resume from {start}, whose optimizer keeps its own settings: {'; '.join(restored)}; give {how}"
-            )
-        if changes:
-            notes.append(f"NOTE: resuming with other settings than before: {'; '.join(changes)}")
-        check_same_run(identity, Manifest.load(start).identity, start)
-        check_complete(Path(start), args)
-        notes.append(f"resuming from {start}")
-    return {"resume_from": start, "notes": notes}
+    if not start:
+        return Start(notes=tuple(notes))
+    if restored := [change for change in changes if change.startswith(RESTORED)]:
+        other = "another --output_dir, or --resume_from_checkpoint none"
+        remedy = other if is_auto else "the same ones, or the checkpoint as --model_name_or_path"
+        raise HFTError(
+            f"cannot resume from {start}, whose optimizer keeps its own settings: {'; '.join(restored)}; give {remedy}"
+        )
+    if changes:
+        notes.append(f"NOTE: resuming with other settings than before: {'; '.join(changes)}")
+    check_same_run(identity, Manifest.load(start).identity, start)
+    check_complete(Path(start), args)
+    return Start(start, notes=(*notes, f"resuming from {start}"))
 
 
 def replaced(out: Path, resumed: str | None) -> list[Path]:
@@ -110,36 +123,18 @@ def check_complete(checkpoint: Path, args: TrainingArguments) -> None:
     now = "zero3" if is_zero3(args) else "fsdp2" if is_sharded(args) else "ddp"
     saved = [engine for engine, found in states.items() if found]
     if len(saved) == 1 and saved != [now]:
-        how = {"ddp": "without FSDP2", "fsdp2": "with FSDP2", "zero3": "with ZeRO-3"}[saved[0]]
         raise HFTError(
-            f"cannot resume from {checkpoint}: its optimizer state was saved {how}; launch with "
-            f"recipes/accelerate/{saved[0]}.yaml, on any number of processes"
+            f"cannot resume from {checkpoint}: its optimizer state was saved under {saved[0]}; add --engine {saved[0]}"
         )
     if now == "zero3" and len(parts) not in (0, args.world_size):
-        check_convertible(checkpoint, len(parts), args)
+        processes = Manifest.load(checkpoint).processes or len(parts)
+        raise HFTError(
+            f"cannot resume from {checkpoint}: ZeRO-3 resumes on as many processes as saved it, all with access to its "
+            f"folder; {processes} saved it, the parts of {len(parts)} are here, and this run has {args.world_size}"
+        )
     if not (saved and (checkpoint / "scheduler.pt").exists()):
         raise HFTError(
             f"cannot resume from {checkpoint}: it holds no optimizer or scheduler state (save_only_model), so the run "
             "would not continue exactly; start again with --resume_from_checkpoint none, or give it as "
             "--model_name_or_path with another --output_dir"
         )
-
-
-def check_convertible(checkpoint: Path, parts: int, args: TrainingArguments) -> None:
-    """Refuse to go on with a checkpoint of ZeRO-3 on another number of processes where DeepSpeed would lose something.
-
-    Raises:
-        HFTError: parts of it are missing, its optimizer is not Adam, or another checkpoint may have to be loaded later.
-    """
-    if (processes := Manifest.load(checkpoint).processes) not in (0, parts):
-        raise HFTError(
-            f"cannot resume from {checkpoint}: {processes} processes saved it, and the parts of {parts} are here; give "
-            "an --output_dir that all nodes share"
-        )
-    why = ""
-    if args.optim not in ("adamw_torch", "adamw_torch_fused"):
-        why = f"DeepSpeed converts the state of AdamW to another number of processes, not that of {args.optim.value}"
-    elif args.load_best_model_at_end:
-        why = "load_best_model_at_end may need a checkpoint of before, which loads on as many processes as saved it"
-    if why:
-        raise HFTError(f"cannot resume from {checkpoint} on {args.world_size} processes: {why}; launch {parts}")

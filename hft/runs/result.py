@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft.errors import HFTError, reason
 from hft.machine import peak_memory
+from hft.objectives import Objective
 from hft.record.manifest import write_json
 
 if TYPE_CHECKING:
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
 CONFIG_NAME = "config.yaml"
 RESULTS_NAME = "results.json"
 PICTURE_NAME = "selection.png"
-# Metrics whose held-out values a run ends with, before and after, where its objective logs them.
-HELD_OUT = ("loss", "rewards/accuracies", "rewards/margins")
-# Keys that earlier versions wrote under another name.
-OLD_KEYS = {"stage": "objective", "trainable_share": "trainable_fraction", "schedule_shares": "schedule_fractions"}
 
 
 @dataclass
@@ -28,7 +25,7 @@ class RunResult:
     """What came out of a run.
 
     Attributes:
-        objective: `sft` or `dpo`.
+        objective: what it trained on, such as `sft`.
         steps: optimizer steps taken.
         first_loss: training loss, first logged.
         last_loss: training loss, last logged.
@@ -40,7 +37,6 @@ class RunResult:
         machine: settings that the machine decided.
         verify: for each finding of `hft verify` how many tensors it concerns.
         ok: whether verify passed.
-        planned: FLOPs and bytes by `RunPlan.planned`, to hold the measured ones against.
         wandb: id, project and entity of its wandb run, if it has one.
         schedule_fractions: trainable fraction of the layers first, last and on average, under a schedule.
     """
@@ -58,7 +54,6 @@ class RunResult:
     verify: dict[str, int] = field(default_factory=dict)
     ok: bool = True
     schedule_fractions: dict[str, float] | None = None
-    planned: dict[str, float] | None = None
     wandb: dict[str, str] | None = None
 
     def save(self, folder: str | Path) -> Path:
@@ -75,14 +70,17 @@ class RunResult:
         path = Path(folder) / RESULTS_NAME
         try:
             content = json.loads(path.read_text())
-            return cls(**{OLD_KEYS.get(key, key): value for key, value in content.items()})
+            content.pop("planned", None)  # as an earlier version wrote it
+            return cls(**content)
         except FileNotFoundError:
             raise HFTError(f"{folder} has no {RESULTS_NAME}: its run has not finished") from None
         except (TypeError, ValueError, AttributeError) as error:
             raise HFTError(f"{path} is not a valid result: {reason(error)}") from error
 
 
-def measure(objective: str, trainer: ManifestMixin, machine: dict[str, Any], final: dict[str, float]) -> RunResult:
+def measure(
+    objective: Objective, trainer: ManifestMixin, machine: dict[str, Any], final: dict[str, float]
+) -> RunResult:
     """What a trainer has measured.
 
     Args:
@@ -99,11 +97,11 @@ def measure(objective: str, trainer: ManifestMixin, machine: dict[str, Any], fin
     losses, speeds = logged("loss"), logged("train_tokens_per_second")
     schedule = trainer.manifest_so_far().schedule
     return RunResult(
-        objective=objective,
+        objective=objective.name,
         steps=trainer.state.global_step,
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,
-        held_out={name: values for name in HELD_OUT if (values := before_and_after(name, history, final))},
+        held_out={n: v for n in objective.held_out if (v := before_and_after(objective, n, history, final))},
         tokens_per_second=speeds[-1] if speeds else None,
         peak_memory_gb=round(peak_memory() / 1e9, 2),
         trainable_fraction=trainer.manifest.trainable_fraction,
@@ -113,13 +111,11 @@ def measure(objective: str, trainer: ManifestMixin, machine: dict[str, Any], fin
     )
 
 
-def before_and_after(name: str, history: list[dict[str, Any]], final: dict[str, float]) -> list[float]:
-    """A held-out metric before training, if it was measured, and of the saved weights.
-
-    DPO's accuracy before the first step is left out: every margin is 0 then, and TRL counts none of them as won.
-    """
+def before_and_after(
+    objective: Objective, name: str, history: list[dict[str, Any]], final: dict[str, float]
+) -> list[float]:
+    """A held-out metric before training, if it was measured and means something there, and of the saved weights."""
     key = f"eval_{name}"
     before = [row[key] for row in history if key in row and row.get("step") == 0]
-    if name == "rewards/accuracies":
-        before = []
+    before = [] if name in objective.not_at_start else before
     return [*before[:1], *([final[key]] if key in final else [])]

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from hft.config import to_yaml
 from hft.errors import HFTError, reason
-from hft.machine import broadcast, indented, is_main, reset_peak_memory, say
+from hft.machine import broadcast, indented, is_main, reset_peak_memory, say, world_size
 from hft.model.weights import MODEL_CONFIG
+from hft.objectives import find_objective
 from hft.record.card import CARD_NAME
-from hft.record.checkpoints import RESHARDED
 from hft.record.manifest import MANIFEST_NAME, Manifest, write_text
 from hft.record.scores import SCORES_FOLDER
 from hft.record.verification import masks_of, verify_folder
+from hft.runs.arguments import trainer_class
 from hft.runs.card import card_settings, write_run_card
 from hft.runs.folder import replaced
-from hft.runs.objective import trainer_class
-from hft.runs.plan import RunPlan
+from hft.runs.plan import Batches, RunPlan
 from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, RunResult, measure
 from hft.selection import Selection, select
 from hft.selection.masks import MASKS_NAME
@@ -37,13 +37,10 @@ def train(plan: RunPlan) -> RunResult:
         The result, the same in every process.
 
     Raises:
-        HFTError: the machine cannot hold the run, something that only the weights or the prepared rows show, or a loss
-            that is not finite.
+        HFTError: something that only the weights or the prepared rows show, or a loss that is not finite.
         Stopped: SIGTERM; a checkpoint is saved.
     """
-    if plan.misfit:
-        raise HFTError(plan.misfit)
-    if plan.is_finished:
+    if plan.start.is_finished:
         say(
             f"{plan.out} holds this run, finished; train again with --resume_from_checkpoint none or another output_dir"
         )
@@ -64,15 +61,14 @@ def train(plan: RunPlan) -> RunResult:
     selection = getattr(trainer, "selection", plan.selection)
     with tracking.tracked(on_wandb, plan.args.run_name, plan.config.values, selection, plan.out):
         with saved_on_sigterm(trainer):
-            trainer.train(resume_from_checkpoint=plan.resume_from)
+            trainer.train(resume_from_checkpoint=plan.start.resume_from)
         trainer.save_model(_internal_call=True)  # is pushed to the Hub once it is verified
         final = metrics_of_what_was_saved(trainer)
         trainer.accelerator.wait_for_everyone()
         result = None
         if is_main():
             draw_history(trainer, plan, on_wandb)
-            measured = measure(plan.config.objective, trainer, plan.machine, final)
-            measured.planned = plan.planned
+            measured = measure(find_objective(plan.config.objective), trainer, plan.machine, final)
             measured.wandb = tracking.current() if on_wandb else None
             result = conclude(measured, plan.out)
             if on_wandb:
@@ -103,17 +99,16 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
 
     method = plan.config.method
     if method.adapter:
-        how: dict[str, Any] = {"adapter": method.adapter}
+        trained: dict[str, Any] = {"adapter": method.adapter}
     else:
         selection = resolve_deferred(plan) if plan.is_deferred else plan.selection
-        how = {"selection": selection, "update": method.update, "schedule": method.schedule}
-        how["save_only_trained"] = plan.config.run.save_only_trained
-    cls = trainer_class(plan.config.objective, adapter=method.adapter is not None)
+        trained = {"selection": selection, "update": method.update, "schedule": method.schedule}
+        trained["save_only_trained"] = plan.config.run.save_only_trained
     with refusals(plan.data, plan.tokenizer):
-        trainer = cls(
+        trainer = trainer_class(plan.config)(
             plan.config.run.model_name_or_path,
             plan.args,
-            **how,
+            **trained,
             train_dataset=plan.data.train,
             eval_dataset=plan.data.test,
             processing_class=plan.tokenizer,
@@ -122,7 +117,7 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
     trainer.resolved_config = card_settings(plan.config.values)
     trainer.manifest.strategy = method.strategy.record() if method.strategy else {}
     say(*check_prepared(trainer, plan.data), *trainer.notes(), *steps_of_packed(plan, len(trainer.train_dataset)), "")
-    trainer.check_resumable(plan.resume_from)
+    trainer.check_resumable(plan.start.resume_from)
     if plan.config.run.activation_checkpointing_layers is not None:
         trainer.add_callback(CheckpointedLayers(len(plan.checkpointed)))
     for callback in method.strategy.callbacks(trainer) if method.strategy else []:
@@ -132,7 +127,8 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
 
 def steps_of_packed(plan: RunPlan, rows: int) -> list[str]:
     """What the plan could not say before rows were packed or dropped: steps, and the schedule over them."""
-    if plan.args.max_steps > 0 or plan.steps == (steps := plan.steps_over(rows)):
+    batches = Batches(plan.args, find_objective(plan.config.objective), world_size())
+    if plan.args.max_steps > 0 or batches.steps(plan.data) == (steps := batches.steps_over(rows)):
         return []
     schedule = plan.config.method.schedule
     return [f"{rows:,} rows, {steps:,} steps", *([schedule.describe(plan.selection, steps)] if schedule else [])]
@@ -148,9 +144,9 @@ def resolve_deferred(plan: RunPlan) -> Selection:
     from hft.selection.importance import select_by_importance, selection_from_masks, text_batches
 
     anatomy, config = plan.selection.anatomy, plan.selection.config
-    if plan.resume_from:
-        manifest = Manifest.load(plan.resume_from)
-        masks = masks_of(Path(plan.resume_from), manifest)
+    if plan.start.resume_from:
+        manifest = Manifest.load(plan.start.resume_from)
+        masks = masks_of(Path(plan.start.resume_from), manifest)
         return selection_from_masks(anatomy, config, manifest.trained_units, masks)
     if config.policy != "importance":
         return select(anatomy, config)
@@ -171,8 +167,7 @@ def claim_folder(plan: RunPlan, trainer: ManifestMixin) -> None:
     """Remove what an earlier run left in the folder, but what this run goes on from, and write what this run is."""
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(plan.out / RESHARDED, ignore_errors=True)  # where a run was killed while converting
-        clear(plan.out, plan.resume_from)
+        clear(plan.out, plan.start.resume_from)
         write_text(plan.out / CONFIG_NAME, to_yaml(plan.config.values))
         (plan.out / RESULTS_NAME).unlink(missing_ok=True)
         if not plan.config.method.adapter:

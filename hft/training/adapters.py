@@ -18,11 +18,10 @@ from hft.machine import is_main
 from hft.methods.adapter import Adapter, freeze_ranknum
 from hft.model.load import load_base
 from hft.model.weights import checksum, local_folder, weights_of
-from hft.planning.checkpointing import check_checkpointing
 from hft.record.checkpoints import is_checkpoint
 from hft.record.manifest import Manifest
 from hft.training.base import ManifestMixin
-from hft.training.checkpointing import KeepsCheckpointing
+from hft.training.checkpointing import KeepsCheckpointing, check_checkpointing
 
 STATE_NAME = "training_state.safetensors"  # in a checkpoint, beside PEFT's own files: everything that trains
 

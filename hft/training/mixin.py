@@ -23,12 +23,12 @@ from hft.methods.callback import ScheduleCallback
 from hft.model.anatomy import anatomy_of
 from hft.model.load import load_base
 from hft.model.weights import MODEL_CONFIG, Weights, cast_weights, checksum, local_folder
-from hft.planning.checkpointing import check_checkpointing
 from hft.record.checkpoints import is_checkpoint
 from hft.record.manifest import Manifest
 from hft.selection import Selection, SelectionConfig, select
 from hft.selection.masks import frozen_values, save_masks
 from hft.training.base import ManifestMixin
+from hft.training.checkpointing import check_checkpointing
 from hft.training.resharding import resharded
 
 if TYPE_CHECKING:

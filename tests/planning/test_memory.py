@@ -7,7 +7,8 @@ import torch
 from transformers import TrainerCallback
 
 import hft
-from hft.planning.tape import FLOAT32, MIXED
+from hft.planning.costs import FLOAT32, MIXED
+from hft.planning.forecast import forecast
 from hft.runs.train import make_trainer
 from hft.training.dpo import reference_bytes
 
@@ -51,11 +52,12 @@ def moments_of(trainer):
 )
 def test_the_state_of_a_run_takes_what_its_plan_says(objective, keys, tiny, data, pairs, tmp_path):
     plan = plan_of(objective, tmp_path / "out", tiny, pairs if objective == "dpo" else data, **keys)
-    assert plan.engine.precision == (MIXED if keys["bf16"] else FLOAT32)
+    found = forecast(plan.config)
+    assert found.engine.precision == (MIXED if keys["bf16"] else FLOAT32)
     trainer, gradients = make_trainer(plan), Gradients()
     trainer.add_callback(gradients)
     trainer.train()
-    memory, weights, moments = plan.memory, weights_of(trainer.model), moments_of(trainer)
+    memory, weights, moments = found.memory, weights_of(trainer.model), moments_of(trainer)
     assert weights[False] == memory.weights
     assert weights[True] == memory.master_weights
     assert gradients.bytes == memory.gradients
@@ -71,7 +73,7 @@ def test_the_state_of_an_adapters_run_takes_what_its_plan_says(method, tiny, dat
     trainer, gradients = make_trainer(plan), Gradients()
     trainer.add_callback(gradients)
     trainer.train()
-    memory, weights = plan.memory, weights_of(trainer.model)
+    memory, weights = forecast(plan.config).memory, weights_of(trainer.model)
     held = sum(buffer.nbytes for name, buffer in trainer.model.named_buffers() if "osf" in name)
     assert weights[False] + held == pytest.approx(memory.weights, rel=1e-4)  # AdaLoRA counts ranks, in a few bytes
     assert weights[True] == memory.master_weights
@@ -104,5 +106,5 @@ def test_a_step_of_a_run_holds_what_its_plan_says(tiny, data, tmp_path, packing)
     hooks, autocast = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16)
     with hooks, autocast, trainer.compute_loss_context_manager():
         trainer.compute_loss(model, inputs)
-    step = plan.own.step
+    step = forecast(plan.config).run.step
     assert step.saved + step.saved_copies == pytest.approx(sum(saved.values()), rel=0.03)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 import hft
 from hft.cli import main
 from hft.errors import HFTError
-from tests.conftest import ROOT, command, error_of, identical, tensors
+from hft.planning.forecast import forecast
+from tests.conftest import ROOT, command, error_of, tensors
 
 CHAIN = """
 import sys
@@ -88,21 +90,22 @@ def test_a_plan_writes_prints_and_loads_nothing(tiny, data, tmp_path, capsys, mo
     plan = hft.make_plan(config_of(tiny, data, tmp_path / "out"))
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "out").exists()
-    assert (plan.steps, plan.global_batch, len(plan.data.train)) == (2, 16, 80)
+    assert len(plan.data.train) == 80
     assert plan.selection.fraction_of_layers == 0.5
-    assert "fp32 master weights" in plan.report()
+    assert "global batch 16 = 16 rows x 1 process x 1 accumulation steps" in plan.report()
+    assert "80 training rows, 2 steps" in plan.report()
 
 
 def test_the_memory_of_a_plan_is_what_its_parts_take(tiny, data, tmp_path):
     plan = hft.make_plan(config_of(tiny, data, tmp_path / "out", bf16=True))
     anatomy = plan.selection.anatomy
-    memory, trained = plan.memory, plan.selection.num_trained
+    memory, trained = forecast(plan.config).memory, plan.selection.num_trained
     assert memory.master_weights == memory.gradients == 4 * trained
     assert memory.moments == 8 * trained
     assert memory.weights == 2 * (anatomy.numel - trained)
     assert memory.state == 16 * trained + memory.weights
     mixout = config_of(tiny, data, tmp_path / "out", update="l2sp", l2sp_strength=1.0)
-    assert hft.make_plan(mixout).memory.method == 2 * trained
+    assert forecast(mixout).memory.method == 2 * trained
 
 
 def test_nothing_is_deleted_before_the_trainer_stands(tiny, data, tmp_path, sft, capsys):
@@ -126,32 +129,22 @@ def test_a_result_says_what_is_wrong_with_its_file(tmp_path):
         hft.RunResult.load(tmp_path)
 
 
-def test_folders_of_earlier_versions_load_verify_and_resume(tiny, data, tmp_path, sft, capsys):
-    out = tmp_path / "out"
-    assert sft(out) == 0
-    straight = tensors(out)
-    for folder in (out, *out.glob("checkpoint-*")):
-        path = folder / "hft_manifest.json"
-        content = json.loads(path.read_text())
-        content |= {"trained": content.pop("trained_parameters"), "frozen": content.pop("frozen_checksums")}
-        content["shares"] = content.pop("trainable_fraction")
-        del content["data"]
-        path.write_text(json.dumps(content))
-    path = out / "results.json"
-    content = json.loads(path.read_text())
-    content["stage"] = content.pop("objective")
-    content["trainable_share"] = content.pop("trainable_fraction")
-    path.write_text(json.dumps(content))
-    assert hft.RunResult.load(out).objective == "sft"
-    assert main(["verify", str(out)]) == 0
-    for path in (*out.glob("checkpoint-4/*"), out / "checkpoint-4", out / "results.json"):
-        path.rmdir() if path.is_dir() else path.unlink()
-    capsys.readouterr()
-    assert sft(out) == 0
-    assert "resuming from" in capsys.readouterr().out
-    assert all(identical(tensor, straight[name]) for name, tensor in tensors(out).items())
-    assert sft(tmp_path / "next", "--dry_run", "true", model=out) == 0
-    assert "round 2" in capsys.readouterr().out
+def test_a_result_with_a_forecast_loads(finished, tmp_path):
+    """As runs wrote it while they forecast their own cost."""
+    content = json.loads((finished / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps(content | {"planned": {"flops_to_fft": 0.88}}))
+    assert hft.RunResult.load(tmp_path) == hft.RunResult.load(finished)
+
+
+def test_a_fork_without_planning_trains(tiny, data, tmp_path):
+    """planning/ forecasts; a run only asks it whether it fits."""
+    shutil.copytree(ROOT / "hft", tmp_path / "hft", ignore=shutil.ignore_patterns("planning", "__pycache__"))
+    words = command("sft", tmp_path / "out", "--max_steps", "2", model=tiny, data=data)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-m", "hft", *words], capture_output=True, text=True, check=False, cwd=ROOT, env=env
+    )
+    assert "verify passed" in run.stdout, run.stderr[-2000:]
 
 
 def test_another_tracker_passes_through(tiny, data, tmp_path, monkeypatch):

@@ -11,9 +11,10 @@ from trl import DPOConfig
 from hft.data import load_split
 from hft.errors import HFTError
 from hft.methods.lora import LoRA
+from hft.planning.forecast import forecast
 from hft.runs.config import load_config
 from hft.runs.plan import make_plan
-from hft.runs.train import make_trainer, train
+from hft.runs.train import make_trainer
 from hft.training import AdapterDPOTrainer, HFTDPOTrainer
 from tests.conftest import error_of, identical, losses, tensors
 
@@ -59,7 +60,7 @@ def test_the_first_layers_alone_can_be_checkpointed(tmp_path, tiny, data, finish
     assert plan.notes[1:] == [f"resuming from {tmp_path}/checkpoint-2"]  # and no other settings
     trainer, recorder = make_trainer(plan), Recorder()
     trainer.add_callback(recorder)
-    trainer.train(plan.resume_from)
+    trainer.train(plan.start.resume_from)
     assert [[on for on, _ in step] for step in recorder.steps] == [[True, True, True, False]] * 2
     ours, theirs = tensors(tmp_path / "checkpoint-4"), tensors(finished / "checkpoint-4")
     assert all(identical(ours[name], theirs[name]) for name in theirs)
@@ -77,16 +78,16 @@ def test_auto_checkpoints_as_few_layers_as_fit(tmp_path, tiny, data, monkeypatch
         files = ("recipes/tiny/sft.yaml", "recipes/methods/hft.yaml")
         return make_plan(load_config("sft", *files, **keys, activation_checkpointing_layers=layers))
 
-    needed = {layers: plan(layers).memory.total for layers in (0, 2, 4)}
+    needed = {layers: forecast(plan(layers).config).memory.total for layers in (0, 2, 4)}
+    monkeypatch.setattr("hft.planning.fit.SPARE", 0)
     for layers, available in needed.items():
-        monkeypatch.setattr("hft.runs.plan.usable_bytes", lambda *_, available=available, **kwargs: available)
+        monkeypatch.setattr("hft.planning.fit.device_bytes", lambda *, use_cpu, available=available: available)
         made = plan("auto")
         assert made.checkpointed == range(layers)
         assert made.args.activation_checkpointing == (layers > 0)
-        assert made.memory.total == available
-    monkeypatch.setattr("hft.runs.plan.usable_bytes", lambda *_, **kwargs: needed[4] - 1)
-    with pytest.raises(HFTError, match=r"it lacks 0\.0 GiB: lower --per_device_train_batch_size from 16 to 8"):
-        train(plan("auto"))
+    monkeypatch.setattr("hft.planning.fit.device_bytes", lambda *, use_cpu: needed[4] - 1)
+    with pytest.raises(HFTError, match=r"short by 0\.0 GiB: lower --per_device_train_batch_size from 16 to 8"):
+        plan("auto")
 
 
 @pytest.mark.parametrize("how", ["shared", "beforehand", "full", "lora"])

@@ -313,7 +313,7 @@ def test_a_dry_run_loads_and_writes_nothing(tmp_path, tiny, data, sft, capsys, m
     assert main(["plan", *command("sft", tmp_path / "out", model=tiny, data=data)]) == 0
     compared = capsys.readouterr().out
     blocks = [block for block in out.split("\n\n") if not block.startswith(("memory", "cost"))]
-    assert not [block for block in blocks if block not in compared]  # and it compares the cost with full fine-tuning's
+    assert not [block for block in blocks if block not in compared]
     assert "relative to fft" in compared
     assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,77 @@
+"""What a model is trained on: one file per objective, named as its command."""
+
+from __future__ import annotations
+
+import functools
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective as data. TRL is imported when its trainer or its config is asked for.
+
+    Attributes:
+        name: the command, `hft NAME`, and the name of its recipes.
+        description: one line for `hft --help`.
+        trainer_name: TRL's trainer; its config is named likewise.
+        reader: of `hft.data.rows`, which checks a dataset and brings it into the form that the trainer reads.
+        unit: what a row of the dataset is called.
+        examples: that the trainer makes of a row; the batch size counts these.
+        sequences: that an example puts through the model with gradients.
+        forward_sequences: that it puts through the policy without gradients.
+        reference_sequences: that it puts through a reference model; 0 if the objective has none.
+        held_out: metrics whose held-out values a run ends with.
+        not_at_start: those of them that mean nothing before the first step.
+        order: among the objectives of a model, in reports.
+        linestyle: matplotlib's, in figures.
+    """
+
+    name: str
+    description: str
+    trainer_name: str
+    reader: str
+    unit: str = "rows"
+    examples: int = 1
+    sequences: int = 1
+    forward_sequences: int = 0
+    reference_sequences: int = 0
+    held_out: tuple[str, ...] = ("loss",)
+    not_at_start: tuple[str, ...] = ()
+    order: int = 0
+    linestyle: str = "-"
+
+    @property
+    def trainer(self) -> type[Trainer]:
+        """TRL's trainer."""
+        return getattr(import_module("trl"), self.trainer_name)
+
+    @property
+    def config(self) -> type[TrainingArguments]:
+        """TRL's config."""
+        return getattr(import_module("trl"), self.trainer_name.replace("Trainer", "Config"))
+
+    @property
+    def read_rows(self) -> Callable[[Dataset, str], tuple[Dataset, list[str]]]:
+        """The function that checks a dataset's rows and brings them into the form that the trainer takes."""
+        return getattr(import_module("hft.data.rows"), self.reader)
+
+    def has_reference(self, values: dict[str, Any]) -> bool:
+        """Whether a run with these settings keeps a reference model beside the policy."""
+        return self.reference_sequences > 0 and not values.get("precompute_ref_log_probs")
+
+
+OBJECTIVES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+@functools.cache
+def find_objective(name: str) -> Objective:
+    """The objective of a name in `OBJECTIVES`."""
+    return import_module(f"{__name__}.{name}").OBJECTIVE

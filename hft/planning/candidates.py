@@ -1,0 +1,154 @@
+"""Ways of training a model beside each other: full fine-tuning, the run, and the cheapest half."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from hft.errors import HFTError
+from hft.methods import Method
+from hft.objectives import find_objective
+from hft.planning.costs import StepCosts, costs_of, fewest_checkpointed_layers
+from hft.planning.engine import Engine, micro_batch
+from hft.planning.memory import GIB, Memory, memory_of
+from hft.selection import Selection, SelectionConfig
+from hft.selection.policies import build_selection, select
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, TrainingArguments
+
+    from hft.model.anatomy import Anatomy
+    from hft.runs.config import Config
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of training, on one device.
+
+    Attributes:
+        name: of the method.
+        memory: per device, with activations.
+        costs: of a micro-batch, given the layers that are checkpointed and, if they are not the recipe's, its examples.
+        checkpointed: those that the recipe checkpoints.
+        layers: number of layers.
+    """
+
+    name: str
+    memory: Memory
+    costs: Callable[..., StepCosts]
+    checkpointed: range
+    layers: int
+
+    @property
+    def step(self) -> StepCosts:
+        """A micro-batch as the recipe has it."""
+        return self.costs(self.checkpointed)
+
+    def room(self, available: float) -> float:
+        """Bytes that are left for a micro-batch on a device of so many bytes."""
+        return available - self.memory.state - self.memory.gathered
+
+    def fewest(self, available: float) -> int | None:
+        """The fewest layers that must be checkpointed to fit into a device of so many bytes; None if it never fits."""
+        return fewest_checkpointed_layers(self.costs, self.layers, self.room(available))
+
+    def remedy(self, available: float, config: Config, args: TrainingArguments, shards: int) -> str | None:
+        """What makes the run fit into so many bytes of a device, as a sentence; None if it fits."""
+        memory, rows = self.memory, args.per_device_train_batch_size
+        if memory.total <= available:
+            return None
+        short = f"short by {(memory.total - available) / GIB:.1f} GiB"
+        if (fewest := self.fewest(available)) is not None:
+            return f"{short}: fits with --activation_checkpointing_layers {fewest} (of {self.layers})"
+        room, every = self.room(available), range(self.layers)
+        divisors = [n for n in range(rows - 1, 0, -1) if not rows * args.gradient_accumulation_steps % n]
+        if fewer := next((n for n in divisors if self.costs(every, n).peak <= room), None):
+            checkpointed = "" if len(self.checkpointed) == self.layers else ", with all layers checkpointed"
+            return f"{short}: lower --per_device_train_batch_size from {rows} to {fewer}{checkpointed}"
+        if self.costs(every, 1).transient < room:
+            return f"{short}, and one row with all layers checkpointed is too long: lower --max_length"
+        if not config.method.shardable:
+            return f"{short}, and this method cannot be sharded: use GPUs with more memory, or a smaller model"
+        more = "shard it over more GPUs" if shards > 1 else "shard it over several GPUs with FSDP2"
+        return f"{short}, {memory.state / GIB:.1f} GiB of it state: {more}"
+
+
+def candidate_of(
+    name: str,
+    config: Config,
+    method: Method,
+    model_config: PretrainedConfig,
+    selection: Selection,
+    args: TrainingArguments,
+    engine: Engine,
+    checkpointed: range,
+) -> Candidate:
+    """A selection and a method on the batch of a run.
+
+    Raises:
+        HFTError: the costs are not known.
+    """
+    if method.adapter:
+        raise HFTError(
+            "FLOPs and activations of an adapter are not known; the forward pass and the gradients of activations are "
+            "those of full fine-tuning, the gradients of weights those of what the adapter trains"
+        )
+    if method.schedule:
+        raise HFTError(
+            f"FLOPs and activations under schedule {method.schedule.name} are not known, since what trains changes"
+        )
+
+    @functools.cache
+    def costs(layers: range, examples: int | None = None) -> StepCosts:
+        batch = micro_batch(config, args, examples)
+        step = costs_of(
+            model_config,
+            selection,
+            batch.rows,
+            batch.length,
+            checkpointed=layers,
+            precision=engine.precision,
+            attention=batch.attention,
+            padded=batch.padded,
+        )
+        return replace(step, reference=step.forward * batch.forward_rows * args.max_length // step.tokens)
+
+    reference = find_objective(config.objective).has_reference(config.values)
+    memory = memory_of(method, selection, engine, reference=reference, costs=costs(checkpointed))
+    return Candidate(name, memory, costs, checkpointed, selection.anatomy.num_layers)
+
+
+def rivals_of(
+    config: Config,
+    model_config: PretrainedConfig,
+    selection: Selection,
+    args: TrainingArguments,
+    engine: Engine,
+    checkpointed: range,
+) -> list[Candidate]:
+    """Full fine-tuning, the run unless it is that, and the cheapest half.
+
+    Raises:
+        HFTError: the costs are not known.
+    """
+    anatomy, method = selection.anatomy, config.method
+
+    def candidate(name: str, chosen: Selection, how_it_trains: Method) -> Candidate:
+        return candidate_of(name, config, how_it_trains, model_config, chosen, args, engine, checkpointed)
+
+    run = candidate(config.values.get("method") or "hft", selection, method)
+    everything, half = select(anatomy, SelectionConfig(policy="all")), upper_half(anatomy)
+    fft = candidate("fft", everything, Method(everything.config))
+    rest = candidate("upper half", half, Method(half.config))
+    is_fft = selection.config.policy == "all" and not selection.config.freeze_embeddings
+    return [fft, rest] if is_fft and not (method.update or method.strategy) else [fft, run, rest]
+
+
+def upper_half(anatomy: Anatomy) -> Selection:
+    """The upper half of the layers and the last norm train: the cheapest half, since the backward pass ends early."""
+    units = [unit for unit in anatomy.units if unit.layer >= anatomy.num_layers // 2]
+    lower = sorted({f"*.{unit.layer}.*" for unit in anatomy.units} - {f"*.{unit.layer}.*" for unit in units})
+    config = SelectionConfig(policy="explicit", freeze=lower or ["*"], freeze_embeddings=True)
+    return build_selection(anatomy, config, units)

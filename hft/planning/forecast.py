@@ -1,0 +1,241 @@
+"""What a run would cost, on this machine or on others: memory, FLOPs, GPU-hours, beside other ways of training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hft.config import Keys, fill, to_yaml
+from hft.errors import DoesNotFit, HFTError
+from hft.machine import device_bytes, indented, say
+from hft.objectives import OBJECTIVES, find_objective
+from hft.planning.candidates import Candidate, rivals_of
+from hft.planning.columns import fitting_block, flops_block, hours_block, in_columns, memory_block
+from hft.planning.engine import MOMENTS, Engine, engine_of, micro_batch
+from hft.planning.fit import SPARE, fewest_layers
+from hft.planning.memory import GIB, Memory, memory_of
+from hft.runs.arguments import machine_settings, training_arguments
+from hft.runs.config import Config, load_config, read_command_line, resolve_config
+from hft.runs.plan import Batches, checkpointed_of, in_blocks, load_model_config, load_rows, make_plan, plan_selection
+from hft.runs.result import CONFIG_NAME, RunResult
+from hft.selection import Selection
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from hft.data import LoadedData
+    from hft.methods.adapter import AdapterFootprint
+
+UNITS = {"tib": 2**40, "gib": 2**30, "mib": 2**20, "gb": 10**9, "mb": 10**6, "g": 2**30}
+
+
+@dataclass
+class Machine:
+    """The GPUs that a forecast is made for; by default this machine. The fields are keys of `hft plan`."""
+
+    gpus: int | None = field(default=None, metadata={"help": "Number of GPUs that the run would have."})
+    gpu_memory: str | None = field(
+        default=None, metadata={"help": "Memory of each, such as 80GiB or 24GB; by default that of the ones here."}
+    )
+    mfu: float = field(
+        default=0.4, metadata={"help": "Fraction of the GPU's peak that the run is to reach, recomputation included."}
+    )
+    gpu_tflops: float = field(
+        default=312.0,
+        metadata={"help": "The GPU's peak in TFLOP/s, in bf16 without sparsity: A100 312, H100 989."},
+    )
+
+    def __post_init__(self):
+        if self.gpus is not None and self.gpus < 1:
+            raise HFTError(f"gpus must be at least 1, got {self.gpus}")
+        if not 0 < self.mfu <= 1:
+            raise HFTError(f"mfu must lie in 0..1, got {self.mfu}")
+        if self.gpu_tflops <= 0:
+            raise HFTError(f"gpu_tflops must be above 0, got {self.gpu_tflops}")
+        self.bytes_of_gpu()
+
+    def bytes_of_gpu(self) -> float | None:
+        """Bytes of a GPU, if they were given."""
+        if self.gpu_memory is None:
+            return None
+        found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-z]*)\s*", self.gpu_memory.lower())
+        size = float(found[1]) * UNITS.get(found[2] or "gib", 0) if found else 0
+        if not size:
+            raise HFTError(f"gpu_memory: expected a size such as 80GiB or 24GB, got {self.gpu_memory!r}")
+        return size
+
+    def available(self, engine: Engine) -> float | None:
+        """Bytes of a device that a run may take; None for GPUs that are not here and whose memory was not given."""
+        import torch
+
+        given = self.bytes_of_gpu()
+        if given is None and self.gpus and not torch.cuda.is_available():
+            return None
+        return (given or device_bytes(use_cpu=not engine.on_gpu)) * (1 - SPARE)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would take.
+
+    Attributes:
+        config: of the run.
+        machine: that it is made for.
+        engine: where it would compute.
+        selection: what trains.
+        args: TRL's config.
+        settings: that this machine decides.
+        data: the rows, if they are here.
+        memory: bytes per device, with activations where they are known.
+        candidates: full fine-tuning, the run, and the cheapest half; empty if FLOPs and activations are not known.
+        notes: what is worth knowing, one sentence each.
+    """
+
+    config: Config
+    machine: Machine
+    engine: Engine
+    selection: Selection | AdapterFootprint
+    args: TrainingArguments
+    settings: dict[str, Any]
+    data: LoadedData | None
+    memory: Memory
+    candidates: list[Candidate]
+    notes: list[str]
+
+    @property
+    def run(self) -> Candidate:
+        """The run among the candidates."""
+        return self.candidates[-2]
+
+    def report(self) -> str:
+        """The forecast as text: selection, batch, costs, schedule, notes."""
+        batches = Batches(self.args, find_objective(self.config.objective), self.engine.processes)
+        steps, schedule = batches.steps(self.data), self.config.method.schedule
+        layers = checkpointed_of(self.config, self.settings, self.args, self.selection)
+        checkpointed = f"activations of {len(layers)} of {self.selection.anatomy.num_layers} layers checkpointed"
+        blocks = {
+            "selection": self.selection.summary(),
+            "on this machine": to_yaml(self.settings).rstrip() if self.settings else "",
+            "plan": f"{batches.describe(self.data)}\n{checkpointed}",
+            "memory": "" if self.candidates else self.memory.table(),
+            "cost": self.compare(batches.tokens(self.data)) if self.candidates else self.describe_state(),
+            "schedule": schedule.describe(self.selection, steps) if schedule and steps else "",
+            "notes": "\n".join(self.notes),
+        }
+        return in_blocks(blocks)
+
+    def compare(self, tokens: int | None) -> str:
+        """Memory, FLOPs and GPU-hours in columns, and whether the run fits."""
+        candidates, run, machine = self.candidates, self.run, self.machine
+        available, batch = machine.available(self.engine), micro_batch(self.config, self.args)
+        blocks, conclusion = [memory_block(candidates), flops_block(candidates)], []
+        if available:
+            blocks.append(fitting_block(candidates, available))
+            remedy = run.remedy(available, self.config, self.args, self.engine.shards)
+            conclusion = [f"{run.name} {f'does not fit: {remedy}' if remedy else 'fits'}"]
+        if tokens and self.engine.on_gpu:
+            blocks.append(hours_block(candidates, tokens, machine.gpu_tflops, machine.mfu))
+        return "\n".join(
+            [
+                f"{self.engine}; {batch.rows} x {batch.length:,} tokens per device; {len(run.checkpointed)} of "
+                f"{run.layers} layers checkpointed",
+                in_columns([candidate.name for candidate in candidates], blocks),
+                f"the peak of {run.name} is {run.step.peak_at}",
+                f"{candidates[-1].name}: embeddings and head are frozen too; the cheapest half without activation "
+                "checkpointing",
+                *conclusion,
+            ]
+        )
+
+    def describe_state(self) -> str:
+        """Whether a device holds the state of a run whose activations are not known."""
+        available, state = self.machine.available(self.engine), self.memory.state
+        unused = "activations and FLOPs are not known, so mfu and gpu_tflops have no effect"
+        if available is None:
+            return unused
+        fits = "does not fit: the state alone takes" if state > available else "the state takes"
+        return f"{fits} {state / GIB:.1f} of the {available / GIB:.1f} GiB that a device can give\n{unused}"
+
+
+def forecast(config: Config, machine: Machine | None = None) -> Forecast:
+    """Forecast a run from shapes alone: no weights, no GPU, and no rows if `max_steps` is given.
+
+    On this machine everything is checked that `make_plan` checks, but that the run fits.
+
+    Raises:
+        HFTError: the run cannot be made as asked, whatever the machine.
+    """
+    machine = machine or Machine()
+    model_config = load_model_config(config)
+    selection = plan_selection(config, model_config)
+    engine = engine_of(config, model_config, machine.gpus)
+    here = machine_settings(config.values)
+    args, notes = training_arguments(config, here, engine.processes)
+    settings, data = {} if machine.gpus else here, None
+    if config.run.activation_checkpointing_layers == "auto":
+        if (available := machine.available(engine)) is None:
+            raise HFTError("activation_checkpointing_layers auto depends on the GPU's memory; add --gpu_memory")
+        try:
+            settings["activation_checkpointing_layers"] = fewest_layers(
+                config, model_config, selection, args, engine, available
+            )
+        except DoesNotFit:  # said beside the other candidates
+            settings["activation_checkpointing_layers"] = selection.anatomy.num_layers
+        args.activation_checkpointing = settings["activation_checkpointing_layers"] > 0
+    if machine.gpus is None:
+        try:
+            plan = make_plan(config)
+            data, notes = plan.data, plan.notes
+        except DoesNotFit as error:
+            notes.append(f"does not fit in memory on this machine: {error}; --gpus 8 --gpu_memory 80GiB plans others")
+    elif args.max_steps <= 0:
+        try:
+            data = load_rows(config, args)
+            notes += data.notes
+        except HFTError as error:
+            notes.append(f"steps and GPU-hours are not known: {error}; or give --max_steps")
+    if (optim := config.values.get("optim")) and optim not in MOMENTS:
+        notes.append(f"the state of {optim} is not known; planned is that of AdamW, 8 bytes per trained parameter")
+    if (strategy := config.method.strategy) and strategy.acts_on_steps:
+        notes.append(f"FLOPs and activations of the gradients that {strategy.name} computes are not counted")
+    candidates, checkpointed = [], checkpointed_of(config, settings, args, selection)
+    reference = find_objective(config.objective).has_reference(config.values)
+    memory = memory_of(config.method, selection, engine, reference=reference)
+    try:
+        candidates = rivals_of(config, model_config, selection, args, engine, checkpointed)
+        memory = candidates[-2].memory
+    except HFTError as error:
+        notes.append(str(error))
+    return Forecast(config, machine, engine, selection, args, settings, data, memory, candidates, notes)
+
+
+def flops_to_fft(folder: Path) -> float | None:
+    """FLOPs of a finished run relative to full fine-tuning's, from its saved config; None if they are not known."""
+    try:
+        objective = RunResult.load(folder).objective
+        config = load_config(objective, folder / CONFIG_NAME, architecture=str(folder))
+        model_config = load_model_config(config)
+        selection, engine = plan_selection(config, model_config), engine_of(config, model_config)
+        args, _ = training_arguments(config, machine_settings(config.values))
+        checkpointed = checkpointed_of(config, {}, args, selection)
+        candidates = rivals_of(config, model_config, selection, args, engine, checkpointed)
+    except HFTError:
+        return None
+    return candidates[-2].step.flops / candidates[0].step.flops
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`hft plan`: print what a command would do and cost, and stop."""
+    if not arguments or arguments[0] not in OBJECTIVES:
+        raise HFTError(f"hft plan takes a command and its flags: hft plan {'|'.join(OBJECTIVES)} --config RECIPE.yaml")
+    objective, *words = arguments
+    given, keys = read_command_line(objective, words, plan=(Machine,)), Keys((Machine,))
+    machine = {key: keys.convert(key, given.flags.pop(key)) for key in list(given.flags) if key in keys.types}
+    config = resolve_config(objective, given)
+    say("resolved config", indented(to_yaml(config.values)))
+    say(forecast(config, fill(Machine, machine)).report())
+    say(f"stopped here: no weights were loaded, nothing was written to {config.out}")
+    return 0
