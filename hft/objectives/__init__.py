@@ -24,8 +24,7 @@ class Objective:
         trainer_name: TRL's trainer; its config is named likewise.
         reader: of `hft.data.rows`, which checks a dataset and brings it into the form that the trainer reads.
         unit: what a row of the dataset is called.
-        examples: that the trainer makes of a row; the batch size counts these.
-        sequences: that an example puts through the model with gradients.
+        sequences: that a row puts through the model with gradients.
         forward_sequences: that it puts through the policy without gradients.
         reference_sequences: that it puts through a reference model; 0 if the objective has none.
         held_out: metrics whose held-out values a run ends with.
@@ -39,7 +38,6 @@ class Objective:
     trainer_name: str
     reader: str
     unit: str = "rows"
-    examples: int = 1
     sequences: int = 1
     forward_sequences: int = 0
     reference_sequences: int = 0

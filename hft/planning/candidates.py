@@ -75,75 +75,72 @@ class Candidate:
         return f"{short}, {memory.state / GIB:.1f} GiB of it state: {more}"
 
 
-def candidate_of(
-    name: str,
-    config: Config,
-    method: Method,
-    model_config: PretrainedConfig,
-    selection: Selection,
-    args: TrainingArguments,
-    engine: Engine,
-    checkpointed: range,
-) -> Candidate:
-    """A selection and a method on the batch of a run.
+@dataclass(frozen=True)
+class Setup:
+    """What every way of training a model has in common: its rows, its batch, and where it computes.
 
-    Raises:
-        HFTError: the costs are not known.
+    Attributes:
+        config: of the run.
+        model_config: the base's.
+        args: TRL's config.
+        engine: where it computes.
+        checkpointed: the layers whose activations are checkpointed.
     """
-    if method.adapter:
-        raise HFTError(
-            "FLOPs and activations of an adapter are not known; the forward pass and the gradients of activations are "
-            "those of full fine-tuning, the gradients of weights those of what the adapter trains"
-        )
-    if method.schedule:
-        raise HFTError(
-            f"FLOPs and activations under schedule {method.schedule.name} are not known, since what trains changes"
-        )
 
-    @functools.cache
-    def costs(layers: range, examples: int | None = None) -> StepCosts:
-        batch = micro_batch(config, args, examples)
-        step = costs_of(
-            model_config,
-            selection,
-            batch.rows,
-            batch.length,
-            checkpointed=layers,
-            precision=engine.precision,
-            attention=batch.attention,
-            padded=batch.padded,
-        )
-        return replace(step, reference=step.forward * batch.forward_rows * args.max_length // step.tokens)
+    config: Config
+    model_config: PretrainedConfig
+    args: TrainingArguments
+    engine: Engine
+    checkpointed: range
 
-    reference = find_objective(config.objective).has_reference(config.values)
-    memory = memory_of(method, selection, engine, reference=reference, costs=costs(checkpointed))
-    return Candidate(name, memory, costs, checkpointed, selection.anatomy.num_layers)
+    def candidate(self, name: str, method: Method, selection: Selection) -> Candidate:
+        """One way of training.
 
+        Raises:
+            HFTError: the costs are not known.
+        """
+        if method.adapter:
+            raise HFTError(
+                "FLOPs and activations of an adapter are not known; the forward pass and the gradients of activations "
+                "are those of full fine-tuning, the gradients of weights those of what the adapter trains"
+            )
+        if method.schedule:
+            raise HFTError(
+                f"FLOPs and activations under schedule {method.schedule.name} are not known, since what trains changes"
+            )
 
-def rivals_of(
-    config: Config,
-    model_config: PretrainedConfig,
-    selection: Selection,
-    args: TrainingArguments,
-    engine: Engine,
-    checkpointed: range,
-) -> list[Candidate]:
-    """Full fine-tuning, the run unless it is that, and the cheapest half.
+        @functools.cache
+        def costs(layers: range, examples: int | None = None) -> StepCosts:
+            batch = micro_batch(self.config, self.args, examples)
+            step = costs_of(
+                self.model_config,
+                selection,
+                batch.rows,
+                batch.length,
+                checkpointed=layers,
+                precision=self.engine.precision,
+                attention=batch.attention,
+                padded=batch.padded,
+            )
+            return replace(step, reference=step.forward * batch.forward_rows * self.args.max_length // step.tokens)
 
-    Raises:
-        HFTError: the costs are not known.
-    """
-    anatomy, method = selection.anatomy, config.method
+        reference = find_objective(self.config.objective).has_reference(self.config.values)
+        memory = memory_of(method, selection, self.engine, reference=reference, costs=costs(self.checkpointed))
+        return Candidate(name, memory, costs, self.checkpointed, selection.anatomy.num_layers)
 
-    def candidate(name: str, chosen: Selection, how_it_trains: Method) -> Candidate:
-        return candidate_of(name, config, how_it_trains, model_config, chosen, args, engine, checkpointed)
+    def rivals(self, selection: Selection) -> list[Candidate]:
+        """Full fine-tuning, the run unless it is that, and the cheapest half.
 
-    run = candidate(config.values.get("method") or "hft", selection, method)
-    everything, half = select(anatomy, SelectionConfig(policy="all")), upper_half(anatomy)
-    fft = candidate("fft", everything, Method(everything.config))
-    rest = candidate("upper half", half, Method(half.config))
-    is_fft = selection.config.policy == "all" and not selection.config.freeze_embeddings
-    return [fft, rest] if is_fft and not (method.update or method.strategy) else [fft, run, rest]
+        Raises:
+            HFTError: the costs are not known.
+        """
+        method = self.config.method
+        run = self.candidate(self.config.values.get("method") or "hft", method, selection)
+        everything, half = select(selection.anatomy, SelectionConfig(policy="all")), upper_half(selection.anatomy)
+        fft = self.candidate("fft", Method(everything.config), everything)
+        rest = self.candidate("upper half", Method(half.config), half)
+        is_fft = selection.config.policy == "all" and not selection.config.freeze_embeddings
+        return [fft, rest] if is_fft and not (method.update or method.strategy) else [fft, run, rest]
 
 
 def upper_half(anatomy: Anatomy) -> Selection:

@@ -45,7 +45,7 @@ def fitting_block(candidates: list[Candidate], available: float) -> tuple[str, R
     rows = [
         ("fits", ["yes" if c.memory.total <= available else "no" for c in candidates]),
         ("fewest checkpointed layers", ["none fits" if n is None else str(n) for n in fewest]),
-        ("FLOPs vs. fft at that setting", ["-" if ratio is None else f"{ratio:.3f}" for ratio in best]),
+        ("FLOPs with these, vs. fft", ["-" if ratio is None else f"{ratio:.3f}" for ratio in best]),
     ]
     return f"of {whole / GIB:.3g} GiB, {SPARE:.0%} reserved", rows
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hft.errors import DoesNotFit, HFTError
 from hft.machine import device_bytes
 from hft.objectives import find_objective
-from hft.planning.candidates import candidate_of
+from hft.planning.candidates import Setup
 from hft.planning.engine import MOMENTS, Engine, engine_of
 from hft.planning.memory import GIB, memory_of
 
@@ -44,31 +44,23 @@ def fit(
         raise DoesNotFit(sentence)
     if config.run.activation_checkpointing_layers != "auto":
         return None
-    available = device_bytes(use_cpu=not engine.on_gpu) * (1 - SPARE)
-    return fewest_layers(config, model_config, selection, args, engine, available)
+    setup = Setup(config, model_config, args, engine, range(selection.anatomy.num_layers))
+    return fewest_layers(setup, selection, device_bytes(use_cpu=not engine.on_gpu) * (1 - SPARE))
 
 
-def fewest_layers(
-    config: Config,
-    model_config: PretrainedConfig,
-    selection: Selection,
-    args: TrainingArguments,
-    engine: Engine,
-    available: float,
-) -> int:
+def fewest_layers(setup: Setup, selection: Selection, available: float) -> int:
     """The fewest layers that must be checkpointed to fit a run into so many bytes of a device.
 
     Raises:
         DoesNotFit: all of them are not enough; the sentence says what to change.
     """
-    every = range(selection.anatomy.num_layers)
     try:
-        run = candidate_of("the run", config, config.method, model_config, selection, args, engine, every)
+        run = setup.candidate("the run", setup.config.method, selection)
     except HFTError as error:
         raise HFTError(f"activation_checkpointing_layers auto: {error}; give a number of layers") from error
     fewest = run.fewest(available)
     if fewest is None:
-        raise DoesNotFit(run.remedy(available, config, args, engine.shards))
+        raise DoesNotFit(run.remedy(available, setup.config, setup.args, setup.engine.shards))
     return fewest
 
 

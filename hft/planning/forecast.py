@@ -12,7 +12,7 @@ from hft.config import Keys, fill, to_yaml
 from hft.errors import DoesNotFit, HFTError
 from hft.machine import device_bytes, indented, say
 from hft.objectives import OBJECTIVES, find_objective
-from hft.planning.candidates import Candidate, rivals_of
+from hft.planning.candidates import Candidate, Setup
 from hft.planning.columns import fitting_block, flops_block, hours_block, in_columns, memory_block
 from hft.planning.engine import MOMENTS, Engine, engine_of, micro_batch
 from hft.planning.fit import SPARE, fewest_layers
@@ -179,9 +179,8 @@ def forecast(config: Config, machine: Machine | None = None) -> Forecast:
         if (available := machine.available(engine)) is None:
             raise HFTError("activation_checkpointing_layers auto depends on the GPU's memory; add --gpu_memory")
         try:
-            settings["activation_checkpointing_layers"] = fewest_layers(
-                config, model_config, selection, args, engine, available
-            )
+            setup = Setup(config, model_config, args, engine, range(selection.anatomy.num_layers))
+            settings["activation_checkpointing_layers"] = fewest_layers(setup, selection, available)
         except DoesNotFit:  # said beside the other candidates
             settings["activation_checkpointing_layers"] = selection.anatomy.num_layers
         args.activation_checkpointing = settings["activation_checkpointing_layers"] > 0
@@ -201,11 +200,14 @@ def forecast(config: Config, machine: Machine | None = None) -> Forecast:
         notes.append(f"the state of {optim} is not known; planned is that of AdamW, 8 bytes per trained parameter")
     if (strategy := config.method.strategy) and strategy.acts_on_steps:
         notes.append(f"FLOPs and activations of the gradients that {strategy.name} computes are not counted")
-    candidates, checkpointed = [], checkpointed_of(config, settings, args, selection)
+    candidates, setup = (
+        [],
+        Setup(config, model_config, args, engine, checkpointed_of(config, settings, args, selection)),
+    )
     reference = find_objective(config.objective).has_reference(config.values)
-    memory = memory_of(config.method, selection, engine, reference=reference)
+    memory, candidates = memory_of(config.method, selection, engine, reference=reference), []
     try:
-        candidates = rivals_of(config, model_config, selection, args, engine, checkpointed)
+        candidates = setup.rivals(selection)
         memory = candidates[-2].memory
     except HFTError as error:
         notes.append(str(error))
@@ -220,8 +222,8 @@ def flops_to_fft(folder: Path) -> float | None:
         model_config = load_model_config(config)
         selection, engine = plan_selection(config, model_config), engine_of(config, model_config)
         args, _ = training_arguments(config, machine_settings(config.values))
-        checkpointed = checkpointed_of(config, {}, args, selection)
-        candidates = rivals_of(config, model_config, selection, args, engine, checkpointed)
+        setup = Setup(config, model_config, args, engine, checkpointed_of(config, {}, args, selection))
+        candidates = setup.rivals(selection)
     except HFTError:
         return None
     return candidates[-2].step.flops / candidates[0].step.flops

@@ -92,7 +92,7 @@ class Batches:
 
     @property
     def global_batch(self) -> int:
-        """Examples per step, over all processes."""
+        """Rows per step, over all processes."""
         args = self.args
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.processes
 
@@ -102,13 +102,13 @@ class Batches:
             return self.args.max_steps
         if data is None or getattr(self.args, "packing", False):
             return None
-        return self.steps_over(len(data.train) * self.objective.examples)
+        return self.steps_over(len(data.train))
 
-    def steps_over(self, examples: int) -> int:
-        """Steps of all epochs over that many examples."""
+    def steps_over(self, rows: int) -> int:
+        """Steps of all epochs over that many rows."""
         args = self.args
         at_once = args.per_device_train_batch_size * self.processes
-        batches = examples // at_once if args.dataloader_drop_last else math.ceil(examples / at_once)
+        batches = rows // at_once if args.dataloader_drop_last else math.ceil(rows / at_once)
         return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
 
     def tokens(self, data: LoadedData | None) -> int | None:
@@ -121,9 +121,8 @@ class Batches:
     def describe(self, data: LoadedData | None) -> str:
         """Batch, steps and tokens as text."""
         args, processes, unit, steps = self.args, self.processes, self.objective.unit, self.steps(data)
-        examples = unit if self.objective.examples == 1 else "answers"
         batch = (
-            f"global batch {self.global_batch} = {args.per_device_train_batch_size} {examples} x {processes} "
+            f"global batch {self.global_batch} = {args.per_device_train_batch_size} {unit} x {processes} "
             f"process{'es' if processes > 1 else ''} x {args.gradient_accumulation_steps} accumulation steps"
         )
         if steps is None:
