@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
+
+from hft.jsonl import write_jsonl
 
 ROWS = {"train": 400, "test": 64}
 
@@ -28,11 +29,7 @@ TASKS = {"sum": _sum, "reverse": _reverse, "sort": _sort}
 
 
 def write_conversations(folder: str | Path) -> dict[str, int]:
-    """Write `tasks/TASK/{train,test}.jsonl` below a folder; no held-out row is trained on.
-
-    Returns:
-        The number of rows of each file.
-    """
+    """Write `tasks/TASK/{train,test}.jsonl` below a folder; returns the number of rows of each file."""
     counts = {}
     for task, make in TASKS.items():
         draw, seen = random.Random(task), set()
@@ -43,9 +40,7 @@ def write_conversations(folder: str | Path) -> dict[str, int]:
                 if question not in seen:
                     seen.add(question)
                     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-                    rows.append(json.dumps({"messages": messages}) + "\n")
-            path = Path(folder) / "tasks" / task / f"{split}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(rows), encoding="utf-8")
-            counts[f"tasks/{task}/{split}.jsonl"] = count
+                    rows.append({"messages": messages})
+            name = f"tasks/{task}/{split}.jsonl"
+            counts[name] = write_jsonl(Path(folder, name), rows)
     return counts

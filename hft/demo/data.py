@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
-import json
 import sysconfig
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
 from tqdm import tqdm
+
+from hft.jsonl import write_jsonl
 
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo"}
 QUESTIONS = {
@@ -67,11 +68,7 @@ def docstring_pairs(chats: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, di
 
 
 def write_demo_data(folder: str | Path) -> dict[str, int]:
-    """Write `sft/{train,test}.jsonl` and `dpo/{train,test}.jsonl` below a folder.
-
-    Returns:
-        The number of rows of each file.
-    """
+    """Write `sft/{train,test}.jsonl` and `dpo/{train,test}.jsonl` below a folder; returns the rows of each file."""
     splits: dict[str, list[tuple[str, dict]]] = {"train": [], "test": []}
     for name, row in docstring_chats():
         held_out = int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
@@ -80,10 +77,8 @@ def write_demo_data(folder: str | Path) -> dict[str, int]:
     for split, chats in splits.items():
         # Paired within its split, so that no held-out answer is trained on as another question's wrong one.
         for stage, rows in (("sft", chats), ("dpo", list(docstring_pairs(chats)))):
-            (Path(folder) / stage).mkdir(parents=True, exist_ok=True)
-            text = "".join(json.dumps(row) + "\n" for _, row in rows)
-            (Path(folder) / stage / f"{split}.jsonl").write_text(text, encoding="utf-8")
-            counts[f"{stage}/{split}.jsonl"] = len(rows)
+            name = f"{stage}/{split}.jsonl"
+            counts[name] = write_jsonl(Path(folder, name), (row for _, row in rows), ensure_ascii=True)
     return counts
 
 

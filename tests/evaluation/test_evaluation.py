@@ -325,13 +325,16 @@ def test_another_backend_gets_the_model_and_its_own_arguments(tiny, rows_of_ours
     [
         (["none"], "none is neither a folder nor found on the Hub"),
         (["TINY", "--tasks", "gsm8k"], "suite quick has no gsm8k, only facts, drift, task, kl"),
-        (["TINY", "--suite", "knowledge", "--tasks", "triviaqa", "--data", "BAD"], "triviaqa.jsonl is not JSON Lines"),
+        (
+            ["TINY", "--suite", "knowledge", "--tasks", "triviaqa", "--data", "BAD"],
+            "triviaqa.jsonl is not JSON Lines: line 2: ",
+        ),
         (["TINY", "--suite", "knowledge", "--tasks", "nq_open", "--data", "BAD"], "lack the field 'question'"),
         (["EMPTY"], "has no weights to score"),
     ],
 )
 def test_a_mistake_is_one_sentence(words, sentence, tiny, tmp_path, capsys):
-    (tmp_path / "triviaqa.jsonl").write_text("{broken\n")
+    (tmp_path / "triviaqa.jsonl").write_text('{"question": "q"}\n{broken\n')
     (tmp_path / "nq_open.jsonl").write_text(json.dumps({"q": 1}) + "\n")
     (tmp_path / "empty").mkdir()
     names = {"TINY": str(tiny), "BAD": str(tmp_path), "EMPTY": str(tmp_path / "empty")}

@@ -1,0 +1,28 @@
+"""Tables as text and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+
+
+def aligned(rows: Iterable[Sequence[str] | str], left: int = 1) -> str:
+    """Rows of cells in columns, the first `left` flush left and the others flush right.
+
+    A string among the rows is a line by itself. Rows may be of different lengths.
+    """
+    rows = list(rows)
+    columns = zip_longest(*(row for row in rows if not isinstance(row, str)), fillvalue="")
+    widths = [max(map(len, column)) for column in columns]
+
+    def line(row: Sequence[str]) -> str:
+        cells = enumerate(zip(row, widths, strict=False))
+        return "  ".join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in cells)
+
+    return "\n".join((row if isinstance(row, str) else line(row)).rstrip() for row in rows)
+
+
+def markdown(rows: Iterable[Sequence[str]]) -> str:
+    """Rows of cells as a Markdown table; the first one is its head."""
+    head, *body = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
