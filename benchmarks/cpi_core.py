@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from hft.cpi.probe import write_core
-from hft.merging.checkpoint import Checkpoint, write_safetensors
+from hft.merging.checkpoint import Checkpoint
 from hft.merging.operators import generator_of
 from hft.model.anatomy import meta_model
 from hft.selection.masks import Masks
@@ -49,12 +50,12 @@ def make(folder: Path, size: float) -> None:
             start = 0.02 * torch.randn(specs[name].shape, generator=generator)
             if model == "tuned":
                 start += 1e-4 * torch.randn(specs[name].shape, generator=generator) ** 3
-            yield start
+            return start
 
         index = {}
         for number, names in enumerate(shards, 1):
             path = out / f"model-{number:05}-of-{len(shards):05}.safetensors"
-            write_safetensors(path, {name: specs[name] for name in names}, values, {"format": "pt"})
+            save_file({name: values(name) for name in names}, path, metadata={"format": "pt"})
             index |= dict.fromkeys(names, path.name)
         (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 

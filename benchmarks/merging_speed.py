@@ -74,7 +74,7 @@ merging: dict[str, list[float]] = {name: [] for name in arms}  # without start-u
 for number in range(repetitions + 1):
     for name, run in arms.items():
         start = time.monotonic()
-        said = re.search(r" in ([\d.]+) s: ", run())
+        said = re.search(r" in ([\d.]+) s", run())
         if number:
             seconds[name].append(time.monotonic() - start)
             merging[name] += [float(said[1])] if said else []

@@ -6,14 +6,12 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-S, T = TypeVar("S"), TypeVar("T")
+T = TypeVar("T")
 
 
 def is_main() -> bool:
@@ -96,24 +94,6 @@ def device_bytes(*, use_cpu: bool = False) -> int:
     if torch.cuda.is_available() and not use_cpu:
         return torch.cuda.get_device_properties(0).total_memory
     return psutil.virtual_memory().total
-
-
-def in_threads(function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-    """A function of each item, in order, on as many threads as torch has, with torch's own threads off.
-
-    Faster than those where a tensor is small and where an operation of torch runs on one thread, such as `bincount`.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    if min(threads, len(items)) < 2:
-        yield from map(function, items)
-        return
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.map(function, items)
-    finally:
-        torch.set_num_threads(threads)  # new threads take over what was set last, in whichever thread
 
 
 def reset_peak_memory() -> None:

@@ -9,7 +9,7 @@ probe. What is known of the paper has a pairwise formula, without w and without 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,11 +22,11 @@ from hft.cpi.runs import in_main_process, is_current, replaced_folder
 from hft.cpi.train import core_folders, train_groups
 from hft.errors import HFTError
 from hft.machine import say
-from hft.merging.checkpoint import CHUNK_NUMEL, Checkpoint, check_alike, write_model, zip_chunks
-from hft.merging.operators import COLINEAR_COS, arc_factors, weighted_sum
+from hft.merging.checkpoint import Checkpoint, check_alike, write_model
+from hft.merging.operators import COLINEAR_COS, arc_factors, blocks, weighted_sum
 from hft.model.weights import weight_files
 from hft.record.manifest import write_json
-from hft.selection.masks import MASKS_NAME, Mask, Masks
+from hft.selection.masks import MASKS_NAME, Masks
 
 FUSED_NAME = "fuse.json"
 
@@ -101,25 +101,27 @@ def write_fused(out: Path, what: Fusion) -> str:
     cores, shapes = [Masks(core) for core in what.cores], {key: tuple(base.specs[key].shape) for key in base.parameters}
     if wrong := [folder for folder, core in zip(what.cores, cores, strict=True) if core.shapes != shapes]:
         raise HFTError(f"{wrong[0]} is not a core of {base.name}; run `hft cpi probe` again")
-    branches, claims = [], []  # lists, as several threads add to them
+    branches, claims = Counter(), torch.zeros(len(cores) + 1, dtype=torch.int64)
 
-    def chunks(name: str) -> Iterator[torch.Tensor]:
+    def fused(name: str) -> torch.Tensor:
         factors, branch = interpolation(models, name, what)
-        branches.append(branch)
-        masks = [core[name].bits.split(CHUNK_NUMEL // 8) for core in cores]
-        for values, bits in zip(zip_chunks([base, *models], name), zip(*masks, strict=True), strict=True):
-            inside = torch.stack([Mask(one, values[0].shape).tensor() for one in bits])
-            claims.append(torch.bincount(inside.sum(0), minlength=len(cores) + 1))
-            claimed = transplant(values[-len(probes) :], inside, values[0], what.overlap)
-            yield torch.where(inside.any(0), claimed, weighted_sum(values[1:], factors))
+        branches[branch] += 1
+        tensors, made = [model.fp32(name) for model in (base, *models)], []
+        for values in blocks(*tensors, *(core[name].tensor() for core in cores)):
+            start, *tuned = values[: len(tensors)]
+            inside = torch.stack(values[len(tensors) :])
+            claims.add_(torch.bincount(inside.sum(0), minlength=len(claims)))
+            claimed = transplant(tuned[-len(probes) :], inside, start, what.overlap)
+            made.append(torch.where(inside.any(0), claimed, weighted_sum(tuned, factors)))
+        return torch.cat(made).view_as(tensors[0])
 
     with replaced_folder(out, FUSED_NAME) as folder:
-        write_model(folder, base, chunks)
-        ways, elements = Counter(branches), sum(claims).tolist()
-        found = {"branches": ways, "elements_in_cores": {str(n): c for n, c in enumerate(elements) if c}}
+        write_model(folder, base, fused)
+        elements = claims.tolist()
+        found = {"branches": branches, "elements_in_cores": {str(n): c for n, c in enumerate(elements) if c}}
         write_json(folder / FUSED_NAME, asdict(what) | found)
     return (
-        f"fused {len(probes)} probes: {ways['arc']} tensors along the arc, {ways['line']} along the line "
+        f"fused {len(probes)} probes: {branches['arc']} tensors along the arc, {branches['line']} along the line "
         f"(|cos| > {COLINEAR_COS}); {elements[1]:,} elements in one core, {sum(elements[2:]):,} in several "
         f"({what.overlap})"
     )
@@ -136,8 +138,8 @@ def interpolation(models: Sequence[Checkpoint], name: str, what: Fusion) -> tupl
     """
     count = len(models)
     products = torch.zeros(count, count, dtype=torch.float64)
-    for chunks in zip_chunks(models, name):
-        stacked = torch.stack(chunks).double()
+    for values in blocks(*(model.fp32(name) for model in models)):
+        stacked = torch.stack(values).double()
         products += stacked @ stacked.T
     factors = torch.zeros(count, dtype=torch.float64)
     first = count - len(what.probes)

@@ -7,8 +7,7 @@ elementwise, and global over the model, embeddings, head and norms included (CPI
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -21,11 +20,11 @@ from hft.cpi.tasks import write_tasks
 from hft.errors import HFTError, reason
 from hft.freezing import HALF_PRECISION
 from hft.machine import say
-from hft.merging.checkpoint import Checkpoint, check_alike, write_model, write_safetensors, zip_chunks
+from hft.merging.checkpoint import Checkpoint, check_alike, write_model
 from hft.merging.operators import MagnitudePruner, generator_of, magnitude_bits
 from hft.model.weights import weight_files
 from hft.record.manifest import MANIFEST_NAME, Manifest, absolute_or_hub_id, write_json
-from hft.selection.masks import MASKS_NAME, Mask, metadata_of
+from hft.selection.masks import Mask, save_masks
 
 CORE_NAME = "core.json"
 
@@ -121,7 +120,7 @@ def start_of(plan: Plan) -> Path:
             say(f"writing {plan.base} in fp32 to {out}, so that no run rounds what it has learned", "")
             specs = {name: spec.float() if spec.dtype in HALF_PRECISION else spec for name, spec in base.specs.items()}
             with replaced_folder(out, "config.json") as folder:
-                write_model(folder, base, base.fp32_chunks, specs=specs)
+                write_model(folder, base, base.fp32, specs=specs)
                 base.config.dtype = torch.float32
                 base.config.save_pretrained(folder)
         plan.probes.mkdir(parents=True, exist_ok=True)
@@ -194,12 +193,11 @@ def write_core(out: Path, task: str, probe: Checkpoint, base: Checkpoint, percen
         HFTError: one of the models holds NaN or infinity.
     """
 
-    def changes(name: str) -> Iterator[torch.Tensor]:
-        for tuned, start in zip_chunks([probe, base], name):
-            change = tuned - start
-            if not change.sum().isfinite():
-                raise HFTError(f"{name} of {probe.name} or {base.name} holds NaN or infinity; has the probe diverged?")
-            yield change
+    def changes(name: str) -> torch.Tensor:
+        change = probe.fp32(name) - base.fp32(name)
+        if not change.isfinite().all():
+            raise HFTError(f"{name} of {probe.name} or {base.name} holds NaN or infinity; has the probe diverged?")
+        return change
 
     with replaced_folder(out, CORE_NAME) as folder:
         cut = write_largest(folder, base, changes, percent)
@@ -213,11 +211,11 @@ def write_core(out: Path, task: str, probe: Checkpoint, base: Checkpoint, percen
 def write_random_core(out: Path, like: Core, base: Checkpoint, seed: int) -> None:
     """Write as many random elements as a core has; which ones depends on task and seed alone."""
 
-    def keys(name: str) -> Iterator[torch.Tensor]:
+    def keys(name: str) -> torch.Tensor:
         # Random bits read as a finite fp32 magnitude: magnitudes are ordered as their bits are.
         generator = generator_of(f"core/{seed}/{like.task}/{name}")
-        for size in (len(chunk) for chunk in base.chunks(name)):
-            yield torch.randint(0x7F800000, (size,), generator=generator, dtype=torch.int32).view(torch.float32)
+        bits = torch.randint(0x7F800000, base.specs[name].shape, generator=generator, dtype=torch.int32)
+        return bits.view(torch.float32)
 
     with replaced_folder(out, CORE_NAME) as folder:
         write_largest(folder, base, keys, like.percent)
@@ -225,42 +223,27 @@ def write_random_core(out: Path, like: Core, base: Checkpoint, seed: int) -> Non
 
 
 def write_largest(
-    folder: Path, like: Checkpoint, scores: Callable[[str], Iterable[torch.Tensor]], percent: float
+    folder: Path, like: Checkpoint, scores: Callable[[str], torch.Tensor], percent: float
 ) -> MagnitudePruner:
-    """Write masks of the p% of all elements of a model whose scores are largest in magnitude.
+    """Write masks of the p% of all elements of a model whose fp32 scores are largest in magnitude.
 
     Two passes find the smallest magnitude among them, a third marks them; of equal ones those that come first in model
-    order are taken. Chunks are held one at a time, whatever the size of the model.
-
-    Args:
-        folder: where to write.
-        like: the model, for names and shapes.
-        scores: the flat fp32 chunks of a parameter's scores, by its name; the same in each pass, in any thread.
-        percent: p.
+    order are taken.
 
     Returns:
         How many there are, and the smallest of them.
     """
-
     cut = MagnitudePruner(scores, like.parameters, Fraction(str(percent)) / 100)
-    ties = cut.ties
-
-    def packed(name: str) -> Iterator[torch.Tensor]:
-        nonlocal ties
-        for chunk in scores(name):
-            bits = magnitude_bits(chunk)
-            mask = bits > cut.smallest
-            if ties:
-                equal = (bits == cut.smallest).nonzero().squeeze(1)[:ties]
-                mask[equal] = True
-                ties -= len(equal)
-            yield Mask.of(mask).bits  # a chunk is a multiple of 8 elements, but for a tensor's last
-
-    shapes = {name: tuple(like.specs[name].shape) for name in like.parameters}
-    specs = {
-        name: torch.empty(-(-math.prod(shape) // 8), dtype=torch.uint8, device="meta") for name, shape in shapes.items()
-    }
-    write_safetensors(folder / MASKS_NAME, specs, packed, metadata_of(shapes))
+    ties, masks = cut.ties, {}
+    for name in like.parameters:
+        bits = magnitude_bits(scores(name))
+        mask = (bits > cut.smallest).reshape(-1)
+        if ties:
+            equal = (bits.reshape(-1) == cut.smallest).nonzero().squeeze(1)[:ties]
+            mask[equal] = True
+            ties -= len(equal)
+        masks[name] = Mask.of(mask.view(bits.shape))
+    save_masks(folder, masks)
     return cut
 
 

@@ -12,15 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from hft.errors import HFTError, reason
-from hft.merging.checkpoint import (
-    CHUNK_NUMEL,
-    Checkpoint,
-    check_out,
-    copy_companions,
-    new_folder,
-    throughput,
-    write_model,
-)
+from hft.merging.checkpoint import Checkpoint, check_out, copy_companions, new_folder, summary, write_model
 from hft.model.vocabulary import ids_beyond, vocabulary
 from hft.model.weights import local_folder, widest
 
@@ -38,34 +30,25 @@ def merge_adapter(
         max_shard_size: bytes of a file, as `save_pretrained` takes it.
 
     Returns:
-        How much was read and written, and how fast.
-
-    Raises:
-        HFTError: the folder holds no adapter, one that cannot be merged, or one that does not fit the base.
+        How much was written, and how fast.
     """
     start, config = time.monotonic(), adapter_config(adapter)
-    model = base_of(config, adapter, base)
+    model = base_of_adapter(config, adapter, base)
     check_out(out, [model])
-    own = vocabulary(model.folder)
-    new = {token: index for token, index in vocabulary(local_folder(adapter)).items() if token not in own}
-    if notes := ids_beyond(new, model.num_embeddings):  # a base's own such ids are its own matter
+    known = vocabulary(model.folder)
+    new = {token: index for token, index in vocabulary(local_folder(adapter)).items() if token not in known}
+    if notes := ids_beyond(new, model.num_embeddings):  # such ids of the base itself are not this merge's matter
         raise HFTError(f"{adapter}: {notes[0]}")
     state = merged_state(adapter, config, model)
-    model.reads.extend(spec.nbytes for spec in model.specs.values())
     with new_folder(out) as folder:
-        chunks = {name: tensor.reshape(-1).split(CHUNK_NUMEL) for name, tensor in state.items()}
-        written = write_model(folder, model, chunks.__getitem__, max_shard_size=max_shard_size)
+        written = write_model(folder, model, state.__getitem__, max_shard_size=max_shard_size)
         copy_companions(local_folder(adapter), folder, but=("config.json", "generation_config.json"))
         finish(folder)
-    return throughput([model], written, time.monotonic() - start)
+    return summary(written, start)
 
 
 def adapter_config(adapter: str) -> PeftConfig:
-    """PEFT's config of an adapter that can be merged.
-
-    Raises:
-        HFTError: the folder holds no adapter, or a learned prompt.
-    """
+    """PEFT's config of an adapter; a learned prompt cannot be merged."""
     try:
         config = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -75,12 +58,8 @@ def adapter_config(adapter: str) -> PeftConfig:
     return config
 
 
-def base_of(adapter: PeftConfig, name: str, base: str | None) -> Checkpoint:
-    """The base of an adapter: that given, or the one that the adapter names.
-
-    Raises:
-        HFTError: neither is a model that can be read.
-    """
+def base_of_adapter(adapter: PeftConfig, name: str, base: str | None) -> Checkpoint:
+    """The base of an adapter: that given, or the one that the adapter names."""
     if base:
         return Checkpoint.open(base)
     hint = "name its base with --base"
@@ -93,11 +72,7 @@ def base_of(adapter: PeftConfig, name: str, base: str | None) -> Checkpoint:
 
 
 def merged_state(adapter: str, config: PeftConfig, base: Checkpoint) -> dict[str, torch.Tensor]:
-    """The weights of a base with an adapter added.
-
-    Raises:
-        HFTError: PEFT refuses it, or it changes shapes, or embeddings that the head is tied to.
-    """
+    """The weights of a base with an adapter added, which may change no shape and no tied embeddings."""
     try:
         # OSF takes its factors from the weights as they are stored; the others are added more exactly in fp32.
         dtype = widest(base.weights.dtypes().values()) if config.peft_type == PeftType.OSF else torch.float32

@@ -1,34 +1,33 @@
-"""Checkpoints opened, compared, read and written in chunks, so that a model is never in memory as a whole."""
+"""Checkpoints opened, compared, and written shard by shard, so that a model is never in memory as a whole."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import accumulate, combinations
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from hft.errors import HFTError, shorten
-from hft.machine import in_threads
+from hft.errors import HFTError, reason, shorten
 from hft.model.anatomy import meta_model
 from hft.model.load import read_config
 from hft.model.vocabulary import check_same_ids, vocabulary
 from hft.model.weights import DTYPES, INTEGERS, SAFE_INDEX, Weights, as_bytes, is_weights, local_folder
 from hft.record.manifest import MANIFEST_NAME
 from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME
-
-# Elements in a chunk. This many stay in a processor's cache; four times as many take twice as long per element.
-CHUNK_NUMEL = 2**18
 
 # Files of a model folder that belong to the run that made it, not to the model: ours and Trainer's.
 RUN_FILES = (MANIFEST_NAME, RESULTS_NAME, CONFIG_NAME, PICTURE_NAME, "trainer_state.json", "README.md")
@@ -53,10 +52,9 @@ class Checkpoint:
         config: its config.
         weights: its tensors by name, read on demand.
         specs: shape and dtype of each stored tensor, on `meta`: the model's parameters in model order, then what else
-            is stored, such as the `rotary_emb.inv_freq` of older Llamas. A tied head is left out.
+            is stored, such as the `rotary_emb.inv_freq` of older Llamas; without a tied head.
         parameters: names of the model's parameters, a tied head not listed twice.
         tied: names of tied parameters, and the parameter that each is tied to.
-        reads: bytes of each chunk that has been read so far; a list, as several threads add to it.
     """
 
     name: str
@@ -66,7 +64,6 @@ class Checkpoint:
     specs: dict[str, torch.Tensor]
     parameters: list[str]
     tied: dict[str, str]
-    reads: list[int] = field(default_factory=list)
 
     @classmethod
     def open(cls, name: str, revision: str | None = None) -> Checkpoint:
@@ -78,7 +75,7 @@ class Checkpoint:
                 it is tied to; or it is an adapter or quantized.
         """
         folder = local_folder(name, revision)
-        config = config_of(name, folder)
+        config = model_config(name, folder)
         model, weights = meta_model(config), Weights(folder)
         parameters, stored = dict(model.named_parameters()), weights.specs()
         check_stored(name, parameters, stored, set(model.state_dict()))
@@ -96,24 +93,14 @@ class Checkpoint:
         """Rows of the embeddings."""
         return self.config.get_text_config().vocab_size
 
-    def chunks(self, name: str) -> Iterator[torch.Tensor]:
-        """A tensor as stored, flattened, `CHUNK_NUMEL` elements at a time."""
-        for chunk in self.weights[name].reshape(-1).split(CHUNK_NUMEL):
-            self.reads.append(chunk.nbytes)
-            yield chunk
-
-    def fp32_chunks(self, name: str) -> Iterator[torch.Tensor]:
-        """The same in fp32, or in fp64 where that is stored, to compute with."""
-        for chunk in self.chunks(name):
-            yield chunk.to(torch.promote_types(chunk.dtype, torch.float32))
+    def fp32(self, name: str) -> torch.Tensor:
+        """A tensor in fp32, or in fp64 where that is stored, to compute with."""
+        tensor = self.weights[name]
+        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def config_of(name: str, folder: Path) -> PretrainedConfig:
-    """The config of a model folder.
-
-    Raises:
-        HFTError: it cannot be read, or it is that of an adapter or of a quantized model.
-    """
+def model_config(name: str, folder: Path) -> PretrainedConfig:
+    """The config of a model folder; an adapter's and a quantized model's are refused."""
     if (folder / ADAPTER_CONFIG).exists():
         raise HFTError(
             f"{name} is an adapter; `hft merge --method adapter --models {name} --out MODEL` makes a model of it"
@@ -126,11 +113,7 @@ def check_stored(
 ) -> None:
     """Refuse files that do not hold a model's parameters under the names and in the shapes that its config gives.
 
-    Args:
-        name: of the model, for messages.
-        parameters: by name, on `meta`.
-        stored: the same of what the files hold.
-        known: every name of the model's state dict.
+    `known` are all names of the model's state dict.
     """
     if missing := [key for key in parameters if key not in stored]:
         if others := set(stored) - known:
@@ -146,13 +129,8 @@ def check_stored(
         )
 
 
-def zip_chunks(checkpoints: Sequence[Checkpoint], name: str) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The chunks of one tensor in fp32, of all checkpoints at a time."""
-    return zip(*(checkpoint.fp32_chunks(name) for checkpoint in checkpoints), strict=True)
-
-
-def settings_of(config: PretrainedConfig) -> dict[str, Any]:
-    """What a config says of how weights are computed with, in one spelling: rope's `type` is its `rope_type`."""
+def arithmetic_settings(config: PretrainedConfig) -> dict[str, Any]:
+    """The settings of `MUST_MATCH`, in one spelling: rope's `type` is its `rope_type`."""
     settings = {key: value for key, value in config.get_text_config().to_dict().items() if MUST_MATCH.fullmatch(key)}
     for key, value in settings.items():
         if isinstance(value, dict):
@@ -163,19 +141,16 @@ def settings_of(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def check_alike(first: Checkpoint, *others: Checkpoint) -> None:
-    """Refuse models that cannot be combined tensor by tensor.
-
-    Raises:
-        HFTError: two of them are one folder, or differ in a setting of `MUST_MATCH`, in names, in shapes, or in what a
-            token id means.
+    """Refuse models that cannot be combined tensor by tensor: one folder given twice, or models that differ in a
+    setting of `MUST_MATCH`, in names, in shapes, or in what a token id means.
     """
     for a, b in combinations([first, *others], 2):
         if a.folder.resolve() == b.folder.resolve():
             raise HFTError(f"{a.name} and {b.name} are the same model; give two different ones")
-    settings, tokens = settings_of(first.config), vocabulary(first.folder)
+    settings, tokens = arithmetic_settings(first.config), vocabulary(first.folder)
     for other in others:
         both = f"{first.name} and {other.name} do not fit together:"
-        theirs = settings_of(other.config)
+        theirs = arithmetic_settings(other.config)
         for key in sorted(settings.keys() & theirs.keys(), key=lambda key: (key != "model_type", key)):
             if settings[key] != theirs[key] and None not in (settings[key], theirs[key]):
                 raise HFTError(f"{both} {key} is {settings[key]} in the first and {theirs[key]} in the second")
@@ -190,11 +165,7 @@ def check_alike(first: Checkpoint, *others: Checkpoint) -> None:
 
 
 def check_out(out: Path, inputs: Sequence[Checkpoint]) -> None:
-    """Refuse to write where something is already.
-
-    Raises:
-        HFTError: the folder is one of the inputs, inside one or around one, the current one, or not empty.
-    """
+    """Refuse to write into or around an input, into the current folder, or into one that is not empty."""
     if out.resolve() == Path.cwd():
         raise HFTError(f"out {out} is the current folder; name another, which will be made")
     for checkpoint in inputs:
@@ -211,9 +182,6 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Until then it is `.NAME.partial` beside the target, and any exception removes it. What a killed process leaves of
     it, the next one with the same target replaces. Where `out` is a link, the target is what it leads to.
-
-    Raises:
-        HFTError: another process is writing it, it cannot be written, or a file elsewhere cannot be read.
     """
     target = out.resolve()
     partial, lock = target.parent / f".{target.name}.partial", target.parent / f".{target.name}.lock"
@@ -230,6 +198,8 @@ def new_folder(out: Path) -> Iterator[Path]:
                 lock.unlink(missing_ok=True)
     except Timeout as error:
         raise HFTError(f"another process is writing {out}; choose another folder, or wait for it") from error
+    except SafetensorError as error:
+        raise HFTError(f"cannot write {out}: {reason(error)}") from error
     except OSError as error:
         place = Path(error.filename).absolute() if isinstance(error.filename, str | Path) else partial
         if not (place.is_relative_to(partial) or partial.is_relative_to(place) or place == lock):
@@ -240,67 +210,46 @@ def new_folder(out: Path) -> Iterator[Path]:
 def write_model(
     folder: Path,
     like: Checkpoint,
-    chunks_of: Callable[[str], Iterable[torch.Tensor]],
+    tensor_of: Callable[[str], torch.Tensor],
     *,
     specs: Mapping[str, torch.Tensor] | None = None,
     max_shard_size: str = "5GB",
 ) -> int:
-    """Write a model in safetensors, tensor by tensor, with the companion files of another one.
-
-    Only chunks are in memory, one per thread, whatever the size of the model, of a tensor or of a shard. What is read
-    is mapped into memory by file: its pages count as resident while there is room, and the kernel takes them back when
-    there is none.
+    """Write a model in safetensors, with the companion files of another one; a shard at a time is in memory.
 
     Args:
         folder: an existing folder.
         like: the model whose names, shapes, dtypes, tokenizer and config are written.
-        chunks_of: the flat chunks of a parameter, by its name; called in several threads. Tensors that are not
-            parameters are `like`'s.
+        tensor_of: a parameter by its name, in any dtype. Tensors that are not parameters are `like`'s.
         specs: where dtypes are to be others than `like`'s.
         max_shard_size: bytes of a file, as `save_pretrained` takes it.
 
     Returns:
         Bytes of tensors written.
-
-    Raises:
-        HFTError: as `plan_files`, or a tensor would hold NaN or infinity.
     """
-    specs, split = plan_files(folder, like, specs, max_shard_size)
-    parameters, size = set(like.parameters), sum(spec.nbytes for spec in specs.values())
+    specs = specs or like.specs
+    split, parameters = plan_files(folder, specs, like.parameters, max_shard_size), set(like.parameters)
     copy_companions(like.folder, folder)
-    with tqdm(total=size, desc="writing", unit="B", unit_scale=True, leave=False) as bar:
+    with tqdm(total=len(specs), desc="merging", unit="tensor", leave=False) as bar:
 
-        def stored(name: str) -> Iterator[torch.Tensor]:
-            for chunk in chunks_of(name) if name in parameters else like.chunks(name):
-                yield _stored(name, chunk, specs[name].dtype)
-                with bar.get_lock():
-                    bar.update(chunk.numel() * specs[name].itemsize)
+        def stored(name: str) -> torch.Tensor:
+            tensor = tensor_of(name) if name in parameters else like.weights[name]
+            bar.update()
+            return finite(name, tensor.to(specs[name].dtype)).contiguous()
 
         for filename, names in split.filename_to_tensors.items():
-            of_file = {name: specs[name] for name in names}
-            write_safetensors(folder / filename, of_file, stored, {"format": "pt"}, threads=True)
+            save_file({name: stored(name) for name in names}, folder / filename, {"format": "pt"})
+            (folder / filename).chmod((folder / "config.json").stat().st_mode)  # else only for its owner to read
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / SAFE_INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    Weights(folder)  # reads the headers, which must account for every byte
-    return size
+    return sum(spec.nbytes for spec in specs.values())
 
 
 def plan_files(
-    folder: Path, like: Checkpoint, specs: Mapping[str, torch.Tensor] | None = None, max_shard_size: str = "5GB"
-) -> tuple[dict[str, torch.Tensor], StateDictSplit]:
-    """What `write_model` will write to which files; everything that can fail before it begins, fails here.
-
-    Returns:
-        Shape and dtype of each tensor in the order of writing, and the names by file.
-
-    Raises:
-        HFTError: a tensor has a dtype that cannot be written, there is too little space, or `max_shard_size` is not a
-            size.
-    """
-    # As safetensors' own writer does, wide dtypes come first, so that every tensor is aligned.
-    specs = dict(sorted((specs or like.specs).items(), key=lambda item: -item[1].itemsize))
-    parameters = set(like.parameters)
+    folder: Path, specs: Mapping[str, torch.Tensor], parameters: Sequence[str], max_shard_size: str
+) -> StateDictSplit:
+    """Which file each tensor goes to. Whatever can fail before anything is computed fails here."""
     for name, spec in specs.items():
         if spec.dtype not in (DTYPES if name in parameters else DTYPES | INTEGERS).values():
             raise HFTError(f"{name} is stored in {spec.dtype}, which cannot be merged")
@@ -308,77 +257,27 @@ def plan_files(
     if free < size:
         raise HFTError(f"{folder.parent} has {free / 1e9:.1f} GB free and the model takes {size / 1e9:.1f} GB")
     try:
-        return specs, split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
+        return split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
     except ValueError as error:
         raise HFTError(f"max_shard_size must be a number and a unit, such as 5GB, got {max_shard_size!r}") from error
 
 
-def _stored(name: str, chunk: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    stored = chunk.to(dtype)
+def finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, refused if it holds NaN or infinity."""
     # The sum, which is quick, is finite only if every element is; if it is not, it may have overflowed.
-    total = stored.sum(dtype=torch.promote_types(dtype, torch.float32))
-    if not (total.isfinite() or stored.isfinite().all()):
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    if not (total.isfinite() or tensor.isfinite().all()):
         raise HFTError(
-            f"{name} would hold NaN or infinity: it does in one of the models, or overflows {dtype} when they are "
-            "combined"
+            f"{name} would hold NaN or infinity: it does in one of the models, or overflows {tensor.dtype} when they "
+            "are combined"
         )
-    return stored
-
-
-def write_safetensors(
-    path: Path,
-    specs: Mapping[str, torch.Tensor],
-    chunks_of: Callable[[str], Iterable[torch.Tensor]],
-    metadata: Mapping[str, str],
-    *,
-    threads: bool = False,
-) -> None:
-    """Write a safetensors file in chunks, so that no tensor is in memory as a whole.
-
-    Args:
-        path: the file.
-        specs: shape and dtype of each tensor, by name.
-        chunks_of: the flat chunks of a tensor, in its dtype, by its name.
-        metadata: the file's.
-        threads: whether to write several tensors at a time, large ones first; else they are written in order.
-    """
-    header = _header(specs, metadata)
-    path.write_bytes(header)
-    starts = dict(zip(specs, accumulate((spec.nbytes for spec in specs.values()), initial=len(header)), strict=False))
-
-    def write(name: str) -> None:
-        with path.open("r+b") as file:
-            file.seek(starts[name])
-            for chunk in chunks_of(name):
-                file.write(as_bytes(chunk).numpy())
-            if (written := file.tell() - starts[name]) != specs[name].nbytes:
-                raise ValueError(f"{name} has {specs[name].nbytes} bytes, and {written} were written")
-
-    names = sorted(specs, key=lambda name: -specs[name].nbytes) if threads else specs
-    for _ in in_threads(write, names) if threads else map(write, names):
-        pass
-
-
-def _header(specs: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The start of a safetensors file: length of the header, then names, dtypes, shapes and offsets as JSON."""
-    codes = {dtype: code for code, dtype in (DTYPES | INTEGERS).items()}
-    content: dict[str, dict] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, spec in specs.items():
-        start, end = end, end + spec.nbytes
-        content[name] = {"dtype": codes[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
-    text = json.dumps(content).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return tensor
 
 
 def copy_companions(source: Path, target: Path, but: Sequence[str] = ()) -> None:
     """Copy what a model folder holds beside its weights: config, tokenizer, chat templates, license, code.
 
-    Args:
-        source: the model's folder.
-        target: an existing folder.
-        but: names of files that are left out, beside those of the run that made the model.
+    Not the files of the run that made the model, and those named in `but`.
     """
     for path in source.iterdir():
         of_run = path.name in (*RUN_FILES, ADAPTER_CONFIG, *but) or path.name.startswith(".")
@@ -388,8 +287,6 @@ def copy_companions(source: Path, target: Path, but: Sequence[str] = ()) -> None
             shutil.copytree(path, target / path.name, dirs_exist_ok=True)
 
 
-def throughput(inputs: Sequence[Checkpoint], written: int, seconds: float) -> str:
-    """Bytes read and written, and how fast, in words."""
-    read, size = sum(sum(checkpoint.reads) for checkpoint in inputs), tqdm.format_sizeof
-    rate = size((read + written) / seconds, "B/s")
-    return f"read {size(read, 'B')}, wrote {size(written, 'B')} in {seconds:.1f} s: {rate}"
+def summary(size: int, start: float) -> str:
+    """How many bytes were written, and in which time since `start` on the monotonic clock."""
+    return f"wrote {tqdm.format_sizeof(size, 'B')} in {time.monotonic() - start:.1f} s"

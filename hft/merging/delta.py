@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hft.errors import HFTError
-from hft.merging.checkpoint import Checkpoint, check_out, copy_companions, new_folder, throughput, write_model
+from hft.merging.checkpoint import Checkpoint, check_out, copy_companions, new_folder, summary, write_model
 from hft.model.weights import MODEL_CONFIG, Weights, downloaded
 from hft.record.manifest import Manifest
 from hft.record.verification import verify_folder
@@ -30,10 +30,7 @@ def merge_delta(
         max_shard_size: bytes of a file, as `save_pretrained` takes it.
 
     Returns:
-        How much was read and written, and how fast.
-
-    Raises:
-        HFTError: the folder holds a whole model or does not fit the base, or the base is not the one it started from.
+        How much was written, and how fast.
     """
     start, folder = time.monotonic(), downloaded(run)
     manifest = Manifest.load(folder)
@@ -51,11 +48,11 @@ def merge_delta(
     specs = {name: spec for name, spec in whole.specs.items() if name in whole.parameters} | trained.specs()
     whole = replace(whole, weights=ChainMap(trained, whole.weights), specs=specs)
     with new_folder(out) as new:
-        written = write_model(new, whole, whole.chunks, max_shard_size=max_shard_size)
+        written = write_model(new, whole, whole.weights.__getitem__, max_shard_size=max_shard_size)
         copy_companions(folder, new, but=(MODEL_CONFIG,))
         shutil.copyfile(folder / MODEL_CONFIG, new / "config.json")
         replace(manifest, only_trained=False, moved=[]).save(new)
         if manifest.masks:
             shutil.copyfile(folder / MASKS_NAME, new / MASKS_NAME)
         finish(new)
-    return throughput([whole], written, time.monotonic() - start)
+    return summary(written, start)

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import cycle, repeat
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,12 @@ from tqdm import tqdm
 
 from hft.errors import HFTError
 from hft.machine import indented, say
-from hft.merging.checkpoint import CHUNK_NUMEL, Checkpoint, check_alike, zip_chunks
+from hft.merging.checkpoint import Checkpoint, check_alike
+from hft.merging.operators import blocks
 from hft.model.anatomy import BLOCKS, Anatomy, Part, Unit, anatomy_of, meta_model
 from hft.record.manifest import rounds_so_far
 from hft.selection.policies import IN_PART
+from hft.text import aligned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +29,7 @@ COLORS = ("#4f6d7a", "#e4572e", "#2e86ab", "#f2a541", "#7b5ea7", "#3c9d6b")
 
 
 @dataclass(frozen=True)
-class Row:
+class Change:
     """The mean absolute change of some elements, in each model.
 
     Attributes:
@@ -54,13 +56,13 @@ class Comparison:
         outside: rows of what is outside the layers.
         rounds: for each model whose units were trained in different numbers of rounds, rows by that number; the other
             models' changes are those of the same units.
-        notes: which models such rows were left out for, and why.
+        notes: which models have no such rows, and why.
     """
 
     start: str
-    layers: list[Row]
-    outside: list[Row]
-    rounds: dict[str, list[Row]]
+    layers: list[Change]
+    outside: list[Change]
+    rounds: dict[str, list[Change]]
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -69,17 +71,7 @@ class Comparison:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compare models with their start, and print, write and draw what is found.
-
-    Args:
-        arguments: `START MODEL [MODEL ...] [--out FOLDER] [--group 2]`.
-
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        HFTError: models that do not fit together, or a parameter that holds NaN or infinity.
-    """
+    """Compare models with their start, and print, write and draw what is found."""
     parser = argparse.ArgumentParser(prog="hft diff", description="How far models have moved from their start.")
     parser.add_argument("start", metavar="START", help="the model that they started from: a folder or a Hub id")
     parser.add_argument("models", metavar="MODEL", nargs="+", help="the models to compare with it")
@@ -91,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
     start, *models = map(Checkpoint.open, [options.start, *options.models])
     check_alike(start, *models)
     found = compare(start, models, group=options.group)
-    say(table(found))
+    say(comparison_text(found))
     try:
         if options.out:
             Path(options.out).mkdir(parents=True, exist_ok=True)
@@ -104,23 +96,17 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def compare(start: Checkpoint, models: Sequence[Checkpoint], *, group: int = 1) -> Comparison:
-    """Measure the change of every parameter, reading one chunk of each model at a time.
-
-    Args:
-        start: what they started from.
-        models: models of its shapes.
-        group: how many neighboring layers make a row.
-    """
+    """Measure the change of every parameter; `group` neighboring layers make a row."""
     anatomy = anatomy_of(meta_model(start.config))
     labels = labels_of(models)
     wholes = {name: Part(name, tuple(start.specs[name].shape)) for name in start.parameters}
     parts = parts_of(anatomy.units)
     sums = total_changes(start, models, [*parts, *(wholes[name] for name in anatomy.outside_layers)])
 
-    def row(what: str, block: str, parts: Sequence[Part]) -> Row:
+    def row(what: str, block: str, parts: Sequence[Part]) -> Change:
         elements = sum(part.numel for part in parts)
         change = (sum(total[part] for part in parts) / elements for total in sums)
-        return Row(what, block, elements, dict(zip(labels, change, strict=True)))
+        return Change(what, block, elements, dict(zip(labels, change, strict=True)))
 
     layers = []
     for first in range(0, anatomy.num_layers, group):
@@ -149,47 +135,39 @@ def parts_of(units: Iterable[Unit]) -> list[Part]:
 
 
 def total_changes(start: Checkpoint, models: Sequence[Checkpoint], parts: Iterable[Part]) -> list[dict[Part, float]]:
-    """For each model, the sum of |model - start| over each part.
-
-    Raises:
-        HFTError: a parameter holds NaN or infinity.
-    """
+    """For each model, the sum of |model - start| over each part."""
     by_name: dict[str, list[Part]] = {}
     for part in parts:
         by_name.setdefault(part.parameter, []).append(part)
     sums: list[dict[Part, float]] = [{} for _ in models]
-    with tqdm(total=len(by_name), desc="comparing", unit="tensor", leave=False) as bar:
-        for name, own in by_name.items():
-            places = repeat(None) if len(own) == 1 else places_of(own).split(CHUNK_NUMEL)
-            found = [torch.zeros(len(own), dtype=torch.float64) for _ in models]
-            for place, (before, *after) in zip(places, zip_chunks([start, *models], name), strict=False):
-                for total, chunk in zip(found, after, strict=True):
-                    change = (chunk - before).abs()
-                    total.add_(
-                        change.sum(dtype=torch.float64)
-                        if place is None
-                        else torch.bincount(place, change.double(), minlength=len(own))
-                    )
-            for model, total, sum_of in zip(models, found, sums, strict=True):
-                if not total.isfinite().all():
-                    raise HFTError(f"{name} holds NaN or infinity in {model.name} or in {start.name}")
-                sum_of |= dict(zip(own, total.tolist(), strict=True))
-            bar.update()
+    for name, own in tqdm(by_name.items(), desc="comparing", unit="tensor", leave=False):
+        before, holders = start.fp32(name), part_holding(own)
+        for model, sum_of in zip(models, sums, strict=True):
+            change = (model.fp32(name) - before).abs()
+            total = torch.zeros(len(own), dtype=torch.float64)
+            for values, indices in blocks(change, holders):
+                if len(own) == 1:
+                    total += values.sum(dtype=torch.float64)
+                else:
+                    total += torch.bincount(indices, values.double(), minlength=len(own))
+            if not total.isfinite().all():
+                raise HFTError(f"{name} holds NaN or infinity in {model.name} or in {start.name}")
+            sum_of |= dict(zip(own, total.tolist(), strict=True))
     return sums
 
 
-def places_of(parts: Sequence[Part]) -> torch.Tensor:
-    """Of each element of a parameter, flattened, which of the parts that it is made of holds it."""
-    places = torch.zeros(parts[0].shape, dtype=torch.uint8 if len(parts) < 256 else torch.int32)
+def part_holding(parts: Sequence[Part]) -> torch.Tensor:
+    """Of each element of a parameter the index of the part that holds it."""
+    indices = torch.zeros(parts[0].shape, dtype=torch.uint8 if len(parts) < 256 else torch.int32)
     for index, part in enumerate(parts):
-        part.mark(places, index)
-    return places.reshape(-1)
+        part.mark(indices, index)
+    return indices
 
 
 def rounds_trained(anatomy: Anatomy, start: Checkpoint, model: Checkpoint) -> tuple[dict[str, int], str]:
     """In how many rounds each unit trained between a start and a model, by the model's manifest; 0 without one.
 
-    The start's own rounds are left out where they are the model's first ones.
+    The start's own rounds do not count where they are the model's first ones.
 
     Returns:
         The number of each unit, by name, and the policy that trained units in part, if one did: then no number of
@@ -211,25 +189,21 @@ def labels_of(models: Sequence[Checkpoint]) -> list[str]:
     return short if len(set(short)) == len(short) else [model.name for model in models]
 
 
-def table(found: Comparison) -> str:
-    """The comparison in words: a line for some layers, in it the blocks, in them the models."""
-    models, blocks = found.models, list(dict.fromkeys(row.block for row in found.layers))
-    width = max(11, *(len(model) + 2 for model in models))
+def comparison_text(found: Comparison) -> str:
+    """A line for some layers, in it the blocks, in them the models."""
+    models, names = found.models, list(dict.fromkeys(row.block for row in found.layers))
 
-    def line(first: str, cells: Iterable[str]) -> str:
-        return f"{first:<12}" + "".join(f"{cell:>{width}}" for cell in cells)
+    def lines(rows: Sequence[Change]) -> list[list[str]]:
+        whats = dict.fromkeys(row.what for row in rows)
+        return [[w, *(f"{r.change[m]:.2e}" for r in rows if r.what == w for m in models)] for w in whats]
 
-    def lines(rows: Sequence[Row]) -> list[str]:
-        cells = {row.what: [f"{r.change[m]:.2e}" for r in rows if r.what == row.what for m in models] for row in rows}
-        return [line(what, values) for what, values in cells.items()]
-
-    heading = "".join(f"{block:>{width * len(models)}}" for block in blocks)
-    text = [f"{'':<12}{heading}", line("layer", models * len(blocks)), *lines(found.layers)]
-    text += ["", line("outside", models), *lines(found.outside)]
+    heads = [name if model is models[-1] else "" for name in names for model in models]
+    text: list[Sequence[str] | str] = [["", *heads], ["layer", *models * len(names)], *lines(found.layers)]
+    text += ["", ["outside", *models], *lines(found.outside)]
     for model, rows in found.rounds.items():
-        text += ["", f"units by the rounds in which they were trained in {model}", line("rounds", models), *lines(rows)]
+        text += ["", f"units by the rounds in which they were trained in {model}", ["rounds", *models], *lines(rows)]
     text += ["", *found.notes] if found.notes else []
-    return f"mean absolute change from {found.start}\n" + indented("\n".join(text))
+    return f"mean absolute change from {found.start}\n" + indented(aligned(text))
 
 
 def plot(found: Comparison) -> Figure:

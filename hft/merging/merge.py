@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +22,8 @@ from hft.merging.checkpoint import (
     check_out,
     new_folder,
     plan_files,
-    throughput,
+    summary,
     write_model,
-    zip_chunks,
 )
 from hft.merging.operators import (
     COLINEAR_COS,
@@ -37,7 +36,7 @@ from hft.merging.operators import (
 )
 from hft.runs.result import CONFIG_NAME
 
-Chunks = Callable[[str], Iterator[torch.Tensor]]
+TensorOf = Callable[[str], torch.Tensor]  # a parameter, by its name
 
 
 @dataclass
@@ -110,17 +109,7 @@ OPERATORS = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Merge models.
-
-    Args:
-        arguments: `--method M --models M1 [M2 ...] [--base B] --out O`, settings, or `--config RECIPE.yaml`.
-
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        HFTError: the method takes other arguments, the models do not fit together, or the folder is not free.
-    """
+    """Merge models: `--method M --models M1 [M2 ...] [--base B] --out O`, settings, or `--config RECIPE.yaml`."""
     groups = {"merge": (MergeConfig,)}
     given, _ = read_arguments(arguments, "hft merge", "Merge models.", groups).resolve(Keys((MergeConfig,)))
     config = fill(MergeConfig, given)
@@ -135,48 +124,39 @@ def main(arguments: Sequence[str]) -> int:
         else:  # and with it peft, which takes longer to import than all else
             from hft.merging.adapter import merge_adapter as join
         [part], size = config.models, config.max_shard_size
-        summary = join(part, config.base, Path(config.out), finish, max_shard_size=size)
+        done = join(part, config.base, Path(config.out), finish, max_shard_size=size)
     else:
-        summary = merge(config, finish)
-    say(summary, "", config.out)
+        done = merge(config, finish)
+    say(done, "", config.out)
     return 0
 
 
 def merge(config: MergeConfig, finish: Callable[[Path], None]) -> str:
-    """Merge models tensor by tensor.
-
-    Args:
-        config: what to merge, and how.
-        finish: called with the folder before it is renamed to `out`.
+    """Merge models tensor by tensor; `finish` is called with the folder before it is renamed to `out`.
 
     Returns:
-        How much was read and written, and how fast; and which way slerp went.
+        How much was written, and how fast; and which way slerp went.
     """
     out, models = Path(config.out), [Checkpoint.open(name) for name in config.models]
     base = Checkpoint.open(config.base) if OPERATORS[config.method].base else None
     inputs = [*models, *([base] if base else [])]
     check_out(out, inputs)
     check_alike(*inputs)
-    start, branches = time.monotonic(), []
+    start, branches = time.monotonic(), Counter()
     with new_folder(out) as folder:
-        plan_files(folder, models[0], max_shard_size=config.max_shard_size)  # fails before passes over the models do
+        # Fails before passes over the models do.
+        plan_files(folder, models[0].specs, models[0].parameters, config.max_shard_size)
         merged = interpolated(config, models, branches) if base is None else with_deltas(config, models, base)
-        written = write_model(folder, models[0], merged, max_shard_size=config.max_shard_size)
+        speed = summary(write_model(folder, models[0], merged, max_shard_size=config.max_shard_size), start)
         finish(folder)
-    speed = throughput(inputs, written, time.monotonic() - start)
     if not branches:
         return speed
-    ways = Counter(branches)
-    arc, line = f"{ways['arc']} tensors along the arc", f"{ways['line']} along the line (|cos| > {COLINEAR_COS})"
-    return f"slerp: {arc}, {line}\n{speed}"
+    arc, line = f"{branches['arc']} tensors along the arc", f"{branches['line']} along the line"
+    return f"slerp: {arc}, {line} (|cos| > {COLINEAR_COS})\n{speed}"
 
 
 def check_config(config: MergeConfig, given: dict[str, Any]) -> None:
-    """Refuse what an operator does not take.
-
-    Raises:
-        HFTError: a missing argument, a wrong number of models or weights, or a setting of another operator.
-    """
+    """Refuse a missing argument, a wrong number of models or weights, and settings of another operator."""
     if not (config.method and config.models and config.out):
         raise HFTError("method, models and out are needed: give them as flags, or a recipe with --config")
     operator, count = OPERATORS[config.method], len(config.models)
@@ -196,31 +176,24 @@ def check_config(config: MergeConfig, given: dict[str, Any]) -> None:
         raise HFTError(f"average divides weights by their sum, which must not be 0, got {config.weights}")
 
 
-def interpolated(config: MergeConfig, models: Sequence[Checkpoint], branches: list[str]) -> Chunks:
-    """The merged chunks of a parameter by name, of operators that merge the weights themselves.
+def interpolated(config: MergeConfig, models: Sequence[Checkpoint], branches: Counter[str]) -> TensorOf:
+    """Operators that merge the weights themselves, average and slerp; `branches` counts the way slerp takes."""
+    weights = config.weights or [1.0] * len(models)
 
-    Args:
-        config: its method is average or slerp.
-        models: what to merge.
-        branches: gets the branch of slerp that each tensor takes.
-    """
+    def average(name: str) -> torch.Tensor:
+        return weighted_sum([model.fp32(name) for model in models], [weight / sum(weights) for weight in weights])
 
-    def average(name: str) -> Iterator[torch.Tensor]:
-        weights = config.weights or [1.0] * len(models)
-        for chunks in zip_chunks(models, name):
-            yield weighted_sum(chunks, [weight / sum(weights) for weight in weights])
-
-    def slerp(name: str) -> Iterator[torch.Tensor]:
-        *factors, branch = slerp_factors(zip_chunks(models, name), config.t)
-        branches.append(branch)
-        for chunks in zip_chunks(models, name):
-            yield weighted_sum(chunks, factors)
+    def slerp(name: str) -> torch.Tensor:
+        tensors = [model.fp32(name) for model in models]
+        *factors, branch = slerp_factors(*tensors, config.t)
+        branches[branch] += 1
+        return weighted_sum(tensors, factors)
 
     return {"average": average, "slerp": slerp}[config.method]
 
 
-def with_deltas(config: MergeConfig, models: Sequence[Checkpoint], base: Checkpoint) -> Chunks:
-    """The merged chunks of a parameter by name, of operators that merge what the models add to their base.
+def with_deltas(config: MergeConfig, models: Sequence[Checkpoint], base: Checkpoint) -> TensorOf:
+    """Operators that merge what the models add to their base.
 
     DARE merges the rescaled deltas by their mean unless weights are given, as its authors do with language models. What
     it drops depends on seed, model and name alone.
@@ -228,9 +201,11 @@ def with_deltas(config: MergeConfig, models: Sequence[Checkpoint], base: Checkpo
     weights = [config.alpha] if config.method == "wise-ft" else config.weights or [1 / len(models)] * len(models)
     combine = ties_merge if "ties" in config.method else lambda deltas: weighted_sum(deltas, weights)
 
+    def delta(model: Checkpoint, name: str) -> torch.Tensor:
+        return model.fp32(name) - base.fp32(name)
+
     def pruners(names: Sequence[str]) -> list[MagnitudePruner]:
-        deltas = [functools.partial(deltas_of, model, base) for model in models]
-        return [MagnitudePruner(chunks_of, names, config.density) for chunks_of in deltas]
+        return [MagnitudePruner(functools.partial(delta, model), names, config.density) for model in models]
 
     by_model = pruners(base.parameters) if config.method == "ties" and config.trim == "global" else None
 
@@ -243,16 +218,8 @@ def with_deltas(config: MergeConfig, models: Sequence[Checkpoint], base: Checkpo
             return [functools.partial(random_prune, p=config.drop, generator=one) for one in generators]
         return [lambda delta: delta] * len(models)
 
-    def merged(name: str) -> Iterator[torch.Tensor]:
-        change = changes(name)
-        for start, *tuned in zip_chunks([base, *models], name):
-            deltas = [function(chunk - start) for function, chunk in zip(change, tuned, strict=True)]
-            yield start + config.scale * combine(deltas)
+    def merged(name: str) -> torch.Tensor:
+        deltas = [change(delta(model, name)) for change, model in zip(changes(name), models, strict=True)]
+        return base.fp32(name) + config.scale * combine(deltas)
 
     return merged
-
-
-def deltas_of(model: Checkpoint, base: Checkpoint, name: str) -> Iterator[torch.Tensor]:
-    """What a model adds to its base in a parameter, in chunks."""
-    for tuned, start in zip_chunks([model, base], name):
-        yield tuned - start

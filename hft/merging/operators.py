@@ -1,6 +1,6 @@
-"""How tensors are merged: pure functions on chunks of tensors, in fp32 or better.
+"""How tensors are merged: pure functions on tensors in fp32 or better.
 
-A delta is what a fine-tuned model adds to its base (its task vector), flat. Importing peft takes longer than merging a
+A delta is what a fine-tuned model adds to its base (its task vector). Importing peft takes longer than merging a
 small model, so its operators are written out here; tests hold them to peft's bits.
 """
 
@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
 import torch
 from tqdm import tqdm
 
-from hft.machine import in_threads
-
+# Elements that are added up in fp64 at a time, so that no tensor is copied to fp64 as a whole.
+BLOCK_NUMEL = 2**18
 # Above this |cos| slerp interpolates linearly, as mergekit does.
 COLINEAR_COS = 0.9995
+
+
+def blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors of one size, flat, `BLOCK_NUMEL` elements of each at a time."""
+    return zip(*(tensor.reshape(-1).split(BLOCK_NUMEL) for tensor in tensors), strict=True)
 
 
 def weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
@@ -34,8 +39,7 @@ def generator_of(key: str) -> torch.Generator:
 def random_prune(delta: torch.Tensor, p: float, generator: torch.Generator) -> torch.Tensor:
     """DARE: set each element to zero with probability p and divide the others by 1 - p (Yu et al. 2023).
 
-    peft's `random_pruning` with a generator of its own. Elements draw one after the other, so that a tensor's mask does
-    not depend on how it is cut into chunks.
+    peft's `random_pruning` with a generator.
     """
     return delta * torch.bernoulli(torch.full_like(delta, 1 - p), generator=generator) / (1 - p)
 
@@ -58,7 +62,7 @@ class MagnitudePruner:
     magnitudes' fp32 bits, which are ordered as the magnitudes are.
 
     Args:
-        chunks_of: makes the chunks of a tensor of the delta, by its name; called twice, in several threads.
+        delta_of: a tensor of the delta, by its name; called twice.
         names: the tensors that the delta consists of.
         density: fraction to keep; a `Fraction` makes the count exact.
 
@@ -68,17 +72,14 @@ class MagnitudePruner:
         ties: how many of them have this magnitude. More elements may have it, and `__call__` keeps those too.
     """
 
-    def __init__(
-        self, chunks_of: Callable[[str], Iterable[torch.Tensor]], names: Sequence[str], density: float | Fraction
-    ):
+    def __init__(self, delta_of: Callable[[str], torch.Tensor], names: Sequence[str], density: float | Fraction):
         def histogram(half: Callable[[torch.Tensor], torch.Tensor], bins: int) -> torch.Tensor:
-            def of_tensor(name: str) -> torch.Tensor:
-                bits = map(magnitude_bits, chunks_of(name))
-                return sum(torch.bincount(half(one), minlength=bins) for one in bits)
-
-            counts = in_threads(of_tensor, names)
-            what = {"desc": "finding where to cut", "unit": "tensor", "leave": False, "disable": len(names) == 1}
-            return sum(tqdm(counts, total=len(names), **what))
+            bar = tqdm(names, desc="finding where to cut", unit="tensor", leave=False, disable=len(names) == 1)
+            return sum(
+                torch.bincount(half(magnitude_bits(block)), minlength=bins)
+                for name in bar
+                for (block,) in blocks(delta_of(name))
+            )
 
         upper = histogram(lambda bits: bits >> 16, 2**15)
         self.wanted = int(density * int(upper.sum()))
@@ -87,9 +88,8 @@ class MagnitudePruner:
         end, self.ties = _bin_of(lower, rest)
         self.smallest = start << 16 | end
 
-    def __call__(self, chunk: torch.Tensor) -> torch.Tensor:
-        """A chunk with what is not kept set to zero."""
-        return chunk * (magnitude_bits(chunk) >= self.smallest) if self.wanted else torch.zeros_like(chunk)
+    def __call__(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta * (magnitude_bits(delta) >= self.smallest) if self.wanted else torch.zeros_like(delta)
 
 
 def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
@@ -100,21 +100,19 @@ def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
 def _bin_of(histogram: torch.Tensor, wanted: int) -> tuple[int, int]:
     """The bin that holds the last of the `wanted` largest, and how many of them are in it."""
     counts = histogram.flip(0).cumsum(0)
-    place = int(torch.searchsorted(counts, wanted))
-    return len(histogram) - 1 - place, wanted - (int(counts[place - 1]) if place else 0)
+    index = int(torch.searchsorted(counts, wanted))
+    return len(histogram) - 1 - index, wanted - (int(counts[index - 1]) if index else 0)
 
 
-def slerp_factors(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], t: float) -> tuple[float, float, str]:
-    """Factors of two tensors, given chunk by chunk, in their spherical interpolation.
+def slerp_factors(first: torch.Tensor, second: torch.Tensor, t: float) -> tuple[float, float, str]:
+    """Factors of two tensors in their spherical interpolation, and the branch.
 
-    Fine-tuned weights are so close to each other that nearly all tensors are interpolated linearly.
-
-    Returns:
-        The factors of the first and the second tensor, and `arc`, or `line` where |cos| > `COLINEAR_COS`.
+    The branch is `arc`, or `line` where |cos| > `COLINEAR_COS`: fine-tuned weights are so close to each other that
+    nearly all tensors are interpolated linearly.
     """
     products = torch.zeros(3, dtype=torch.float64)
-    for first, second in pairs:
-        a, b = first.double(), second.double()
+    for pair in blocks(first, second):
+        a, b = pair[0].double(), pair[1].double()
         products += torch.stack([a @ b, a @ a, b @ b])
     return arc_factors(*products.tolist(), t)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,7 @@ import torch
 from hft.config import Keys, fill, read_arguments, to_yaml
 from hft.errors import HFTError
 from hft.machine import indented, say
-from hft.merging.checkpoint import (
-    CHUNK_NUMEL,
-    Checkpoint,
-    check_alike,
-    check_out,
-    new_folder,
-    throughput,
-    write_model,
-)
+from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, summary, write_model
 from hft.model.anatomy import anatomy_of, meta_model
 from hft.model.weights import checksum
 from hft.record.card import write_card
@@ -45,17 +37,7 @@ class ResetConfig:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Reset what HFT would freeze to the base, after the tuning.
-
-    Args:
-        arguments: `--tuned T --base B --out O`, the selection's keys, or `--config RECIPE.yaml`.
-
-    Returns:
-        The exit status: 0, or 1 if a reset tensor is not the base's.
-
-    Raises:
-        HFTError: the models do not fit together, the base is not what its manifest says, or the folder is not free.
-    """
+    """Reset what HFT would freeze to the base, after the tuning; 1 if a reset tensor is not the base's."""
     groups = {"reset": (ResetConfig,), "selection": (SelectionConfig,)}
     given, flags = read_arguments(arguments, "hft reset", "Reset half of a tuned model to its base.", groups).resolve(
         Keys((ResetConfig, SelectionConfig))
@@ -71,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     check_alike(tuned, base)
     check_base(config.base)
     selection = select(anatomy_of(meta_model(base.config)), fill(SelectionConfig, given))
-    say(f"resetting what would be frozen under this selection to {base.name}", indented(in_words(selection)))
+    say(f"resetting what would be frozen under this selection to {base.name}", indented(describe_reset(selection)))
     say(*check_reset(selection, tuned, base))
     with new_folder(out) as folder:
         say(write_reset(folder, selection, tuned, base, config.max_shard_size))
@@ -84,11 +66,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def check_reset(selection: Selection, tuned: Checkpoint, base: Checkpoint) -> list[str]:
-    """Refuse a reset that cannot be written or would change nothing.
-
-    Returns:
-        Notes on dtypes, one line per finding.
-    """
+    """Refuse a reset that cannot be written or would change nothing; returns notes on dtypes."""
     frozen, masks, notes = selection.frozen_parameters, selection.frozen_masks, []
     if not frozen and not masks:
         raise HFTError(f"the {selection.config.policy} policy freezes nothing here, so nothing would be reset")
@@ -98,41 +76,32 @@ def check_reset(selection: Selection, tuned: Checkpoint, base: Checkpoint) -> li
     if recast:
         a, b = base.specs[recast[0]].dtype, tuned.specs[recast[0]].dtype
         notes = [f"NOTE: reset tensors stay in the base's {a}, the others in {b}; load in a dtype that holds both"]
-    chunks = reset_chunks(selection, tuned, base)
-    pairs = (pair for name in (*frozen, *masks) for pair in zip(chunks(name), tuned.chunks(name), strict=True))
-    if all(bool((new == old).all()) for new, old in pairs):  # stops at the first difference
+    reset = resetter(selection, tuned, base)
+    if all(bool((reset(name) == tuned.weights[name]).all()) for name in (*frozen, *masks)):
         raise HFTError(f"{tuned.name} already has the base's values there: nothing would be reset")
     return notes
 
 
-def reset_chunks(selection: Selection, tuned: Checkpoint, base: Checkpoint) -> Callable[[str], Iterator[torch.Tensor]]:
-    """The flat chunks of each parameter after the reset, by its name."""
+def resetter(selection: Selection, tuned: Checkpoint, base: Checkpoint) -> Callable[[str], torch.Tensor]:
+    """A parameter after the reset, by its name."""
     frozen, masks = set(selection.frozen_parameters), selection.frozen_masks
 
-    def chunks(name: str) -> Iterator[torch.Tensor]:
-        if name not in masks:
-            yield from (base if name in frozen else tuned).chunks(name)
-            return
-        goes_back = masks[name].tensor().expand(tuned.specs[name].shape).reshape(-1).split(CHUNK_NUMEL)
-        for back, ours, theirs in zip(goes_back, tuned.chunks(name), base.chunks(name), strict=True):
-            yield torch.where(back, theirs, ours)
+    def reset(name: str) -> torch.Tensor:
+        if name in masks:
+            return torch.where(masks[name].tensor(), base.weights[name], tuned.weights[name])
+        return (base if name in frozen else tuned).weights[name]
 
-    return chunks
+    return reset
 
 
 def write_reset(folder: Path, selection: Selection, tuned: Checkpoint, base: Checkpoint, max_shard_size: str) -> str:
-    """Write the model, its manifest, masks and picture.
-
-    Returns:
-        How much was read and written, and how fast.
-    """
+    """Write the model, its manifest, masks and picture; returns how much was written, and how fast."""
     from hft.record.picture import plot_selection
 
     start, frozen, masks = time.monotonic(), selection.frozen_parameters, selection.frozen_masks
     specs = tuned.specs | {name: base.specs[name] for name in frozen}
-    chunks = reset_chunks(selection, tuned, base)
-    written = write_model(folder, tuned, chunks, specs=specs, max_shard_size=max_shard_size)
-    speed = throughput([tuned, base], written, time.monotonic() - start)
+    reset = resetter(selection, tuned, base)
+    speed = summary(write_model(folder, tuned, reset, specs=specs, max_shard_size=max_shard_size), start)
     values = {name: frozen_values(base.weights[name], masks.get(name)) for name in (*frozen, *masks)}
     checksums = {name: checksum(value) for name, value in values.items()}
     Manifest.of(selection, base.name, checksums, tuned=tuned.name).save(folder)
@@ -141,8 +110,8 @@ def write_reset(folder: Path, selection: Selection, tuned: Checkpoint, base: Che
     return speed
 
 
-def in_words(selection: Selection) -> str:
-    """What a reset does by a selection: for each block how many units stay, and the fractions."""
+def describe_reset(selection: Selection) -> str:
+    """For each block how many units stay tuned, and the fractions."""
     config = selection.config
     counts = ", ".join(f"{block} {kept}/{total}" for block, (kept, total) in selection.counts().items())
     ends = "go back" if config.freeze_embeddings else "stay tuned"

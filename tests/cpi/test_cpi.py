@@ -82,9 +82,8 @@ def test_a_core_is_the_exact_share_that_moved_furthest(tmp_path, models, name, p
     assert core.unmoved == (change[expected] == 0).sum()
 
 
-def test_a_core_does_not_depend_on_chunks_or_files(tmp_path, models, cores, monkeypatch):
-    monkeypatch.setattr("hft.merging.checkpoint.CHUNK_NUMEL", 8 * 999)
-    Checkpoint.open(str(models["c"]))
+def test_a_core_does_not_depend_on_blocks_and_is_small(tmp_path, models, cores, monkeypatch):
+    monkeypatch.setattr("hft.merging.operators.BLOCK_NUMEL", 999)
     again = core_of(models, "c", tmp_path / "again", 1.0)
     assert (again / MASKS_NAME).read_bytes() == (cores["c"] / MASKS_NAME).read_bytes()
     assert sum(path.stat().st_size for path in again.iterdir()) < 1_328_256 / 8 + 20_000

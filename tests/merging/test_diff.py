@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from hft.cli import main
 from hft.merging.checkpoint import Checkpoint
-from hft.merging.diff import compare, table
+from hft.merging.diff import compare, comparison_text
 from hft.record.manifest import Manifest
 from tests.conftest import error_of, tensors
 from tests.model.test_architectures import small
@@ -141,7 +141,7 @@ def test_ranges_of_a_fused_tensor_count_with_their_own_unit(tmp_path):
     manifest.save(tmp_path / "hft")
     found = compare(start, [hft])
     assert not found.rounds
-    assert "rounds of hft are left out: the random-element policy trained its units in part" in table(found)
+    assert "rounds of hft are left out: the random-element policy trained its units in part" in comparison_text(found)
 
 
 @pytest.mark.parametrize("words", [["S"], ["S", "M", "--ot", "x"]])

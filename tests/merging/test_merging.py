@@ -7,7 +7,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import huggingface_hub
@@ -23,7 +22,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hft.cli import main
 from hft.config import Keys, fill, read_arguments
 from hft.errors import HFTError
-from hft.machine import in_threads
 from hft.merging import checkpoint as checkpoints
 from hft.merging import merge as merging
 from hft.merging.merge import OPERATORS, MergeConfig, check_config
@@ -242,14 +240,13 @@ def test_dare_is_pefts_with_the_same_masks(tmp_path, trio, monkeypatch):
         torch.testing.assert_close(tensors(tmp_path / folder)[name], expected, rtol=1e-6, atol=1e-8)
 
 
-def test_what_dare_drops_depends_on_the_seed_and_not_on_files_or_chunks(tmp_path, trio, monkeypatch):
+def test_what_dare_drops_depends_on_the_seed_and_not_on_files(tmp_path, trio):
     p, s, _ = trio
     AutoModelForCausalLM.from_pretrained(s).save_pretrained(tmp_path / "shards", max_shard_size="500KB")
     assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
     torch.manual_seed(5)
     assert merge("dare", tmp_path / "one", [s], p) == 0
     torch.manual_seed(6)
-    monkeypatch.setattr(checkpoints, "CHUNK_NUMEL", 9_999)
     assert merge("dare", tmp_path / "two", [tmp_path / "shards"], p, "--max_shard_size", "700KB") == 0
     assert same(tmp_path / "two", tensors(tmp_path / "one"))
     assert merge("dare", tmp_path / "other", [s], p, "--seed", "1") == 0
@@ -279,11 +276,11 @@ def test_average_slerp_and_wise_ft_are_their_formulas(tmp_path, trio, tiny, caps
 
 def test_slerp_takes_the_line_only_where_vectors_are_nearly_parallel():
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
-    assert slerp_factors([(a, b)], 0.5) == pytest.approx((0.5**0.5, 0.5**0.5, "arc"))
+    assert slerp_factors(a, b, 0.5) == pytest.approx((0.5**0.5, 0.5**0.5, "arc"))
     for cos, branch in ((0.99951, "line"), (0.99949, "arc"), (-0.99951, "line")):
         near = torch.tensor([cos, (1 - cos**2) ** 0.5], dtype=torch.float64)
-        assert slerp_factors([(a.double(), near)], 0.25)[2] == branch
-    assert slerp_factors([(torch.zeros(2), b)], 1.0)[1] == pytest.approx(1.0)
+        assert slerp_factors(a.double(), near, 0.25)[2] == branch
+    assert slerp_factors(torch.zeros(2), b, 1.0)[1] == pytest.approx(1.0)
 
 
 def test_mergekit_agrees(tmp_path, trio, monkeypatch):
@@ -327,8 +324,7 @@ def test_mergekit_agrees(tmp_path, trio, monkeypatch):
 def test_the_largest_deltas_are_kept_and_all_that_tie_with_the_smallest_of_them(density):
     delta = torch.randint(-4, 5, (1000,), generator=torch.Generator().manual_seed(0)).float() / 1024
     delta[7] = -0.0
-    prune = MagnitudePruner(lambda name: delta.split(300), ["delta"], density)
-    kept = torch.cat([prune(chunk) for chunk in delta.split(300)])
+    kept = MagnitudePruner(lambda name: delta, ["delta"], density)(delta)
     count = int(density * 1000)
     smallest = delta.abs().sort(descending=True).values[count - 1] if count else torch.inf
     assert torch.equal(kept, delta * (delta.abs() >= smallest))
@@ -340,36 +336,19 @@ def test_the_elected_sign_is_that_of_the_larger_mass():
     assert ties_merge(deltas).tolist() == [2.0, -2.0, 0.0, 1.0]
 
 
-@pytest.fixture
-def three_threads():
-    """Three threads of torch, where tests have one."""
-    before = torch.get_num_threads()
-    yield lambda: torch.set_num_threads(3)
-    counts = [torch.get_num_threads()]
-    thread = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
-    assert counts == [3, 3]
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("method", ["average", "ties", "dare", "slerp", "wise-ft"])
-def test_a_merge_depends_on_neither_chunks_nor_shards_nor_threads(
-    tmp_path, tuned, tiny, monkeypatch, capsys, three_threads, method
-):
+def test_a_merge_does_not_depend_on_shards(tmp_path, tuned, tiny, capsys, method):
     """In bf16, where many deltas are equal."""
     models, base = {"average": ([tuned, tiny], None), "slerp": ([tuned, tiny], None)}.get(method, ([tuned], tiny))
     flags = ["--trim", "global"] if method == "ties" else []
     assert merge(method, tmp_path / "one", models, base, *flags) == 0
     said = capsys.readouterr().out.partition(" in ")[0]
-    three_threads()
     AutoModelForCausalLM.from_pretrained(tuned).save_pretrained(tmp_path / "shards", max_shard_size="500KB")
     AutoTokenizer.from_pretrained(tuned).save_pretrained(tmp_path / "shards")
-    monkeypatch.setattr(checkpoints, "CHUNK_NUMEL", 10_000)
     models = [tmp_path / "shards", *models[1:]]
     assert merge(method, tmp_path / "two", models, base, *flags, "--max_shard_size", "600KB") == 0
     assert same(tmp_path / "two", tensors(tmp_path / "one"))
-    assert capsys.readouterr().out.partition(" in ")[0] == said  # what was read and written, and slerp's branches
+    assert capsys.readouterr().out.partition(" in ")[0] == said  # what was written, and slerp's branches
 
     index = json.loads((tmp_path / "two" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "two").glob("*.safetensors"))
@@ -380,32 +359,6 @@ def test_a_merge_depends_on_neither_chunks_nor_shards_nor_threads(
     assert loaded.dtype == torch.bfloat16
     assert all(identical(p.data, tensors(tmp_path / "one")[name]) for name, p in loaded.named_parameters())
     assert AutoTokenizer.from_pretrained(tmp_path / "two").chat_template
-
-
-def test_a_mistake_in_one_of_several_threads_ends_the_merge(tmp_path, tuned, tiny, capsys, three_threads):
-    broken = changed_copy(tuned, tmp_path / "broken", lambda name, t: t * float("nan") if "1.mlp.up" in name else t)
-    three_threads()
-    assert merge("ties", tmp_path / "out", [broken], tiny) == 2
-    assert "layers.1.mlp.up_proj.weight would hold NaN or infinity" in error_of(capsys)
-    assert {path.name for path in tmp_path.iterdir()} == {"broken"}
-
-
-@pytest.mark.parametrize("length", [3, 5])
-def test_a_tensor_of_another_length_than_its_header_says_is_an_error(tmp_path, length):
-    specs = {name: torch.empty(4, device="meta") for name in "ab"}
-    with pytest.raises(ValueError, match=f"a has 16 bytes, and {4 * length} were written"):
-        checkpoints.write_safetensors(tmp_path / "file", specs, lambda name: [torch.ones(length)], {})
-
-
-def test_threads_take_items_side_by_side_and_give_results_in_order(three_threads):
-    three_threads()
-    together = threading.Barrier(3, timeout=10)
-
-    def at_once(item: int) -> tuple[int, int]:
-        together.wait()  # for two others
-        return item, torch.get_num_threads()
-
-    assert list(in_threads(at_once, range(6))) == [(item, 1) for item in range(6)]
 
 
 def test_results_are_in_the_first_models_dtypes(tmp_path, tuned, tiny):
@@ -476,7 +429,7 @@ def test_an_adapter_that_was_trained_merges_into_what_peft_computes(tmp_path, tr
     assert sft(tmp_path / "adapter", *small, "--max_steps", "2", method=method, model=tiny) == 0
     capsys.readouterr()
     assert merge("adapter", tmp_path / "out", [tmp_path / "adapter"]) == 0
-    assert "read 5.31MB, wrote 5.31MB" in capsys.readouterr().out
+    assert "wrote 5.31MB in" in capsys.readouterr().out
     plain = AutoModelForCausalLM.from_pretrained(tiny)
     words = torch.arange(40, 60)[None]
     with torch.no_grad():
@@ -726,33 +679,31 @@ small = [sys.argv[2], "--models", sys.argv[3], "--out", f"{folder}/small"]
 assert main([*words, *small]) == 0  # loads what is loaded at the first use
 
 from hft.merging import checkpoint as checkpoints
-chunks = checkpoints.Checkpoint.chunks
+fp32 = checkpoints.Checkpoint.fp32
 
 def watched(self, name):
     global peak
-    for chunk in chunks(self, name):
-        yield chunk
-        peak = max(peak, anonymous())
+    peak = max(peak, anonymous())
+    return fp32(self, name)
 
-checkpoints.Checkpoint.chunks = watched
+checkpoints.Checkpoint.fp32 = watched
 before, peak = anonymous(), 0
 words += [f"{folder}/P", "--models", f"{folder}/S", f"{folder}/D"]
-assert main([*words, "--out", f"{folder}/big", "--trim", "global", "--max_shard_size", "40MB"]) == 0
+assert main([*words, "--out", f"{folder}/big", "--trim", "global", "--max_shard_size", "20MB"]) == 0
 print("peak", peak - before, flush=True)
 
 def killed(self, name):
-    for chunk in chunks(self, name):
-        yield chunk
-        if ".0." in name:
-            os.kill(os.getpid(), signal.SIGKILL)
+    if ".0." in name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return fp32(self, name)
 
-checkpoints.Checkpoint.chunks = killed
+checkpoints.Checkpoint.fp32 = killed
 main([*words, "--out", f"{folder}/killed"])
 """
 
 
 def test_a_merge_needs_little_memory_and_a_killed_one_leaves_no_model(tmp_path, tiny, tuned):
-    """Of models of 85 MB whose largest tensors have 17 MB."""
+    """Of models of 85 MB whose largest tensors have 17 MB: a shard, and some tensors in fp32."""
     config = AutoConfig.from_pretrained(tiny)
     config.hidden_size, config.head_dim, config.vocab_size, config.num_hidden_layers = 1024, 256, 8192, 5
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -767,7 +718,7 @@ def test_a_merge_needs_little_memory_and_a_killed_one_leaves_no_model(tmp_path, 
     command = [sys.executable, "-c", SCRIPT, *map(str, (tmp_path, tiny, tuned))]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     peak = int(process.stdout.partition("peak ")[2].split()[0])
-    assert peak < 4 * largest, process.stderr
+    assert peak < 18 * largest, process.stderr  # fp32 deltas of two models, and what TIES makes of them
     assert "gemm_4bit" not in process.stderr  # of bitsandbytes, which peft imports
     assert process.returncode == -9
     assert not (tmp_path / "killed").exists()
