@@ -78,7 +78,7 @@ class RunConfig:
         default=None, metadata={"help": "Change how weights move: mixout, l2sp, mofo, gmt or FILE.py:CLASS."}
     )
     adapter: str | None = field(
-        default=None, metadata={"help": "Train an adapter instead: lora, qlora, adalora, p-tuning, p-tuning-v2, osf."}
+        default=None, metadata={"help": "Train an adapter instead: lora, qlora, adalora, p-tuning-v2, osf."}
     )
     strategy: str | None = field(
         default=None,

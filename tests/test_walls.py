@@ -10,7 +10,7 @@ from hft.selection.policies import POLICIES
 
 # From the ground up: a module imports from its own floor and from those below it.
 FLOORS = [
-    {"errors", "jsonl", "machine", "text"},
+    {"errors", "jsonl", "machine", "text", "userfile"},
     {"config", "model", "demo"},
     {"selection"},
     {"freezing", "methods"},

@@ -11,7 +11,7 @@ from typing import Any
 from hft.config import Given, Keys, RunConfig, fill, read_arguments
 from hft.continual.tasks import TRACE, metrics_of
 from hft.errors import HFTError
-from hft.methods import all_classes, find
+from hft.methods import all_classes, find_method
 from hft.methods.strategy import Strategy
 from hft.runs.config import Config, resolve_config, run_name
 from hft.selection import SelectionConfig
@@ -194,7 +194,7 @@ def resolve_sequence(given: Given) -> tuple[SequencePlan, bool]:
     name = merged.get("run_name") or _name(config, settings, given)
     out = Path(merged.get("output_dir", f"runs/{name}"))
     common = {"max_length": settings.max_prompt_length + settings.max_answer_length} | config.values
-    strategy, cls, dropped = config.method.strategy, find("strategy", settings.strategy), {*PER_RUN}
+    strategy, cls, dropped = config.method.strategy, find_method("strategy", settings.strategy), {*PER_RUN}
     if not (cls.acts_on_steps or strategy.carry_moments):
         dropped |= {"strategy", *(f.name for f in fields(cls))}
     common = {key: value for key, value in common.items() if key not in dropped}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from hft.errors import HFTError, reason
-from hft.machine import is_sharded
+from hft.methods.part import MethodPart
 from hft.model.anatomy import BLOCKS, Anatomy, Unit, anatomy_of, meta_model
 
 if TYPE_CHECKING:
@@ -20,13 +20,10 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Adapter:
-    """An adapter of PEFT's. The fields of a subclass are its keys; one that is left out has PEFT's default.
+class Adapter(MethodPart):
+    """An adapter of PEFT's. A key that is not given has PEFT's default.
 
     Attributes:
-        name: as `adapter` in a method file has it.
-        description: one line.
-        shardable: whether it runs on the shards of FSDP2.
         learns_prompt: whether it puts a learned prompt before each row.
         keeps_checkpointing: whether it works with activation checkpointing.
         upcasts_base: whether the base may be upcast before the adapter is made.
@@ -35,8 +32,6 @@ class Adapter:
     """
 
     kind: ClassVar[str] = "adapter"
-    name: ClassVar[str]
-    description: ClassVar[str] = ""
     shardable: ClassVar[bool] = False
     learns_prompt: ClassVar[bool] = False
     keeps_checkpointing: ClassVar[bool] = True
@@ -55,32 +50,21 @@ class Adapter:
         raise NotImplementedError(f"{type(self).__name__} must define peft_class")
 
     def peft_config(self, **more: Any) -> PeftConfig:
-        """PEFT's config of this adapter.
-
-        Raises:
-            HFTError: PEFT refuses a value.
-        """
-        given = {theirs: getattr(self, ours) for ours, theirs in self.peft_names.items()}
+        """PEFT's config of this adapter."""
+        given = {peft_key: getattr(self, key) for key, peft_key in self.peft_names.items()}
         given = {key: value for key, value in given.items() if value is not None}
         try:
             return self.peft_class()(task_type="CAUSAL_LM", **given, **more)
         except (ValueError, TypeError) as error:
             raise HFTError(f"{self.name}: {reason(error)}") from error
 
-    def check_args(self, args: TrainingArguments, *, pairs: bool) -> None:
-        """Refuse what does not work with an adapter, or has not been seen to.
-
-        Raises:
-            HFTError: the sentence says what to do.
-        """
-        if is_sharded(args):
-            raise HFTError("adapters train on one device or under DDP; launch with recipes/accelerate/ddp.yaml")
+    def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:
         if args.load_best_model_at_end and not self.reloads:
-            raise HFTError(f"{self.name} cannot go back to its best checkpoint; leave load_best_model_at_end out")
-        if self.learns_prompt and pairs:
+            raise HFTError(f"{self.name} cannot load its best checkpoint again; remove load_best_model_at_end")
+        if self.learns_prompt and has_reference:
             raise HFTError(
-                f"{self.name} cannot do DPO: its untrained prompt already moves the policy away from the reference; "
-                "take lora"
+                f"{self.name} cannot train against a reference: its untrained prompt already moves the policy away "
+                "from it; use lora"
             )
         if self.learns_prompt and (getattr(args, "packing", False) or getattr(args, "padding_free", False)):
             raise HFTError(f"{self.name} puts its prompt before each row, so rows cannot be packed; drop packing")
@@ -88,9 +72,6 @@ class Adapter:
     def load_kwargs(self, args: TrainingArguments) -> dict[str, Any]:
         """What `from_pretrained` gets to load the base."""
         return {}
-
-    def prepare_inputs(self, inputs: dict[str, Any]) -> None:
-        """Change a batch, in place, before its loss is taken."""
 
     def extra_loss(self, model: PeftModel) -> torch.Tensor | None:
         """What is added to the loss in training."""
@@ -120,16 +101,8 @@ class Adapter:
         """Bytes of everything that is frozen; `held` elements are the adapter's own."""
         return anatomy.numel * bytes_per_element + 4 * held
 
-    def record(self) -> dict[str, Any]:
-        """What a manifest keeps: the name and the keys."""
-        return {"adapter": self.name} | {key: value for key, value in asdict(self).items() if value is not None}
-
     def footprint(self, model_config: PretrainedConfig) -> AdapterFootprint:
-        """Put the adapter on a model without storage, and count.
-
-        Raises:
-            HFTError: the adapter does not fit the model.
-        """
+        """Count what it adds, on a model without storage."""
         from peft import get_peft_model
 
         model = meta_model(model_config)
@@ -213,7 +186,7 @@ class AdapterFootprint:
         return self.adapter.record()
 
     def summary(self) -> str:
-        """What trains, in words."""
+        """A few lines for people: the adapter, its keys, and how much of the model trains."""
         keys = {f.name: getattr(self.adapter, f.name) for f in fields(self.adapter) if f.name != "learning_rate_factor"}
         settings = ", ".join(f"{key} {value}" for key, value in keys.items() if value is not None)
         return (

@@ -42,11 +42,7 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"steps": self.steps, "history": self.history, "measured": self.measured}}
 
     def record(self, step: int) -> dict[str, Any]:
-        """What the manifest holds besides the config: phases, and the trainable fractions over them.
-
-        Args:
-            step: how many steps the weights have taken; later phases are left out.
-        """
+        """What the manifest holds besides the config: the phases of the first `step` steps, and their fractions."""
         history = self._until(step)
         if not history:
             return {}
@@ -69,20 +65,13 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         return [row for row in self.history if row["step"] < step]
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Take up what the checkpoint knows of the schedule, if the run resumes from one.
-
-        Raises:
-            HFTError: the checkpoint's run had another number of steps, and intervals depend on it.
-        """
+        """Restore what the checkpoint holds of the schedule, if the run resumes from one."""
         saved = {}
         if state.global_step:
-            kept, name = state.stateful_callbacks, type(self).__name__
-            if "Schedule" in kept:  # as earlier versions named this class
-                kept[name] = kept.pop("Schedule")
-            saved = kept[name]["attributes"]
+            saved = state.stateful_callbacks[type(self).__name__]["attributes"]
         if saved and hasattr(self.schedule, "intervals") and saved["steps"] != state.max_steps:
             raise HFTError(
-                f"cannot resume: schedule {self.schedule.name} was laid out over {saved['steps']} steps, not "
+                f"cannot resume: schedule {self.schedule.name} was planned for {saved['steps']} steps; this run has "
                 f"{state.max_steps}; give the same number, another --output_dir, or --resume_from_checkpoint none"
             )
         self.history, self.measured = saved.get("history", []), saved.get("measured", {})
@@ -110,10 +99,7 @@ class ScheduleCallback(TrainerCallback, ExportableState):
     def enforce(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, clear: bool) -> None:
         """Set `requires_grad` of every scheduled parameter, and handle the gradients and states of the frozen ones.
 
-        Args:
-            model: the model, not wrapped.
-            optimizer: holds all scheduled parameters, whether or not they train now.
-            clear: delete the state of every parameter, that of the trained ones too.
+        `clear` deletes the state of every parameter, that of the trained ones too.
         """
         names, keep = pure.parameters_of(self.selection, self._trained), self.schedule.optimizer_state
         for name, parameter in model.named_parameters():

@@ -30,7 +30,7 @@ class GMT(TopK):
         parameter.grad.copy_(torch.where(moving, parameter.grad, torch.zeros_like(parameter.grad)))
         return moving
 
-    def check_args(self, args: TrainingArguments) -> None:
+    def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:
         if args.fp16:
             raise HFTError("gmt would hide infinite gradients from fp16's loss scaler; set bf16")
 

@@ -44,7 +44,7 @@ class Mixout(Update):
     def check(self, model: nn.Module, selection: Selection) -> None:
         check_linear(model, selection.anatomy)
 
-    def check_args(self, args: TrainingArguments) -> None:
+    def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:
         if (args.activation_checkpointing_kwargs or {}).get("preserve_rng_state") is False:
             raise HFTError("mixout must draw the same columns when a layer is recomputed; drop preserve_rng_state")
 

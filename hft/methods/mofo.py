@@ -35,7 +35,7 @@ class MoFO(TopK):
         state = optimizer.state[parameter]
         return self.largest(state["exp_avg" if "exp_avg" in state else "momentum_buffer"])
 
-    def check_args(self, args: TrainingArguments) -> None:
+    def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:
         if args.optim not in MOMENTUM:
             raise HFTError(
                 f"mofo ranks by AdamW's momentum; set optim to {' or '.join(MOMENTUM)}, not {args.optim.value}"

@@ -22,10 +22,10 @@ class QLoRA(LoRA):
     name: ClassVar[str] = "qlora"
     description: ClassVar[str] = "LoRA on a base in 4 bits"
 
-    def check_args(self, args: TrainingArguments, *, pairs: bool) -> None:
+    def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:
         from transformers.utils import is_bitsandbytes_available
 
-        super().check_args(args, pairs=pairs)
+        super().check_args(args, has_reference=has_reference)
         if not is_bitsandbytes_available():
             raise HFTError("qlora needs bitsandbytes: pip install bitsandbytes")
 

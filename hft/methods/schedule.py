@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hft.errors import HFTError
+from hft.methods.part import MethodPart
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,25 +18,19 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Schedule:
-    """A rule by which the units that train change within a run. The fields of a subclass are its keys.
+class Schedule(MethodPart):
+    """A rule by which the units that train change within a run.
 
     A subclass defines `trained_at`. One that decides by what it measures sets `known_before_run = False`, defines
-    `decide` in its place, and may measure in `on_gradients`.
+    `decide` instead, and may measure in `on_gradients`.
 
     Attributes:
-        name: as `schedule` in a method file has it.
-        description: one line.
-        shardable: whether it runs on the shards of FSDP2.
         known_before_run: whether every step is known before the run.
         clears_state: whether the optimizer state of all parameters is deleted at each switch.
         optimizer_state: what becomes of the optimizer state of a parameter that freezes: reset, keep or offload.
     """
 
     kind: ClassVar[str] = "schedule"
-    name: ClassVar[str]
-    description: ClassVar[str] = ""
-    shardable: ClassVar[bool] = True
     known_before_run: ClassVar[bool] = True
     clears_state: ClassVar[bool] = False
     optimizer_state: ClassVar[str] = "reset"
@@ -67,11 +62,7 @@ class Schedule:
         """Measure the gradient as the optimizer gets it: of all micro-batches and processes, and clipped."""
 
     def check(self, selection: Selection) -> None:
-        """Refuse a selection that the schedule does not go with.
-
-        Raises:
-            HFTError: the selection freezes units itself.
-        """
+        """Raise an `HFTError` for a selection that freezes units itself."""
         if selection.config.policy != "all":
             raise HFTError(
                 f"schedule {self.name} decides itself which units train, so it goes with policy all, not with "
@@ -80,12 +71,7 @@ class Schedule:
         if selection.config.freeze_router:
             raise HFTError(f"schedule {self.name} switches whole layers, with their routers; leave freeze_router out")
 
-    def check_args(self, args: TrainingArguments) -> None:
-        """Refuse settings of the trainer that a schedule cannot work with.
-
-        Raises:
-            HFTError: there is such a setting.
-        """
+    def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:
         if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise HFTError("reentrant checkpointing loses gradients under a schedule; set use_reentrant: false")
         if args.fp16:
@@ -96,10 +82,6 @@ class Schedule:
     def peak_numel(self, selection: Selection) -> int:
         """The most parameters that have a gradient or optimizer state at once."""
         return selection.num_trained
-
-    def record(self) -> dict[str, Any]:
-        """What a manifest keeps: the name and the keys."""
-        return {"schedule": self.name} | {key: value for key, value in asdict(self).items() if value is not None}
 
     def phases(self, selection: Selection, steps: int) -> list[tuple[int, frozenset[str]]]:
         """First step and trained names of each interval."""
@@ -130,11 +112,7 @@ class Schedule:
 
 
 def check_at_least_one(**values: int) -> None:
-    """Refuse a count below 1, by its key.
-
-    Raises:
-        HFTError: there is one.
-    """
+    """Refuse a count below 1, given by its key."""
     for key, value in values.items():
         if value < 1:
             raise HFTError(f"{key} must be at least 1, got {value}")

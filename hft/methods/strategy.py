@@ -1,44 +1,37 @@
-"""What a strategy is: what a sequence of tasks does against forgetting, in its rows and in the steps of its runs."""
+"""What a continual-learning strategy is: the rows of each run in a sequence of tasks, and additions to its steps."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hft.methods.part import MethodPart
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    from hft.selection import Selection
+    from transformers import Trainer, TrainerCallback
 
 # `prompt`, `completion` and, where it matters, `task`.
 Row = dict[str, str]
 
 
 @dataclass
-class Strategy:
-    """Sequential fine-tuning, and the base class of all other strategies. The fields of a subclass are its keys.
+class Strategy(MethodPart):
+    """Sequential fine-tuning, and the base class of all other continual-learning strategies.
 
     `hft continual` asks for rows before each round. What the rows of a round cannot express, the run itself does: a
     strategy that `acts_on_steps` is a key of the run, and its `callbacks` see every step.
 
     Attributes:
-        package: where those that come with hft are; they need more than this package may import.
-        name: as `--strategy` has it.
-        description: one line.
         acts_on_steps: whether a run needs it, beside its rows.
-        shardable: whether what it does in a run works on the shards of FSDP2.
         takes_adapter: whether it carries an adapter from task to task.
         takes_alignment: whether it trains on rows of general instructions, if there are any.
     """
 
     kind: ClassVar[str] = "strategy"
-    package: ClassVar[str] = "hft.continual.strategies"
-    name: ClassVar[str]
-    description: ClassVar[str] = ""
+    package: ClassVar[str] = "hft.continual.strategies"  # they need more than this package may import
     acts_on_steps: ClassVar[bool] = False
-    shardable: ClassVar[bool] = True
     takes_adapter: ClassVar[bool] = False
     takes_alignment: ClassVar[bool] = False
 
@@ -77,22 +70,7 @@ class Strategy:
 
         return [CarryMoments(self.previous_run or trainer.manifest.base)] if self.carry_moments else []
 
-    def check_args(self, args: TrainingArguments) -> None:
-        """Refuse settings of the trainer that would silently change the strategy.
-
-        Raises:
-            HFTError: there is such a setting.
-        """
-
-    def memory(self, selection: Selection) -> int:
-        """Bytes beside weights, gradients and optimizer state."""
-        return 0
-
     def keys(self) -> dict[str, Any]:
         """Its keys, without those that `hft continual` gives to each run."""
         given = ("strategy_data", "previous_run")
         return {key: value for key, value in asdict(self).items() if value is not None and key not in given}
-
-    def record(self) -> dict[str, Any]:
-        """What a manifest keeps: the name and the keys."""
-        return {"strategy": self.name} | {key: value for key, value in asdict(self).items() if value is not None}

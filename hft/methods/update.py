@@ -1,37 +1,32 @@
-"""What an update is: how the trained weights move, beside what the optimizer does."""
+"""What an update is: changes to the weights around `optimizer.step()`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from hft.freezing import sharded_like
+from hft.methods.part import MethodPart
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import TrainerCallback, TrainingArguments
+    from transformers import TrainerCallback
 
     from hft.model.anatomy import Anatomy
     from hft.selection import Selection
 
 
 @dataclass
-class Update:
-    """A rule by which the trained weights move. The fields of a subclass are its keys; it defines `callbacks`.
+class Update(MethodPart):
+    """A change to the trained weights around `optimizer.step()`. A subclass defines `callbacks`.
 
     Attributes:
-        name: as `update` in a method file has it.
-        description: one line.
-        shardable: whether it runs on the shards of FSDP2.
         replicated: whether what it keeps is whole on every device of FSDP2, not sharded.
     """
 
     kind: ClassVar[str] = "update"
-    name: ClassVar[str]
-    description: ClassVar[str] = ""
-    shardable: ClassVar[bool] = True
     replicated: ClassVar[bool] = False
 
     def callbacks(self, model: nn.Module, anatomy: Anatomy) -> list[TrainerCallback]:
@@ -44,26 +39,7 @@ class Update:
         raise NotImplementedError(f"{type(self).__name__} must define callbacks")
 
     def check(self, model: nn.Module, selection: Selection) -> None:
-        """Refuse a model, which may be on `meta`, that it cannot work with.
-
-        Raises:
-            HFTError: it is such a model.
-        """
-
-    def check_args(self, args: TrainingArguments) -> None:
-        """Refuse settings of the trainer that would silently change the method.
-
-        Raises:
-            HFTError: there is such a setting.
-        """
-
-    def memory(self, selection: Selection) -> int:
-        """Bytes beside weights, gradients and optimizer state."""
-        return 0
-
-    def record(self) -> dict[str, Any]:
-        """What a manifest keeps: the name and the keys."""
-        return {"update": self.name} | {key: value for key, value in asdict(self).items() if value is not None}
+        """Raise an `HFTError` for a model, which may be on `meta`, that it cannot work with."""
 
 
 def copies(model: nn.Module, names: set[str] | None = None) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hft.config import SECRETS, to_yaml
 from hft.errors import shorten
-from hft.methods import NOTHING, find
+from hft.methods import find_method
 from hft.record.manifest import Manifest
 from hft.record.scores import scores_of
 from hft.selection.policies import POLICIES
@@ -111,9 +111,9 @@ def parts(manifest: Manifest) -> list[tuple[str, str]]:
     named |= {"update": manifest.update.get("update"), "adapter": selection.get("adapter")}
     rows = []
     for kind, name in named.items():
-        if name not in NOTHING:
+        if name not in (None, "plain"):
             own = ":" in name  # FILE.py:NAME of the user's own, which may not be there any more
-            what = "" if own else POLICIES[name] if kind == "policy" else find(kind, name).description
+            what = "" if own else POLICIES[name] if kind == "policy" else find_method(kind, name).description
             rows.append((kind, f"{portable(name)}{': ' if what else ''}{what}"))
     return rows
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from hft.config import fill
 from hft.errors import HFTError
 from hft.machine import cpu_has_bfloat16, is_zero3, world_size
+from hft.methods import check_parts
 from hft.objectives import find_objective
 from hft.runs.config import Config, find_template
 from hft.training.checkpointing import check_checkpointing
@@ -62,7 +63,7 @@ def training_arguments(
     if method.adapter and config.run.save_only_trained:
         raise HFTError("an adapter's folder holds only what trained anyway; leave out save_only_trained")
     has_reference = find_objective(config.objective).reference_sequences > 0
-    method.check_args(args, pairs=has_reference)
+    check_parts(args, *method.parts, has_reference=has_reference)
     check_checkpointing(args, pairs=has_reference)
     if has_reference and not method.adapter:
         from hft.training.dpo import check_reference

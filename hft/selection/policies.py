@@ -7,11 +7,9 @@ import functools
 import hashlib
 import inspect
 import math
-import runpy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from tqdm import tqdm
 from hft.errors import HFTError
 from hft.model.anatomy import BLOCKS, Anatomy, Part, Unit
 from hft.selection.masks import Mask, Masks
+from hft.userfile import load_from_file
 
 POLICIES = {
     "category": "a fraction of each block of each layer trains (the paper's HFT, Algorithm 1)",
@@ -386,10 +385,7 @@ def half_of_the_norms(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
 def _load(policy: str) -> Callable[[Anatomy, SelectionConfig], Choice]:
     """A policy of the user's own, `FILE.py:FUNCTION`, with `policy_options` as its further arguments."""
     path, _, name = policy.rpartition(":")
-    if not Path(path).is_file():
-        raise HFTError(f"policy {policy}: file {path} not found")
-    function = runpy.run_path(path).get(name)
-    if not callable(function):
+    if not callable(function := load_from_file(policy, "policy")):
         raise HFTError(f"policy {policy}: {path} has no function {name}")
 
     def choose(anatomy: Anatomy, config: SelectionConfig) -> Choice:

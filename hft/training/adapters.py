@@ -15,6 +15,7 @@ from trl import DPOTrainer, SFTTrainer
 from hft.errors import HFTError
 from hft.freezing import upcast
 from hft.machine import is_main
+from hft.methods import check_parts
 from hft.methods.adapter import Adapter, freeze_ranknum
 from hft.model.load import load_base
 from hft.model.weights import checksum, local_folder, weights_of
@@ -40,7 +41,7 @@ class AdapterTuning(ManifestMixin):
     """
 
     def __init__(self, model: str, args: TrainingArguments, *, adapter: Adapter, **kwargs):
-        adapter.check_args(args, pairs=isinstance(self, DPOTrainer))
+        check_parts(args, adapter, has_reference=isinstance(self, DPOTrainer))
         check_checkpointing(args, pairs=isinstance(self, DPOTrainer))
         self.adapter = adapter
         self._checkpointing_off = args.activation_checkpointing and not adapter.keeps_checkpointing
@@ -76,7 +77,6 @@ class AdapterTuning(ManifestMixin):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss, and in training what the adapter adds to it."""
-        self.adapter.prepare_inputs(inputs)
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         extra = self.adapter.extra_loss(self.model) if self.model.training else None
         if extra is not None:
@@ -103,8 +103,7 @@ class AdapterTuning(ManifestMixin):
     def restore(self, checkpoint: str) -> None:
         """Restore everything that trained, bit for bit.
 
-        PEFT's own files do not hold all of it: of P-tuning they keep the prompt and not the encoder that made it, of
-        AdaLoRA no scores.
+        PEFT's own files do not hold all of it, such as AdaLoRA's scores.
         """
         saved = load_file(Path(checkpoint) / STATE_NAME)
         parameters = dict(self.model.named_parameters())

@@ -13,7 +13,7 @@ from hft.continual.gradients import Batches, dot_products, loss_gradient, take_g
 from hft.continual.strategies.gem import GEM, dual_variables
 from hft.continual.strategies.replay import Replay
 from hft.errors import HFTError
-from hft.methods import find
+from hft.methods import find_method
 from hft.methods.moments import MOMENTS_NAME
 from hft.record.manifest import Manifest
 from hft.selection import SelectionConfig
@@ -113,7 +113,7 @@ def test_a_conflict_is_projected_to_the_boundary(rows, tiny, tmp_path, name, mar
     ours = [tokenized(row, tokenizer) for row in rows["rows"]]
     assert ours == [{key: row[key] for key in ("input_ids", "labels")} for row in trainer.train_dataset]
 
-    strategy = find("strategy", name)(strategy_data=str(rows["other"]), **margin)
+    strategy = find_method("strategy", name)(strategy_data=str(rows["other"]), **margin)
     (projection,) = strategy.callbacks(trainer)
     trainer.model_wrapped, parameters = trainer.model, [p for p in trainer.model.parameters() if p.requires_grad]
     memory = loss_gradient(Batches(trainer, [tokenized(row, tokenizer) for row in read(rows["other"])]), parameters)

@@ -19,7 +19,7 @@ from hft.config import read_yaml
 from hft.data import load_split, preference_rows
 from hft.errors import HFTError
 from hft.machine import cpu_has_bfloat16
-from hft.methods import method_of
+from hft.methods import check_parts, method_of
 from hft.methods.adalora import orthogonality
 from hft.methods.adapter import Adapter
 from hft.methods.lora import LoRA
@@ -28,7 +28,7 @@ from hft.training import AdapterDPOTrainer, AdapterSFTTrainer
 from tests.conftest import error_of, identical, losses, tensors
 from tests.model.test_architectures import small
 
-METHODS = ("lora", "qlora", "adalora", "p-tuning", "p-tuning-v2", "osf")
+METHODS = ("lora", "qlora", "adalora", "p-tuning-v2", "osf")
 # Small steps: what is tested does not need large ones.
 SMALL = ["--per_device_train_batch_size", "4", "--global_batch_size", "4", "--max_length", "64"]
 
@@ -109,14 +109,14 @@ def test_the_folder_is_a_plain_peft_folder(runs, tiny, method):
     with torch.no_grad():
         adapted = model(words).logits[:, -20:]
         assert (adapted - plain).abs().max() > 1e-2
-        if method in ("p-tuning", "p-tuning-v2"):
+        if method == "p-tuning-v2":
             return
         merged = model.merge_and_unload()
         assert merged.state_dict().keys() >= before.keys()
         torch.testing.assert_close(merged(words).logits, adapted, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora", "p-tuning"])
+@pytest.mark.parametrize("method", ["lora", "adalora", "p-tuning-v2"])
 def test_a_killed_run_goes_on_exactly_where_it_was(runs, tmp_path, tiny, data, sft, method):
     straight = runs(method)
     again = tmp_path / method
@@ -205,11 +205,10 @@ def test_adaloras_orthogonality_loss_is_pefts_and_counts_once_a_step(tmp_path, t
 
 
 @pytest.mark.parametrize("assistant_only", [True, False])
-@pytest.mark.parametrize("method", ["p-tuning", "p-tuning-v2"])
-def test_the_loss_of_a_prompt_is_that_of_the_tokens_after_it(tmp_path, tiny, data, method, assistant_only):
+def test_the_loss_of_a_prompt_is_that_of_the_tokens_after_it(tmp_path, tiny, data, assistant_only):
     """By hand: PEFT's logits, of which only those of the real tokens count, against the tokens that follow."""
     rows = load_split(str(data), "train")
-    trainer = trainer_of("sft", tmp_path, tiny, rows, config(method=method), assistant_only_loss=assistant_only)
+    trainer = trainer_of("sft", tmp_path, tiny, rows, config(method="p-tuning-v2"), assistant_only_loss=assistant_only)
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
     count = (batch["labels"][:, 1:] != -100).sum()
     model = trainer.model.eval()
@@ -279,11 +278,11 @@ def test_the_learning_rate_is_a_multiple_of_the_recipes_unless_a_flag_gives_it(t
             "rank is a key of adapter adalora, lora, qlora; remove it",
         ),
         (["--learning_rate_factor", "8"], "fft", "learning_rate_factor is a key of adapter adalora"),
-        (["--num_virtual_tokens", "8"], "lora", "num_virtual_tokens is a key of adapter p-tuning, p-tuning-v2"),
+        (["--num_virtual_tokens", "8"], "lora", "num_virtual_tokens is a key of adapter p-tuning-v2"),
         (["--adapter", "dora"], "lora", "adapter: unknown adapter 'dora', did you mean 'lora'?"),
         (["--rank", "12"], "adalora", "rank below start_rank"),
         (["--target_modules", "no_proj"], "lora", "Target modules {'no_proj'} not found"),
-        (["--packing", "true"], "p-tuning", "rows cannot be packed"),
+        (["--packing", "true"], "p-tuning-v2", "rows cannot be packed"),
         (["--max_steps", "1"], "adalora", "adalora needs 2 steps or more"),
     ],
 )
@@ -294,12 +293,11 @@ def test_what_cannot_work_is_refused_in_a_sentence(tmp_path, sft, capsys, flags,
 
 
 def test_prompts_cannot_do_dpo_and_nothing_is_sharded(tmp_path, dpo, capsys, monkeypatch):
-    for method in ("p-tuning", "p-tuning-v2"):
-        assert dpo(tmp_path / "out", method=method) == 2
-        assert f"{method} cannot do DPO" in error_of(capsys)
+    assert dpo(tmp_path / "out", method="p-tuning-v2") == 2
+    assert "p-tuning-v2 cannot train against a reference" in error_of(capsys)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(HFTError, match=r"launch with recipes/accelerate/ddp\.yaml"):
-        LoRA().check_args(SFTConfig(use_cpu=True, bf16=False), pairs=False)
+    with pytest.raises(HFTError, match="adapter lora does not run under FSDP2; launch it with --engine ddp"):
+        check_parts(SFTConfig(use_cpu=True, bf16=False), LoRA())
 
 
 def test_an_adapter_is_no_base(runs, tmp_path, sft, dpo, capsys):

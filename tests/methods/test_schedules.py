@@ -362,7 +362,7 @@ def test_resuming_with_another_schedule_is_refused(tmp_path, straight, sft, caps
         ("dynamic", ["--schedule_seed", "1"], "schedule_seed 0 there, 1 here"),
         ("lisa", [], "schedule dynamic there, lisa here"),
         ("fft", [], "schedule dynamic there, unset here"),
-        ("dynamic", ["--max_steps", "30"], "was laid out over 20 steps, not 30"),
+        ("dynamic", ["--max_steps", "30"], "was planned for 20 steps; this run has 30"),
     ):
         assert sft(out, *words, *flags, method=method) == 2
         assert message in error_of(capsys)

@@ -250,7 +250,7 @@ def test_the_code_in_the_document_is_the_example():
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ("nowhere.py:choose", "file nowhere.py not found"),
+        ("nowhere.py:choose", "nowhere.py is not a Python file"),
         ("docs/examples/outer_layers.py:inner_layers", "has no function inner_layers"),
     ],
 )

@@ -75,7 +75,7 @@ class GEM(Strategy):
         tasks = [list(group) for _, group in groupby(rows, key=lambda row: row["task"])]
         return [Batches(trainer, [tokenized(row, tokenizer, longest) for row in task]) for task in tasks]
 
-    def check_args(self, args: TrainingArguments) -> None:
+    def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:
         if args.fp16:
             raise HFTError(f"{self.name} compares gradients, which fp16 scales; train in bf16 or fp32")
 

@@ -60,7 +60,7 @@ class SelfReplay(Strategy):
     def callbacks(self, trainer: Trainer) -> list[TrainerCallback]:
         return [*super().callbacks(trainer), HoldToOwnText(trainer, reference_of(trainer), self)]
 
-    def check_args(self, args: TrainingArguments) -> None:
+    def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:
         if args.fp16:
             raise HFTError("self-replay adds a gradient that fp16 would have to scale; train in bf16 or fp32")
 
