@@ -12,12 +12,12 @@ from pathlib import Path
 import yaml
 
 from hft.cpi.command import run_stages
-from hft.cpi.config import STAGES, parse_config
+from hft.cpi.config import parse_stages
 from hft.cpi.group import load_groups
 from hft.cpi.scores import SCORES_NAME
 
 TASKS = {"gsm8k": "gsm8k", "code": "code_gpteacher", "superni": "superni", "dolly": "dolly"}
-BY_HAND = [["gsm8k"], ["code"], ["superni", "dolly"]]  # ours: reasoning, code, instructions
+GROUPS = {"gsm8k": "reasoning", "code": "code", "superni": "instructions", "dolly": "instructions"}  # by hand, ours
 HEAD = ["", "groups, in order", *(f"{task} (forgetting)" for task in TASKS), "of single-task SFT"]
 
 
@@ -27,14 +27,14 @@ def run(arm: str, data: str, out: Path, flags: list[str]) -> str:
     Returns:
         Its row of the table: of each task the loss in nats/token with its standard error over rows, and the forgetting.
     """
-    tasks = {name: {"dataset_name": f"{data}/{stem}_sft.jsonl"} for name, stem in TASKS.items()}
+    tasks = {name: {"dataset_name": f"{data}/{stem}_sft.jsonl", "group": GROUPS[name]} for name, stem in TASKS.items()}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "tasks.yaml").write_text(yaml.safe_dump({"tasks": tasks, "given_groups": BY_HAND}))
+    (out / "tasks.yaml").write_text(yaml.safe_dump({"tasks": tasks}))
     files = ["recipes/smollm2-135m/cpi.yaml", f"{out}/tasks.yaml"]
     files += [] if arm == "cpi-ft" else [f"recipes/cpi/{arm}.yaml"]
     folders = ["--output_dir", f"{out}/{arm}", "--probe_dir", f"{out}/probes", "--report_to", "none"]
-    plan = parse_config(["--config", *files, *folders, *flags])
-    run_stages(plan, STAGES)
+    plan = parse_stages(["--config", *files, *folders, *flags])
+    run_stages(plan, plan.stages)
     found = json.loads((plan.out / SCORES_NAME).read_text())
     *_, final = found["scores"].values()
     cells = [arm, " / ".join("+".join(names) for names in load_groups(plan))]

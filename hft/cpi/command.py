@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hft.config import to_yaml
-from hft.cpi.config import STAGES, Plan, parse_config
+from hft.cpi.config import STAGES, CPIPlan, parse_stages
 from hft.errors import HFTError
 from hft.machine import indented, leave_process_group, say, world_size
 from hft.record.manifest import write_text
@@ -13,79 +13,48 @@ from hft.runs.result import CONFIG_NAME
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one stage, or all of them and the scores.
-
-    Args:
-        arguments: `[probe|group|fuse|train|score] --config RECIPE.yaml [ARM.yaml] [--key value ...]`.
-
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        HFTError: a stage cannot be run as asked.
-    """
+    """Run one stage, or all that are needed: `[STAGE] --config RECIPE.yaml [ARM.yaml] [--key value ...]`."""
     chosen = arguments[0] if arguments and arguments[0] in STAGES else None
-    plan = parse_config(arguments[1:] if chosen else arguments)
-    from hft.cpi.planning import describe
+    plan = parse_stages(arguments[1:] if chosen else arguments)
+    from hft.cpi.planning import describe_stages
 
-    words, misfit = describe(plan)
-    say("resolved config", indented(to_yaml(plan.values)), words, "")
+    text, misfit = describe_stages(plan)
+    say("resolved config", indented(to_yaml(plan.values)), text, "")
     if plan.values.get("dry_run"):
-        say(*([f"it does not fit here: {misfit}"] if misfit else []))
+        say(*([f"it does not fit in memory on this machine: {misfit}"] if misfit else []))
         say(f"stopped here: no weights were loaded, nothing was written to {plan.out}")
         return 0
-    if misfit and chosen in (None, "probe", "fuse", "train"):
+    if misfit and chosen not in ("group", "score"):
         raise HFTError(misfit)
-    run_stages(plan, (chosen,) if chosen else STAGES, alone=chosen is not None)
+    run_stages(plan, (chosen,) if chosen else plan.stages)
     say("", f"{plan.out}/", f"  one stage again: hft cpi STAGE --config {plan.out / CONFIG_NAME}")
     leave_process_group()
     return 0
 
 
-def run_stages(plan: Plan, stages: Sequence[str], *, alone: bool = False) -> None:
-    """Run some stages in order, each from what those before it have left on disk.
-
-    Args:
-        plan: of the stages.
-        stages: among `STAGES`.
-        alone: whether a stage was asked for by name; else those that the plan has no use for are left out.
-    """
-    from hft.cpi.fuse import fuse
-    from hft.cpi.group import group
-    from hft.cpi.probe import probe
+def run_stages(plan: CPIPlan, stages: Sequence[str]) -> None:
+    """Run some stages in order, each from what those before it have left on disk."""
+    from hft.cpi.fuse import fuse_probes
+    from hft.cpi.group import group_tasks
+    from hft.cpi.probe import probe_tasks
     from hft.cpi.runs import in_main_process, join_processes
+    from hft.cpi.scores import score_models
     from hft.cpi.tasks import write_tasks
-    from hft.cpi.train import train
+    from hft.cpi.train import train_from_fused
 
     join_processes(plan.values)
     in_main_process(lambda: save_config(plan))
-    if "probe" in stages:
-        if alone or plan.config.needs_cores:
-            probe(plan)
-        else:
-            in_main_process(lambda: write_tasks(plan))
-    if "group" in stages:
-        in_main_process(lambda: group(plan))
-    if "fuse" in stages and (alone or plan.config.fusion):
-        fuse(plan)
-    if "train" in stages:
-        runs = train(plan)
-        say(f"the final model is {runs[-1]}", "")
-    if "score" in stages:
-        if world_size() > 1:
+    in_main_process(lambda: write_tasks(plan))
+    functions = dict(zip(STAGES, (probe_tasks, group_tasks, fuse_probes, train_from_fused, score_models), strict=True))
+    for stage in stages:
+        if stage == "score" and world_size() > 1:
             say(f"now in one process: hft cpi score --config {plan.out / CONFIG_NAME}")
             return
-        from hft.cpi.scores import score
-
-        score(plan)
+        functions[stage](plan)
 
 
-def save_config(plan: Plan) -> None:
-    """Write the resolved config, with the folder of stage 1, so that a stage can be repeated from it.
-
-    Raises:
-        HFTError: the folder cannot be made.
-    """
+def save_config(plan: CPIPlan) -> None:
+    """Write the resolved config, with the folder of stage 1, so that a stage can be repeated from it."""
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from hft.config import Keys, RunConfig, fill, read_arguments
+from hft.config import Given, Keys, RunConfig, fill, read_arguments
 from hft.errors import HFTError
 from hft.evaluation.evaluate import Settings
 from hft.evaluation.suites import SUITES
@@ -16,10 +16,7 @@ from hft.objectives import find_objective
 from hft.runs.config import ALIASES, check_base_is_a_model, name_of
 
 # Keys of a single run that the stages set themselves.
-OF_A_STAGE = (
-    "dataset_name dataset_config dataset_revision dataset_train_split dataset_test_split schedule update adapter"
-)
-OF_A_STAGE = (*OF_A_STAGE.split(), "run_name", "resume_from_checkpoint")
+SET_BY_STAGES = ("schedule", "update", "adapter", "run_name", "resume_from_checkpoint")
 STAGES = ("probe", "group", "fuse", "train", "score")
 HELP = f"Core parameter isolation (CPI-FT). The first word may be one stage, {', '.join(STAGES)}; by default all run."
 
@@ -32,7 +29,8 @@ class Task:
         prompt: a jinja2 template of the user's turn over a row's columns, where a row is not a conversation yet.
         completion: the same of the assistant's turn.
         benchmark: what `hft eval` scores it by, beside its held-out loss, e.g. `gsm8k`.
-        probe: a model that was fine-tuned on the task alone, in place of the run that stage 1 makes.
+        probe: a model that was fine-tuned on the task alone, instead of the run that stage 1 makes.
+        group: tasks with the same one form a group (given grouping).
     """
 
     dataset_name: str
@@ -44,6 +42,7 @@ class Task:
     completion: str | None = None
     benchmark: str | None = None
     probe: str | None = None
+    group: str | None = None
 
     def __post_init__(self):
         if self.benchmark:
@@ -66,13 +65,11 @@ class CPIConfig:
     grouping: Literal["similarity", "together", "random", "given"] = field(
         default="similarity",
         metadata={
-            "help": "similarity: tasks whose cores overlap; together: all tasks in one group; random: as many as "
-            "num_groups, drawn by draw_seed; given: given_groups."
+            "help": "similarity: tasks whose cores overlap; together: all tasks in one group; random: three groups, "
+            "drawn by draw_seed; given: by the group of each task."
         },
     )
     tau: float = field(default=0.1, metadata={"help": "Jaccard similarity of cores from which tasks are joined."})
-    num_groups: int | None = field(default=None, metadata={"help": "Number of groups (random grouping)."})
-    given_groups: list[list[str]] | None = field(default=None, metadata={"help": "The groups (given grouping)."})
     order: list[str] | None = field(
         default=None,
         metadata={"help": "Tasks in the order in which their groups train; by default draw_seed draws it."},
@@ -88,22 +85,11 @@ class CPIConfig:
             "or the mean of the probes."
         },
     )
-    overlap: Literal["mean", "last", "largest"] = field(
-        default="mean",
-        metadata={
-            "help": "The value of an element in several cores: mean of the probes, the last one's in order, or the one "
-            "that moved furthest."
-        },
-    )
-    omega: float | None = field(
-        default=None,
-        metadata={"help": "Weight of each probe that is folded in; by default 1/2, 1/3, ..., so that all count alike."},
-    )
     freeze: Literal["cores", "random-cores", "all-but-own-cores", "half", "nothing"] = field(
         default="cores",
         metadata={
-            "help": "What a group leaves as it is: cores of earlier groups; random elements, as many, instead (in the "
-            "fusion too); all but its own cores (LoTA); HFT's random half, another one for each group; or nothing."
+            "help": "What does not train in a group: cores of earlier groups; as many random elements (in the fusion "
+            "too); all but its own cores (LoTA); HFT's random half, another one for each group; or nothing."
         },
     )
     sample_rows: int | None = field(
@@ -122,11 +108,6 @@ class CPIConfig:
     def __post_init__(self):
         if not 0 <= self.percent <= 100:
             raise HFTError(f"percent must lie in 0..100, got {self.percent:g}")
-        if self.omega is not None and not 0 <= self.omega <= 1:
-            raise HFTError(f"omega must lie in 0..1, got {self.omega:g}")
-        for key, grouping in (("num_groups", "random"), ("given_groups", "given")):
-            if getattr(self, key) is None and self.grouping == grouping:
-                raise HFTError(f"grouping {grouping} needs {key}; give it")
         if self.sample_rows is not None and self.sample_rows < 1:
             raise HFTError(f"sample_rows must be at least 1, got {self.sample_rows}")
 
@@ -137,7 +118,7 @@ class CPIConfig:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CPIPlan:
     """A resolved config of `hft cpi`, and its folders.
 
     Attributes:
@@ -161,6 +142,12 @@ class Plan:
         """The model that all tasks start from, as the config names it."""
         return self.values["model_name_or_path"]
 
+    @property
+    def stages(self) -> list[str]:
+        """The stages that lead to the final model and its scores."""
+        skipped = {"probe": not self.config.needs_cores, "fuse": not self.config.fusion}
+        return [stage for stage in STAGES if not skipped.get(stage)]
+
     def data_of(self, task: str) -> Path:
         """The folder of a task's rows."""
         return self.probes / "data" / task
@@ -174,110 +161,69 @@ class Plan:
         return self.probes / "cores" / f"{task}-{self.config.percent:g}%{'-random' if random else ''}"
 
 
-def parse_config(arguments: Sequence[str]) -> Plan:
-    """The plan of a command line: `--config RECIPE.yaml [ARM.yaml] [--key value ...]`.
-
-    Raises:
-        HFTError: an unknown key, a value of the wrong type, or keys that do not go together.
-    """
+def parse_stages(arguments: Sequence[str]) -> CPIPlan:
+    """The plan of a command line: `--config RECIPE.yaml [ARM.yaml] [--key value ...]`."""
     classes: dict[str, tuple[type, ...]] = {"CPI-FT": (CPIConfig,), "every run": (RunConfig,)}
     if {"-h", "--help"} & set(arguments):
         classes["TRL and transformers"] = (find_objective("sft").config,)
-    given = read_arguments(arguments, "hft cpi", HELP, classes)
-    keys = Keys((CPIConfig, RunConfig, find_objective("sft").config), aliases=ALIASES)
-    return make_plan(*given.resolve(keys), given.files)
+    return plan_stages(read_arguments(arguments, "hft cpi", HELP, classes))
 
 
-def make_plan(values: dict[str, Any], flags: Mapping[str, Any], files: Sequence[str] = ()) -> Plan:
-    """Check a config, and name its folders.
-
-    Args:
-        values: all keys, typed.
-        flags: those among them that were flags; they are in the folder's name.
-        files: the first one is the recipe, whose folder is in the name too.
-
-    Raises:
-        HFTError: keys that do not go together, or fewer than two tasks.
-    """
-    if wrong := [key for key in OF_A_STAGE if key in values]:
+def plan_stages(given: Given) -> CPIPlan:
+    """Type and check all keys, and name the folders."""
+    values, flags = given.resolve(Keys((CPIConfig, RunConfig, find_objective("sft").config), aliases=ALIASES))
+    if wrong := [key for key in values if key in SET_BY_STAGES or key.startswith("dataset_")]:
         raise HFTError(f"{wrong[0]} is not for hft cpi, whose stages set it; a dataset belongs in tasks (docs/cpi.md)")
     if not values.get("model_name_or_path"):
         raise HFTError("model_name_or_path is needed: give a recipe with --config, or the base as a flag")
     check_base_is_a_model(values["model_name_or_path"])
-    for stage in ("probe", "train"):
-        values = values | {stage: typed(stage, values.get(stage), RunConfig, find_objective("sft").config)}
-    if any(given.get("save_only_trained") for given in (values, values["probe"], values["train"])):
-        raise HFTError("each stage starts from the models of the one before; leave out save_only_trained")
-    values = values | {"eval": typed("eval", values.get("eval"), Settings)}
-    config, own = fill(CPIConfig, values), {f.name for f in fields(CPIConfig)}
-    tasks = {name: make_task(name, given) for name, given in (config.tasks or {}).items()}
+    for key in ("probe", "train"):
+        values[key] = typed(key, values.get(key), RunConfig, find_objective("sft").config)
+    values["eval"] = typed("eval", values.get("eval"), Settings)
+    if any(keys.get("save_only_trained") for keys in (values, values["probe"], values["train"])):
+        raise HFTError("each stage starts from the models of the one before; remove save_only_trained")
+    config = fill(CPIConfig, values)
+    tasks = {name: make_task(name, keys) for name, keys in (config.tasks or {}).items()}
     if len(tasks) < 2:
         raise HFTError(f"hft cpi keeps tasks apart, so it needs at least two of them, got {len(tasks)}")
-    check_tasks_named("order", config.order, tasks)
-    if config.grouping == "given":
-        check_tasks_named("given_groups", config.given_groups, tasks)
-    if config.num_groups is not None and not 1 <= config.num_groups <= len(tasks):
-        raise HFTError(f"num_groups must lie in 1..{len(tasks)}, the number of tasks, got {config.num_groups}")
+    if config.order is not None and sorted(config.order) != sorted(tasks):
+        raise HFTError(f"order must name each task once ({', '.join(tasks)}), got {', '.join(config.order)}")
+    if config.grouping == "given" and (without := [name for name, task in tasks.items() if task.group is None]):
+        raise HFTError(f"grouping given needs the group of each task; task {without[0]} has none")
     if "model_name_or_path" in flags and "architecture" not in flags:
-        values = {key: value for key, value in values.items() if key != "architecture"}  # it is the recipe's model's
+        values.pop("architecture", None)  # the recipe's is that of the recipe's model
 
+    own = {f.name for f in fields(CPIConfig)}
     arm = [values["method"]] if values.get("method") else []
-    name = name_of(values, dict(flags), files, "cpi", *arm)
-    values = values | {"output_dir": values.get("output_dir", f"runs/{name}")}
+    values.setdefault("output_dir", f"runs/{name_of(values, flags, given.files, 'cpi', *arm)}")
     probes = config.probe_dir or f"{values['output_dir']}/probes"
-    if not config.probe_dir and "output_dir" not in flags and files:
+    if not config.probe_dir and "output_dir" not in flags and given.files:
         of_probes = {key: value for key, value in flags.items() if key not in own - {"tasks", "probe"}}
-        probes = f"runs/{name_of(values, of_probes, files, 'cpi', 'probes')}"
+        probes = f"runs/{name_of(values, of_probes, given.files, 'cpi', 'probes')}"
     sft = {key: value for key, value in values.items() if key not in own | {"method", "output_dir", "dry_run"}}
-    return Plan(values, config, tasks, sft, Path(values["output_dir"]), Path(probes))
+    return CPIPlan(values, config, tasks, sft, Path(values["output_dir"]), Path(probes))
 
 
-def make_task(name: str, given: Mapping[str, Any]) -> Task:
-    """A task from its keys in the config.
-
-    Raises:
-        HFTError: an unknown key, a value of the wrong type, no dataset, or a name that cannot be a folder's.
-    """
+def make_task(name: str, keys: Mapping[str, Any]) -> Task:
+    """A task from its keys in the config."""
     if not re.fullmatch(r"[\w.-]+", name):
         raise HFTError(f"task {name!r}: a name is letters, digits, '.', '-' and '_', since folders are named after it")
-    values = typed(f"task {name}", given, Task)
+    values = typed(f"task {name}", keys, Task)
     if "dataset_name" not in values:
         raise HFTError(f"task {name}: dataset_name is needed")
     return fill(Task, values)
 
 
-def typed(where: str, given: Mapping[str, Any] | None, *classes: type) -> dict[str, Any]:
-    """A mapping inside the config with its values as the types of some dataclasses' fields.
-
-    Raises:
-        HFTError: an unknown key or a value of the wrong type, and where.
-    """
-    keys = Keys(classes, aliases=ALIASES)
+def typed(where: str, keys: Mapping[str, Any] | None, *classes: type) -> dict[str, Any]:
+    """A mapping inside the config with its values as the types of some dataclasses' fields."""
     try:
-        return {key: keys.convert(ALIASES.get(key, key), value) for key, value in (given or {}).items()}
+        return Given([], [], dict(keys or {})).resolve(Keys(classes, aliases=ALIASES))[0]
     except HFTError as error:
         raise HFTError(f"{where}: {error}") from error
 
 
-def check_tasks_named(key: str, named: Sequence[str] | Sequence[Sequence[str]] | None, tasks: Iterable[str]) -> None:
-    """Refuse an order or groups that do not name each task once.
-
-    Raises:
-        HFTError: a task is missing, unknown, or named twice.
-    """
-    if named is None:
-        return
-    names = [name for entry in named for name in ([entry] if isinstance(entry, str) else entry)]
-    if sorted(names) != sorted(tasks):
-        raise HFTError(f"{key} must name each task once ({', '.join(tasks)}), got {', '.join(names)}")
-
-
 def suite_of(benchmark: str) -> str:
-    """The suite of `hft eval` that has a benchmark.
-
-    Raises:
-        HFTError: none has it.
-    """
+    """The suite of `hft eval` that has a benchmark."""
     for suite, benchmarks in SUITES.items():
         if benchmark in {one.name for one in benchmarks}:
             return suite

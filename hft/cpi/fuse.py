@@ -3,7 +3,8 @@
 For each task n = 1..N in group order the model so far is interpolated with its probe, tensor by tensor:
 f_n = SLERP(f_{n-1}, theta_n, w_n), or the straight line where the angle is small. With w_n = 1 / (n + 1) the backbone
 f_0 and all probes count alike on the line, whatever their order. Then the elements of each core take the values of its
-probe. What is known of the paper has a pairwise formula, without w and without the angle: these choices are ours.
+probe, of several their mean. What is known of the paper has a pairwise formula, without w and without the angle: these
+choices are ours.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from hft.cpi.config import Plan
+from hft.cpi.config import CPIPlan
 from hft.cpi.group import load_groups
 from hft.cpi.probe import start_of
 from hft.cpi.runs import in_main_process, is_current, replaced_folder
@@ -33,34 +34,23 @@ FUSED_NAME = "fuse.json"
 
 @dataclass(frozen=True)
 class Fusion:
-    """What is fused, and how.
+    """What is fused.
 
     Attributes:
         probes: models that were fine-tuned on one task each, in the order in which they are folded in.
         cores: folders of their cores.
         backbone: the model that they are folded into; None for their mean.
         base: the model that the probes started from.
-        overlap: the value of an element in several cores: `mean`, `last` or `largest`.
-        omega: weight of each probe; None for 1 / (n + 1).
     """
 
     probes: list[str]
     cores: list[str]
     backbone: str | None
     base: str
-    overlap: str = "mean"
-    omega: float | None = None
 
 
-def fuse(plan: Plan) -> Path:
-    """Make the backbone, and fuse the probes and their cores into it.
-
-    Returns:
-        The folder of the fused model.
-
-    Raises:
-        HFTError: a stage before this one is missing, or fusion is switched off.
-    """
+def fuse_probes(plan: CPIPlan) -> Path:
+    """Make the backbone, and fuse the probes and their cores into it; returns the fused model's folder."""
     config = plan.config
     if not config.fusion:
         raise HFTError("fusion is false, so there is nothing to fuse; `hft cpi train` starts from the base")
@@ -72,21 +62,21 @@ def fuse(plan: Plan) -> Path:
     tasks = [task for names in groups for task in names]
     cores = core_folders(plan, tasks, random=config.freeze == "random-cores")
     probes = [str(plan.probe_of(task)) for task in tasks]
-    what = Fusion(probes, cores, backbone and str(backbone), str(base), config.overlap, config.omega)
-    models = [model for model in (*probes, what.base, what.backbone) if model]
+    fusion = Fusion(probes, cores, backbone and str(backbone), str(base))
+    models = [model for model in (*probes, fusion.base, fusion.backbone) if model]
     inputs = [path for model in models for path in weight_files(Path(model))]
     inputs += [Path(core) / MASKS_NAME for core in cores]
     out = plan.out / "fused"
 
     def write() -> None:
-        if not is_current(out / FUSED_NAME, asdict(what), *inputs):
-            say(write_fused(out, what), f"  {out}", "")
+        if not is_current(out / FUSED_NAME, asdict(fusion), *inputs):
+            say(write_fused(out, fusion), f"  {out}", "")
 
     in_main_process(write)
     return out
 
 
-def write_fused(out: Path, what: Fusion) -> str:
+def write_fused(out: Path, fusion: Fusion) -> str:
     """Write the fused model in fp32, tensor by tensor; two passes read the probes and the backbone.
 
     Returns:
@@ -95,23 +85,25 @@ def write_fused(out: Path, what: Fusion) -> str:
     Raises:
         HFTError: the models or cores do not fit together.
     """
-    base, probes = Checkpoint.open(what.base), [Checkpoint.open(name) for name in what.probes]
-    models = probes if what.backbone is None else [Checkpoint.open(what.backbone), *probes]
+    base, probes = Checkpoint.open(fusion.base), [Checkpoint.open(name) for name in fusion.probes]
+    models = probes if fusion.backbone is None else [Checkpoint.open(fusion.backbone), *probes]
     check_alike(base, *(model for model in models if model.folder.resolve() != base.folder.resolve()))
-    cores, shapes = [Masks(core) for core in what.cores], {key: tuple(base.specs[key].shape) for key in base.parameters}
-    if wrong := [folder for folder, core in zip(what.cores, cores, strict=True) if core.shapes != shapes]:
+    cores, shapes = (
+        [Masks(core) for core in fusion.cores],
+        {key: tuple(base.specs[key].shape) for key in base.parameters},
+    )
+    if wrong := [folder for folder, core in zip(fusion.cores, cores, strict=True) if core.shapes != shapes]:
         raise HFTError(f"{wrong[0]} is not a core of {base.name}; run `hft cpi probe` again")
     branches, claims = Counter(), torch.zeros(len(cores) + 1, dtype=torch.int64)
 
     def fused(name: str) -> torch.Tensor:
-        factors, branch = interpolation(models, name, what)
+        factors, branch = interpolation(models, len(probes), name)
         branches[branch] += 1
-        tensors, made = [model.fp32(name) for model in (base, *models)], []
+        tensors, made = [model.fp32(name) for model in models], []
         for values in blocks(*tensors, *(core[name].tensor() for core in cores)):
-            start, *tuned = values[: len(tensors)]
-            inside = torch.stack(values[len(tensors) :])
+            tuned, inside = values[: len(models)], torch.stack(values[len(models) :])
             claims.add_(torch.bincount(inside.sum(0), minlength=len(claims)))
-            claimed = transplant(tuned[-len(probes) :], inside, start, what.overlap)
+            claimed = transplant(tuned[-len(probes) :], inside)
             made.append(torch.where(inside.any(0), claimed, weighted_sum(tuned, factors)))
         return torch.cat(made).view_as(tensors[0])
 
@@ -119,22 +111,19 @@ def write_fused(out: Path, what: Fusion) -> str:
         write_model(folder, base, fused)
         elements = claims.tolist()
         found = {"branches": branches, "elements_in_cores": {str(n): c for n, c in enumerate(elements) if c}}
-        write_json(folder / FUSED_NAME, asdict(what) | found)
+        write_json(folder / FUSED_NAME, asdict(fusion) | found)
     return (
         f"fused {len(probes)} probes: {branches['arc']} tensors along the arc, {branches['line']} along the line "
-        f"(|cos| > {COLINEAR_COS}); {elements[1]:,} elements in one core, {sum(elements[2:]):,} in several "
-        f"({what.overlap})"
+        f"(|cos| > {COLINEAR_COS}); {elements[1]:,} elements in one core, {sum(elements[2:]):,} in several"
     )
 
 
-def interpolation(models: Sequence[Checkpoint], name: str, what: Fusion) -> tuple[list[float], str]:
-    """The factor of each model in the interpolation of one tensor.
+def interpolation(models: Sequence[Checkpoint], probes: int, name: str) -> tuple[list[float], str]:
+    """The factor of each model in the interpolation of one tensor, and `arc` if any step went along one, else `line`.
 
-    Every step of the fold is a sum of two vectors, so all its angles follow from the dot products of the models, which
-    one pass over the tensor finds.
-
-    Returns:
-        The factors, and `arc` if any step went along one, else `line`.
+    The last `probes` models are folded in; without another one before them their mean is taken first. Every step of the
+    fold is a sum of two vectors, so all its angles follow from the dot products of the models, which one pass over the
+    tensor finds.
     """
     count = len(models)
     products = torch.zeros(count, count, dtype=torch.float64)
@@ -142,42 +131,31 @@ def interpolation(models: Sequence[Checkpoint], name: str, what: Fusion) -> tupl
         stacked = torch.stack(values).double()
         products += stacked @ stacked.T
     factors = torch.zeros(count, dtype=torch.float64)
-    first = count - len(what.probes)
     factors[:1] = 1.0
-    if what.backbone is None:
+    if count == probes:
         factors[:] = 1 / count
     taken = set()
-    for step, index in enumerate(range(first, count), 1):
-        weight = 1 / (step + 1) if what.omega is None else what.omega
+    for step, index in enumerate(range(count - probes, count), 1):
         with_probe = products @ factors
         norms = (factors @ with_probe).item(), products[index, index].item()
-        of_model, of_probe, branch = arc_factors(with_probe[index].item(), *norms, weight)
+        of_model, of_probe, branch = arc_factors(with_probe[index].item(), *norms, 1 / (step + 1))
         factors *= of_model
         factors[index] += of_probe
         taken.add(branch)
     return factors.tolist(), "arc" if "arc" in taken else "line"
 
 
-def transplant(values: Sequence[torch.Tensor], inside: torch.Tensor, start: torch.Tensor, overlap: str) -> torch.Tensor:
-    """The values that the cores claim, elementwise; elements in one core have exactly its probe's.
+def transplant(values: Sequence[torch.Tensor], inside: torch.Tensor) -> torch.Tensor:
+    """The values that the cores claim: exactly the probe's in one core, the mean of the probes in several.
 
     Args:
         values: of the probes, each of shape (n,).
         inside: which elements are in which core, (probes, n).
-        start: values of the base, (n,).
-        overlap: what an element in several cores takes: the `mean` of their probes, the `last` one's value, or that of
-            the probe that moved it furthest from the base, `largest`, the first one of equal ones.
 
     Returns:
-        Values of shape (n,), without meaning where no core claims one.
+        Values of shape (n,), meaningless where no core claims one.
     """
     stacked = torch.stack(list(values))
-    if overlap == "mean":
-        mean = torch.where(inside, stacked, 0).sum(0, dtype=torch.float64) / inside.sum(0)
-        first = stacked.gather(0, inside.int().argmax(0)[None])[0]
-        return torch.where(inside.sum(0) > 1, mean.to(start.dtype), first)  # the sum would lose the sign of -0
-    if overlap == "last":
-        chosen = len(stacked) - 1 - inside.flip(0).int().argmax(0)
-    else:
-        chosen = torch.where(inside, (stacked - start).abs(), -1).argmax(0)
-    return stacked.gather(0, chosen[None])[0]
+    mean = torch.where(inside, stacked, 0).sum(0, dtype=torch.float64) / inside.sum(0)
+    first = stacked.gather(0, inside.int().argmax(0)[None])[0]
+    return torch.where(inside.sum(0) > 1, mean.to(stacked.dtype), first)  # the sum would lose the sign of -0

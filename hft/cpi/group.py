@@ -14,31 +14,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from hft.cpi.config import Plan
+from hft.cpi.config import CPIPlan
 from hft.cpi.probe import Core
+from hft.cpi.runs import in_main_process
 from hft.errors import HFTError
 from hft.machine import indented, say
 from hft.record.manifest import write_json
 from hft.selection.masks import Masks
 from hft.selection.policies import sample_names
+from hft.text import aligned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from hft.model.anatomy import Anatomy
 
-GROUPS_NAME, PICTURE_NAME = "groups.json", "cores.png"
+GROUPS_NAME, CORES_PICTURE = "groups.json", "cores.png"
+RANDOM_GROUPS = 3  # the K of Table 1
 
 
-def group(plan: Plan) -> list[list[str]]:
-    """Compare the cores, and make the groups in the order in which they train.
+def group_tasks(plan: CPIPlan) -> list[list[str]]:
+    """Compare the cores, and make the groups, each sorted by name, in the order in which they train."""
+    return in_main_process(lambda: write_groups(plan))
 
-    Returns:
-        The tasks of each group, sorted by name.
 
-    Raises:
-        HFTError: a core is missing, or they are not of one base.
-    """
+def write_groups(plan: CPIPlan) -> list[list[str]]:
+    """The groups, written to `groups.json` with the similarity of their cores."""
     tasks, config = sorted(plan.tasks), plan.config
     plan.out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"tasks": tasks, "grouping": config.grouping, "tau": config.tau}
@@ -47,21 +48,17 @@ def group(plan: Plan) -> list[list[str]]:
         similarity, outside, shares = compare_cores(plan, tasks)
         record |= {"percent": config.percent, "chance": chance(config.percent), "similarity": similarity.tolist()}
         record |= {"outside": outside.tolist(), "shares": {block: share.tolist() for block, share in shares.items()}}
-        say("similarity of cores", indented(table(tasks, similarity, outside, config.percent)), "")
+        say("similarity of cores", indented(similarity_table(tasks, similarity, outside, config.percent)), "")
     groups = in_order(groups_of(plan, tasks, similarity), config.order, config.draw_seed)
     write_json(plan.out / GROUPS_NAME, record | {"groups": groups})
     lines = [f"{number}. {', '.join(names)}" for number, names in enumerate(groups, 1)]
-    how = f"by similarity >= {config.tau:g}" if config.grouping == "similarity" else config.grouping
-    say(f"groups, {how}, in the order in which they train", indented("\n".join(lines)), "")
+    rule = f"by similarity >= {config.tau:g}" if config.grouping == "similarity" else config.grouping
+    say(f"groups, {rule}, in the order in which they train", indented("\n".join(lines)), "")
     return groups
 
 
-def load_groups(plan: Plan) -> list[list[str]]:
-    """The groups that this stage wrote.
-
-    Raises:
-        HFTError: it has not, or for other tasks.
-    """
+def load_groups(plan: CPIPlan) -> list[list[str]]:
+    """The groups that this stage wrote."""
     path = plan.out / GROUPS_NAME
     if not path.exists():
         raise HFTError(f"{path} not found: run `hft cpi group` first")
@@ -76,15 +73,12 @@ def run_names(groups: Sequence[Sequence[str]]) -> list[str]:
     return [f"{number}-{'+'.join(names)}" for number, names in enumerate(groups, 1)]
 
 
-def compare_cores(plan: Plan, tasks: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def compare_cores(plan: CPIPlan, tasks: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Compare a plan's cores, and draw `cores.png`.
 
     Returns:
         Their similarity; what fraction of each core lies outside the layers, in embeddings, head and final norm; and
         what fraction of each block it holds (`shares_of`).
-
-    Raises:
-        HFTError: see `group`.
     """
     from hft.merging.checkpoint import Checkpoint
     from hft.model.anatomy import anatomy_of, meta_model
@@ -100,7 +94,7 @@ def compare_cores(plan: Plan, tasks: Sequence[str]) -> tuple[torch.Tensor, torch
     similarity = jaccard(counts)
     anatomy = anatomy_of(meta_model(Checkpoint.open(cores[0].base).config))
     shares = shares_of(anatomy, masks[0].shapes, by_parameter)
-    plot(tasks, similarity, shares).savefig(plan.out / PICTURE_NAME)
+    plot_cores(tasks, similarity, shares).savefig(plan.out / CORES_PICTURE)
     inside = sum(by_parameter[name] for name in anatomy.in_layers)
     return similarity, 1 - inside / counts.diagonal().clamp(min=1), shares
 
@@ -111,9 +105,6 @@ def overlaps(cores: Sequence[Masks]) -> tuple[torch.Tensor, dict[str, torch.Tens
     Returns:
         Counts of shape (cores, cores), with the cores' own sizes on the diagonal; and by parameter the number of its
         elements in each core, of shape (cores,).
-
-    Raises:
-        HFTError: they are of different models.
     """
     if any(core.shapes != cores[0].shapes for core in cores):
         raise HFTError("the cores are of different models; only cores of one model can be compared")
@@ -138,16 +129,17 @@ def chance(percent: float) -> float:
     return percent / (200 - percent)
 
 
-def groups_of(plan: Plan, tasks: Sequence[str], similarity: torch.Tensor | None) -> list[list[str]]:
+def groups_of(plan: CPIPlan, tasks: Sequence[str], similarity: torch.Tensor | None) -> list[list[str]]:
     """The groups, each sorted by name, in no particular order."""
     config = plan.config
     if config.grouping == "together":
         return [list(tasks)]
     if config.grouping == "given":
-        return [sorted(names) for names in config.given_groups]
+        names = dict.fromkeys(plan.tasks[task].group for task in tasks)
+        return [[task for task in tasks if plan.tasks[task].group == name] for name in names]
     if config.grouping == "random":
         shuffled = sample_names(tasks, len(tasks), "random groups", config.draw_seed)
-        return [sorted(shuffled[start :: config.num_groups]) for start in range(config.num_groups)]
+        return [sorted(shuffled[start::RANDOM_GROUPS]) for start in range(min(RANDOM_GROUPS, len(tasks)))]
     return connected(tasks, similarity, config.tau)
 
 
@@ -180,20 +172,15 @@ def shares_of(
     return {block: counts / sizes[block].clamp(min=1) for block, counts in found.items()}
 
 
-def table(tasks: Sequence[str], similarity: torch.Tensor, outside: torch.Tensor, percent: float) -> str:
+def similarity_table(tasks: Sequence[str], similarity: torch.Tensor, outside: torch.Tensor, percent: float) -> str:
     """The similarity in percent beside that of random cores, and what of each core lies outside the layers."""
-    width = max(8, *(len(task) + 2 for task in tasks))
-    rows = [
-        ["", *tasks],
-        *([task, *(f"{100 * s:.2f}" for s in row)] for task, row in zip(tasks, similarity, strict=True)),
-    ]
-    lines = ["".join(f"{cell:>{width}}" for cell in row) for row in rows]
-    lines.append(f"Jaccard, %; of two random cores of {percent:g}%: {100 * chance(percent):.2f}")
+    rows = ([task, *(f"{100 * s:.2f}" for s in row)] for task, row in zip(tasks, similarity, strict=True))
     parts = ", ".join(f"{task} {share:.1%}" for task, share in zip(tasks, outside, strict=True))
-    return "\n".join([*lines, f"in embeddings, head and final norm: {parts}"])
+    random = f"Jaccard, %; of two random cores of {percent:g}%: {100 * chance(percent):.2f}"
+    return aligned([["", *tasks], *rows, random, f"in embeddings, head and final norm: {parts}"])
 
 
-def plot(tasks: Sequence[str], similarity: torch.Tensor, shares: dict[str, torch.Tensor]) -> Figure:
+def plot_cores(tasks: Sequence[str], similarity: torch.Tensor, shares: dict[str, torch.Tensor]) -> Figure:
     """The similarity of the cores, and below it which fraction of each block of each layer is in each core."""
     from matplotlib.figure import Figure
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hft.cpi.config import Plan
+from hft.cpi.config import CPIPlan
 from hft.cpi.group import chance
 from hft.machine import indented
 from hft.planning.engine import engine_of
@@ -15,8 +15,8 @@ from hft.runs.plan import load_model_config, plan_selection
 READ_RATE = 1e9
 
 
-def describe(plan: Plan) -> tuple[str, str | None]:
-    """The stages in words, and a sentence if this machine cannot hold a run: tasks, cores, disk, memory, minutes."""
+def describe_stages(plan: CPIPlan) -> tuple[str, str | None]:
+    """Tasks, cores, disk, memory and minutes of the stages; and a sentence if this machine cannot hold a run."""
     own = {"model_name_or_path": plan.base, "dataset_name": plan.tasks[next(iter(plan.tasks))].dataset_name}
     run = load_config("sft", **plan.sft | own | {"policy": "all", "output_dir": str(plan.out)})
     model_config = load_model_config(run)

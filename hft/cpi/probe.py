@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from hft.cpi.config import Plan
+from hft.cpi.config import CPIPlan
 from hft.cpi.runs import in_main_process, is_current, replaced_folder, train_sft
-from hft.cpi.tasks import write_tasks
+from hft.cpi.tasks import TRAIN
 from hft.errors import HFTError, reason
 from hft.freezing import HALF_PRECISION
 from hft.machine import say
@@ -57,11 +57,7 @@ class Core:
 
     @classmethod
     def load(cls, folder: Path) -> Core:
-        """Read a core's folder.
-
-        Raises:
-            HFTError: it is not there, or not valid.
-        """
+        """Read a core's folder."""
         try:
             return cls(**json.loads((folder / CORE_NAME).read_text()))
         except FileNotFoundError:
@@ -78,36 +74,26 @@ class Core:
         return f"{self.task}: {size}, moved by at least {self.smallest:.3g}{unmoved}"
 
 
-def probe(plan: Plan) -> dict[str, Core]:
-    """Fine-tune the base on each task alone, and find the cores.
-
-    Returns:
-        The core of each task.
-
-    Raises:
-        HFTError: a task's rows, run or probe cannot be used.
-    """
-    in_main_process(lambda: write_tasks(plan))
+def probe_tasks(plan: CPIPlan) -> dict[str, Core]:
+    """Fine-tune the base on each task alone, and find the task's core."""
     base = start_of(plan)
     cores = {}
     for task in plan.tasks:
         run = plan.probe_of(task)
         if not plan.tasks[task].probe:
             say(f"probe {task}")
-            values = {"model_name_or_path": str(base), "dataset_name": str(plan.data_of(task)), "method": "fft"}
-            train_sft(run, plan.sft | plan.config.probe | values | {"policy": "all"}, *weight_files(base))
+            data = plan.data_of(task)
+            values = {"model_name_or_path": str(base), "dataset_name": str(data), "method": "fft", "policy": "all"}
+            train_sft(run, plan.sft | plan.config.probe | values, data / TRAIN, *weight_files(base))
         cores[task] = in_main_process(lambda run=run, task=task: core_of_run(run, base, plan, task))
     return cores
 
 
-def start_of(plan: Plan) -> Path:
+def start_of(plan: CPIPlan) -> Path:
     """The folder that every run starts from: the base, or its copy in fp32 where it is stored in half precision.
 
     All runs save their weights in the dtypes of their base. In bf16 most of a step at 2e-5 is rounded away, and what is
     left of the largest changes depends on how large the weights are.
-
-    Raises:
-        HFTError: the base cannot be opened, or the folder has probes of another one.
     """
 
     def start() -> Path:
@@ -130,7 +116,7 @@ def start_of(plan: Plan) -> Path:
     return in_main_process(start)
 
 
-def core_of_run(run: Path, base: Path, plan: Plan, task: str) -> Core:
+def core_of_run(run: Path, base: Path, plan: CPIPlan, task: str) -> Core:
     """The core of a task, read from disk where it is up to date; and one of random elements where that is wanted."""
     percent, out, seed = plan.config.percent, plan.core_of(task), plan.config.draw_seed
     inputs = [*weight_files(run), *weight_files(base)]
@@ -148,17 +134,7 @@ def core_of_run(run: Path, base: Path, plan: Plan, task: str) -> Core:
 
 
 def check_probe(probe: Checkpoint, base: Checkpoint, also: str = "") -> None:
-    """Refuse a model that says nothing of which elements a task moves.
-
-    Args:
-        probe: the model that was fine-tuned on a task alone.
-        base: what it is compared with.
-        also: another name of the base, which the probe may have started from.
-
-    Raises:
-        HFTError: it is stored in half precision, started from another base, did not train all parameters, or has
-            another shape.
-    """
+    """Refuse a model that does not show which elements a task moves; `also` is another name of the base."""
     if half := [name for name in probe.parameters if probe.specs[name].dtype in HALF_PRECISION]:
         raise HFTError(
             f"probe {probe.name} stores {half[0]} in {probe.specs[half[0]].dtype}, and rounding would decide what has "
@@ -180,18 +156,7 @@ def check_probe(probe: Checkpoint, base: Checkpoint, also: str = "") -> None:
 
 
 def write_core(out: Path, task: str, probe: Checkpoint, base: Checkpoint, percent: float) -> Core:
-    """Find the elements that a probe moved furthest from its base, and write them.
-
-    Args:
-        out: folder to write.
-        task: its name.
-        probe: the model that was fine-tuned on it, in fp32.
-        base: the model that it started from.
-        percent: p.
-
-    Raises:
-        HFTError: one of the models holds NaN or infinity.
-    """
+    """Write the p% of all elements that a probe of a task, in fp32, moved furthest from its base."""
 
     def changes(name: str) -> torch.Tensor:
         change = probe.fp32(name) - base.fp32(name)
@@ -203,7 +168,8 @@ def write_core(out: Path, task: str, probe: Checkpoint, base: Checkpoint, percen
         cut = write_largest(folder, base, changes, percent)
         smallest = torch.tensor(cut.smallest, dtype=torch.int32).view(torch.float32).item() if cut.wanted else 0.0
         unmoved = cut.ties if cut.wanted and not smallest else 0
-        core = Core(task, percent, cut.wanted, numel(base), smallest, unmoved, probe.name, base.name)
+        total = sum(base.specs[name].numel() for name in base.parameters)
+        core = Core(task, percent, cut.wanted, total, smallest, unmoved, probe.name, base.name)
         write_json(folder / CORE_NAME, asdict(core))
     return core
 
@@ -245,8 +211,3 @@ def write_largest(
         masks[name] = Mask.of(mask.view(bits.shape))
     save_masks(folder, masks)
     return cut
-
-
-def numel(model: Checkpoint) -> int:
-    """D: elements of a model, a tied head not counted twice."""
-    return sum(model.specs[name].numel() for name in model.parameters)

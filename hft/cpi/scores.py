@@ -7,34 +7,33 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hft.cpi.config import Plan, suite_of
+from hft.cpi.config import CPIPlan, suite_of
 from hft.cpi.group import load_groups, run_names
 from hft.cpi.probe import start_of
-from hft.cpi.tasks import TEST, read_rows
+from hft.cpi.tasks import TEST
 from hft.errors import HFTError
 from hft.evaluation.evaluate import Settings, evaluate, losses_on
+from hft.jsonl import read_jsonl
 from hft.machine import indented, say
 from hft.record.manifest import write_json
 from hft.record.scores import Score, scores_of
 from hft.runs.result import RESULTS_NAME
+from hft.text import aligned
 
 SCORES_NAME = "scores.json"
 
 
-def score(plan: Plan) -> dict[str, dict[str, Score]]:
+def score_models(plan: CPIPlan) -> dict[str, dict[str, Score]]:
     """Score the base, the probes, and the models before and after each group, on each task.
 
     A model's losses are saved in its folder as suite `cpi`. What was scored before is not scored again.
 
     Returns:
         By model and task, in the order in which the models were made; the last one is the final model.
-
-    Raises:
-        HFTError: nothing has been trained yet, or a benchmark is unknown.
     """
     groups, base = load_groups(plan), start_of(plan)
     models = models_of(plan, groups)
-    rows = {task: read_rows(plan.data_of(task) / TEST) for task in plan.tasks}
+    rows = {task: read_jsonl(plan.data_of(task) / TEST) for task in plan.tasks}
     *_, final = models.values()
     found: dict[str, dict[str, Score]] = {}
     for name, folder in {"base": base, **models}.items():
@@ -49,17 +48,13 @@ def score(plan: Plan) -> dict[str, dict[str, Score]]:
     for scores in scores_of(final).values():  # where `hft paper` looks for them
         scores.save(plan.out)
     write_json(plan.out / SCORES_NAME, {"scores": content, **measures(groups, found)})
-    say(table(plan, groups, found), "", f"{plan.out / SCORES_NAME}")
+    say("scores", indented(score_table(plan, groups, found)), "", f"{plan.out / SCORES_NAME}")
     return found
 
 
-def models_of(plan: Plan, groups: Sequence[Sequence[str]]) -> dict[str, Path]:
-    """The models that the stages have made so far, by what a table calls them.
-
-    Raises:
-        HFTError: the last group has not been trained.
-    """
-    models, names = {alone(task): plan.probe_of(task) for task in sorted(plan.tasks)}, run_names(groups)
+def models_of(plan: CPIPlan, groups: Sequence[Sequence[str]]) -> dict[str, Path]:
+    """The models that the stages have made so far, by their names in the table."""
+    models, names = {single_task(task): plan.probe_of(task) for task in sorted(plan.tasks)}, run_names(groups)
     models |= {f"backbone {name}": plan.out / "backbone" / name for name in names} | {"fused": plan.out / "fused"}
     models |= {name: plan.out / "groups" / name for name in names}
     *_, last = models.values()
@@ -68,8 +63,8 @@ def models_of(plan: Plan, groups: Sequence[Sequence[str]]) -> dict[str, Path]:
     return {name: folder for name, folder in models.items() if folder.exists()}
 
 
-def alone(task: str) -> str:
-    """What a table calls the model that was fine-tuned on a task alone."""
+def single_task(task: str) -> str:
+    """The name in the table of the model that was fine-tuned on a task alone."""
     return f"{task} alone"
 
 
@@ -84,7 +79,7 @@ def measures(groups: Sequence[Sequence[str]], found: Mapping[str, Mapping[str, S
     """
     *_, final = found.values()
     tasks = [task for names in groups for task in names]
-    single = {task: found[alone(task)][task] for task in tasks if alone(task) in found}
+    single = {task: found[single_task(task)][task] for task in tasks if single_task(task) in found}
     forgetting = {}
     for run, names in zip(run_names(groups), groups, strict=True):
         forgetting |= {task: 100 * (1 - ratio(final[task], found[run][task])) for task in names}
@@ -100,19 +95,14 @@ def ratio(score: Score, reference: Score) -> float:
     return a / b if b else float("nan")
 
 
-def table(plan: Plan, groups: Sequence[Sequence[str]], found: Mapping[str, Mapping[str, Score]]) -> str:
+def score_table(plan: CPIPlan, groups: Sequence[Sequence[str]], found: Mapping[str, Mapping[str, Score]]) -> str:
     """The scores in columns: models x tasks."""
     tasks, first = list(plan.tasks), next(iter(found.values()))
     units = [f"{first[task].metric}, {first[task].unit}" for task in tasks]
-    rows = [["", *tasks], ["", *units]]
+    rows: list[list[str] | str] = [["", *tasks], ["", *units]]
     rows += [[name, *(f"{by_task[task].value:.3f}" for task in tasks)] for name, by_task in found.items()]
     result = measures(groups, found)
     rows.append(["forgetting, %", *(f"{result['forgetting'][task]:.2f}" for task in tasks)])
-    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
-    lines = [
-        row[0].ljust(widths[0]) + "".join(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
     if "normalized" in result:
-        lines.append(f"{result['normalized']:.3f} of single-task SFT, mean over tasks (1: as good)")
-    return "scores\n" + indented("\n".join(lines))
+        rows.append(f"{result['normalized']:.3f} of single-task SFT, mean over tasks (1: as good)")
+    return aligned(rows)

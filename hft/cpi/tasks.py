@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, StrictUndefined, TemplateError
 
 from hft.config import RunConfig
-from hft.cpi.config import Plan, Task
+from hft.cpi.config import CPIPlan, Task
 from hft.cpi.runs import is_current
 from hft.errors import HFTError, reason
+from hft.jsonl import read_jsonl, write_jsonl
 from hft.machine import say
 from hft.record.manifest import write_json
 from hft.selection.policies import sample_names
@@ -26,43 +26,35 @@ TRAIN, TEST = "train.jsonl", "test.jsonl"
 EVAL_ROWS = 64
 
 
-def write_tasks(plan: Plan) -> None:
-    """Write the rows of each task to `probes/data/TASK/{train,test}.jsonl`, unless they are there.
-
-    Raises:
-        HFTError: a task's dataset cannot be read, or has no row to train on.
-    """
+def write_tasks(plan: CPIPlan) -> None:
+    """Write the rows of each task to `probes/data/TASK/{train,test}.jsonl`, unless they are there."""
     from hft.data import load_data, sft_rows
 
     for name, task in plan.tasks.items():
         folder, rows = plan.data_of(name), plan.sft.get("eval_rows") or EVAL_ROWS
-        record = asdict(task) | {"eval_rows": rows, "probe": None, "benchmark": None}
+        keys = {key: value for key, value in asdict(task).items() if key not in ("probe", "benchmark", "group")}
+        made, record = keys | {"eval_rows": rows}, folder.with_name(f"{name}.json")
         source = Path(task.dataset_name)
         files = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
-        if is_current(folder.with_name(f"{name}.json"), record, *files):
+        if is_current(record, made, *files):
             continue
-        keys = {key: value for key, value in asdict(task).items() if key.startswith("dataset_")}
+        dataset = {key: value for key, value in keys.items() if key.startswith("dataset_")}
         try:
             loaded = load_data(
-                RunConfig(**keys, eval_rows=rows),
+                RunConfig(**dataset, eval_rows=rows),
                 lambda dataset, where, task=task: sft_rows(as_conversations(dataset, task), where),
                 evaluate=True,
             )
         except HFTError as error:
             raise HFTError(f"task {name}: {error}") from error
-        folder.mkdir(parents=True, exist_ok=True)
-        write_rows(folder / TRAIN, loaded.train)
-        write_rows(folder / TEST, loaded.test)
-        write_json(folder.with_name(f"{name}.json"), record)
+        write_jsonl(folder / TRAIN, as_messages(loaded.train))
+        write_jsonl(folder / TEST, as_messages(loaded.test))
+        write_json(record, made)
         say(f"task {name}: {len(loaded.train):,} rows, {len(loaded.test):,} held out", *loaded.notes, "")
 
 
 def as_conversations(dataset: Dataset, task: Task) -> Dataset:
-    """Rows as prompt and completion where a task has templates for them; others as they are.
-
-    Raises:
-        HFTError: a template is not valid, or names a column that a row does not have.
-    """
+    """Rows as prompt and completion where a task has templates for them; others as they are."""
     if task.prompt is None:
         return dataset
     try:
@@ -78,36 +70,28 @@ def as_conversations(dataset: Dataset, task: Task) -> Dataset:
         raise HFTError(f"prompt and completion do not fit the columns {columns}: {reason(error)}") from error
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows of `sft_rows`, one JSON a line, all of them as `messages`, so that tasks can be mixed."""
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
-            others = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
-            file.write(json.dumps({"messages": messages} | others, ensure_ascii=False) + "\n")
+def as_messages(rows: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Rows of `sft_rows`, all of them as `messages`, so that tasks can be mixed."""
+    for row in rows:
+        messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+        yield {"messages": messages} | {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file.
-
-    Raises:
-        HFTError: stage 1 has not written it.
-    """
-    if not path.exists():
-        raise HFTError(f"{path} not found: run `hft cpi probe` first")
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def write_sample(plan: Plan, group: Sequence[str], folder: Path) -> None:
-    """Write the rows that a group trains on: as many of each task, drawn by `draw_seed`."""
-    wanted, rows = plan.config.sample_rows, []
-    for task in group:
-        every = read_rows(plan.data_of(task) / TRAIN)
+def write_sample(plan: CPIPlan, group: Sequence[str], folder: Path) -> Path:
+    """Write the rows that a group trains on, unless they are there: as many of each task, drawn by `draw_seed`."""
+    wanted, rows, path = plan.config.sample_rows, [], folder / TRAIN
+    made = {"tasks": list(group), "sample_rows": wanted, "draw_seed": plan.config.draw_seed}
+    record = folder.with_name(f"{folder.name}.json")  # beside the folder, since everything in it is data
+    sources = {task: plan.data_of(task) / TRAIN for task in group}
+    if is_current(record, made, *sources.values()):
+        return path
+    for task, source in sources.items():
+        every = read_jsonl(source)
         count = min(wanted or len(every), len(every))
         if wanted and count < wanted:
             say(f"NOTE: {task} has {count:,} rows, fewer than sample_rows {wanted:,}; all of them are taken")
         drawn = sample_names(map(str, range(len(every))), count, "sample", plan.config.draw_seed, task)
         rows += [every[index] for index in sorted(map(int, drawn))]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_rows(folder / TRAIN, rows)
+    write_jsonl(path, rows)
+    write_json(record, made)
+    return path

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from hft.cli import main
-from hft.cpi.config import Plan, make_plan, parse_config
+from hft.config import Given
+from hft.cpi.config import CPIPlan, parse_stages, plan_stages
 from hft.cpi.fuse import Fusion, write_fused
-from hft.cpi.group import chance, connected, group, groups_of, jaccard, overlaps
+from hft.cpi.group import chance, connected, group_tasks, groups_of, jaccard, overlaps
 from hft.cpi.probe import Core, check_probe, write_core, write_random_core
 from hft.cpi.scores import measures
 from hft.cpi.train import selection_of
@@ -149,12 +150,12 @@ def words(tiny: Path, tasks: Path, out: Path, *flags: str, names=NAMES, stage: s
     return ["cpi", *([stage] if stage else []), "--config", "recipes/tiny/cpi.yaml", *given, *flags]
 
 
-def plan_of(words: list[str]) -> Plan:
-    return parse_config(words[1:])
+def plan_of(words: list[str]) -> CPIPlan:
+    return parse_stages(words[1:])
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny, tasks) -> Plan:
+def finished(tmp_path_factory, tiny, tasks) -> CPIPlan:
     """All stages on two tasks, each a group, but the scores."""
     out = tmp_path_factory.mktemp("cpi") / "out"
     for stage in ("probe", "group", "fuse", "train"):
@@ -206,20 +207,23 @@ def test_groups_do_not_depend_on_the_order_in_which_tasks_are_listed(tiny, tasks
     orders = []
     for names in (NAMES, NAMES[::-1]):
         plan = plan_of(words(tiny, tasks, tmp_path, "--freeze", "nothing", "--fusion", "false", names=names))
-        plan = replace(plan, config=replace(plan.config, grouping="random", num_groups=3))
-        orders.append(group(plan))
+        plan = replace(plan, config=replace(plan.config, grouping="random"))
+        orders.append(group_tasks(plan))
         by_hand = replace(plan, config=replace(plan.config, order=["sort", "sum", "reverse"]))
-        assert group(by_hand) == [["sort"], ["sum"], ["reverse"]]
+        assert group_tasks(by_hand) == [["sort"], ["sum"], ["reverse"]]
         together = replace(plan, config=replace(plan.config, grouping="together"))
         assert groups_of(together, sorted(names), None) == [["reverse", "sort", "sum"]]
+        given = {name: replace(task, group="a" if name == "sort" else "b") for name, task in plan.tasks.items()}
+        given = replace(plan, config=replace(plan.config, grouping="given"), tasks=given)
+        assert sorted(groups_of(given, sorted(names), None)) == [["reverse", "sum"], ["sort"]]
     assert orders[0] == orders[1]
     other = replace(plan, config=replace(plan.config, draw_seed=3))
-    assert group(other) != orders[0]
+    assert group_tasks(other) != orders[0]
 
 
-def fused(models, cores, out, backbone="base", **options) -> dict[str, torch.Tensor]:
+def fused(models, cores, out, backbone="base") -> dict[str, torch.Tensor]:
     names = [str(models[name]) for name in cores], [str(core) for core in cores.values()]
-    write_fused(out, Fusion(*names, backbone and str(models[backbone]), str(models["base"]), **options))
+    write_fused(out, Fusion(*names, backbone and str(models[backbone]), str(models["base"])))
     return tensors(out)
 
 
@@ -258,17 +262,15 @@ def test_the_interpolation_counts_all_models_alike_in_any_order(tmp_path, models
 
 def test_a_large_angle_takes_the_arc(tmp_path, models):
     """p = 0 and one task is plain SLERP; the formula is written out here."""
-    found = fused(models, {"a": core_of(models, "a", tmp_path / "core", 0)}, tmp_path / "out", omega=0.25)
+    found = fused(models, {"a": core_of(models, "a", tmp_path / "core", 0)}, tmp_path / "out")
     base, tuned = tensors(models["base"]), tensors(models["a"])
     taken = {"arc": 0, "line": 0}
     for key, tensor in found.items():
         x, y = base[key].double(), tuned[key].double()
         angle = torch.arccos((x * y).sum() / x.norm() / y.norm())
         taken["arc" if torch.cos(angle) < 0.9995 else "line"] += 1
-        if torch.cos(angle) < 0.9995:
-            expected = (torch.sin(0.75 * angle) * x + torch.sin(0.25 * angle) * y) / torch.sin(angle)
-        else:
-            expected = 0.75 * x + 0.25 * y
+        on_arc = torch.sin(angle / 2) * (x + y) / torch.sin(angle)
+        expected = on_arc if torch.cos(angle) < 0.9995 else (x + y) / 2
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-7)
     assert json.loads((tmp_path / "out" / "fuse.json").read_text())["branches"] == taken
     assert min(taken.values()) > 0
@@ -279,20 +281,17 @@ def test_a_core_of_everything_of_one_task_is_its_probe(tmp_path, models):
     assert all(identical(tensor, tensors(models["a"])[key]) for key, tensor in found.items())
 
 
-@pytest.mark.parametrize("overlap", ["mean", "last", "largest"])
-def test_elements_in_several_cores(tmp_path, models, overlap):
+def test_elements_in_several_cores_are_the_mean_of_their_probes(tmp_path, models):
     cores = {name: core_of(models, name, tmp_path / name, 60) for name in ("b", "a")}
-    found = fused(models, cores, tmp_path / "out", overlap=overlap)
-    base, a, b = (tensors(models[name]) for name in ("base", "a", "b"))
+    found = fused(models, cores, tmp_path / "out")
+    a, b = (tensors(models[name]) for name in ("a", "b"))
     for key, tensor in found.items():
         of_a, of_b = (load_masks(cores[name])[key].tensor() for name in ("a", "b"))
         both = of_a & of_b
         assert both.any()
         assert identical(tensor[of_a & ~of_b], a[key][of_a & ~of_b])
         assert identical(tensor[of_b & ~of_a], b[key][of_b & ~of_a])
-        further = torch.where((a[key] - base[key]).abs() > (b[key] - base[key]).abs(), a[key], b[key])
-        expected = {"mean": (a[key] + b[key]) / 2, "last": a[key], "largest": further}[overlap]
-        torch.testing.assert_close(tensor[both], expected[both], rtol=0, atol=1e-7 if overlap == "mean" else 0)
+        torch.testing.assert_close(tensor[both], ((a[key] + b[key]) / 2)[both], rtol=0, atol=1e-7)
 
 
 def test_a_resume_inside_a_stage_keeps_the_mask(tmp_path, tiny, data, cores, sft, capsys):
@@ -389,8 +388,7 @@ def test_all_stages_in_one_command_end_with_scores(tmp_path, tiny, tasks, capsys
         (["--eval", "{limit: all}"], "eval: limit: expected an integer, got 'all'"),
         (["--dataset_name", "x"], "dataset_name is not for hft cpi"),
         (["--order", "sum"], "order must name each task once (sum, reverse, sort), got sum"),
-        (["--grouping", "random"], "grouping random needs num_groups"),
-        (["--grouping", "random", "--num_groups", "4"], "num_groups must lie in 1..3"),
+        (["--grouping", "given"], "grouping given needs the group of each task; task sum has none"),
         (["--freeze", "core"], "freeze: expected 'cores', 'random-cores'"),
     ],
 )
@@ -481,8 +479,7 @@ def test_folders_are_named_by_what_the_runs_depend_on():
     recipe = ["recipes/tiny/cpi.yaml"]
 
     def folders(method: str | None = None, **flags) -> tuple[str, str]:
-        given = values | flags | ({"method": method} if method else {})
-        plan = make_plan(given, flags, recipe)
+        plan = plan_stages(Given(recipe, [values | ({"method": method} if method else {})], flags))
         return str(plan.out), str(plan.probes)
 
     assert folders() == ("runs/tiny-cpi", "runs/tiny-cpi-probes")
