@@ -259,6 +259,17 @@ class Given:
         flags = self._named(self.flags, aliases)
         return merged | flags, {key: path for key, path in sources.items() if key not in flags}
 
+    def split(self, cls: type) -> tuple[Given, Given]:
+        """What was given of the keys of a dataclass, and of all others."""
+        own = {f.name for f in fields(cls)}
+
+        def part(*, inside: bool) -> Given:
+            every = [*self.contents, self.flags]
+            *contents, flags = ({k: v for k, v in one.items() if (k in own) is inside} for one in every)
+            return Given(self.files, contents, flags)
+
+        return part(inside=True), part(inside=False)
+
     def resolve(self, keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
         """Layer files and flags, and type them.
 

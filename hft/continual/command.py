@@ -7,8 +7,8 @@ from importlib.util import find_spec
 
 from hft.config import to_yaml
 from hft.continual.config import SequencePlan, parse_sequence
-from hft.continual.data import Data
-from hft.continual.sequence import first_plan, keys_of, log_to_wandb, run_sequence
+from hft.continual.data import SequenceData
+from hft.continual.sequence import first_plan, log_to_wandb, run_sequence, sequence_keys
 from hft.errors import DoesNotFit, HFTError
 from hft.machine import indented, is_main, leave_process_group, say
 
@@ -16,43 +16,36 @@ NEEDED = ("lm_eval", "rapidfuzz", "rouge_score", "scipy")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Plan a sequence, print its commands, and run it.
-
-    Args:
-        arguments: `--config RECIPE.yaml [METHOD.yaml ...] [--strategy NAME] [--key value ...]`.
-
-    Raises:
-        HFTError: the sequence cannot be made as asked.
-    """
+    """Plan a sequence, print its commands, and run it: `--config RECIPE.yaml [METHOD.yaml ...] [--key value ...]`."""
     if missing := [package for package in NEEDED if find_spec(package) is None]:
         raise HFTError(f"a sequence of tasks needs {', '.join(missing)}: pip install 'hft[continual]'")
-    plan, dry_run = parse_sequence(arguments)
-    data = Data(plan)
+    plan = parse_sequence(arguments)
+    data = SequenceData(plan)
     rounds = data.runs(plan)
-    say("resolved config", indented(to_yaml(keys_of(plan))))
+    say("resolved config", indented(to_yaml(sequence_keys(plan))))
     try:
         first = first_plan(plan, rounds[0][0], data.of_round(plan, 0)["train"])
         say("first run", indented(first.report()))
     except DoesNotFit as error:
-        if not dry_run:
+        if not plan.dry_run:
             raise
         say(f"does not fit in memory on this machine: {error}", "")
     say(*(["notes on the data", indented("\n".join(data.notes)), ""] if data.notes else []))
     say("commands", *(f"  {plan.command(run)}" for runs in rounds for run in runs), "")
-    if dry_run:
+    if plan.dry_run:
         say("stopped here: no weights were loaded, nothing was written")
         say(f"the sequence writes {plan.out}/recipe.yaml and {plan.out}/data first, which the commands need")
         return 0
     matrix = run_sequence(plan, data)
-    say("result", indented(matrix.table()), "", indented(matrix.report()), "", files(plan))
+    say("result", indented(matrix.table()), "", indented(matrix.report()), "", summary(plan))
     if is_main() and "wandb" in first.args.report_to:
         say(log_to_wandb(plan, matrix))
     leave_process_group()
     return 0
 
 
-def files(plan: SequencePlan) -> str:
-    """What a sequence leaves behind."""
+def summary(plan: SequencePlan) -> str:
+    """The files in the folder of a sequence."""
     return f"""\
 {plan.out}/
   NN-TASK/               the run of each round, with its manifest, results and scores

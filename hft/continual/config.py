@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from hft.config import Given, Keys, RunConfig, fill, read_arguments
+from hft.config import Given, Keys, fill, read_arguments
 from hft.continual.tasks import TRACE, metrics_of
 from hft.errors import HFTError
-from hft.methods import all_classes, find_method
+from hft.methods import find_method
 from hft.methods.strategy import Strategy
-from hft.runs.config import Config, resolve_config, run_name
-from hft.selection import SelectionConfig
+from hft.runs.config import Config, groups_of_keys, resolve_config, run_name
 
-# Keys that each run of a sequence has values of its own for.
+# Keys that each run of a sequence sets.
 PER_RUN = ("dataset_name", "output_dir", "run_name", "round", "strategy_data", "previous_run")
 # Keys that do not name a sequence.
 UNNAMED = ("strategy", "trace_dir", "score_batch_size")
@@ -42,7 +41,7 @@ class SequenceConfig:
         default_factory=dict, metadata={"help": "Metric of each task that is not TRACE's, as {TASK: accuracy}."}
     )
     strategy: str = field(
-        default="seqft", metadata={"help": "What is done against forgetting: a name, or FILE.py:CLASS of your own."}
+        default="seqft", metadata={"help": "Continual-learning strategy: a name, or FILE.py:CLASS of your own."}
     )
     alignment: str | None = field(
         default=None, metadata={"help": "Folder in trace_dir with general instructions that replay trains on too."}
@@ -77,7 +76,7 @@ class SequenceConfig:
 
 
 @dataclass(frozen=True)
-class Run:
+class SequenceRun:
     """One run of a sequence.
 
     Attributes:
@@ -99,10 +98,11 @@ class SequencePlan:
         name: of the sequence.
         out: its folder.
         settings: the keys of the sequence.
-        strategy: what is done against forgetting.
+        strategy: its continual-learning strategy.
         common: what all runs have in common, the content of `recipe.yaml`.
         given_epochs: whether `num_train_epochs` was a flag, which wins over the epochs of the tasks.
         first_round: number of the first round; above 1 if the base has been through rounds before.
+        dry_run: whether to stop once it is printed.
     """
 
     name: str
@@ -112,20 +112,14 @@ class SequencePlan:
     common: dict[str, Any]
     given_epochs: bool
     first_round: int
+    dry_run: bool
 
     def data(self, name: str) -> Path:
         """A file of rows."""
         return self.out / "data" / f"{name}.jsonl"
 
-    def runs_of(self, number: int, previous: str | None, *, remembers: bool, replays: bool) -> list[Run]:
-        """The runs of a round.
-
-        Args:
-            number: of the round, from 0.
-            previous: name of the run before it, or None.
-            remembers: whether there are rows for `strategy_data`.
-            replays: whether a replay pass follows.
-        """
+    def runs_of(self, number: int, previous: str | None, *, remembers: bool, replays: bool) -> list[SequenceRun]:
+        """The runs of a round, counted from 0; whether they have `strategy_data`, and end with a replay pass."""
         task = self.settings.tasks[number]
         epochs = None if self.given_epochs else self.settings.epochs_of(task)
         runs = []
@@ -140,31 +134,25 @@ class SequencePlan:
             if self.strategy.acts_on_steps:
                 flags["strategy_data"] = str(self.data(f"{name}-memory")) if remembers and not runs else None
             flags |= {"output_dir": str(self.out / name), "run_name": f"{self.name}-{name}"}
-            runs.append(Run(name, task, {key: value for key, value in flags.items() if value is not None}))
+            runs.append(SequenceRun(name, task, {key: value for key, value in flags.items() if value is not None}))
             previous = name
         return runs
 
-    def config(self, run: Run) -> Config:
+    def config(self, run: SequenceRun) -> Config:
         """The config of a run, the same as that of its command."""
         return resolve_config("sft", Given([str(self.out / RECIPE_NAME)], [self.common], dict(run.flags)))
 
-    def command(self, run: Run) -> str:
+    def command(self, run: SequenceRun) -> str:
         """The command that repeats a run by hand."""
         words = [word for key, value in run.flags.items() for word in (f"--{key}", str(value))]
         return shlex.join(["hft", "sft", "--config", str(self.out / RECIPE_NAME), *words])
 
 
-def parse_sequence(arguments: Sequence[str]) -> tuple[SequencePlan, bool]:
-    """The sequence of a command line, and whether to stop once it is printed.
-
-    Raises:
-        HFTError: an unknown key or strategy, a value of the wrong type, or keys that exclude each other.
-    """
+def parse_sequence(arguments: Sequence[str]) -> SequencePlan:
+    """The sequence of a command line."""
     groups = {
         "sequence": (SequenceConfig,),
-        "run": (RunConfig,),
-        "selection": (SelectionConfig,),
-        **{f"{cls.kind} {cls.name}: {cls.description}": (cls,) for cls in all_classes()},
+        **groups_of_keys(),
     }
     description = (
         "Fine-tune on one task after another, and score all of them after each: a recipe, a method, and flags."
@@ -172,34 +160,36 @@ def parse_sequence(arguments: Sequence[str]) -> tuple[SequencePlan, bool]:
     return resolve_sequence(read_arguments(arguments, "hft continual", description, groups))
 
 
-def resolve_sequence(given: Given) -> tuple[SequencePlan, bool]:
+def resolve_sequence(given: Given) -> SequencePlan:
     """Divide keys between the sequence and its runs, and type and check both."""
-    own = {f.name for f in fields(SequenceConfig)}
-    values, flags = _part(given, own).resolve(Keys((SequenceConfig,)))
+    own, rest = given.split(SequenceConfig)
+    values, flags = own.resolve(Keys((SequenceConfig,)))
     if "tasks" in flags and "metrics" not in flags:  # the recipe's metrics are of the recipe's tasks
         values["metrics"] = {task: name for task, name in values.get("metrics", {}).items() if task in values["tasks"]}
     settings = fill(SequenceConfig, values)
-    rest = _part(given, own, inside=False)
-    dry_run = str(rest.flags.pop("dry_run", "false")).lower() == "true"
     merged, _ = rest.merge(lambda config: (), {})
-    if mine := [key for key in ("dataset_name", "strategy_data", "previous_run") if key in merged]:
-        raise HFTError(
-            f"{mine[0]} is what a sequence gives to each of its runs; remove it, and name tasks and trace_dir"
-        )
-    wanted = {"strategy": settings.strategy, "dataset_name": "-", "output_dir": "-", "run_name": "-"}
-    config = resolve_config("sft", Given(rest.files, rest.contents, rest.flags | wanted))
+    if set_by_us := [key for key in ("dataset_name", "strategy_data", "previous_run") if key in merged]:
+        raise HFTError(f"{set_by_us[0]} is set by hft continual for each run; remove it, and name tasks and trace_dir")
+    placeholders = {"strategy": settings.strategy, "dataset_name": "-", "output_dir": "-", "run_name": "-"}
+    config = resolve_config("sft", replace(rest, flags=rest.flags | placeholders))
 
     if config.run.save_only_trained:
-        raise HFTError("each run of a sequence starts from the model of the one before; leave out save_only_trained")
+        raise HFTError("each run of a sequence starts from the model of the one before; remove save_only_trained")
     name = merged.get("run_name") or _name(config, settings, given)
-    out = Path(merged.get("output_dir", f"runs/{name}"))
     common = {"max_length": settings.max_prompt_length + settings.max_answer_length} | config.values
     strategy, cls, dropped = config.method.strategy, find_method("strategy", settings.strategy), {*PER_RUN}
     if not (cls.acts_on_steps or strategy.carry_moments):
         dropped |= {"strategy", *(f.name for f in fields(cls))}
-    common = {key: value for key, value in common.items() if key not in dropped}
-    first, by_flag = config.values.get("round", 1), "num_train_epochs" in rest.flags
-    return SequencePlan(name, out, settings, strategy, common, by_flag, first), dry_run
+    return SequencePlan(
+        name=name,
+        out=Path(merged.get("output_dir", f"runs/{name}")),
+        settings=settings,
+        strategy=strategy,
+        common={key: value for key, value in common.items() if key not in dropped},
+        given_epochs="num_train_epochs" in rest.flags,
+        first_round=config.values.get("round", 1),
+        dry_run=config.run.dry_run,
+    )
 
 
 def _name(config: Config, settings: SequenceConfig, given: Given) -> str:
@@ -209,9 +199,3 @@ def _name(config: Config, settings: SequenceConfig, given: Given) -> str:
     values["model_name_or_path"] = config.run.model_name_or_path
     flags = {key: value for key, value in given.flags.items() if key not in UNNAMED}
     return run_name("trace", values, flags, given.files)
-
-
-def _part(given: Given, keys: set[str], *, inside: bool = True) -> Given:
-    """What was given of some keys, or of all others."""
-    contents = [{k: v for k, v in content.items() if (k in keys) is inside} for content in given.contents]
-    return Given(given.files, contents, {k: v for k, v in given.flags.items() if (k in keys) is inside})

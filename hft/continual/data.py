@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hft.continual.config import Run, SequencePlan
+from hft.continual.config import SequencePlan, SequenceRun
 from hft.continual.tasks import check_folder, notes_on, read_task, shorten_rows
+from hft.jsonl import write_jsonl
 from hft.methods.strategy import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Data:
+class SequenceData:
     """The rows of a sequence.
 
     Attributes:
@@ -58,9 +57,9 @@ class Data:
             "replay": strategy.replay_rows(tasks, self.alignment),
         }
 
-    def runs(self, plan: SequencePlan) -> list[list[Run]]:
+    def runs(self, plan: SequencePlan) -> list[list[SequenceRun]]:
         """The runs of each round."""
-        rounds: list[list[Run]] = []
+        rounds: list[list[SequenceRun]] = []
         for number in range(len(plan.settings.tasks)):
             rows = self.of_round(plan, number)
             previous = rounds[-1][-1].name if rounds else None
@@ -72,21 +71,16 @@ class Data:
         """Write the rows of every run, and the test rows of every task."""
         for number, runs in enumerate(self.runs(plan)):
             rows = self.of_round(plan, number)
-            write_rows(plan.data(runs[0].name), rows["train"])
+            write_jsonl(plan.data(runs[0].name), rows["train"])
             if rows["memory"]:
-                write_rows(plan.data(f"{runs[0].name}-memory"), rows["memory"])
+                write_jsonl(plan.data(f"{runs[0].name}-memory"), rows["memory"])
             if rows["replay"]:
-                write_rows(plan.data(runs[1].name), rows["replay"])
+                write_jsonl(plan.data(runs[1].name), rows["replay"])
         for task, rows in self.tests.items():
-            write_rows(plan.data(f"{task}-test"), rows)
+            write_jsonl(plan.data(f"{task}-test"), rows)
 
 
 def rendered(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """A prompt as the chat template renders it, for the model to continue."""
     messages = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-
-
-def write_rows(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import takewhile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,26 +11,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
-from hft.errors import HFTError, reason
 from hft.methods.strategy import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
 
 Gradient = list[torch.Tensor]
-
-
-def read_rows(path: str | Path) -> list[Row]:
-    """Rows that `hft continual` wrote, one JSON object per line.
-
-    Raises:
-        HFTError: the file cannot be read.
-    """
-    try:
-        with Path(path).open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
-        raise HFTError(f"cannot read the rows in {path}: {reason(error)}") from error
 
 
 def tokenized(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> dict[str, list[int]]:
@@ -69,7 +53,7 @@ class Batches:
             yield {key: value.to(self.trainer.args.device) for key, value in batch.items() if torch.is_tensor(value)}
 
 
-def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+def with_gradient(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The parameters that have a gradient in this step."""
     return [parameter for parameter in model.parameters() if parameter.grad is not None]
 

@@ -11,6 +11,7 @@ from typing import Any
 from hft.errors import HFTError, reason
 from hft.record.manifest import write_json
 from hft.record.scores import Score, Scores
+from hft.text import markdown
 
 MATRIX_NAME = "matrix.json"
 START = "start"
@@ -98,14 +99,7 @@ class Matrix:
         return write_json(Path(folder) / MATRIX_NAME, asdict(self) | self.summary())
 
     def scores_of_sequence(self, suite: str, model: str, model_sha256: str, limit: int | None) -> Scores:
-        """OP and BWT after the last round, as scores of the whole sequence.
-
-        Args:
-            suite: under which they are saved.
-            model: that of the last round.
-            model_sha256: likewise.
-            limit: most test rows of a task; None for all.
-        """
+        """OP and BWT after the last round, as scores of the whole sequence; `model` is that of the last round."""
         found, n = self.summary(), sum(self.counts)
         scores = [Score(name, name, found[name][-1], None, n) for name in ("op", "bwt")]
         about = {key: self.about[key] for key in ("dtype", "versions")}
@@ -115,11 +109,7 @@ class Matrix:
 
     @classmethod
     def load(cls, folder: str | Path) -> Matrix:
-        """Read what `save` wrote.
-
-        Raises:
-            HFTError: it is not there or not valid.
-        """
+        """Read what `save` wrote."""
         path = Path(folder) / MATRIX_NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -128,7 +118,7 @@ class Matrix:
             raise HFTError(f"{path} holds no valid matrix: {reason(error)}") from error
 
     def report(self) -> str:
-        """What was learned and forgotten, in words."""
+        """OP, BWT and what was forgotten, for people."""
         found = self.summary()
         earlier = "-" if found["bwt_earlier_tasks"] is None else f"{found['bwt_earlier_tasks']:.2f}"
         lost = ", ".join(f"{task} {value:.1f}" for task, value in found["forgetting"].items()) or "-"
@@ -138,11 +128,11 @@ BWT over earlier tasks only {earlier}; with gains counted as 0 {found["bwt_clipp
 forgotten since the best score: {lost}"""
 
     def table(self) -> str:
-        """Markdown laid out like Table 29: a row for each task, a column after each round; OP and BWT below."""
-        rows = [["", *self.rounds], ["---"] * (len(self.rounds) + 1)]
+        """Markdown in the form of Table 29: a row for each task, a column after each round; OP and BWT below."""
+        rows = [["", *self.rounds]]
         for i, task in enumerate(self.tasks):
             rows.append([task, *("-" if row[i] is None else f"{row[i]:.1f}" for row in self.scores)])
         summary, skip = self.summary(), [""] * (len(self.scores) - len(self.after_rounds))
         for name in ("op", "bwt") if summary["op"] else ():
             rows.append([name.upper(), *skip, *(f"{value:.1f}" for value in summary[name])])
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        return markdown(rows)

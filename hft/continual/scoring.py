@@ -16,7 +16,7 @@ from hft.record.scores import Scores
 SUITE = "trace"
 
 
-def score(
+def score_tasks(
     model: str,
     tests: dict[str, list[Row]],
     metrics: dict[str, str],
@@ -27,19 +27,17 @@ def score(
 ) -> Scores:
     """Score a model on test rows, in percent; answers are greedy and taken as they are.
 
+    What `scores/trace.json` in the folder `out` holds for this model is not scored again.
+
     Args:
-        model: a run's folder, an adapter, or a model.
         tests: for each task its rows: `context`, which the model continues, and `prompt` and `completion`.
         metrics: for each task a key of `METRICS`.
-        longest_answer: most tokens to generate.
-        batch_size: rows that are answered at once.
-        out: folder for `scores/trace.json`. What it already holds for this model is not scored again.
 
     Returns:
         The scores; complete in the first process only.
     """
     own = [
-        (benchmark_of(task, metrics[task]), config_of(task, rows, metrics[task], longest_answer))
+        (benchmark_of(task, metrics[task]), lm_eval_task(task, rows, metrics[task], longest_answer))
         for task, rows in tests.items()
     ]
     return evaluate(model, SUITE, Settings(chat=False, batch_size=batch_size), out, own)
@@ -50,7 +48,7 @@ def benchmark_of(task: str, metric: str) -> Benchmark:
     return Benchmark(task, f"{SUITE}_{task}", {name: f"{name},none" for name in METRICS[metric]})
 
 
-def config_of(task: str, rows: list[Row], metric: str, longest_answer: int) -> dict[str, Any]:
+def lm_eval_task(task: str, rows: list[Row], metric: str, longest_answer: int) -> dict[str, Any]:
     """A task as lm-eval knows it."""
     return {
         "task": f"{SUITE}_{task}",

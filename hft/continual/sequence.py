@@ -6,15 +6,16 @@ import gc
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from hft.config import to_yaml
-from hft.continual.config import RECIPE_NAME, Run, SequencePlan
-from hft.continual.data import Data, write_rows
-from hft.continual.gradients import read_rows
+from hft.continual.config import RECIPE_NAME, SequencePlan, SequenceRun
+from hft.continual.data import SequenceData
 from hft.continual.matrix import MATRIX_NAME, START, Matrix
 from hft.continual.metrics import METRICS
-from hft.continual.scoring import SUITE, score
+from hft.continual.scoring import SUITE, score_tasks
 from hft.errors import HFTError
+from hft.jsonl import read_jsonl, write_jsonl
 from hft.machine import broadcast, is_main, reset_peak_memory, say
 from hft.methods.strategy import Row
 from hft.record.identity import differences
@@ -26,30 +27,19 @@ from hft.runs.train import train
 SEQUENCE_NAME = "sequence.yaml"  # in the sequence's folder: all its keys, written once its data are complete
 
 
-def first_plan(plan: SequencePlan, run: Run, rows: list[Row]) -> RunPlan:
-    """The plan of the first run, made before the sequence has written anything.
-
-    Raises:
-        HFTError: the run cannot be made as asked, whatever the machine.
-    """
+def first_plan(plan: SequencePlan, run: SequenceRun, rows: list[Row]) -> RunPlan:
+    """The plan of the first run, made before the sequence has written anything."""
     with tempfile.TemporaryDirectory() as temporary:
-        write_rows(path := Path(temporary) / f"{run.name}.jsonl", rows)
+        write_jsonl(path := Path(temporary) / f"{run.name}.jsonl", rows)
         flags = run.flags | {"dataset_name": str(path), "resume_from_checkpoint": "none"}
         return make_plan(plan.config(replace(run, flags=flags)))
 
 
-def run_sequence(plan: SequencePlan, data: Data) -> Matrix:
-    """Run a sequence, or what is left of it.
-
-    Returns:
-        The matrix, the same in every process.
-
-    Raises:
-        HFTError: the folder holds another sequence, or a run cannot be made or does not pass verify.
-    """
+def run_sequence(plan: SequencePlan, data: SequenceData) -> Matrix:
+    """Run a sequence, or what is left of it; the matrix is the same in every process."""
     rounds = data.runs(plan)
     broadcast(prepare(plan, data) if is_main() else None)
-    tests = {task: read_rows(plan.data(f"{task}-test")) for task in plan.settings.tasks}
+    tests = {task: read_jsonl(plan.data(f"{task}-test")) for task in plan.settings.tasks}
     matrix = broadcast(load_matrix(plan, tests) if is_main() else None)
     if plan.settings.score_start and not matrix.rounds:
         add_row(plan, matrix, START, plan.common["model_name_or_path"], plan.out / START, tests)
@@ -69,32 +59,24 @@ def run_sequence(plan: SequencePlan, data: Data) -> Matrix:
 
 
 def check_same_sequence(plan: SequencePlan) -> None:
-    """Refuse a folder that holds another sequence.
-
-    Raises:
-        HFTError: it does; the sentence names every key that differs.
-    """
-    ours, theirs = (comparable(values) for values in (keys_of(plan), read_config(plan.out / SEQUENCE_NAME)))
-    if found := differences(ours, theirs):
+    """Refuse a folder that holds another sequence."""
+    saved = read_config(plan.out / SEQUENCE_NAME)
+    if found := differences(comparable(sequence_keys(plan)), comparable(saved)):
         raise HFTError(
             f"{plan.out} holds a sequence with other settings ({'; '.join(found)}); give the same, or another "
             "--output_dir"
         )
 
 
-def keys_of(plan: SequencePlan) -> dict:
+def sequence_keys(plan: SequencePlan) -> dict[str, Any]:
     """All keys of a sequence and its runs, as `hft continual` takes them."""
     own = asdict(plan.settings) | plan.strategy.keys()
     own = {key: value for key, value in own.items() if value is not None and key not in ("order", "score_batch_size")}
     return plan.common | own | {"output_dir": str(plan.out)}
 
 
-def prepare(plan: SequencePlan, data: Data) -> None:
-    """Write what all runs have in common, and the rows of each, unless that is done; `sequence.yaml` comes last.
-
-    Raises:
-        HFTError: the folder holds another sequence, or cannot be written.
-    """
+def prepare(plan: SequencePlan, data: SequenceData) -> None:
+    """Write what all runs have in common, and the rows of each, unless that is done; `sequence.yaml` comes last."""
     if (plan.out / SEQUENCE_NAME).exists():
         check_same_sequence(plan)
         return
@@ -103,7 +85,7 @@ def prepare(plan: SequencePlan, data: Data) -> None:
         write_text(plan.out / RECIPE_NAME, to_yaml(plan.common))
         data.shorten(load_tokenizer(plan.config(data.runs(plan)[0][0])), plan)
         data.write(plan)
-        write_text(plan.out / SEQUENCE_NAME, to_yaml(keys_of(plan)))
+        write_text(plan.out / SEQUENCE_NAME, to_yaml(sequence_keys(plan)))
     except OSError as error:
         raise HFTError(f"cannot write to output_dir {plan.out}: {error.strerror}") from error
 
@@ -126,17 +108,10 @@ def load_matrix(plan: SequencePlan, tests: dict[str, list[Row]]) -> Matrix:
 def add_row(
     plan: SequencePlan, matrix: Matrix, name: str, model: str, folder: Path, tests: dict[str, list[Row]]
 ) -> None:
-    """Score a model on some tasks, and save the row.
-
-    Args:
-        name: of the row.
-        model: what is scored.
-        folder: where its scores go.
-        tests: the rows of the tasks that it is scored on.
-    """
-    longest, batch = plan.settings.max_answer_length, plan.settings.score_batch_size
-    metrics = plan.settings.metrics
-    scores = broadcast(score(model, tests, metrics, longest_answer=longest, batch_size=batch, out=folder))
+    """Score a model on test rows, and save the row of that name in the matrix; its scores go to `folder`."""
+    settings = plan.settings
+    limits = {"longest_answer": settings.max_answer_length, "batch_size": settings.score_batch_size}
+    scores = broadcast(score_tasks(model, tests, settings.metrics, **limits, out=folder))
     free_memory()
 
     def row(metric_of: dict[str, str]) -> list[float | None]:
@@ -151,21 +126,16 @@ def add_row(
     if is_main():
         matrix.save(plan.out)
         if matrix.is_complete:
-            limit = plan.settings.test_rows
-            matrix.scores_of_sequence(SUITE, model, scores.model_sha256, limit).save(plan.out)
+            matrix.scores_of_sequence(SUITE, model, scores.model_sha256, settings.test_rows).save(plan.out)
 
 
 def log_to_wandb(plan: SequencePlan, matrix: Matrix) -> str:
-    """Log a sequence to wandb: each task's score, OP and BWT over the rounds, and the matrix as a table.
-
-    Returns:
-        A sentence on where to find it.
-    """
+    """Log a sequence to wandb, and say where: each task's score, OP and BWT over the rounds, the matrix as a table."""
     import wandb
 
     from hft.runs.tracking import finish, open_run
 
-    run, where = open_run(name=plan.name, job_type="sequence", config=keys_of(plan))
+    run, where = open_run(name=plan.name, job_type="sequence", config=sequence_keys(plan))
     rows = [[name, *row] for name, row in zip(matrix.rounds, matrix.scores, strict=True)]
     run.log({"matrix": wandb.Table(["round", *matrix.tasks], rows)})
     found = matrix.summary()
@@ -177,6 +147,6 @@ def log_to_wandb(plan: SequencePlan, matrix: Matrix) -> str:
 
 
 def free_memory() -> None:
-    """Let go of what a run or a scored model held."""
+    """Free what a run or a scored model held."""
     gc.collect()
     reset_peak_memory()

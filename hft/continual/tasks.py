@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from hft.continual.metrics import METRICS
 from hft.errors import HFTError, reason, shorten
+from hft.jsonl import read_jsonl
 from hft.methods.strategy import Row
 
 if TYPE_CHECKING:
@@ -35,37 +36,19 @@ TRACE = {
 
 
 def metrics_of(tasks: list[str], given: dict[str, str]) -> dict[str, str]:
-    """The key of `METRICS` that each task is scored by.
-
-    Args:
-        tasks: their names.
-        given: metrics by task, over TRACE's own.
-
-    Raises:
-        HFTError: a task has no metric, or an unknown one, or a metric is given for a task that is not there.
-    """
+    """The key of `METRICS` that each task is scored by: the one that was given, or TRACE's."""
     if others := [name for name in given if name not in tasks]:
         raise HFTError(f"metrics has {others[0]}, which is not among the tasks {', '.join(tasks)}")
     chosen = {task: given.get(task) or TRACE.get(task) for task in tasks}
     for task, metric in chosen.items():
         if metric not in METRICS:
-            what = (
-                f"unknown metric {metric!r} of {task}" if metric else f"{task} is not a task of TRACE and has no metric"
-            )
-            raise HFTError(f"{what}; give one of {', '.join(METRICS)}, as --metrics '{{{task}: accuracy}}'")
+            known = f"unknown metric {metric!r} of {task}" if metric else f"{task} is not in TRACE and has no metric"
+            raise HFTError(f"{known}; give one of {', '.join(METRICS)}, as --metrics '{{{task}: accuracy}}'")
     return chosen
 
 
 def check_folder(trace_dir: str | None, needed: dict[str, str]) -> Path:
-    """The folder of the tasks.
-
-    Args:
-        trace_dir: as it was given.
-        needed: for each task the splits that will be read, separated by spaces.
-
-    Raises:
-        HFTError: it is not there, or lacks files; the sentence names all of them.
-    """
+    """The folder of the tasks, with all splits that each of them needs, such as `train test`."""
     if not trace_dir:
         raise HFTError("trace_dir is needed: the folder with a folder per task, each with train.json and test.json")
     folder = Path(trace_dir).expanduser()
@@ -84,15 +67,10 @@ def _file(folder: Path, task: str, split: str) -> Path | None:
 
 
 def read_task(folder: Path, task: str, split: str) -> list[Row]:
-    """The rows of one split of a task, without those whose answer is empty, as `prompt` and `completion`.
-
-    Raises:
-        HFTError: the file is not such a list, or no row is left.
-    """
+    """The rows of one split of a task, without those whose answer is empty, as `prompt` and `completion`."""
     path = _file(folder, task, split)
     try:
-        text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line]
+        rows = read_jsonl(path) if path.suffix == ".jsonl" else json.loads(path.read_text(encoding="utf-8"))
         made = [{"prompt": row["prompt"], "completion": row["answer"]} for row in rows]
     except (ValueError, TypeError, KeyError) as error:
         raise HFTError(f"{path} is not a list of rows with prompt and answer: {reason(error)}") from error
@@ -126,7 +104,7 @@ def shorten_rows(
         tokenizer: with its chat template.
         longest_prompt: tokens of the rendered prompt.
         longest_answer: tokens of the answer with its EOS.
-        name: of the rows, for the progress bar.
+        name: for the progress bar.
     """
     empty = [{"role": "user", "content": ""}]
     around = len(

@@ -73,19 +73,21 @@ def parse_config(objective: str, arguments: Sequence[str]) -> Config:
 def read_command_line(objective: str, arguments: Sequence[str], **more: tuple[type, ...]) -> Given:
     """The files and flags of a command line; `more` are further keys, by the heading that `--help` gives them."""
     description = f"Train with {objective.upper()}: a recipe, a method, and flags."
-    groups = more | {
-        "run": (RunConfig,),
-        "selection": (SelectionConfig,),
-        **{f"{cls.kind} {cls.name}: {cls.description}": (cls,) for cls in all_classes()},
-    }
+    groups = more | groups_of_keys()
     if {"-h", "--help"} & set(arguments):
         groups["TRL and transformers"] = (find_objective(objective).config,)
     return read_arguments(arguments, f"hft {'plan ' if more else ''}{objective}", description, groups)
 
 
+def groups_of_keys() -> dict[str, tuple[type, ...]]:
+    """Our keys of a run, by the heading that `--help` gives them."""
+    methods = {f"{cls.kind} {cls.name}: {cls.description}": (cls,) for cls in all_classes()}
+    return {"run": (RunConfig,), "selection": (SelectionConfig,), **methods}
+
+
 def resolve_config(objective: str, given: Given) -> Config:
     """Type and check all keys, and complete them with defaults, round, name and folder."""
-    values, flags = given.resolve(keys_of(objective, given))
+    values, flags = given.resolve(keys_for(objective, given))
     if not values.get("model_name_or_path") or not values.get("dataset_name"):
         raise HFTError("model_name_or_path and dataset_name are needed: give a recipe with --config, or both as flags")
     if isinstance(text := values.get("model_init_kwargs"), str):  # as TRL's types allow
@@ -108,7 +110,7 @@ def resolve_config(objective: str, given: Given) -> Config:
     return Config(objective, {key: value for key, value in values.items() if key != "dry_run"}, run, method)
 
 
-def keys_of(objective: str, given: Given) -> Keys:
+def keys_for(objective: str, given: Given) -> Keys:
     """The keys of an objective's config, with those of the methods that are named in the end."""
     methods = classes_of(given.merge(replaced_keys, ALIASES)[0])
     own = (RunConfig, SelectionConfig, *methods, find_objective(objective).config)
@@ -150,14 +152,15 @@ def name_of(values: dict[str, Any], flags: dict[str, Any], files: Sequence[str],
     """The recipe's folder, or else the base, then some words, then each flag that makes the run a different one."""
     source = Path(files[0]).resolve().parent.name if files else Path(values["model_name_or_path"]).name
     name = "-".join([source, *words])
-    told = {key: _shorten(value) for key, value in flags.items() if key not in NEUTRAL_KEYS}
-    name += "".join(f"-from-{v}" if k == "model_name_or_path" else f"-{k}={v}" for k, v in told.items())
+    for key, value in flags.items():
+        if key not in NEUTRAL_KEYS:
+            name += f"-from-{_slug(value)}" if key == "model_name_or_path" else f"-{key}={_slug(value)}"
     if len(name) > 120:  # most file systems stop at 255 bytes
         name = name[:110] + "-" + hashlib.sha256(name.encode()).hexdigest()[:9]
     return name
 
 
-def _shorten(value: Any) -> str:
+def _slug(value: Any) -> str:
     text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
     return re.sub(r"[^A-Za-z0-9._+-]", "_", text.rstrip("/").rpartition("/")[2])
 
@@ -172,14 +175,7 @@ def check_base_is_a_model(base: str) -> None:
 
 
 def find_template(name: str) -> str:
-    """The path of a chat template: a file, or one that comes with the package.
-
-    Returns:
-        The path; the name itself if it is not a template file, since TRL also takes a model's.
-
-    Raises:
-        HFTError: it names a template file that does not exist.
-    """
+    """The path of a chat template, a file or one that comes with hft; a name that is no file's is TRL's to look up."""
     packaged = TEMPLATES / Path(name).name
     if Path(name).is_file() or not name.endswith((".jinja", ".j2")):
         return name

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 
 from hft.cli import main
 from hft.continual.config import parse_sequence
-from hft.continual.data import Data
+from hft.continual.data import SequenceData
 from hft.continual.matrix import Matrix
-from hft.continual.scoring import score
+from hft.continual.scoring import score_tasks
 from hft.continual.tasks import read_task, shorten_rows
 from hft.demo.tasks import write_tasks
 from hft.errors import HFTError
@@ -162,7 +162,8 @@ def test_scores_do_not_depend_on_the_batch(tiny, tmp_path):
     rows = [{"context": prompt, "prompt": prompt, "completion": letters} for prompt in prompts]
     tests, metrics = {"First": rows}, {"First": "edit_similarity"}
     one, five = (
-        score(str(tiny), tests, metrics, longest_answer=8, batch_size=n, out=tmp_path / str(n)).scores for n in (1, 5)
+        score_tasks(str(tiny), tests, metrics, longest_answer=8, batch_size=n, out=tmp_path / str(n)).scores
+        for n in (1, 5)
     )
     assert one == five
     assert one[0].value > 0
@@ -194,7 +195,7 @@ def test_dry_run_writes_nothing(tmp_path, tiny, tasks, capsys):
 
 def test_other_tasks_than_the_recipes_need_no_metrics_of_its_own():
     words = ["--config", "recipes/smollm2-135m/trace.yaml", "--tasks", "ScienceQA", "Kind"]
-    plan, _ = parse_sequence(words)
+    plan = parse_sequence(words)
     assert plan.settings.metrics == {"ScienceQA": "choice_and_reason", "Kind": "choice"}
     with pytest.raises(HFTError, match="metrics has Swap"):
         parse_sequence([*words, "--metrics", "{Kind: choice, Swap: accuracy}"])
@@ -205,8 +206,8 @@ def test_the_documents_own_strategy_chooses_rows(tmp_path, tiny, tasks):
     [shown] = re.findall(r"```python\n(.*?)```", Path("docs/continual.md").read_text(), re.DOTALL)
     assert shown in example
     own = "docs/examples/balanced_replay.py:BalancedReplay"
-    plan, _ = parse_sequence(sequence(tiny, tasks, tmp_path / "out", "--replay_seed", "1", strategy=own)[1:])
-    data = Data(plan)
+    plan = parse_sequence(sequence(tiny, tasks, tmp_path / "out", "--replay_seed", "1", strategy=own)[1:])
+    data = SequenceData(plan)
     assert [len(data.of_round(plan, number)["train"]) for number in (0, 1)] == [400, 800]
     assert {row["prompt"].split("\n")[0] for row in data.of_round(plan, 1)["train"][400:]} == {"Give the first word."}
 
@@ -217,13 +218,13 @@ def test_the_documents_own_strategy_chooses_rows(tmp_path, tiny, tasks):
         (["--tasks", "First", "First"], "tasks has First twice"),
         (["--order", "Swap"], "order must name each of the tasks once: First, Swap"),
         (["--metrics", "{First: f1, Swap: accuracy}"], "unknown metric 'f1' of First; give one of accuracy, choice"),
-        (["--metrics", "{First: accuracy}"], "Swap is not a task of TRACE and has no metric"),
+        (["--metrics", "{First: accuracy}"], "Swap is not in TRACE and has no metric"),
         (["--metrics", "{First: accuracy, Swap: accuracy, FOMC: accuracy}"], "metrics has FOMC"),
         (["--strategy", "gme"], "unknown strategy 'gme', did you mean 'gem'?"),
         (["--strategy", "replay", "--alignment", "Lima"], "lacks Lima/train, as .json or .jsonl"),
         (["--tasks", "FOMC", "NumGLUE-cm", "--metrics", "{}"], "lacks FOMC/train, FOMC/test, NumGLUE-cm/train"),
         (["--trace_dir", "nowhere"], "trace_dir nowhere does not exist"),
-        (["--dataset_name", "data/sft"], "dataset_name is what a sequence gives to each of its runs"),
+        (["--dataset_name", "data/sft"], "dataset_name is set by hft continual for each run"),
         (["--replay_mode", "mixed"], "replay_mode is a key of strategy replay"),
         (["--test_rows", "0"], "test_rows must be at least 1"),
         (["--strategy", "gem", "--fp16", "true"], "gem compares gradients, which fp16 scales"),
@@ -285,7 +286,7 @@ def test_the_commands_of_the_papers_rows_leave_the_folders_that_their_scores_are
         given = dict(word.split("=", 1) for word in words)
         files = [f"recipes/{given['MODEL']}/trace.yaml", f"recipes/methods/{target.removeprefix('trace-')}.yaml"]
         flags = ["--strategy", given["STRATEGY"], *shlex.split(given.get("ARGS", ""))]
-        plan, _ = parse_sequence(["--config", *files, *flags])
+        plan = parse_sequence(["--config", *files, *flags])
         assert str(plan.out) == f"runs/{run}"
         checked += 1
     assert checked > 15

@@ -1,1 +1,1 @@
-"""What a sequence does against forgetting: one file per strategy, found by its name."""
+"""Continual-learning strategies: one file each, found by its name."""

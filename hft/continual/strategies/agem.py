@@ -12,12 +12,12 @@ from hft.continual.gradients import (
     Batches,
     dot_products,
     loss_gradient,
-    read_rows,
     take_gradient,
     tokenized,
-    trained,
+    with_gradient,
 )
 from hft.continual.strategies.gem import GEM
+from hft.jsonl import read_jsonl
 from hft.methods.strategy import Strategy
 from hft.selection import Selection
 
@@ -43,7 +43,7 @@ class AGEM(GEM):
         if not self.strategy_data:
             return Strategy.callbacks(self, trainer)
         tokenizer, longest = trainer.processing_class, trainer.args.max_length
-        rows = [tokenized(row, tokenizer, longest) for row in read_rows(self.strategy_data)]
+        rows = [tokenized(row, tokenizer, longest) for row in read_jsonl(self.strategy_data)]
         return [*Strategy.callbacks(self, trainer), AveragedProjection(trainer, rows, self)]
 
     def memory(self, selection: Selection) -> int:
@@ -59,7 +59,7 @@ class AveragedProjection(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         drawn = random.Random(f"{self.strategy.memory_seed} {state.global_step}")
         rows = drawn.sample(self.rows, min(self.strategy.memory_batch, len(self.rows)))
-        parameters = trained(model)
+        parameters = with_gradient(model)
         gradient = take_gradient(parameters)
         memory_gradient = loss_gradient(Batches(self.trainer, rows), parameters)
         (_, product), (_, square) = dot_products([gradient, memory_gradient], args.device).tolist()
@@ -67,6 +67,3 @@ class AveragedProjection(TrainerCallback):
             parameter.grad = gradient[index]
             if product < 0:
                 parameter.grad.add_(memory_gradient[index], alpha=-product / square)
-
-
-METHOD = AGEM

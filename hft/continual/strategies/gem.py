@@ -28,12 +28,12 @@ from hft.continual.gradients import (
     Batches,
     dot_products,
     loss_gradient,
-    read_rows,
     take_gradient,
     tokenized,
-    trained,
+    with_gradient,
 )
 from hft.errors import HFTError
+from hft.jsonl import read_jsonl
 from hft.methods.strategy import Row, Strategy
 from hft.selection import Selection
 
@@ -70,7 +70,7 @@ class GEM(Strategy):
 
     def memories(self, trainer: Trainer) -> list[Batches]:
         """The remembered rows, task by task."""
-        rows = read_rows(self.strategy_data)
+        rows = read_jsonl(self.strategy_data)
         tokenizer, longest = trainer.processing_class, trainer.args.max_length
         tasks = [list(group) for _, group in groupby(rows, key=lambda row: row["task"])]
         return [Batches(trainer, [tokenized(row, tokenizer, longest) for row in task]) for task in tasks]
@@ -80,7 +80,7 @@ class GEM(Strategy):
             raise HFTError(f"{self.name} compares gradients, which fp16 scales; train in bf16 or fp32")
 
     def memory(self, selection: Selection) -> int:
-        tasks = len({row["task"] for row in read_rows(self.strategy_data)}) if self.strategy_data else 0
+        tasks = len({row["task"] for row in read_jsonl(self.strategy_data)}) if self.strategy_data else 0
         return 4 * (tasks + 1 if tasks else 0) * selection.num_with_optimizer_state  # fp32: g and every m_k
 
 
@@ -91,7 +91,7 @@ class Projection(TrainerCallback):
         self.memories, self.margin = memories, margin
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        parameters = trained(model)
+        parameters = with_gradient(model)
         gradient = take_gradient(parameters)
         memory_gradients = [loss_gradient(batches, parameters) for batches in self.memories]
         gram = dot_products([gradient, *memory_gradients], args.device)
@@ -125,6 +125,3 @@ def dual_variables(gram: torch.Tensor, products: torch.Tensor, margin: float) ->
     roots, vectors = values[kept].sqrt(), vectors[:, kept]
     solution, _ = nnls((roots[:, None] * vectors.T).numpy(), -(vectors.T @ linear / roots).numpy())
     return torch.from_numpy(solution) + margin
-
-
-METHOD = GEM

@@ -31,6 +31,3 @@ class LoraSeqFT(Strategy):
             weights = load_peft_weights(self.previous_run, device="cpu")
             set_peft_model_state_dict(trainer.model, weights)
         return super().callbacks(trainer)
-
-
-METHOD = LoraSeqFT

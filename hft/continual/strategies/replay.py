@@ -43,6 +43,3 @@ class Replay(Strategy):
         """The first rows of all tasks but the last, and the alignment set."""
         earlier = [row for rows in tasks[:-1] for row in rows[: math.ceil(self.replay_fraction * len(rows))]]
         return earlier + alignment
-
-
-METHOD = Replay

@@ -108,11 +108,7 @@ class HoldToOwnText(TrainerCallback):
 
 
 def sample_texts(model: PreTrainedModel, trainer: Trainer, strategy: SelfReplay) -> list[list[int]]:
-    """Texts as token ids, the same for any number of processes, each of which samples some of the batches.
-
-    Raises:
-        HFTError: the tokenizer has no token to start from.
-    """
+    """Texts as token ids, the same for any number of processes, each of which samples some of the batches."""
     args, tokenizer = trainer.args, trainer.processing_class
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
@@ -142,6 +138,3 @@ def until_eos(ids: list[int], eos: int | None) -> list[int]:
     """A text up to its first EOS after the start, which it keeps."""
     end = ids.index(eos, 1) + 1 if eos in ids[1:] else len(ids)
     return ids[:end]
-
-
-METHOD = SelfReplay

@@ -14,6 +14,3 @@ class SeqFT(Strategy):
 
     name: ClassVar[str] = "seqft"
     description: ClassVar[str] = "one task after another"
-
-
-METHOD = SeqFT
