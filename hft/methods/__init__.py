@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 KINDS: dict[str, type[MethodPart]] = {cls.kind: cls for cls in (Schedule, Update, Adapter, Strategy)}
+UNSET = (None, "none")  # YAML can say null, a flag cannot
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,11 @@ def check_parts(args: TrainingArguments, *parts: MethodPart | None, has_referenc
 
 
 def method_of(config: Mapping[str, Any]) -> Method:
-    """The method that a resolved config describes.
-
-    Raises:
-        HFTError: keys that do not go together, a key that is missing, or a value that a method refuses.
-    """
+    """The method that a resolved config describes."""
     parts = {cls.kind: _fill(cls, config, f"{cls.kind} {config[cls.kind]!r}") for cls in classes_of(config)}
     if "adapter" in parts:
         others = [f.name for f in fields(SelectionConfig)] + ["schedule", "update"]
-        if given := [name for name in others if config.get(name) is not None]:
+        if given := [name for name in others if config.get(name) not in UNSET]:
             raise HFTError(
                 f"{given[0]} is about weights of the model, and adapter {config['adapter']!r} freezes all of them; "
                 "remove one"
@@ -95,19 +92,11 @@ def _fill(cls: type, config: Mapping[str, Any], name: str) -> Any:
 
 def classes_of(config: Mapping[str, Any]) -> tuple[type[MethodPart], ...]:
     """The classes whose fields are keys of a config beside the selection's: those of the methods it names."""
-    return tuple(find_method(kind, config[kind]) for kind in KINDS if config.get(kind) is not None)
+    return tuple(find_method(kind, config[kind]) for kind in KINDS if config.get(kind) not in UNSET)
 
 
 def find_method(kind: str, name: str) -> type[MethodPart]:
-    """The class of a method.
-
-    Args:
-        kind: `schedule`, `update`, `adapter` or `strategy`.
-        name: of a built-in one, or FILE.py:CLASS for one's own (docs/new-method.md).
-
-    Raises:
-        HFTError: it was not found, or is of another kind.
-    """
+    """The class of a built-in method by its name, or of one's own by FILE.py:CLASS."""
     if ":" in name:
         cls, base = load_from_file(name, kind), KINDS[kind]
         if not (isinstance(cls, type) and issubclass(cls, base)):
@@ -115,11 +104,9 @@ def find_method(kind: str, name: str) -> type[MethodPart]:
             raise HFTError(f"{kind} {name}: {path} has no class {class_name} that extends {base.__name__}")
         cls.name = name
         return cls
-    module, package = name.replace("-", "_"), KINDS[kind].package
-    cls = getattr(import_module(f"{package}.{module}"), "METHOD", None) if module in _modules(package) else None
-    if cls and (cls.name, cls.kind) == (name, kind):
-        return cls
-    known = [cls.name for cls in all_classes() if cls.kind == kind]
+    known = {cls.name: cls for cls in all_classes() if cls.kind == kind}
+    if name in known:
+        return known[name]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}, or FILE.py:CLASS of your own"
     raise HFTError(f"{kind}: unknown {kind} {name!r}, {hint}")
@@ -127,14 +114,14 @@ def find_method(kind: str, name: str) -> type[MethodPart]:
 
 @functools.cache
 def all_classes() -> list[type[MethodPart]]:
-    """The class of every built-in method: that which a module of its kind's package has as `METHOD`."""
-    packages = dict.fromkeys(cls.package for cls in KINDS.values())
-    modules = [import_module(f"{package}.{name}") for package in packages for name in _modules(package)]
-    return [module.METHOD for module in modules if hasattr(module, "METHOD")]
-
-
-def _modules(package: str) -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(import_module(package).__path__)]
+    """The class of every built-in method: the one with a name in each module of its kind's package."""
+    found = []
+    for package in dict.fromkeys(cls.package for cls in KINDS.values()):
+        for file in pkgutil.iter_modules(import_module(package).__path__):
+            module = import_module(f"{package}.{file.name}")
+            classes = [cls for cls in vars(module).values() if isinstance(cls, type) and issubclass(cls, MethodPart)]
+            found += [cls for cls in classes if cls.__module__ == module.__name__ and "name" in vars(cls)]
+    return found
 
 
 def owners_of(key: str) -> str:

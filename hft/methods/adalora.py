@@ -26,10 +26,12 @@ class AdaLoRA(LoRA):
     name: ClassVar[str] = "adalora"
     description: ClassVar[str] = "LoRA whose ranks are pruned by importance"
     reloads: ClassVar[bool] = False  # the ranks at the end would cut it
-    peft_names: ClassVar[dict[str, str]] = LoRA.peft_names | {
+    peft_names: ClassVar[dict[str, str | None]] = {
         "rank": "target_r",
         "start_rank": "init_r",
         "orthogonality_weight": "orth_reg_weight",
+        "pruning_from": None,
+        "pruning_until": None,
     }
 
     start_rank: int | None = field(default=None, metadata={"help": "Rank that AdaLoRA starts with."})
@@ -58,14 +60,14 @@ class AdaLoRA(LoRA):
         return super().peft_config(total_step=2**62, **more)  # until the trainer knows it
 
     def extra_loss(self, model: PeftModel) -> torch.Tensor:
-        return _config_of(model).orth_reg_weight * orthogonality(model)
+        return _peft_config(model).orth_reg_weight * orthogonality(model)
 
     def callbacks(self, model: PeftModel) -> list[TrainerCallback]:
         return [Pruning(self, model)]
 
     @contextmanager
     def saving_checkpoint(self, model: PeftModel) -> Iterator[None]:
-        config = _config_of(model)
+        config = _peft_config(model)
         pattern = config.rank_pattern
         config.rank_pattern = None  # PEFT would cut the pruned rows off, and the optimizer state would not fit
         yield
@@ -75,7 +77,7 @@ class AdaLoRA(LoRA):
         for kind in SCORES:
             for name, scores in getattr(model.base_model.rankallocator, kind).items():
                 yield f"{kind}|{name}", scores
-        for name, kept in (_config_of(model).rank_pattern or {}).items():
+        for name, kept in (_peft_config(model).rank_pattern or {}).items():
             yield f"rank_pattern|{name}", torch.tensor(kept)
 
     def restore(self, model: PeftModel, saved: Mapping[str, torch.Tensor]) -> None:
@@ -86,11 +88,11 @@ class AdaLoRA(LoRA):
                 pattern[name] = tensor.tolist()
             else:
                 getattr(model.base_model.rankallocator, kind)[name] = tensor.to(model.device)
-        _config_of(model).rank_pattern = pattern or None
+        _peft_config(model).rank_pattern = pattern or None
 
 
 class Pruning(TrainerCallback):
-    """Lays the pruning over the steps of the run, and prunes after each."""
+    """Plans the pruning over the steps of the run, and prunes after each."""
 
     def __init__(self, adapter: AdaLoRA, model: PeftModel):
         self.adapter, self.model = adapter, model
@@ -103,7 +105,7 @@ class Pruning(TrainerCallback):
         self.model.base_model.update_and_allocate(state.global_step + 1)
 
 
-def _config_of(model: PeftModel) -> Any:
+def _peft_config(model: PeftModel) -> Any:
     return model.peft_config[model.active_adapter]
 
 
@@ -118,18 +120,11 @@ def orthogonality(model: PeftModel) -> torch.Tensor:
 
 
 def set_schedule(model: PeftModel, adapter: AdaLoRA, steps: int) -> None:
-    """Lay AdaLoRA's pruning over the steps of the run, which only the trainer knows.
-
-    Raises:
-        HFTError: there is only one step, and ranks are scored before they are pruned.
-    """
+    """Plan AdaLoRA's pruning over the steps of the run, which only the trainer knows."""
     if steps < 2:
         raise HFTError("adalora needs 2 steps or more, to score ranks and then prune them; raise --max_steps")
-    config = _config_of(model)
+    config = _peft_config(model)
     end = max(2, int(adapter.pruning_until * steps))
     start = min(int(adapter.pruning_from * steps), end - 1)
     config.total_step, config.tinit, config.tfinal = steps, start, steps - end
     config.deltaT = max(1, steps // 500)
-
-
-METHOD = AdaLoRA

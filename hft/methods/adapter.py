@@ -28,7 +28,7 @@ class Adapter(MethodPart):
         keeps_checkpointing: whether it works with activation checkpointing.
         upcasts_base: whether the base may be upcast before the adapter is made.
         reloads: whether PEFT can load one of its checkpoints back into the model that trained it.
-        peft_names: our keys, with PEFT's names for them.
+        peft_names: PEFT's names for keys that it calls otherwise, or None for what it does not have.
     """
 
     kind: ClassVar[str] = "adapter"
@@ -37,7 +37,7 @@ class Adapter(MethodPart):
     keeps_checkpointing: ClassVar[bool] = True
     upcasts_base: ClassVar[bool] = True
     reloads: ClassVar[bool] = True
-    peft_names: ClassVar[dict[str, str]] = {}
+    peft_names: ClassVar[dict[str, str | None]] = {}
 
     learning_rate_factor: float = field(
         default=1.0,
@@ -51,8 +51,9 @@ class Adapter(MethodPart):
 
     def peft_config(self, **more: Any) -> PeftConfig:
         """PEFT's config of this adapter."""
-        given = {peft_key: getattr(self, key) for key, peft_key in self.peft_names.items()}
-        given = {key: value for key, value in given.items() if value is not None}
+        names = {f.name: f.name for f in fields(self)} | {"learning_rate_factor": None} | self.peft_names
+        values = {peft_name: getattr(self, name) for name, peft_name in names.items() if peft_name}
+        given = {name: value for name, value in values.items() if value is not None}
         try:
             return self.peft_class()(task_type="CAUSAL_LM", **given, **more)
         except (ValueError, TypeError) as error:

@@ -13,13 +13,7 @@ from torch import nn
 from hft.errors import HFTError
 from hft.freezing import whole
 from hft.machine import broadcast
-from hft.methods.schedule import (
-    Schedule,
-    check_at_least_one,
-    outside_layers,
-    units_of_layers,
-    without_embeddings,
-)
+from hft.methods.schedule import Schedule, check_at_least_one, outside_layers, units_of_layers, without_embeddings
 from hft.selection import Selection
 
 
@@ -75,21 +69,11 @@ class AutoFreeze(Schedule):
 
 
 def next_start(before: Sequence[float], now: Sequence[float], start: int, percentile: float) -> int:
-    """AutoFreeze's rule: the first layer that still trains.
+    """AutoFreeze's rule: the first layer from `start` on whose gradient norm changed by the percentile of all changes.
 
-    Args:
-        before: gradient norm of each layer in the interval before the last.
-        now: gradient norm of each layer in the last interval.
-        start: the first layer that has trained so far.
-        percentile: of the relative changes of the layers from `start` on; the first layer that reaches it trains on.
-
-    Returns:
-        The new `start`; never less than the old one, and never past the last layer.
+    `before` and `now` are the norms of each layer in the last two intervals.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         change = np.abs(np.subtract(before, now)[start:]) / np.asarray(before)[start:]
     reached = np.flatnonzero(change >= np.percentile(change, percentile))
     return start + int(reached[0]) if len(reached) else start  # a NaN freezes nothing
-
-
-METHOD = AutoFreeze

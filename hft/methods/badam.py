@@ -43,6 +43,3 @@ class BAdam(Schedule):
 
     def peak_numel(self, selection: Selection) -> int:
         return max(*layer_sizes(selection), selection.num_trained - selection.num_trained_in_layers)
-
-
-METHOD = BAdam

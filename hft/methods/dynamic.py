@@ -41,6 +41,3 @@ class Dynamic(Schedule):
                 trained += [unit.name for unit in by_name[name]]
             size += group_size
         return frozenset(trained)
-
-
-METHOD = Dynamic

@@ -36,6 +36,3 @@ class GMT(TopK):
 
     def memory(self, selection: Selection) -> int:
         return 5 * selection.num_with_optimizer_state  # the weights before the step, and a mask
-
-
-METHOD = GMT

@@ -59,6 +59,3 @@ class Pull(TrainerCallback):
                     continue
                 start = self.start[names[parameter]]
                 parameter.sub_(group["lr"] * self.strength * (parameter - start))
-
-
-METHOD = L2SP

@@ -48,6 +48,3 @@ class Lisa(Schedule):
             return selection.num_trained
         outside = selection.num_trained - selection.num_trained_in_layers
         return sum(sorted(layer_sizes(selection))[-self.active_layers :]) + outside
-
-
-METHOD = Lisa

@@ -14,12 +14,7 @@ class LoRA(Adapter):
 
     name: ClassVar[str] = "lora"
     description: ClassVar[str] = "a low-rank update of each targeted matrix"
-    peft_names: ClassVar[dict[str, str]] = {
-        "rank": "r",
-        "lora_alpha": "lora_alpha",
-        "lora_dropout": "lora_dropout",
-        "target_modules": "target_modules",
-    }
+    peft_names: ClassVar[dict[str, str | None]] = {"rank": "r"}
 
     rank: int | None = field(default=None, metadata={"help": "Rank of LoRA; the mean rank that AdaLoRA ends with."})
     lora_alpha: int | None = field(default=None, metadata={"help": "The update is scaled by lora_alpha / rank."})
@@ -32,6 +27,3 @@ class LoRA(Adapter):
         from peft import LoraConfig
 
         return LoraConfig
-
-
-METHOD = LoRA

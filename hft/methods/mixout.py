@@ -99,6 +99,3 @@ def mix(weight: torch.Tensor, start: torch.Tensor, p: float, kept: torch.Tensor)
     """
     start = start.to(weight.dtype)
     return start + (weight - start) * (kept / (1 - p)).to(weight.dtype)
-
-
-METHOD = Mixout

@@ -43,6 +43,3 @@ class MoFO(TopK):
 
     def memory(self, selection: Selection) -> int:
         return 4 * selection.num_with_optimizer_state
-
-
-METHOD = MoFO

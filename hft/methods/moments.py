@@ -17,11 +17,9 @@ MOMENTS_NAME = "moments.safetensors"
 class CarryMoments(TrainerCallback):
     """Starts a run with the optimizer state of the run before, and leaves its own in the run's folder.
 
-    A parameter that is frozen in this run keeps the state that it had; one that never trained starts with none. TRACE's
-    code has one optimizer for all tasks, which comes to the same where everything trains.
-
-    Args:
-        previous: folder of the run before; where it has left no state, this run starts with none.
+    A parameter that is frozen in this run keeps the state that it had; one that never trained starts with none, and so
+    do all if the folder of the run before holds none. TRACE's code has one optimizer for all tasks, which is the same
+    where everything trains.
     """
 
     def __init__(self, previous: str):

@@ -18,7 +18,7 @@ class OSF(Adapter):
     name: ClassVar[str] = "osf"
     description: ClassVar[str] = "the smaller half of each matrix's singular directions trains"
     upcasts_base: ClassVar[bool] = False
-    peft_names: ClassVar[dict[str, str]] = {"preserved_fraction": "effective_rank", "target_modules": "target_modules"}
+    peft_names: ClassVar[dict[str, str | None]] = {"preserved_fraction": "effective_rank"}
 
     preserved_fraction: float | None = field(
         default=None, metadata={"help": "Fraction of each matrix's singular directions, the largest, that OSF keeps."}
@@ -28,14 +28,9 @@ class OSF(Adapter):
     )
 
     def num_held(self, model: PeftModel) -> int:
-        return sum(
-            buffer.numel() for name, buffer in model.named_buffers() if "osf" in name
-        )  # the factors as they were
+        return sum(factor.numel() for name, factor in model.named_buffers() if "osf" in name)
 
     def peft_class(self):
         from peft import OSFConfig
 
         return OSFConfig
-
-
-METHOD = OSF

@@ -16,7 +16,6 @@ class PTuningV2(Adapter):
     description: ClassVar[str] = "trained keys and values before those of each layer; SFT only"
     learns_prompt: ClassVar[bool] = True
     keeps_checkpointing: ClassVar[bool] = False
-    peft_names: ClassVar[dict[str, str]] = {"num_virtual_tokens": "num_virtual_tokens"}
 
     num_virtual_tokens: int | None = field(default=None, metadata={"help": "Length of the prompt or prefix."})
 
@@ -24,6 +23,3 @@ class PTuningV2(Adapter):
         from peft import PrefixTuningConfig
 
         return PrefixTuningConfig
-
-
-METHOD = PTuningV2

@@ -30,12 +30,7 @@ class MethodPart:
     package: ClassVar[str] = __package__
 
     def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:
-        """Raise an `HFTError` for settings of the trainer that would silently change the method.
-
-        Args:
-            args: the trainer's.
-            has_reference: whether the loss compares the model with a reference, as DPO's does.
-        """
+        """Raise an `HFTError` for settings of the trainer, or a reference, that would silently change the method."""
 
     def memory(self, selection: Selection) -> int:
         """Bytes beside weights, gradients and optimizer state."""

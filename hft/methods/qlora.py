@@ -45,6 +45,3 @@ class QLoRA(LoRA):
     def base_bytes(self, anatomy: Anatomy, held: int, bytes_per_element: float) -> float:
         quantized = sum(unit.numel for unit in anatomy.units if unit.block != "norm")
         return quantized * NF4_BYTES + (anatomy.numel - quantized) * bytes_per_element + 4 * held
-
-
-METHOD = QLoRA

@@ -40,16 +40,7 @@ class Schedule(MethodPart):
         return step // self.switch_every if hasattr(self, "switch_every") else step * self.intervals // steps
 
     def trained_at(self, selection: Selection, step: int, steps: int) -> frozenset[str]:
-        """What trains at a step.
-
-        Args:
-            selection: policy `all`, with or without frozen embeddings.
-            step: from 0.
-            steps: of the whole run.
-
-        Returns:
-            Names of units, and of parameters outside the layers.
-        """
+        """Names of the units, and of parameters outside the layers, that train at a step, counted from 0, of a run."""
         raise NotImplementedError(f"{type(self).__name__} must define trained_at")
 
     def decide(

@@ -51,7 +51,7 @@ class Strategy(MethodPart):
         """The rows that a round trains on, by default those of its task.
 
         Args:
-            tasks: the training rows of each task so far, the last one is to be learned.
+            tasks: the training rows of each task so far; the last one is to be learned.
             alignment: rows of general instructions.
         """
         return tasks[-1]

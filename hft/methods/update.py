@@ -30,12 +30,7 @@ class Update(MethodPart):
     replicated: ClassVar[bool] = False
 
     def callbacks(self, model: nn.Module, anatomy: Anatomy) -> list[TrainerCallback]:
-        """What a trainer needs to move weights this way.
-
-        Args:
-            model: frozen, and still with the base's weights in the dtype they were loaded in.
-            anatomy: the model's.
-        """
+        """The trainer's callbacks, from the frozen model with the base's weights in the dtype they were loaded in."""
         raise NotImplementedError(f"{type(self).__name__} must define callbacks")
 
     def check(self, model: nn.Module, selection: Selection) -> None:

@@ -9,13 +9,7 @@ import torch
 from torch import nn
 
 from hft.machine import broadcast
-from hft.methods.schedule import (
-    Schedule,
-    check_at_least_one,
-    outside_layers,
-    units_of_layers,
-    without_embeddings,
-)
+from hft.methods.schedule import Schedule, check_at_least_one, outside_layers, units_of_layers, without_embeddings
 from hft.methods.smartfrz import predictor
 from hft.selection import Selection
 
@@ -65,6 +59,3 @@ class SmartFRZ(Schedule):
             del window[: -predictor.WINDOW]
             moved = predictor.step_norms(torch.tensor(window[-2:])).tolist()
             measured["largest"][layer] = max([measured["largest"][layer], *moved])
-
-
-METHOD = SmartFRZ

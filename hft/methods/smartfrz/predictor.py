@@ -88,12 +88,9 @@ def trained_predictor() -> Predictor:
 
 @torch.no_grad()
 def layers_to_freeze(windows: Mapping[int, Sequence[Sequence[float]]], largest: Mapping[int, float]) -> list[int]:
-    """The layers that may freeze by the predictor, given the windows of those that train; one always still trains.
+    """The layers that may freeze, given the recordings of those that train, oldest first; one always still trains.
 
-    Args:
-        windows: of each layer its recordings, oldest first.
-        largest: of each layer the largest distance between two recordings so far. One that has not moved yet, such as
-            in a warmup from 0, never freezes.
+    One whose largest move so far is 0, such as in a warmup from 0, never freezes.
     """
     layers = [layer for layer, window in windows.items() if len(window) == WINDOW and largest[layer] > 0]
     if not layers:
