@@ -21,10 +21,10 @@ def main(arguments: Sequence[str]) -> int:
         raise HFTError(f"a sequence of tasks needs {', '.join(missing)}: pip install 'hft[continual]'")
     plan = parse_sequence(arguments)
     data = SequenceData(plan)
-    rounds = data.runs(plan)
+    rounds = data.rounds(plan)
     say("resolved config", indented(to_yaml(sequence_keys(plan))))
     try:
-        first = first_plan(plan, rounds[0][0], data.of_round(plan, 0)["train"])
+        first = first_plan(plan, rounds[0][0])
         say("first run", indented(first.report()))
     except DoesNotFit as error:
         if not plan.dry_run:

@@ -12,7 +12,7 @@ from hft.config import Given, Keys, fill, read_arguments
 from hft.continual.tasks import TRACE, metrics_of
 from hft.errors import HFTError
 from hft.methods import find_method
-from hft.methods.strategy import Strategy
+from hft.methods.strategy import Row, Strategy
 from hft.runs.config import Config, groups_of_keys, resolve_config, run_name
 
 # Keys that each run of a sequence sets.
@@ -82,12 +82,16 @@ class SequenceRun:
     Attributes:
         name: of its folder, such as `02-FOMC` or `02-FOMC-replay`.
         task: the task of its round.
-        flags: what it has beside `recipe.yaml`.
+        flags: its keys besides `recipe.yaml`.
+        rows: that it trains on.
+        memory: the rows of its `strategy_data`, if any.
     """
 
     name: str
     task: str
     flags: dict[str, Any]
+    rows: list[Row]
+    memory: list[Row]
 
 
 @dataclass(frozen=True)
@@ -118,25 +122,22 @@ class SequencePlan:
         """A file of rows."""
         return self.out / "data" / f"{name}.jsonl"
 
-    def runs_of(self, number: int, previous: str | None, *, remembers: bool, replays: bool) -> list[SequenceRun]:
-        """The runs of a round, counted from 0; whether they have `strategy_data`, and end with a replay pass."""
-        task = self.settings.tasks[number]
-        epochs = None if self.given_epochs else self.settings.epochs_of(task)
-        runs = []
-        for name in [f"{number + 1:02}-{task}", *([f"{number + 1:02}-{task}-replay"] if replays else [])]:
-            flags = {"dataset_name": str(self.data(name)), "num_train_epochs": 1.0 if runs else epochs}
-            if previous and not self.strategy.takes_adapter:
-                flags = {"model_name_or_path": str(self.out / previous)} | flags
-            if not self.strategy.takes_adapter:  # an adapter selects nothing
-                flags["round"] = self.first_round + number
-            if self.strategy.takes_adapter and previous:
-                flags["previous_run"] = str(self.out / previous)
-            if self.strategy.acts_on_steps:
-                flags["strategy_data"] = str(self.data(f"{name}-memory")) if remembers and not runs else None
-            flags |= {"output_dir": str(self.out / name), "run_name": f"{self.name}-{name}"}
-            runs.append(SequenceRun(name, task, {key: value for key, value in flags.items() if value is not None}))
-            previous = name
-        return runs
+    def run(self, number: int, previous: str | None, rows: list[Row], memory: list[Row], replay: bool) -> SequenceRun:
+        """A run of a round, counted from 0: that on its task, or the replay pass after it."""
+        task, adapts = self.settings.tasks[number], self.strategy.takes_adapter
+        name, start = f"{number + 1:02}-{task}{'-replay' if replay else ''}", previous and str(self.out / previous)
+        epochs = 1.0 if replay else None if self.given_epochs else self.settings.epochs_of(task)
+        flags = {
+            "model_name_or_path": None if adapts else start,
+            "dataset_name": str(self.data(name)),
+            "num_train_epochs": epochs,
+            "round": None if adapts else self.first_round + number,  # an adapter selects nothing
+            "previous_run": start if adapts else None,
+            "strategy_data": str(self.data(f"{name}-memory")) if memory and self.strategy.acts_on_steps else None,
+            "output_dir": str(self.out / name),
+            "run_name": f"{self.name}-{name}",
+        }
+        return SequenceRun(name, task, {key: value for key, value in flags.items() if value is not None}, rows, memory)
 
     def config(self, run: SequenceRun) -> Config:
         """The config of a run, the same as that of its command."""
@@ -150,13 +151,8 @@ class SequencePlan:
 
 def parse_sequence(arguments: Sequence[str]) -> SequencePlan:
     """The sequence of a command line."""
-    groups = {
-        "sequence": (SequenceConfig,),
-        **groups_of_keys(),
-    }
-    description = (
-        "Fine-tune on one task after another, and score all of them after each: a recipe, a method, and flags."
-    )
+    description = "Fine-tune on one task after another, and score all after each: a recipe, a method, and flags."
+    groups = {"sequence": (SequenceConfig,), **groups_of_keys()}
     return resolve_sequence(read_arguments(arguments, "hft continual", description, groups))
 
 

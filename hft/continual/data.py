@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from hft.continual.config import SequencePlan, SequenceRun
 from hft.continual.tasks import check_folder, notes_on, read_task, shorten_rows
 from hft.jsonl import write_jsonl
-from hft.methods.strategy import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,34 +47,24 @@ class SequenceData:
                 for row, cut in zip(rows, short, strict=True)
             ]
 
-    def of_round(self, plan: SequencePlan, number: int) -> dict[str, list[Row]]:
-        """The rows of a round from 0, by what they are for: `train`, `memory`, `replay`; the last two may be empty."""
-        tasks, strategy = self.train[: number + 1], plan.strategy
-        return {
-            "train": strategy.training_rows(tasks, self.alignment),
-            "memory": strategy.remembered_rows(tasks),
-            "replay": strategy.replay_rows(tasks, self.alignment),
-        }
-
-    def runs(self, plan: SequencePlan) -> list[list[SequenceRun]]:
-        """The runs of each round."""
+    def rounds(self, plan: SequencePlan) -> list[list[SequenceRun]]:
+        """The runs of each round: one on its task, and where the strategy has rows for it, a replay pass."""
         rounds: list[list[SequenceRun]] = []
         for number in range(len(plan.settings.tasks)):
-            rows = self.of_round(plan, number)
+            tasks, strategy = self.train[: number + 1], plan.strategy
+            rows, memory = strategy.training_rows(tasks, self.alignment), strategy.remembered_rows(tasks)
             previous = rounds[-1][-1].name if rounds else None
-            made = plan.runs_of(number, previous, remembers=bool(rows["memory"]), replays=bool(rows["replay"]))
-            rounds.append(made)
+            rounds.append([plan.run(number, previous, rows, memory, replay=False)])
+            if replayed := strategy.replay_rows(tasks, self.alignment):
+                rounds[-1].append(plan.run(number, rounds[-1][-1].name, replayed, [], replay=True))
         return rounds
 
     def write(self, plan: SequencePlan) -> None:
         """Write the rows of every run, and the test rows of every task."""
-        for number, runs in enumerate(self.runs(plan)):
-            rows = self.of_round(plan, number)
-            write_jsonl(plan.data(runs[0].name), rows["train"])
-            if rows["memory"]:
-                write_jsonl(plan.data(f"{runs[0].name}-memory"), rows["memory"])
-            if rows["replay"]:
-                write_jsonl(plan.data(runs[1].name), rows["replay"])
+        for run in (run for runs in self.rounds(plan) for run in runs):
+            write_jsonl(plan.data(run.name), run.rows)
+            if run.memory:
+                write_jsonl(plan.data(f"{run.name}-memory"), run.memory)
         for task, rows in self.tests.items():
             write_jsonl(plan.data(f"{task}-test"), rows)
 

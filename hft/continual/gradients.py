@@ -30,12 +30,7 @@ def tokenized(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | No
 
 
 class Batches:
-    """This process's micro-batches of some rows; every process has equally many.
-
-    Args:
-        trainer: its tokenizer, collator and batch size are used.
-        rows: as `tokenized` makes them.
-    """
+    """This process's micro-batches of rows that `tokenized` made; every process has equally many."""
 
     def __init__(self, trainer: Trainer, rows: list[dict[str, list[int]]]):
         args = trainer.args
@@ -90,12 +85,9 @@ def dot_products(gradients: list[Gradient], device: torch.device) -> torch.Tenso
     """The Gram matrix of some gradients, in float64 on the CPU; identical in every process."""
     gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=device)
     for tensors in zip(*gradients, strict=True):
-        local = torch.stack([_local(tensor).flatten().float() for tensor in tensors])
+        shards = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+        local = torch.stack([shard.flatten().float() for shard in shards])
         gram += (local @ local.T).double()
     if any(isinstance(tensor, DTensor) for tensor in gradients[0]):
         dist.all_reduce(gram)
     return gram.cpu()
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -17,13 +17,7 @@ SUITE = "trace"
 
 
 def score_tasks(
-    model: str,
-    tests: dict[str, list[Row]],
-    metrics: dict[str, str],
-    *,
-    longest_answer: int,
-    batch_size: int,
-    out: Path,
+    model: str, tests: dict[str, list[Row]], metrics: dict[str, str], *, longest_answer: int, batch_size: int, out: Path
 ) -> Scores:
     """Score a model on test rows, in percent; answers are greedy and taken as they are.
 
@@ -36,21 +30,14 @@ def score_tasks(
     Returns:
         The scores; complete in the first process only.
     """
-    own = [
-        (benchmark_of(task, metrics[task]), lm_eval_task(task, rows, metrics[task], longest_answer))
-        for task, rows in tests.items()
-    ]
-    return evaluate(model, SUITE, Settings(chat=False, batch_size=batch_size), out, own)
+    pairs = [task_pair(task, rows, metrics[task], longest_answer) for task, rows in tests.items()]
+    return evaluate(model, SUITE, Settings(chat=False, batch_size=batch_size), out, pairs)
 
 
-def benchmark_of(task: str, metric: str) -> Benchmark:
-    """A task as `hft.evaluation` knows it; its first metric is its score."""
-    return Benchmark(task, f"{SUITE}_{task}", {name: f"{name},none" for name in METRICS[metric]})
-
-
-def lm_eval_task(task: str, rows: list[Row], metric: str, longest_answer: int) -> dict[str, Any]:
-    """A task as lm-eval knows it."""
-    return {
+def task_pair(task: str, rows: list[Row], metric: str, longest_answer: int) -> tuple[Benchmark, dict[str, Any]]:
+    """A task as `hft.evaluation` knows it, whose first metric is its score, and as lm-eval does."""
+    benchmark = Benchmark(task, f"{SUITE}_{task}", {name: f"{name},none" for name in METRICS[metric]})
+    return benchmark, {
         "task": f"{SUITE}_{task}",
         "custom_dataset": as_dataset(test=rows),
         "test_split": "test",

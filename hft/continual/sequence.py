@@ -27,17 +27,17 @@ from hft.runs.train import train
 SEQUENCE_NAME = "sequence.yaml"  # in the sequence's folder: all its keys, written once its data are complete
 
 
-def first_plan(plan: SequencePlan, run: SequenceRun, rows: list[Row]) -> RunPlan:
+def first_plan(plan: SequencePlan, run: SequenceRun) -> RunPlan:
     """The plan of the first run, made before the sequence has written anything."""
     with tempfile.TemporaryDirectory() as temporary:
-        write_jsonl(path := Path(temporary) / f"{run.name}.jsonl", rows)
+        write_jsonl(path := Path(temporary) / f"{run.name}.jsonl", run.rows)
         flags = run.flags | {"dataset_name": str(path), "resume_from_checkpoint": "none"}
         return make_plan(plan.config(replace(run, flags=flags)))
 
 
 def run_sequence(plan: SequencePlan, data: SequenceData) -> Matrix:
     """Run a sequence, or what is left of it; the matrix is the same in every process."""
-    rounds = data.runs(plan)
+    rounds = data.rounds(plan)
     broadcast(prepare(plan, data) if is_main() else None)
     tests = {task: read_jsonl(plan.data(f"{task}-test")) for task in plan.settings.tasks}
     matrix = broadcast(load_matrix(plan, tests) if is_main() else None)
@@ -83,7 +83,7 @@ def prepare(plan: SequencePlan, data: SequenceData) -> None:
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
         write_text(plan.out / RECIPE_NAME, to_yaml(plan.common))
-        data.shorten(load_tokenizer(plan.config(data.runs(plan)[0][0])), plan)
+        data.shorten(load_tokenizer(plan.config(data.rounds(plan)[0][0])), plan)
         data.write(plan)
         write_text(plan.out / SEQUENCE_NAME, to_yaml(sequence_keys(plan)))
     except OSError as error:

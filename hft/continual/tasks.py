@@ -100,8 +100,6 @@ def shorten_rows(
     long answer loses its end.
 
     Args:
-        rows: with `prompt` and `completion`.
-        tokenizer: with its chat template.
         longest_prompt: tokens of the rendered prompt.
         longest_answer: tokens of the answer with its EOS.
         name: for the progress bar.
@@ -128,12 +126,7 @@ def shorten_rows(
     return made
 
 
-def _fit(
-    texts: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-    longest: int,
-    cut: Callable[[str, list[tuple[int, int]]], str],
-) -> list[str]:
+def _fit(texts: list[str], tokenizer: PreTrainedTokenizerBase, longest: int, cut: Callable[..., str]) -> list[str]:
     """Texts of at most `longest` tokens; `cut` gets the characters that each token covers."""
     offsets = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return [cut(text, ends) if len(ends) > longest else text for text, ends in zip(texts, offsets, strict=True)]

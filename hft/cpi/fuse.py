@@ -77,14 +77,7 @@ def fuse_probes(plan: CPIPlan) -> Path:
 
 
 def write_fused(out: Path, fusion: Fusion) -> str:
-    """Write the fused model in fp32, tensor by tensor; two passes read the probes and the backbone.
-
-    Returns:
-        How many tensors took which branch, and how many elements are in how many cores.
-
-    Raises:
-        HFTError: the models or cores do not fit together.
-    """
+    """Write the fused model in fp32; two passes read each tensor of the probes and the backbone. Returns a summary."""
     base, probes = Checkpoint.open(fusion.base), [Checkpoint.open(name) for name in fusion.probes]
     models = probes if fusion.backbone is None else [Checkpoint.open(fusion.backbone), *probes]
     check_alike(base, *(model for model in models if model.folder.resolve() != base.folder.resolve()))
@@ -149,11 +142,8 @@ def transplant(values: Sequence[torch.Tensor], inside: torch.Tensor) -> torch.Te
     """The values that the cores claim: exactly the probe's in one core, the mean of the probes in several.
 
     Args:
-        values: of the probes, each of shape (n,).
+        values: of the probes, each of shape (n,); the result has it too, and is meaningless where no core claims one.
         inside: which elements are in which core, (probes, n).
-
-    Returns:
-        Values of shape (n,), meaningless where no core claims one.
     """
     stacked = torch.stack(list(values))
     mean = torch.where(inside, stacked, 0).sum(0, dtype=torch.float64) / inside.sum(0)

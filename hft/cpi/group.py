@@ -77,8 +77,7 @@ def compare_cores(plan: CPIPlan, tasks: Sequence[str]) -> tuple[torch.Tensor, to
     """Compare a plan's cores, and draw `cores.png`.
 
     Returns:
-        Their similarity; what fraction of each core lies outside the layers, in embeddings, head and final norm; and
-        what fraction of each block it holds (`shares_of`).
+        Their similarity; the fraction of each that lies outside the layers; the fraction of each block in it.
     """
     from hft.merging.checkpoint import Checkpoint
     from hft.model.anatomy import anatomy_of, meta_model
@@ -100,12 +99,7 @@ def compare_cores(plan: CPIPlan, tasks: Sequence[str]) -> tuple[torch.Tensor, to
 
 
 def overlaps(cores: Sequence[Masks]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """How many elements each two cores share, read one parameter at a time.
-
-    Returns:
-        Counts of shape (cores, cores), with the cores' own sizes on the diagonal; and by parameter the number of its
-        elements in each core, of shape (cores,).
-    """
+    """How many elements each two cores share, (cores, cores), and by parameter how many each core has, (cores,)."""
     if any(core.shapes != cores[0].shapes for core in cores):
         raise HFTError("the cores are of different models; only cores of one model can be compared")
     total, by_parameter = torch.zeros(len(cores), len(cores), dtype=torch.long), {}

@@ -194,10 +194,7 @@ def write_largest(
     """Write masks of the p% of all elements of a model whose fp32 scores are largest in magnitude.
 
     Two passes find the smallest magnitude among them, a third marks them; of equal ones those that come first in model
-    order are taken.
-
-    Returns:
-        How many there are, and the smallest of them.
+    order are taken. The result knows how many there are, and the smallest of them.
     """
     cut = MagnitudePruner(scores, like.parameters, Fraction(str(percent)) / 100)
     ties, masks = cut.ties, {}

@@ -26,10 +26,8 @@ SCORES_NAME = "scores.json"
 def score_models(plan: CPIPlan) -> dict[str, dict[str, Score]]:
     """Score the base, the probes, and the models before and after each group, on each task.
 
-    A model's losses are saved in its folder as suite `cpi`. What was scored before is not scored again.
-
-    Returns:
-        By model and task, in the order in which the models were made; the last one is the final model.
+    A model's losses are saved in its folder as suite `cpi`. What was scored before is not scored again. The models are
+    in the order in which they were made; the last one is the final model.
     """
     groups, base = load_groups(plan), start_of(plan)
     models = models_of(plan, groups)
@@ -69,13 +67,11 @@ def single_task(task: str) -> str:
 
 
 def measures(groups: Sequence[Sequence[str]], found: Mapping[str, Mapping[str, Score]]) -> dict[str, Any]:
-    """What the scores say of the final model.
+    """`normalized` and `forgetting` of the final model.
 
-    Returns:
-        `normalized`, the mean over tasks of the score relative to single-task SFT, 1 where it is as good; and
-        `forgetting`, of each task how much worse in percent the final model is than the model right after its group.
-        A loss counts by its inverse, so that more is better. Both are ours: the paper's normalization cannot be
-        recovered, and it has no forgetting rate of this kind.
+    The one is the mean over tasks of the score relative to single-task SFT, 1 where it is as good; the other, of each
+    task, how much worse in percent the final model is than the model right after its group. A loss counts by its
+    inverse. Both are ours: the paper's normalization cannot be recovered, and it has no such forgetting rate.
     """
     *_, final = found.values()
     tasks = [task for names in groups for task in names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -24,13 +23,12 @@ DEFAULTS = {
     "resume_from_checkpoint": "auto",  # rerunning a command resumes a killed run
     "include_num_input_tokens_seen": "non_padding",  # so that Trainer logs tokens per second
 }
-# Keys that say where and how to run, not what: they neither name a run nor make it a different one.
-NEUTRAL_KEYS = ("output_dir", "run_name", "report_to", "resume_from_checkpoint", "dry_run", "use_cpu", "bf16")
-# Whatever is checkpointed, a run computes the same bits.
-NEUTRAL_KEYS += tuple(f"{name}_checkpointing{end}" for name in ("activation", "gradient") for end in ("", "_kwargs"))
-NEUTRAL_KEYS += ("activation_checkpointing_layers",)
 # transformers is renaming these; a recipe may have the one name and a flag the other.
 ALIASES = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
+# Keys that say where and how to run, not what: they neither name a run nor make it a different one. Whatever is
+# checkpointed, a run computes the same bits.
+NEUTRAL_KEYS = ("output_dir", "run_name", "report_to", "resume_from_checkpoint", "dry_run", "use_cpu", "bf16")
+NEUTRAL_KEYS += (*ALIASES, *ALIASES.values(), "activation_checkpointing_layers")
 TEMPLATES = Path(__file__).parents[1] / "demo" / "templates"
 
 
@@ -93,10 +91,8 @@ def resolve_config(objective: str, given: Given) -> Config:
     if isinstance(text := values.get("model_init_kwargs"), str):  # as TRL's types allow
         raise HFTError(f"model_init_kwargs: expected a mapping, got {text!r}")
     values = DEFAULTS | values
-    if "model_name_or_path" in flags and "architecture" not in flags:
-        values.pop("architecture", None)  # the recipe's is that of the recipe's model
-    if "model_name_or_path" in flags and "round" not in flags:
-        values.pop("round", None)  # that of the saved config's own base
+    if "model_name_or_path" in flags:  # in a file these two are about the file's model
+        values = {key: value for key, value in values.items() if key not in ("architecture", "round") or key in flags}
     if "learning_rate" in flags and "learning_rate_factor" in values:
         values["learning_rate_factor"] = 1.0
     check_base_is_a_model(values["model_name_or_path"])
@@ -125,22 +121,14 @@ def keys_for(objective: str, given: Given) -> Keys:
 
 
 def replaced_keys(config: Mapping[str, Any]) -> set[str]:
-    """The keys that a method's file resets: all of the selection, of every method, and of those the config names.
-
-    A strategy is no part of a method; its keys stay.
-    """
+    """The keys that a method's file resets: all of the selection, and of every method but strategies."""
     methods = [cls for cls in (*all_classes(), *classes_of(config)) if cls.kind != "strategy"]
-    classes = (SelectionConfig, *methods)
-    names = {f.name for cls in classes for f in fields(cls)} | {"method", "schedule", "update", "adapter"}
-    return names - {"selection_seed", "round"}
+    names = {f.name for cls in (SelectionConfig, *methods) for f in fields(cls)} | {cls.kind for cls in methods}
+    return (names | {"method"}) - {"selection_seed", "round"}
 
 
 def run_name(objective: str, values: dict[str, Any], flags: dict[str, Any], files: Sequence[str]) -> str:
-    """The name of a run: that of the output folder if one is given, else recipe, objective, method and flags.
-
-    Each flag that makes the run a different one is in the name, so that the same command finds its folder again and
-    another command never writes into it.
-    """
+    """The name of a run: that of the output folder if one is given, else recipe, objective, method and flags."""
     if "output_dir" in flags and "run_name" not in flags:
         return Path(flags["output_dir"]).name
     if "run_name" in values:
@@ -149,7 +137,10 @@ def run_name(objective: str, values: dict[str, Any], flags: dict[str, Any], file
 
 
 def name_of(values: dict[str, Any], flags: dict[str, Any], files: Sequence[str], *words: str) -> str:
-    """The recipe's folder, or else the base, then some words, then each flag that makes the run a different one."""
+    """The recipe's folder, or else the base, then some words, then each flag that makes the run a different one.
+
+    The same command finds its folder again, and another command never writes into it.
+    """
     source = Path(files[0]).resolve().parent.name if files else Path(values["model_name_or_path"]).name
     name = "-".join([source, *words])
     for key, value in flags.items():
@@ -185,20 +176,14 @@ def find_template(name: str) -> str:
     raise HFTError(f"chat template {name} not found; give a file, or one that comes with hft: {known}")
 
 
-@functools.cache
-def _template_text(path: str) -> str:
-    return Path(path).read_text(encoding="utf-8")
-
-
 def read_config(path: Path) -> dict[str, Any]:
-    """The values that a run saved, also an earlier version's, under the names that its keys have now."""
-    values = read_yaml(path)
-    return {ALIASES.get(key, key): value for key, value in values.items()}
+    """The values that a run saved, under the names that transformers has for its keys now."""
+    return {ALIASES.get(key, key): value for key, value in read_yaml(path).items()}
 
 
 def comparable(values: dict[str, Any]) -> dict[str, Any]:
     """What makes two runs' settings different: no neutral keys, and a template by its text instead of its path."""
     settings = {key: value for key, value in values.items() if key not in NEUTRAL_KEYS and value is not None}
     if (template := settings.get("chat_template_path")) and Path(find_template(template)).is_file():
-        settings["chat_template_path"] = _template_text(find_template(template))
+        settings["chat_template_path"] = Path(find_template(template)).read_text(encoding="utf-8")
     return settings

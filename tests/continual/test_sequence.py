@@ -207,9 +207,9 @@ def test_the_documents_own_strategy_chooses_rows(tmp_path, tiny, tasks):
     assert shown in example
     own = "docs/examples/balanced_replay.py:BalancedReplay"
     plan = parse_sequence(sequence(tiny, tasks, tmp_path / "out", "--replay_seed", "1", strategy=own)[1:])
-    data = SequenceData(plan)
-    assert [len(data.of_round(plan, number)["train"]) for number in (0, 1)] == [400, 800]
-    assert {row["prompt"].split("\n")[0] for row in data.of_round(plan, 1)["train"][400:]} == {"Give the first word."}
+    [[first], [second]] = SequenceData(plan).rounds(plan)
+    assert (len(first.rows), len(second.rows)) == (400, 800)
+    assert {row["prompt"].split("\n")[0] for row in second.rows[400:]} == {"Give the first word."}
 
 
 @pytest.mark.parametrize(
