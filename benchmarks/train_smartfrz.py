@@ -24,8 +24,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from hft.demo.data import docstring_chats
 from hft.demo.models import make_tiny
 from hft.methods.smartfrz.predictor import (
+    PREDICTOR_WEIGHTS,
     RECORDINGS,
-    WEIGHTS,
     WINDOW,
     Predictor,
     describe_window,
@@ -163,7 +163,7 @@ def main() -> None:
     inputs, labels, _ = joined(groups)
     predictor = fit(inputs, labels)
     print(f"all: {right(predictor(inputs) > 0, labels):.1%} of {len(labels)} right")
-    save_file(predictor.state_dict(), WEIGHTS)
+    save_file(predictor.state_dict(), PREDICTOR_WEIGHTS)
 
 
 if __name__ == "__main__":

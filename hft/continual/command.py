@@ -37,14 +37,14 @@ def main(arguments: Sequence[str]) -> int:
         say(f"the sequence writes {plan.out}/recipe.yaml and {plan.out}/data first, which the commands need")
         return 0
     matrix = run_sequence(plan, data)
-    say("result", indented(matrix.table()), "", indented(matrix.report()), "", summary(plan))
+    say("result", indented(matrix.table()), "", indented(matrix.report()), "", files_of_sequence(plan))
     if is_main() and "wandb" in first.args.report_to:
         say(log_to_wandb(plan, matrix))
     leave_process_group()
     return 0
 
 
-def summary(plan: SequencePlan) -> str:
+def files_of_sequence(plan: SequencePlan) -> str:
     """The files in the folder of a sequence."""
     return f"""\
 {plan.out}/

@@ -43,7 +43,7 @@ class SequenceData:
             short = shorten_rows(rows, *limits, f"{task} (test)")
             # Answers are compared with the whole reference.
             self.tests[task] = [
-                row | {"prompt": cut["prompt"], "context": rendered(cut["prompt"], tokenizer)}
+                row | {"prompt": cut["prompt"], "context": rendered_prompt(cut["prompt"], tokenizer)}
                 for row, cut in zip(rows, short, strict=True)
             ]
 
@@ -69,7 +69,7 @@ class SequenceData:
             write_jsonl(plan.data(f"{task}-test"), rows)
 
 
-def rendered(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def rendered_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """A prompt as the chat template renders it, for the model to continue."""
     messages = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

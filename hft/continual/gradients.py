@@ -29,7 +29,7 @@ def tokenized(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | No
     return {"input_ids": ids[:max_length], "labels": ([-100] * start + ids[start:])[:max_length]}
 
 
-class Batches:
+class MicroBatches:
     """This process's micro-batches of rows that `tokenized` made; every process has equally many."""
 
     def __init__(self, trainer: Trainer, rows: list[dict[str, list[int]]]):
@@ -61,7 +61,7 @@ def take_gradient(parameters: list[torch.nn.Parameter]) -> Gradient:
     return taken
 
 
-def loss_gradient(batches: Batches, parameters: list[torch.nn.Parameter]) -> Gradient:
+def loss_gradient(batches: MicroBatches, parameters: list[torch.nn.Parameter]) -> Gradient:
     """The gradient of the mean loss over all trained tokens of some batches, under what trains now.
 
     DDP and FSDP2 average gradients over processes, each of which has a part of the rows.

@@ -14,18 +14,18 @@ from hft.record.scores import Score, Scores
 from hft.text import markdown
 
 MATRIX_NAME = "matrix.json"
-START = "start"
+BASE_ROW = "start"
 
 # S[t][i]: the score of task i after round t, both counted from 0; None where it was not measured.
-Rows = Sequence[Sequence[float | None]]
+ScoreRows = Sequence[Sequence[float | None]]
 
 
-def overall_performance(scores: Rows, t: int) -> float:
+def overall_performance(scores: ScoreRows, t: int) -> float:
     """OP of eq. 5: the mean score of the tasks seen, after round t (from 0)."""
     return sum(scores[t][: t + 1]) / (t + 1)
 
 
-def backward_transfer(scores: Rows, t: int) -> float:
+def backward_transfer(scores: ScoreRows, t: int) -> float:
     """BWT of eq. 5: the sum of the changes of earlier tasks since each was learned, over the t + 1 tasks seen.
 
     All of the paper's tables divide by the number of tasks; Lopez-Paz and Ranzato (2017) divide by one less
@@ -34,17 +34,17 @@ def backward_transfer(scores: Rows, t: int) -> float:
     return sum(scores[t][i] - scores[i][i] for i in range(t)) / (t + 1)
 
 
-def backward_transfer_earlier(scores: Rows, t: int) -> float | None:
+def backward_transfer_earlier(scores: ScoreRows, t: int) -> float | None:
     """BWT of Lopez-Paz and Ranzato (2017): the mean change of the t earlier tasks; None in the first round."""
     return backward_transfer(scores, t) * (t + 1) / t if t else None
 
 
-def backward_transfer_clipped(scores: Rows, t: int) -> float:
+def backward_transfer_clipped(scores: ScoreRows, t: int) -> float:
     """BWT as TreeLoRA's script has it (ZinYY/TreeLoRA): a task that improved counts as unchanged."""
     return sum(min(scores[t][i] - scores[i][i], 0.0) for i in range(t)) / (t + 1)
 
 
-def forgetting(scores: Rows, t: int) -> list[float]:
+def forgetting(scores: ScoreRows, t: int) -> list[float]:
     """For each earlier task its best score before round t minus that after it (Chaudhry et al. 2018)."""
     return [max(scores[j][i] for j in range(i, t)) - scores[t][i] for i in range(t)]
 
@@ -74,7 +74,7 @@ class Matrix:
     @property
     def after_rounds(self) -> list[list[float | None]]:
         """S: the rows without the start."""
-        return self.scores[self.rounds[:1] == [START] :]
+        return self.scores[self.rounds[:1] == [BASE_ROW] :]
 
     def summary(self) -> dict[str, Any]:
         """OP and BWT after each round, and the other ways to count what was forgotten, after the last."""

@@ -11,7 +11,7 @@ from typing import Any
 from hft.config import to_yaml
 from hft.continual.config import RECIPE_NAME, SequencePlan, SequenceRun
 from hft.continual.data import SequenceData
-from hft.continual.matrix import MATRIX_NAME, START, Matrix
+from hft.continual.matrix import BASE_ROW, MATRIX_NAME, Matrix
 from hft.continual.metrics import METRICS
 from hft.continual.scoring import SUITE, score_tasks
 from hft.errors import HFTError
@@ -42,7 +42,7 @@ def run_sequence(plan: SequencePlan, data: SequenceData) -> Matrix:
     tests = {task: read_jsonl(plan.data(f"{task}-test")) for task in plan.settings.tasks}
     matrix = broadcast(load_matrix(plan, tests) if is_main() else None)
     if plan.settings.score_start and not matrix.rounds:
-        add_row(plan, matrix, START, plan.common["model_name_or_path"], plan.out / START, tests)
+        add_row(plan, matrix, BASE_ROW, plan.common["model_name_or_path"], plan.out / BASE_ROW, tests)
     done = len(matrix.after_rounds)
     for number, runs in enumerate(rounds[done:], done):
         for run in runs:

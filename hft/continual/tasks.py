@@ -54,7 +54,9 @@ def check_folder(trace_dir: str | None, needed: dict[str, str]) -> Path:
     folder = Path(trace_dir).expanduser()
     if not folder.is_dir():
         raise HFTError(f"trace_dir {trace_dir} does not exist; it holds a folder per task, as TRACE's release has them")
-    missing = [f"{task}/{split}" for task in needed for split in needed[task].split() if not _file(folder, task, split)]
+    missing = [
+        f"{task}/{split}" for task in needed for split in needed[task].split() if not _task_file(folder, task, split)
+    ]
     if missing:
         raise HFTError(
             f"trace_dir {trace_dir} lacks {shorten(missing)}, as .json or .jsonl; add them, or name other tasks"
@@ -62,13 +64,13 @@ def check_folder(trace_dir: str | None, needed: dict[str, str]) -> Path:
     return folder
 
 
-def _file(folder: Path, task: str, split: str) -> Path | None:
+def _task_file(folder: Path, task: str, split: str) -> Path | None:
     return next((path for end in ("json", "jsonl") if (path := folder / task / f"{split}.{end}").is_file()), None)
 
 
 def read_task(folder: Path, task: str, split: str) -> list[Row]:
     """The rows of one split of a task, without those whose answer is empty, as `prompt` and `completion`."""
-    path = _file(folder, task, split)
+    path = _task_file(folder, task, split)
     try:
         rows = read_jsonl(path) if path.suffix == ".jsonl" else json.loads(path.read_text(encoding="utf-8"))
         made = [{"prompt": row["prompt"], "completion": row["answer"]} for row in rows]

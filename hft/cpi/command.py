@@ -39,12 +39,12 @@ def run_stages(plan: CPIPlan, stages: Sequence[str]) -> None:
     from hft.cpi.probe import probe_tasks
     from hft.cpi.runs import in_main_process, join_processes
     from hft.cpi.scores import score_models
-    from hft.cpi.tasks import write_tasks
+    from hft.cpi.tasks import write_task_rows
     from hft.cpi.train import train_from_fused
 
     join_processes(plan.values)
     in_main_process(lambda: save_config(plan))
-    in_main_process(lambda: write_tasks(plan))
+    in_main_process(lambda: write_task_rows(plan))
     functions = dict(zip(STAGES, (probe_tasks, group_tasks, fuse_probes, train_from_fused, score_models), strict=True))
     for stage in stages:
         if stage == "score" and world_size() > 1:

@@ -26,7 +26,7 @@ TRAIN, TEST = "train.jsonl", "test.jsonl"
 EVAL_ROWS = 64
 
 
-def write_tasks(plan: CPIPlan) -> None:
+def write_task_rows(plan: CPIPlan) -> None:
     """Write the rows of each task to `probes/data/TASK/{train,test}.jsonl`, unless they are there."""
     from hft.data import load_data, sft_rows
 

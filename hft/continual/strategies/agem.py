@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from transformers import TrainerCallback
 
 from hft.continual.gradients import (
-    Batches,
+    MicroBatches,
     dot_products,
     loss_gradient,
     take_gradient,
@@ -61,7 +61,7 @@ class AveragedProjection(TrainerCallback):
         rows = drawn.sample(self.rows, min(self.strategy.memory_batch, len(self.rows)))
         parameters = with_gradient(model)
         gradient = take_gradient(parameters)
-        memory_gradient = loss_gradient(Batches(self.trainer, rows), parameters)
+        memory_gradient = loss_gradient(MicroBatches(self.trainer, rows), parameters)
         (_, product), (_, square) = dot_products([gradient, memory_gradient], args.device).tolist()
         for index, parameter in enumerate(parameters):
             parameter.grad = gradient[index]

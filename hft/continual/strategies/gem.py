@@ -25,7 +25,7 @@ import torch
 from transformers import TrainerCallback
 
 from hft.continual.gradients import (
-    Batches,
+    MicroBatches,
     dot_products,
     loss_gradient,
     take_gradient,
@@ -68,12 +68,12 @@ class GEM(Strategy):
         projection = [Projection(self.memories(trainer), self.gem_margin)] if self.strategy_data else []
         return [*super().callbacks(trainer), *projection]
 
-    def memories(self, trainer: Trainer) -> list[Batches]:
+    def memories(self, trainer: Trainer) -> list[MicroBatches]:
         """The remembered rows, task by task."""
         rows = read_jsonl(self.strategy_data)
         tokenizer, longest = trainer.processing_class, trainer.args.max_length
         tasks = [list(group) for _, group in groupby(rows, key=lambda row: row["task"])]
-        return [Batches(trainer, [tokenized(row, tokenizer, longest) for row in task]) for task in tasks]
+        return [MicroBatches(trainer, [tokenized(row, tokenizer, longest) for row in task]) for task in tasks]
 
     def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:
         if args.fp16:
@@ -87,7 +87,7 @@ class GEM(Strategy):
 class Projection(TrainerCallback):
     """Replaces the gradient of each step, after accumulation and clipping, by its projection."""
 
-    def __init__(self, memories: list[Batches], margin: float):
+    def __init__(self, memories: list[MicroBatches], margin: float):
         self.memories, self.margin = memories, margin
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):

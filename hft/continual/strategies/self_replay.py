@@ -23,7 +23,7 @@ from torch.nn.functional import kl_div
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
-from hft.continual.gradients import Batches, next_token_logits
+from hft.continual.gradients import MicroBatches, next_token_logits
 from hft.errors import HFTError
 from hft.freezing import upcast
 from hft.machine import is_main
@@ -98,7 +98,7 @@ class HoldToOwnText(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         drawn = random.Random(f"{self.strategy.replay_seed} {state.global_step}")
         texts = drawn.sample(self.texts, min(self.strategy.replay_batch, len(self.texts)))
-        batches = Batches(self.trainer, [{"input_ids": text, "labels": text} for text in texts])
+        batches = MicroBatches(self.trainer, [{"input_ids": text, "labels": text} for text in texts])
         for batch in batches:
             with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
                 before, _ = next_token_logits(self.reference, batch)

@@ -20,7 +20,7 @@ from torch import nn
 from hft.freezing import whole
 from hft.model.anatomy import Unit
 
-WEIGHTS = Path(__file__).with_name("smartfrz.safetensors")
+PREDICTOR_WEIGHTS = Path(__file__).with_name("smartfrz.safetensors")
 SAMPLES = 128  # weights of a layer that are recorded
 WINDOW = 6  # recordings that the predictor sees
 RECORDINGS = WINDOW - 1  # in an interval, so that a window spans one
@@ -82,7 +82,7 @@ class Predictor(nn.Module):
 def trained_predictor() -> Predictor:
     """The predictor with the weights that come with the package."""
     predictor = Predictor()
-    predictor.load_state_dict(load_file(WEIGHTS))
+    predictor.load_state_dict(load_file(PREDICTOR_WEIGHTS))
     return predictor.eval()
 
 
