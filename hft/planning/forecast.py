@@ -234,10 +234,9 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] not in OBJECTIVES:
         raise HFTError(f"hft plan takes a command and its flags: hft plan {'|'.join(OBJECTIVES)} --config RECIPE.yaml")
     objective, *words = arguments
-    given, keys = read_command_line(objective, words, plan=(Machine,)), Keys((Machine,))
-    machine = {key: keys.convert(key, given.flags.pop(key)) for key in list(given.flags) if key in keys.types}
-    config = resolve_config(objective, given)
+    of_machine, given = read_command_line(objective, words, plan=(Machine,)).split(Machine)
+    machine, config = fill(Machine, of_machine.resolve(Keys((Machine,)))[0]), resolve_config(objective, given)
     say("resolved config", indented(to_yaml(config.values)))
-    say(forecast(config, fill(Machine, machine)).report())
+    say(forecast(config, machine).report())
     say(f"stopped here: no weights were loaded, nothing was written to {config.out}")
     return 0
