@@ -82,7 +82,7 @@ class RunConfig:
     )
     strategy: str | None = field(
         default=None,
-        metadata={"help": "What is done against forgetting in a sequence of tasks; see hft continual."},
+        metadata={"help": "Continual-learning strategy of a sequence of tasks; see hft continual."},
     )
     dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop before anything is loaded."})
 

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
 
 Gradient = list[torch.Tensor]
+TokenizedRow = dict[str, list[int]]  # `input_ids` and `labels`
 
 
-def tokenized(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> dict[str, list[int]]:
+def tokenized(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> TokenizedRow:
     """`input_ids` and `labels` of a row, as TRL's `SFTTrainer` makes them: the loss is on the completion."""
     prompt = [{"role": "user", "content": row["prompt"]}]
     whole = [*prompt, {"role": "assistant", "content": row["completion"]}]
@@ -32,7 +33,7 @@ def tokenized(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | No
 class MicroBatches:
     """This process's micro-batches of rows that `tokenized` made; every process has equally many."""
 
-    def __init__(self, trainer: Trainer, rows: list[dict[str, list[int]]]):
+    def __init__(self, trainer: Trainer, rows: list[TokenizedRow]):
         args = trainer.args
         # A row that trains nothing fills up the processes whose share is smaller.
         filler = {"input_ids": rows[0]["input_ids"], "labels": [-100] * len(rows[0]["labels"])}

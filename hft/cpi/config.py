@@ -56,7 +56,7 @@ class CPIConfig:
     """What `hft cpi` does in its stages; all other keys are those of `hft sft` and hold for every run."""
 
     tasks: dict[str, dict[str, Any]] | None = field(
-        default=None, metadata={"help": "Tasks by name: dataset_name and what else `Task` has (docs/cpi.md)."}
+        default=None, metadata={"help": "Tasks by name: dataset_name and what else `Task` has."}
     )
     percent: float = field(default=1.0, metadata={"help": "p: size of a core in percent of all elements of the model."})
     probe: dict[str, Any] | None = field(
@@ -173,7 +173,7 @@ def plan_stages(given: Given) -> CPIPlan:
     """Type and check all keys, and name the folders."""
     values, flags = given.resolve(Keys((CPIConfig, RunConfig, find_objective("sft").config), aliases=ALIASES))
     if wrong := [key for key in values if key in SET_BY_STAGES or key.startswith("dataset_")]:
-        raise HFTError(f"{wrong[0]} is not for hft cpi, whose stages set it; a dataset belongs in tasks (docs/cpi.md)")
+        raise HFTError(f"{wrong[0]} is not for hft cpi, whose stages set it; a dataset belongs in tasks")
     if not values.get("model_name_or_path"):
         raise HFTError("model_name_or_path is needed: give a recipe with --config, or the base as a flag")
     check_base_is_a_model(values["model_name_or_path"])

@@ -22,6 +22,7 @@ from hft.machine import cpu_has_bfloat16
 from hft.methods import check_parts, method_of
 from hft.methods.adalora import orthogonality
 from hft.methods.adapter import Adapter
+from hft.methods.gmt import GMT
 from hft.methods.lora import LoRA
 from hft.record.manifest import Manifest
 from hft.training import AdapterDPOTrainer, AdapterSFTTrainer
@@ -295,9 +296,13 @@ def test_what_cannot_work_is_refused_in_a_sentence(tmp_path, sft, capsys, flags,
 def test_prompts_cannot_do_dpo_and_nothing_is_sharded(tmp_path, dpo, capsys, monkeypatch):
     assert dpo(tmp_path / "out", method="p-tuning-v2") == 2
     assert "p-tuning-v2 cannot train against a reference" in error_of(capsys)
+    args = SFTConfig(use_cpu=True, bf16=False)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(HFTError, match="adapter lora does not run under FSDP2; launch it with --engine ddp"):
-        check_parts(SFTConfig(use_cpu=True, bf16=False), LoRA())
+        check_parts(args, LoRA())
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(HFTError, match="update gmt does not run under ZeRO-3; launch it with --engine fsdp2"):
+        check_parts(args, GMT(top_fraction=0.1))
 
 
 def test_an_adapter_is_no_base(runs, tmp_path, sft, dpo, capsys):

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from transformers import TrainerCallback
+import torch
 
-from hft.continual.gradients import (
-    MicroBatches,
-    dot_products,
-    loss_gradient,
-    take_gradient,
-    tokenized,
-    with_gradient,
-)
+from hft.continual.gradients import TokenizedRow
 from hft.continual.strategies.gem import GEM
-from hft.jsonl import read_jsonl
-from hft.methods.strategy import Strategy
 from hft.selection import Selection
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 
 @dataclass
@@ -39,31 +27,13 @@ class AGEM(GEM):
     gem_margin: ClassVar[float] = 0.0
     memory_batch: int = field(default=32, metadata={"help": "Remembered rows that each step looks at (32 is ours)."})
 
-    def callbacks(self, trainer: Trainer) -> list[TrainerCallback]:
-        if not self.strategy_data:
-            return Strategy.callbacks(self, trainer)
-        tokenizer, longest = trainer.processing_class, trainer.args.max_length
-        rows = [tokenized(row, tokenizer, longest) for row in read_jsonl(self.strategy_data)]
-        return [*Strategy.callbacks(self, trainer), AveragedProjection(trainer, rows, self)]
+    def constraints(self, tasks: list[list[TokenizedRow]], step: int) -> list[list[TokenizedRow]]:
+        rows = [row for task in tasks for row in task]
+        return [random.Random(f"{self.memory_seed} {step}").sample(rows, min(self.memory_batch, len(rows)))]
+
+    def weights(self, gram: torch.Tensor) -> list[float]:
+        (_, product), (_, square) = gram.tolist()
+        return [-product / square if product < 0 else 0.0]
 
     def memory(self, selection: Selection) -> int:
         return 8 * selection.num_with_optimizer_state if self.strategy_data else 0  # fp32: g and m
-
-
-class AveragedProjection(TrainerCallback):
-    """Replaces the gradient of each step, after accumulation and clipping, by its projection."""
-
-    def __init__(self, trainer: Trainer, rows: list[dict[str, list[int]]], strategy: AGEM):
-        self.trainer, self.rows, self.strategy = trainer, rows, strategy
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        drawn = random.Random(f"{self.strategy.memory_seed} {state.global_step}")
-        rows = drawn.sample(self.rows, min(self.strategy.memory_batch, len(self.rows)))
-        parameters = with_gradient(model)
-        gradient = take_gradient(parameters)
-        memory_gradient = loss_gradient(MicroBatches(self.trainer, rows), parameters)
-        (_, product), (_, square) = dot_products([gradient, memory_gradient], args.device).tolist()
-        for index, parameter in enumerate(parameters):
-            parameter.grad = gradient[index]
-            if product < 0:
-                parameter.grad.add_(memory_gradient[index], alpha=-product / square)

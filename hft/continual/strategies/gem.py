@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 
 from hft.continual.gradients import (
     MicroBatches,
+    TokenizedRow,
     dot_products,
     loss_gradient,
     take_gradient,
@@ -65,15 +66,15 @@ class GEM(Strategy):
         return chosen
 
     def callbacks(self, trainer: Trainer) -> list[TrainerCallback]:
-        projection = [Projection(self.memories(trainer), self.gem_margin)] if self.strategy_data else []
-        return [*super().callbacks(trainer), *projection]
+        return [*super().callbacks(trainer), *([Projection(self, trainer)] if self.strategy_data else [])]
 
-    def memories(self, trainer: Trainer) -> list[MicroBatches]:
-        """The remembered rows, task by task."""
-        rows = read_jsonl(self.strategy_data)
-        tokenizer, longest = trainer.processing_class, trainer.args.max_length
-        tasks = [list(group) for _, group in groupby(rows, key=lambda row: row["task"])]
-        return [MicroBatches(trainer, [tokenized(row, tokenizer, longest) for row in task]) for task in tasks]
+    def constraints(self, tasks: list[list[TokenizedRow]], step: int) -> list[list[TokenizedRow]]:
+        """The sets of remembered rows whose losses a step may not raise, given those of each task."""
+        return tasks
+
+    def weights(self, gram: torch.Tensor) -> list[float]:
+        """The weight of each memory gradient, given the Gram matrix of g and these."""
+        return dual_variables(gram[1:, 1:], gram[1:, 0], self.gem_margin).tolist()
 
     def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:
         if args.fp16:
@@ -87,18 +88,23 @@ class GEM(Strategy):
 class Projection(TrainerCallback):
     """Replaces the gradient of each step, after accumulation and clipping, by its projection."""
 
-    def __init__(self, memories: list[MicroBatches], margin: float):
-        self.memories, self.margin = memories, margin
+    def __init__(self, strategy: GEM, trainer: Trainer):
+        self.strategy, self.trainer = strategy, trainer
+        tokenizer, longest = trainer.processing_class, trainer.args.max_length
+        tasks = groupby(read_jsonl(strategy.strategy_data), key=lambda row: row["task"])
+        self.tasks = [[tokenized(row, tokenizer, longest) for row in rows] for _, rows in tasks]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         parameters = with_gradient(model)
         gradient = take_gradient(parameters)
-        memory_gradients = [loss_gradient(batches, parameters) for batches in self.memories]
-        gram = dot_products([gradient, *memory_gradients], args.device)
-        weights = dual_variables(gram[1:, 1:], gram[1:, 0], self.margin)
+        memories = [
+            MicroBatches(self.trainer, rows) for rows in self.strategy.constraints(self.tasks, state.global_step)
+        ]
+        memory_gradients = [loss_gradient(batches, parameters) for batches in memories]
+        weights = self.strategy.weights(dot_products([gradient, *memory_gradients], args.device))
         for index, parameter in enumerate(parameters):
             parameter.grad = gradient[index]
-            for weight, memory_gradient in zip(weights.tolist(), memory_gradients, strict=True):
+            for weight, memory_gradient in zip(weights, memory_gradients, strict=True):
                 if weight:
                     parameter.grad.add_(memory_gradient[index], alpha=weight)
 
