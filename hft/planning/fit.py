@@ -41,7 +41,7 @@ def fit(
     """
     engine = engine_of(config, model_config)
     if sentence := why_state_does_not_fit(config, selection, engine):
-        raise DoesNotFit(sentence)
+        raise DoesNotFit(f"{sentence}; hft plan --gpus 8 --gpu_memory 80GiB forecasts other machines")
     if config.run.activation_checkpointing_layers != "auto":
         return None
     setup = Setup(config, model_config, args, engine, range(selection.anatomy.num_layers))

@@ -189,7 +189,7 @@ def forecast(config: Config, machine: Machine | None = None) -> Forecast:
             plan = make_plan(config)
             data, notes = plan.data, plan.notes
         except DoesNotFit as error:
-            notes.append(f"does not fit in memory on this machine: {error}; --gpus 8 --gpu_memory 80GiB plans others")
+            notes.append(f"does not fit in memory on this machine: {error}")
     elif args.max_steps <= 0:
         try:
             data = load_rows(config, args)
@@ -231,6 +231,8 @@ def flops_to_fft(folder: Path) -> float | None:
 
 def main(arguments: Sequence[str]) -> int:
     """`hft plan`: print what a command would do and cost, and stop."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        arguments = ["sft", "--help"]
     if not arguments or arguments[0] not in OBJECTIVES:
         raise HFTError(f"hft plan takes a command and its flags: hft plan {'|'.join(OBJECTIVES)} --config RECIPE.yaml")
     objective, *words = arguments
