@@ -64,8 +64,10 @@ class ScheduleCallback(TrainerCallback, ExportableState):
     def _until(self, step: int) -> list[dict[str, Any]]:
         return [row for row in self.history if row["step"] < step]
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Restore what the checkpoint holds of the schedule, if the run resumes from one."""
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Let all that is scheduled require a gradient; restore what a checkpoint holds of the schedule."""
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or name in self._scheduled)
         saved = {}
         if state.global_step:
             saved = state.stateful_callbacks[type(self).__name__]["attributes"]

@@ -129,7 +129,8 @@ class Anatomy:
         num_layers: number of layers.
         embeddings: elements of each embedding, of learned positions too, and of the head; a tied one is
             not listed twice.
-        others: elements of the other parameters outside the layers: the final norm.
+        others: elements of the other parameters outside the layers: the final norm, and heads such as a reward
+            model's `score`; they train.
         towers: elements of each parameter of a vision or audio tower and what joins it to the text; they
             never train.
     """
@@ -201,13 +202,19 @@ class Anatomy:
 
 
 def architecture_of(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class of a config's language model; of a vision-language model the whole one, whose text tower is trained.
+    """The class of a config's language model, or of the reward model that it was saved as.
 
-    Raises:
-        HFTError: transformers knows no causal language model for this config.
+    Of a vision-language model it is the whole one, whose text tower is trained.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    )
 
+    classifier = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if classifier and config.architectures == [classifier.__name__]:
+        return classifier
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         # A class may stand for the text tower alone and take only the config of that, e.g. Llama 4's.
         if type(config) in mapping and mapping[type(config)].config_class not in config.sub_configs.values():
@@ -215,15 +222,15 @@ def architecture_of(config: PretrainedConfig) -> type[PreTrainedModel]:
     raise HFTError(f"model type {config.model_type!r} has no causal language model in transformers")
 
 
-def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The language model of a config on the `meta` device: a module tree with shapes and no storage.
+def meta_model(config: PretrainedConfig, auto_class: type | None = None) -> PreTrainedModel:
+    """The model of a config on the `meta` device: a module tree with shapes and no storage.
 
-    Raises:
-        HFTError: transformers knows no causal language model for this config.
+    Args:
+        config: the model's.
+        auto_class: such as `AutoModelForSequenceClassification`; by default `architecture_of` the config.
     """
-    architecture = architecture_of(config)
     with torch.device("meta"):
-        return architecture(config)
+        return auto_class.from_config(config) if auto_class else architecture_of(config)(config)
 
 
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
@@ -301,28 +308,36 @@ def _along(dim: int, interval: tuple[int, ...], shape: tuple[int, ...]) -> Box:
 
 
 def _outside(model: PreTrainedModel, prefix: str, inside: set[str]) -> tuple[dict[str, int], ...]:
-    """Embeddings and head, other parameters beside the layers, and towers."""
+    """Embeddings and language model's head, other parameters beside the layers, and towers.
+
+    A tower is what a multimodal model has beside its text decoder, with what joins the two. A head is a linear map on
+    top of the whole base model, such as a reward model's `score`.
+    """
     text = prefix.rpartition(".")[0] + "."
     learned = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.startswith(text)]
     ends = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
     embedding = {id(parameter) for module in (*learned, *ends) for parameter in module.parameters()}
+    in_base = {id(parameter) for parameter in model.base_model.parameters()}
+    is_multimodal = model.config.get_text_config() is not model.config
     numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
     if shared := inside - numels.keys():
         raise HFTError(f"{type(model).__name__} has layers that share parameters: {shorten(sorted(shared))}")
     embeddings, others, towers, unknown = {}, {}, {}, []
     for name in (name for name in numels if name not in inside):
-        path = name.rpartition(".")[0]
-        if id(model.get_parameter(name)) in embedding:
+        path, key = name.rpartition(".")[0], id(model.get_parameter(name))
+        module = model.get_submodule(path)
+        is_norm = "Norm" in type(module).__name__ or path.rpartition(".")[2] in OUTSIDE
+        if key in embedding:
             embeddings[name] = numels[name]
-        elif not name.startswith(text):
+        elif is_multimodal and key in in_base and not name.startswith(text):
             towers[name] = numels[name]
-        elif "Norm" in type(model.get_submodule(path)).__name__ or path.rpartition(".")[2] in OUTSIDE:
+        elif (is_norm and name.startswith(text)) or (isinstance(module, nn.Linear) and key not in in_base):
             others[name] = numels[name]
         else:
             unknown.append(name)
     if unknown:
         raise HFTError(
-            f"{type(model).__name__} cannot be divided: these parameters outside its layers are not embeddings, head "
+            f"{type(model).__name__} cannot be divided: these parameters outside its layers are not embeddings, heads "
             f"or norms: {shorten(unknown)}"
         )
     return embeddings, others, towers

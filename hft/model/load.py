@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
+from transformers import AutoConfig, set_seed
 
 from hft.errors import HFTError, reason
 from hft.model.anatomy import architecture_of, meta_model
@@ -43,26 +43,31 @@ def read_config(name: str, source: str | Path) -> PretrainedConfig:
     return config
 
 
-def load_base(name: str, args: TrainingArguments, **more: Any) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
+def load_base(
+    name: str, args: TrainingArguments, auto_class: type | None = None, **more: Any
+) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
     """Load a base in the dtype that its weights are stored in, whatever its config says.
 
     Args:
         name: path or Hub id.
         args: its `model_init_kwargs` go to `from_pretrained`; a `dtype` among them wins.
+        auto_class: transformers' class of the model, such as `AutoModelForSequenceClassification`; by default that of
+            a language model. A head that the base lacks is made in fp32, from the seed of `args`, as TRL makes it.
         more: goes to `from_pretrained` too.
 
     Returns:
         The model, and the dtype on disk of each of its parameters. Stored tensors that are not parameters, such as the
         fp32 `rotary_emb.inv_freq` in Llama-2's files, do not count. Parameters that are stored in another form, such
-        as experts one by one, have the widest dtype on disk.
+        as experts one by one, and new heads have the widest dtype on disk.
 
     Raises:
         HFTError: a `dtype` that would round the weights, or transformers cannot load them.
     """
-    init_kwargs = (args.model_init_kwargs or {}) | more
+    init_kwargs = (getattr(args, "model_init_kwargs", None) or {}) | more
     folder = local_folder(name, init_kwargs.get("revision"))
     config = read_config(name, folder)
-    parameters = dict(meta_model(config).named_parameters())
+    model = meta_model(config, auto_class)
+    parameters = dict(model.named_parameters())
     on_disk = Weights(folder).dtypes()
     stored = {name: dtype for name, dtype in on_disk.items() if name in parameters}
     other_form = parameters.keys() - stored.keys()
@@ -74,7 +79,15 @@ def load_base(name: str, args: TrainingArguments, **more: Any) -> tuple[PreTrain
     asked = getattr(torch, asked, needed) if isinstance(asked, str) else asked
     if torch.promote_types(asked, needed) != asked:
         raise HFTError(f"dtype {asked} would round the base, which is stored in {needed}; leave it out")
+    in_base = {id(parameter) for parameter in model.base_model.parameters()}
+    new_head = {key for key in other_form if auto_class and id(parameters[key]) not in in_base}
+    if new_head:
+        set_seed(args.seed)
+        init_kwargs["dtype"] = torch.float32
     try:
-        return architecture_of(config).from_pretrained(name, **init_kwargs), stored
+        model = (auto_class or architecture_of(config)).from_pretrained(name, **init_kwargs)
     except (OSError, ValueError, RuntimeError) as error:
         raise HFTError(f"cannot load {name}: {reason(error)}") from error
+    for key, parameter in model.named_parameters() if new_head else ():
+        parameter.data = parameter.data if key in new_head else parameter.data.to(asked)
+    return model, stored

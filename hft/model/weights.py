@@ -6,15 +6,13 @@ import functools
 import hashlib
 import json
 import zipfile
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from hft.errors import HFTError, reason
 from hft.model.anatomy import architecture_of, meta_model
@@ -225,32 +223,3 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The dtype that holds values of all the given ones exactly."""
     return functools.reduce(torch.promote_types, dtypes)
-
-
-def cast_weights(
-    folder: str | Path, dtypes: Mapping[str, torch.dtype], others: tuple[torch.dtype, Container[str]] | None = None
-) -> None:
-    """Rewrite the safetensors files of a folder so that each tensor has the dtype given for its name, if any.
-
-    Args:
-        folder: holds the files.
-        dtypes: by name.
-        others: a dtype for all names that are not in a given set: those of tensors stored in another form than the
-            model has them in.
-
-    Files that are right already are left alone. The rest are replaced in one step: a reader sees the old or the new
-    one, never half of it.
-    """
-    for path in tqdm(weight_files(Path(folder)), desc="casting the saved weights", leave=False):
-        file = SafetensorsFile(path)
-        wanted = {name: dtypes.get(name, file.dtype(name)) for name in file.names()}
-        if others is not None:
-            dtype, known = others
-            wanted |= {name: dtype for name in wanted if name not in known and file.dtype(name).is_floating_point}
-        if all(wanted[name] == file.dtype(name) for name in wanted):
-            continue
-        tensors = {name: tensor.to(wanted[name]) for name, tensor in load_file(path).items()}
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.chmod(path.stat().st_mode)
-        temporary.replace(path)

@@ -12,7 +12,6 @@ from hft.record.manifest import MANIFEST_NAME, Manifest
 # As Trainer names them; transformers.trainer_utils has the constants, and importing it loads peft.
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 TRAINER_STATE, RNG_STATE = "trainer_state.json", "rng_state_{}.pth"
-RESHARDED = "resharded"  # beside the checkpoints, while one of ZeRO-3 is converted
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

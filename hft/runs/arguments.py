@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 from hft.config import fill
 from hft.errors import HFTError
 from hft.machine import cpu_has_bfloat16, is_zero3, world_size
-from hft.methods import check_parts
 from hft.objectives import find_objective
 from hft.runs.config import Config, find_template
-from hft.training.checkpointing import check_checkpointing
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -62,13 +60,7 @@ def training_arguments(
         raise HFTError("several GPUs are visible to one process: add --num_processes, or set CUDA_VISIBLE_DEVICES=0")
     if method.adapter and config.run.save_only_trained:
         raise HFTError("an adapter's folder holds only what trained anyway; leave out save_only_trained")
-    has_reference = find_objective(config.objective).reference_sequences > 0
-    check_parts(args, *method.parts, has_reference=has_reference)
-    check_checkpointing(args, pairs=has_reference)
-    if has_reference and not method.adapter:
-        from hft.training.dpo import check_reference
-
-        check_reference(args)
+    trainer_class(config).check(args, *method.parts)
     return args, notes
 
 

@@ -1,20 +1,38 @@
-"""The thin trainers."""
+"""TRL's trainers, half fine-tuned (`half`) or with an adapter (`with_adapter`)."""
 
-from transformers import Trainer
+from __future__ import annotations
 
-from hft.training.adapters import AdapterDPOTrainer, AdapterSFTTrainer
-from hft.training.dpo import HFTDPOTrainer
-from hft.training.sft import HFTSFTTrainer
+import functools
 
+from trl import DPOTrainer, SFTTrainer
 
-def half(trainer: type[Trainer]) -> type[Trainer]:
-    """The class that half fine-tunes what a trainer of TRL's trains."""
-    return next(cls for cls in (HFTSFTTrainer, HFTDPOTrainer) if issubclass(cls, trainer))
+from hft.training.adapters import AdapterTuning
+from hft.training.mixin import HalfFineTuning
 
-
-def with_adapter(trainer: type[Trainer]) -> type[Trainer]:
-    """The class that trains an adapter as a trainer of TRL's does."""
-    return next(cls for cls in (AdapterSFTTrainer, AdapterDPOTrainer) if issubclass(cls, trainer))
+__all__ = ["HFTDPOTrainer", "HFTSFTTrainer", "HalfFineTuning", "half", "with_adapter"]
 
 
-__all__ = ["AdapterDPOTrainer", "AdapterSFTTrainer", "HFTDPOTrainer", "HFTSFTTrainer", "half", "with_adapter"]
+@functools.cache
+def half(trainer: type) -> type:
+    """The class that half fine-tunes as a trainer trains: any of TRL's, or a subclass of one.
+
+    It takes the trainer's own arguments, by name, and those of `HalfFineTuning`:
+
+        trainer = hft.half(GRPOTrainer)("Qwen/Qwen3-0.6B", args, reward_funcs=reward, train_dataset=rows)
+    """
+    return extended(HalfFineTuning, trainer, f"HFT{trainer.__name__}")
+
+
+@functools.cache
+def with_adapter(trainer: type) -> type:
+    """The class that trains one of PEFT's adapters as a trainer trains; it takes an `adapter` (`AdapterTuning`)."""
+    return extended(AdapterTuning, trainer, f"Adapter{trainer.__name__}")
+
+
+def extended(mixin: type, trainer: type, name: str) -> type:
+    tags = [*getattr(trainer, "_tag_names", []), "hft"]
+    doc = f"`{trainer.__name__}` with {mixin.__name__}."
+    return type(name, (mixin, trainer), {"_tag_names": tags, "__doc__": doc, "__module__": __name__})
+
+
+HFTSFTTrainer, HFTDPOTrainer = half(SFTTrainer), half(DPOTrainer)

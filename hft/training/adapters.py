@@ -10,25 +10,26 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
-from trl import DPOTrainer, SFTTrainer
 
 from hft.errors import HFTError
 from hft.freezing import upcast
 from hft.machine import is_main
-from hft.methods import check_parts
 from hft.methods.adapter import Adapter, freeze_ranknum
 from hft.model.load import load_base
 from hft.model.weights import checksum, local_folder, weights_of
 from hft.record.checkpoints import is_checkpoint
 from hft.record.manifest import Manifest
 from hft.training.base import ManifestMixin
-from hft.training.checkpointing import KeepsCheckpointing, check_checkpointing
+from hft.training.checkpointing import CheckpointedLayers
+from hft.training.reference import has_reference
 
 STATE_NAME = "training_state.safetensors"  # in a checkpoint, beside PEFT's own files: everything that trains
 
 
 class AdapterTuning(ManifestMixin):
     """Mixin that makes a TRL trainer train an adapter; the model itself is frozen whole.
+
+    A reference is the base itself, with the adapter switched off.
 
     Args:
         model: path or Hub id of the base, loaded in the dtype its weights are stored in, or in 4 bits for QLoRA.
@@ -41,8 +42,7 @@ class AdapterTuning(ManifestMixin):
     """
 
     def __init__(self, model: str, args: TrainingArguments, *, adapter: Adapter, **kwargs):
-        check_parts(args, adapter, has_reference=isinstance(self, DPOTrainer))
-        check_checkpointing(args, pairs=isinstance(self, DPOTrainer))
+        self.check(args, adapter)
         self.adapter = adapter
         self._checkpointing_off = args.activation_checkpointing and not adapter.keeps_checkpointing
         if self._checkpointing_off:
@@ -65,12 +65,12 @@ class AdapterTuning(ManifestMixin):
         config = self.model.peft_config[self.model.active_adapter]
         config.base_model_name_or_path, config.revision = self.manifest.base, revision
         self._before = self._checksums()
-        for callback in [*adapter.callbacks(self.model), RestoreAdapter(self)]:
+        for callback in [*adapter.callbacks(self.model), RestoreAdapter(self), CheckpointedLayers()]:
             self.add_callback(callback)
 
     def notes(self) -> list[str]:
-        """What is done otherwise than the recipe says, and which reference there is."""
-        notes = ["reference: the base itself, its adapter switched off"] if isinstance(self, DPOTrainer) else []
+        """What differs from the recipe, and which reference there is."""
+        notes = ["reference: the base itself, its adapter switched off"] if has_reference(self.args) else []
         if self._checkpointing_off:
             notes.append("activation checkpointing is off: it would drop the prefix, which reaches layers as a cache")
         return notes
@@ -98,7 +98,7 @@ class AdapterTuning(ManifestMixin):
             save_file({name: tensor.detach().contiguous() for name, tensor in state}, folder / STATE_NAME)
         self.manifest.moved = [name for name, now in self._checksums().items() if now != self._before[name]]
         self.manifest.save(folder)
-        self.write_card(folder, self._tag_names)  # in the place of PEFT's, which names the base by its path
+        self.write_card(folder, self._tag_names)  # instead of PEFT's, which names the base by its path
 
     def restore(self, checkpoint: str) -> None:
         """Restore everything that trained, bit for bit.
@@ -118,18 +118,6 @@ class AdapterTuning(ManifestMixin):
         return {name: checksum(p) for name, p in tqdm(parameters, desc="hashing the model in memory", leave=False)}
 
 
-class AdapterSFTTrainer(AdapterTuning, SFTTrainer):
-    """TRL's `SFTTrainer` with an adapter."""
-
-    _tag_names = ["trl", "sft", "hft"]
-
-
-class AdapterDPOTrainer(KeepsCheckpointing, AdapterTuning, DPOTrainer):
-    """TRL's `DPOTrainer` with an adapter; the reference is the base with the adapter switched off."""
-
-    _tag_names = ["trl", "dpo", "hft"]
-
-
 class RestoreAdapter(TrainerCallback):
     """Restores a checkpoint's state before the first step."""
 
@@ -144,8 +132,8 @@ class RestoreAdapter(TrainerCallback):
 def keep_quantized_weights(model: nn.Module) -> None:
     """Keep bitsandbytes (0.50) from repacking 4-bit weights in place when a model is evaluated on a CPU with bf16.
 
-    That rounds their scales for good, so that training after an evaluation would go on with another base, and it fails
-    on widths that are not multiples of 64.
+    That rounds their scales for good, so that training after an evaluation would continue with another base, and it
+    fails on widths that are not multiples of 64.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
+from trl import SFTConfig
 
 from hft.errors import HFTError
 from hft.machine import peak_memory
+from hft.methods import check_parts
 from hft.record.card import write_card
 from hft.record.checkpoints import TRAINER_STATE, last_checkpoint
 from hft.record.manifest import MANIFEST_NAME, Manifest
+from hft.training.checkpointing import check_checkpointing
+from hft.training.reference import has_reference
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from transformers import TrainingArguments
 
     from hft.methods.callback import ScheduleCallback
+    from hft.methods.part import MethodPart
 
 
 class ManifestMixin:
@@ -33,6 +38,12 @@ class ManifestMixin:
     resumed_from: str | None = None
     resolved_config: Mapping[str, Any] | None = None  # where a command made the trainer
     verified: Mapping[str, int] | None = None  # what verify found of the saved model, once it has run
+
+    @classmethod
+    def check(cls, args: TrainingArguments, *parts: MethodPart | None) -> None:
+        """Refuse settings that cannot work, before anything is loaded; the parts are those of the run's method."""
+        check_parts(args, *parts, has_reference=has_reference(args))
+        check_checkpointing(args, selective=isinstance(args, SFTConfig))
 
     def notes(self) -> list[str]:
         """What is worth knowing about the trainer before it starts, one sentence each."""
@@ -46,7 +57,7 @@ class ManifestMixin:
         """Train, from a checkpoint if one is given; `True` takes the last complete one of the output folder.
 
         Raises:
-            HFTError: the checkpoint was trained with another selection or base.
+            HFTError: the checkpoint was trained with another selection or base (`Manifest.check_resumable`).
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
@@ -70,25 +81,17 @@ class ManifestMixin:
             self.manifest.check_resumable(checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the peak memory so far.
-
-        Raises:
-            HFTError: the training loss or the gradient is not finite.
-        """
+        """Log, with the peak memory so far, and stop a run whose loss or gradient is not finite."""
         logs["peak_memory_gb"] = round(peak_memory() / 1e9, 2)
         super().log(logs, start_time)
-        # Under fp16 the scaler skips a step whose gradient is infinite, and goes on.
+        # Under fp16 the scaler skips a step whose gradient is infinite, and continues.
         names = {"loss": "loss"} | ({} if self.args.fp16 else {"grad_norm": "gradient"})
         for key, name in names.items():
             if not math.isfinite(logs.get(key, 0.0)):
                 raise diverged(name, logs[key], self.state.global_step, self.args.output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, unless training has spoiled it: the last good checkpoint stays the last one.
-
-        Raises:
-            HFTError: a weight that trains is not finite.
-        """
+        """Save the model, unless a trained weight is not finite: the last good checkpoint stays the last one."""
         norm = get_total_norm([p.detach() for p in self.model.parameters() if p.requires_grad])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not norm.isfinite():

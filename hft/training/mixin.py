@@ -1,56 +1,64 @@
-"""What half fine-tuning adds to a TRL trainer: freezing, fp32 master weights, manifests, refused resumes."""
+"""What half fine-tuning adds to a TRL trainer: freezing, fp32 master weights, manifests, exact saves."""
 
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Iterable
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from trl import DPOTrainer
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainingArguments
+from trl import RewardTrainer
 
 from hft.errors import HFTError
-from hft.freezing import PartFreezer, check_frozen, freeze, upcast, whole
-from hft.machine import is_main, is_sharded, is_zero3
-from hft.methods import check_parts
+from hft.freezing import freeze, whole
+from hft.machine import is_main, is_sharded
 from hft.methods.callback import ScheduleCallback
 from hft.model.anatomy import anatomy_of
 from hft.model.load import load_base
-from hft.model.weights import MODEL_CONFIG, Weights, cast_weights, checksum, local_folder
+from hft.model.weights import MODEL_CONFIG, checksum
 from hft.record.checkpoints import is_checkpoint
 from hft.record.manifest import Manifest
 from hft.selection import Selection, SelectionConfig, select
 from hft.selection.masks import frozen_values, save_masks
 from hft.training.base import ManifestMixin
-from hft.training.checkpointing import check_checkpointing
-from hft.training.resharding import resharded
+from hft.training.callbacks import FreezeCheck, PartFreezing
+from hft.training.checkpointing import CheckpointedLayers
+from hft.training.engines import (
+    EngineQuirks,
+    autocast_decoder,
+    before_loading,
+    check_engine,
+    check_zero3,
+    upcast_for,
+)
+from hft.training.reference import check_reference, note_on_reference, share_frozen, shared_reference
+from hft.training.saving import cast, check_stored_as_computed, state_keys
 
 if TYPE_CHECKING:
     from hft.methods.schedule import Schedule
+    from hft.methods.strategy import Strategy
     from hft.methods.update import Update
 
 
-class HalfFineTuning(ManifestMixin):
+class HalfFineTuning(EngineQuirks, ManifestMixin):
     """Mixin that makes a TRL trainer train one selection of the model's units and leave the rest as it was.
 
-    List it before the trainer class. Everything else of the trainer stays TRL's: with nothing frozen, it takes the
-    same steps.
+    `half(TrainerClass)` lists it before the trainer class. Everything else of the trainer stays TRL's: with nothing
+    frozen, it takes the same steps. A reference model shares the frozen half with the policy, unless one is given or
+    the model is sharded.
 
     Args:
         model: path or Hub id of the base, loaded in the dtype its weights are stored in, or a loaded model.
         args: the trainer's own config.
         selection: which units train, or the config to make it from; by default the paper's HFT.
-        update: how the trained weights move; by default as the optimizer says.
-        schedule: how that changes during the run; by default it does not.
+        update: changes to the trained weights around the optimizer's step; by default none.
+        schedule: which units train when; by default those of the selection in every step.
         save_only_trained: leave the wholly frozen tensors out of what is saved, checkpoints included; `hft merge
             --method delta` takes them from the base.
-        kwargs: whatever else the trainer takes.
+        kwargs: whatever else the trainer takes, by name.
 
     Raises:
         HFTError: `peft_config` or a built optimizer is given, since both would escape the selection, or the model is
@@ -59,30 +67,27 @@ class HalfFineTuning(ManifestMixin):
 
     def __init__(
         self,
-        model,
-        args,
+        model: str | PreTrainedModel,
+        args: TrainingArguments,
         *,
         selection: Selection | SelectionConfig | None = None,
         update: Update | None = None,
         schedule: Schedule | None = None,
         save_only_trained: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
-        check_arguments(kwargs)
-        check_parts(args, update, schedule)
-        check_checkpointing(args, pairs=isinstance(self, DPOTrainer))
+        check_arguments(args, kwargs)
+        self.check(args, update, schedule)
         if schedule:  # what it freezes at a step is an unused parameter to DDP
             args.ddp_find_unused_parameters = True
         source = model
-        if is_zero3(args):  # else from_pretrained would partition what is to be frozen, upcast and checked whole
-            unset_hf_deepspeed_config()
-        model, self._stored_dtypes = loaded(model, args)
+        before_loading(args)
+        model, self._stored_dtypes = loaded(model, args, head_of(type(self)))
         self._config_dtype = model.dtype
         if not isinstance(selection, Selection):
             selection = select(anatomy_of(model), selection or SelectionConfig())
         self.selection = selection
-        if is_zero3(args):
-            check_zero3(selection, save_only_trained=save_only_trained)
+        check_zero3(args, selection, save_only_trained=save_only_trained)
         freeze(model, selection)
         self._record(model, args, update, schedule)
         if save_only_trained and selection.frozen_parameters:
@@ -90,17 +95,38 @@ class HalfFineTuning(ManifestMixin):
                 check_stored_as_computed(source, self.manifest.revision, selection.anatomy.parameters)
             self.manifest.only_trained = True
             # transformers' own list; on a resume Trainer takes these, and only these, as rightly missing.
-            model._keys_to_ignore_on_save |= keys_of(model, selection.frozen_parameters)
+            model._keys_to_ignore_on_save |= state_keys(model, selection.frozen_parameters)
 
         callbacks = update.callbacks(model, selection.anatomy) if update else []  # before the upcast: the base's values
         if schedule:  # now, since Trainer's constructor collects what a checkpoint keeps of callbacks
             kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self.schedule]
-        super().__init__(model=model, args=args, **self.prepare_model(model, args, kwargs))
-        callbacks += [] if schedule else [FreezeCheck(selection)]
+        autocast, sharded = args.bf16 or args.fp16, is_sharded(args)
+        takes_reference = "ref_model" in inspect.signature(super().__init__).parameters
+        if takes_reference and not (sharded or kwargs.get("ref_model") or getattr(args, "precompute_ref_log_probs", 0)):
+            kwargs["ref_model"] = shared_reference(model, autocast=autocast)
+        upcast_for(model, args)
+        super().__init__(model=model, args=args, **kwargs)
+        if not takes_reference and not sharded and getattr(self, "ref_model", None) is not None:
+            share_frozen(self.ref_model, self.model, self._stored_dtypes, autocast=autocast)
+        autocast_decoder(self.model, args)
+        callbacks += [CheckpointedLayers(), *([] if schedule else [FreezeCheck(selection)])]
         callbacks += [PartFreezing(selection, self._stored_dtypes)] if selection.frozen_masks else []
         for callback in callbacks:  # parts last: they put back what any other callback has moved
             self.add_callback(callback)
-        self._check_engine()
+        check_engine(self)
+        if selection.config.freeze_embeddings and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            # Reentrant checkpointing finds no gradient to pass on when nothing before the first layer has one.
+            self.model.enable_input_require_grads()
+
+    @classmethod
+    def check(cls, args: TrainingArguments, *parts: Schedule | Update | Strategy | None) -> None:
+        """Refuse settings that cannot work, before anything is loaded; parts are a schedule, an update, a strategy."""
+        super().check(args, *parts)
+        check_reference(args)
+
+    def notes(self) -> list[str]:
+        """Which reference there is, and what it takes."""
+        return note_on_reference(self)
 
     def _record(self, model, args, update: Update | None, schedule: Schedule | None) -> None:
         """Make the manifest, and the schedule's callback."""
@@ -112,104 +138,48 @@ class HalfFineTuning(ManifestMixin):
             self._base_checksums = self._checksums(model, selection.trained_parameters)
         self.manifest = Manifest.of(
             selection,
-            model.config._name_or_path,
+            model.config.name_or_path,
             self._checksums(model, [*selection.frozen_parameters, *selection.frozen_masks]),
             revision=(getattr(args, "model_init_kwargs", None) or {}).get("revision"),
             update=update.record() if update else {"update": "plain"},
             schedule={"config": schedule.record()} if schedule else {},
         )
 
-    def _check_engine(self) -> None:
-        if self.is_deepspeed_enabled:
-            check_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config)
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
-            raise HFTError("FSDP1 cannot mix frozen and trained parameters in a layer; set fsdp_version: 2")
-        reentrant = (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant")
-        if self.selection.config.freeze_embeddings and reentrant:
-            # Reentrant checkpointing finds no gradient to pass on when nothing before the first layer has one.
-            self.model.enable_input_require_grads()
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Save the model, each tensor cast to the dtype that it is to have on disk.
 
-    def create_accelerator_and_postprocess(self) -> None:
-        """Under FSDP2 keep log-probabilities, losses and the reduction of gradients in fp32, as under DDP.
-
-        accelerate's own policy is bf16 throughout: at |logp| above 512 sums move in steps of 4. One policy holds for
-        every wrapped module, so the last layer hands fp32 on to the head too.
+        Not public in transformers, where nothing public lies between gathering the tensors and writing them.
         """
-        super().create_accelerator_and_postprocess()
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
-            compute = plugin.mixed_precision_policy.param_dtype
-            plugin.mixed_precision_policy = MixedPrecisionPolicy(compute, torch.float32, torch.float32)
+        state = self.model.state_dict() if state_dict is None else state_dict
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            state = cast(state, self.model, self._dtypes_on_disk(folder))
+        super()._save(str(folder), state)
 
-    def prepare_model(self, model: PreTrainedModel, args: TrainingArguments, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Give the trained half its fp32 master weights, just before TRL's own constructor sees the model.
-
-        Returns:
-            The remaining arguments of TRL's constructor.
-        """
-        # accelerate upcasts the trained parameters of an FSDP2 model itself, but only if it computes in half precision.
-        if is_zero3(args):
-            upcast(model, autocast=True)
-        elif not is_sharded(args) or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
-            upcast(model, autocast=args.bf16 or args.fp16)
-        return kwargs
-
-    def compute_loss_context_manager(self):
-        """Evaluate in autocast under ZeRO-3 too, which only DeepSpeed's engine enters: Trainer calls the bare model."""
-        contexts = super().compute_loss_context_manager()
-        if self.is_deepspeed_enabled and not self.model.training:
-            dtype = self.accelerator.state.deepspeed_plugin.deepspeed_config["torch_autocast"].get("dtype", "bfloat16")
-            contexts.enter_context(torch.autocast(self.args.device.type, getattr(torch, dtype)))
-        return contexts
-
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """Resume under ZeRO-3 on any number of processes.
-
-        Not public in transformers, which makes the engine and loads its checkpoint in one go.
-        """
-        if not (resume_from_checkpoint and self.is_deepspeed_enabled):
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        with resharded(self, resume_from_checkpoint) as checkpoint:
-            return super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load a schedule's optimizer state under FSDP2, which expects one for whatever requires a gradient.
-
-        Not public in transformers, which has no hook between sharding the model and loading the state.
-        """
-        if not (checkpoint and self.schedule and self.is_fsdp_enabled):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        names = self.schedule.have_state(Manifest.load(checkpoint).schedule["history"])
-        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(name in names)
-        super()._load_optimizer_and_scheduler(checkpoint)
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+    def _dtypes_on_disk(self, folder: Path) -> dict[str, torch.dtype]:
+        """The base's dtypes; in a checkpoint of wholly frozen parameters only, the others stay fp32 masters."""
+        if not is_checkpoint(folder, self.args.output_dir):
+            return self._stored_dtypes
+        frozen = self.manifest_so_far().frozen_checksums.keys() - self.manifest.masks.keys()
+        return {name: dtype for name, dtype in self._stored_dtypes.items() if name in frozen}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model with its manifest, the frozen tensors bit for bit those of the base.
 
         A `checkpoint-N` folder keeps the fp32 master weights of the trained half, so that a resumed run continues
         exactly; anywhere else the trained half too is written in the dtypes of the base. With `save_only_trained` the
-        frozen tensors are compared in memory, and left out.
+        frozen tensors are compared in memory, and not written.
         """
         folder = Path(output_dir or self.args.output_dir)
-        checkpoint = is_checkpoint(folder, self.args.output_dir)
-        if self.manifest.only_trained and not checkpoint:
+        is_final = not is_checkpoint(folder, self.args.output_dir)
+        if self.manifest.only_trained and is_final:
             self.manifest.moved = self._moved()
         super().save_model(str(folder), _internal_call)
         if not self.args.should_save:
             return
-        manifest, dtypes = self.manifest_so_far(), self._stored_dtypes
-        others = (self._config_dtype, self.model.state_dict().keys())
-        if checkpoint:
-            frozen = manifest.frozen_checksums.keys() - manifest.masks.keys()
-            dtypes, others = {name: dtypes[name] for name in frozen if name in dtypes}, None
-        elif self.schedule is not None:
+        manifest = self.manifest_so_far()
+        if is_final and self.schedule is not None:
             manifest = self.finished_manifest(manifest)
-        cast_weights(folder, dtypes, others)
         config = copy.deepcopy(self.model.config)
         config.dtype = self._config_dtype  # not that of the master weights
         config.save_pretrained(folder)
@@ -266,14 +236,18 @@ class HalfFineTuning(ManifestMixin):
         return {name: checksum(value.to(dtypes.get(name, model.dtype))) for name, value in values.items()}
 
 
-def loaded(model: PreTrainedModel | str, args: TrainingArguments) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
-    """A model that is not quantized, and the dtype in which each of its parameters is stored.
+def head_of(trainer: type) -> dict[str, Any]:
+    """What `load_base` takes to give a model another head than a language model's, where a trainer needs one."""
+    classifies = issubclass(trainer, RewardTrainer)
+    return {"auto_class": AutoModelForSequenceClassification, "num_labels": 1} if classifies else {}
 
-    Raises:
-        HFTError: it is quantized, or cannot be loaded.
-    """
+
+def loaded(
+    model: PreTrainedModel | str, args: TrainingArguments, head: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
+    """A model that is not quantized, and the dtype in which each of its parameters is stored."""
     if isinstance(model, str):
-        model, stored = load_base(model, args)
+        model, stored = load_base(model, args, **head)
     else:
         stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
     if getattr(model.config, "quantization_config", None) is not None:
@@ -281,92 +255,11 @@ def loaded(model: PreTrainedModel | str, args: TrainingArguments) -> tuple[PreTr
     return model, stored
 
 
-def check_zero3(selection: Selection, *, save_only_trained: bool) -> None:
-    """Refuse what only the other engines can do.
-
-    Raises:
-        HFTError: masks of elements, or `save_only_trained`.
-    """
-    if selection.frozen_masks:
-        raise HFTError(
-            "ZeRO-3 holds parameters flat and in parts, where masks of elements do not fit; launch with "
-            "recipes/accelerate/fsdp2.yaml"
-        )
-    if save_only_trained:
-        raise HFTError("save_only_trained goes with FSDP2 and DDP, not with ZeRO-3; leave it out")
-
-
-def check_deepspeed(config: dict[str, Any]) -> None:
-    """Refuse a DeepSpeed config that would round the frozen half or could not write the model.
-
-    Raises:
-        HFTError: it is another stage than ZeRO-3, or half precision is not left to torch's autocast.
-    """
-    zero, ours = config.get("zero_optimization", {}), "take recipes/accelerate/zero3.json"
-    if zero.get("stage") != 3:
-        raise HFTError(f"of DeepSpeed only ZeRO-3 is supported, which shards the frozen half too; {ours}")
-    if any(config.get(key, {}).get("enabled") for key in ("bf16", "fp16")):
-        raise HFTError(f"DeepSpeed's bf16 and fp16 would convert the frozen half; {ours}, with torch_autocast")
-    if not config.get("torch_autocast", {}).get("enabled"):
-        raise HFTError(f"without torch_autocast fp32 master weights and the frozen half do not multiply; {ours}")
-    if not zero.get("stage3_gather_16bit_weights_on_model_save"):
-        raise HFTError(f"without stage3_gather_16bit_weights_on_model_save no model would be written; {ours}")
-
-
-def check_arguments(kwargs: dict[str, Any]) -> None:
-    """Refuse arguments of a trainer that would escape the selection.
-
-    Raises:
-        HFTError: an adapter's config, or a built optimizer.
-    """
+def check_arguments(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
+    """Refuse arguments of a trainer that would escape the selection."""
+    if not isinstance(args, TrainingArguments):
+        raise HFTError("give the trainer's config as args, and what else the trainer takes by name")
     if kwargs.get("peft_config") is not None:
         raise HFTError("peft_config and half fine-tuning exclude each other: adapters freeze the whole base")
     if (kwargs.get("optimizers") or (None, None))[0] is not None:
         raise HFTError("give optimizer settings, not a built optimizer: it must be built after the freezing")
-
-
-def check_stored_as_computed(base: str, revision: str | None, names: Iterable[str]) -> None:
-    """Refuse to save a part of a model whose files name its tensors otherwise than transformers computes with them.
-
-    Raises:
-        HFTError: they do, so that what trained could not be put back into the base.
-    """
-    stored = Weights(local_folder(base, revision))
-    if missing := [name for name in names if name not in stored]:
-        raise HFTError(
-            f"{base} does not store {missing[0]} under that name (as mixtures of experts and GPT-NeoX do not), so what "
-            "trained could not be put back into it; leave out save_only_trained"
-        )
-
-
-def keys_of(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
-    """The keys of some parameters in a model's state dict, where tied ones have one each."""
-    parameters = dict(model.named_parameters())
-    meant = {id(parameters[name]) for name in names}
-    return {key for key, p in model.named_parameters(remove_duplicate=False) if id(p) in meant}
-
-
-class PartFreezing(TrainerCallback):
-    """Keeps the frozen elements of partly frozen parameters in place while a run trains."""
-
-    def __init__(self, selection: Selection, dtypes: dict[str, torch.dtype]):
-        self.selection, self.dtypes = selection, dtypes
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.freezer = PartFreezer(model, self.selection.frozen_masks, self.dtypes)
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.freezer.restore()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.freezer.remove()
-
-
-class FreezeCheck(TrainerCallback):
-    """Checks, once the engine has prepared the model, that what should be frozen is, and that the rest trains."""
-
-    def __init__(self, selection: Selection):
-        self.selection = selection
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        check_frozen(model, self.selection)

@@ -25,7 +25,6 @@ from hft.methods.adapter import Adapter
 from hft.methods.gmt import GMT
 from hft.methods.lora import LoRA
 from hft.record.manifest import Manifest
-from hft.training import AdapterDPOTrainer, AdapterSFTTrainer
 from tests.conftest import error_of, identical, losses, tensors
 from tests.model.test_architectures import small
 
@@ -40,7 +39,7 @@ def config(**more) -> Adapter:
 
 
 def trainer_of(stage, out: Path, tiny: Path, rows, adapter: Adapter, **settings):
-    cls, config_class = (AdapterSFTTrainer, SFTConfig) if stage == "sft" else (AdapterDPOTrainer, DPOConfig)
+    cls, config_class = (SFTTrainer, SFTConfig) if stage == "sft" else (DPOTrainer, DPOConfig)
     settings = {"max_length": 64, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False} | settings
     args = config_class(output_dir=str(out), report_to="none", disable_tqdm=True, **settings)
     tokenizer = AutoTokenizer.from_pretrained(tiny)

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hft.errors import HFTError
-from hft.model.weights import Weights, as_bytes, cast_weights, checksum, local_folder, widest
+from hft.model.weights import Weights, as_bytes, checksum, local_folder, widest
 from hft.record.verification import verify
 
 
@@ -63,17 +63,6 @@ def test_a_truncated_or_missing_file_is_told_in_a_sentence(tiny, tmp_path):
             local_folder(name)
     with pytest.raises(HFTError, match="neither a folder nor found on the Hub"):
         local_folder("some/where")
-
-
-def test_casting_to_a_wider_dtype_and_back_is_exact(tiny, tmp_path):
-    folder = copied(tiny, tmp_path)
-    dtypes = Weights(tiny).dtypes()
-    cast_weights(folder, dict.fromkeys(dtypes, torch.float32))
-    assert set(Weights(folder).dtypes().values()) == {torch.float32}
-    cast_weights(folder, dtypes)
-    ours, theirs = Weights(folder), Weights(tiny)
-    assert all(torch.equal(as_bytes(ours[name]), as_bytes(theirs[name])) for name in theirs)
-    assert not list(folder.glob("*.tmp"))
 
 
 def test_bits_are_compared_not_values():

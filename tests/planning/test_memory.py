@@ -10,7 +10,7 @@ import hft
 from hft.planning.costs import FLOAT32, MIXED
 from hft.planning.forecast import forecast
 from hft.runs.train import make_trainer
-from hft.training.dpo import reference_bytes
+from hft.training.reference import reference_bytes
 
 
 class Gradients(TrainerCallback):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, TrainerCallback
-from trl import DPOConfig
+from trl import DPOConfig, DPOTrainer
 
 from hft.data import load_split
 from hft.errors import HFTError
@@ -15,7 +15,7 @@ from hft.planning.forecast import forecast
 from hft.runs.config import load_config
 from hft.runs.plan import make_plan
 from hft.runs.train import make_trainer
-from hft.training import AdapterDPOTrainer, HFTDPOTrainer
+from hft.training import HFTDPOTrainer, with_adapter
 from tests.conftest import error_of, identical, losses, tensors
 
 EVERY_2 = '{"every_n_layers": 2}'
@@ -101,7 +101,7 @@ def test_dpo_checkpoints_the_same_layers_in_every_step(tmp_path, tiny, pairs, ho
     def losses_of(name, **kwargs):
         args = DPOConfig(output_dir=str(tmp_path / name), **settings, **kwargs)
         if how == "lora":
-            trainer = AdapterDPOTrainer(str(tiny), args, adapter=LoRA(rank=4), train_dataset=rows)
+            trainer = with_adapter(DPOTrainer)(str(tiny), args, adapter=LoRA(rank=4), train_dataset=rows)
         else:
             reference = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32) if how == "full" else None
             trainer = HFTDPOTrainer(str(tiny), args, ref_model=reference, train_dataset=rows)

@@ -19,7 +19,7 @@ from hft.machine import cpu_has_bfloat16
 from hft.record.manifest import Manifest
 from hft.selection import SelectionConfig
 from hft.training import HFTDPOTrainer
-from hft.training.dpo import reference_bytes
+from hft.training.reference import reference_bytes
 from tests.conftest import error_of, finished_run, identical, losses, tensors, write_jsonl
 
 LN2 = math.log(2)
@@ -129,7 +129,7 @@ def test_for_llama2_7b_the_reference_takes_7_3_gb(monkeypatch):
 
     from hft.model.anatomy import anatomy_of, meta_model
     from hft.selection import select
-    from hft.training.dpo import shared_reference
+    from hft.training.reference import shared_reference
 
     model = meta_model(AutoConfig.from_pretrained("recipes/llama2-7b")).half()
     freeze(model, select(anatomy_of(model), SelectionConfig()))

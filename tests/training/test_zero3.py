@@ -40,7 +40,7 @@ def flags(processes: int) -> list[str]:
 
 
 def resumed(folder: Path, name: str, checkpoint: Path, processes: int, tiny: Path, data: Path) -> str:
-    """Go on from a copy of a checkpoint in a folder of its own; what was printed."""
+    """Resume from a copy of a checkpoint in a new folder; what was printed."""
     out = folder / name / "sft"
     shutil.copytree(checkpoint, out / checkpoint.name)
     done = launch(processes, *command("sft", out, *flags(processes), model=tiny, data=data))
@@ -62,7 +62,7 @@ def optimizer_states(checkpoint: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny, data, pairs):
-    """Runs of two processes in `two`, of one without ZeRO in `one`; in `resumed` one that went on after two steps."""
+    """Runs of two processes in `two`, of one without ZeRO in `one`; in `resumed` one resumed after two steps."""
     os.chdir(ROOT)
     folder = tmp_path_factory.mktemp("zero3")
     datasets = {"sft": data, "dpo": pairs}
@@ -109,45 +109,11 @@ def test_a_run_resumed_under_zero3_ends_at_the_same_bits(folder):
     assert all(identical(straight[key], resumed[key]) for key in straight)
 
 
-@pytest.fixture(scope="module")
-def fewer_and_more(folder, tiny, data):
-    """In `fewer` two processes' run that one went on with after step 2; in `more` that one's, by two after step 3."""
-    left_by_a_kill = folder / "fewer" / "sft" / "resharded" / "universal"
-    left_by_a_kill.mkdir(parents=True)
-    checkpoint = folder / "two" / "sft" / "checkpoint-2"
-    assert "checkpoint-2 from 2 to 1 processes" in resumed(folder, "fewer", checkpoint, 1, tiny, data)
-    checkpoint = folder / "fewer" / "sft" / "checkpoint-3"
-    assert "checkpoint-3 from 1 to 2 processes" in resumed(folder, "more", checkpoint, 2, tiny, data)
-    return folder
-
-
-@pytest.mark.parametrize(("name", "parts"), [("fewer", 1), ("more", 2)])
-def test_zero3_goes_on_with_another_number_of_processes(fewer_and_more, name, parts):
-    straight, ours = fewer_and_more / "two" / "sft", fewer_and_more / name / "sft"
-    assert losses(ours / "checkpoint-4") == pytest.approx(losses(straight / "checkpoint-4"), rel=1e-3)
-    assert main(["verify", str(ours)]) == 0
-    assert Manifest.load(ours).frozen_checksums == Manifest.load(straight).frozen_checksums
-    assert not (ours / "resharded").exists()
-
-    before, end, theirs = (
-        tensors(out) for out in (straight / "checkpoint-2", straight / "checkpoint-4", ours / "checkpoint-4")
-    )
-    moved, apart = ([(a[k].double() - b[k]).norm() for k in end] for a, b in ((end, before), (theirs, end)))
-    assert torch.stack(apart).norm() < 0.01 * torch.stack(moved).norm()
-
-    states, expected = optimizer_states(ours / "checkpoint-4"), optimizer_states(straight / "checkpoint-4")[0]
-    assert len(states) == parts
-    for state in states:
-        assert [part["step"] for part in state["state"].values()] == [4, 4]
-        assert state["param_groups"] == expected["param_groups"]
-
-
-def test_zero3_refuses_a_damaged_checkpoint_and_masks(folder, tiny, data, tmp_path):
+def test_zero3_refuses_another_number_of_processes_and_masks(folder, tiny, data, tmp_path):
     checkpoint = tmp_path / "out" / "checkpoint-2"
     shutil.copytree(folder / "two" / "sft" / "checkpoint-2", checkpoint)
-    next(checkpoint.glob("*/*_rank_1_*optim_states.pt")).write_bytes(b"")  # cut off
     done = launch(1, *command("sft", tmp_path / "out", *flags(1), model=tiny, data=data))
-    assert f"DeepSpeed could not convert {checkpoint}: " in done.stderr
-    assert not (tmp_path / "out" / "resharded").exists()
+    assert f"cannot resume from {checkpoint} on 1 processes" in done.stderr
+    assert "launch 2 processes, as many as saved it" in done.stderr
     words = command("sft", tmp_path / "masks", *flags(1), method="random-element", model=tiny, data=data)
     assert "masks of elements do not fit" in launch(1, *words).stderr

@@ -1,0 +1,45 @@
+"""What is saved of a model: in which dtypes, and under which keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from hft.errors import HFTError
+from hft.model.weights import Weights, local_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def cast(
+    state: dict[str, torch.Tensor], model: PreTrainedModel, dtypes: dict[str, torch.dtype]
+) -> dict[str, torch.Tensor]:
+    """A state dict whose parameters have the dtypes given by name; tied ones stay one tensor under several keys."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    keys = {key: names[id(p)] for key, p in model.named_parameters(remove_duplicate=False)}
+    made: dict[str, torch.Tensor] = {}
+    for key, tensor in state.items():
+        name = keys.get(key, key)
+        if name in dtypes and tensor.dtype != dtypes[name] and name not in made:
+            made[name] = tensor.to(dtypes[name]).cpu()
+    return {key: made.get(keys.get(key, key), tensor) for key, tensor in state.items()}
+
+
+def check_stored_as_computed(base: str, revision: str | None, names: Iterable[str]) -> None:
+    """Refuse to save a part of a model whose files name its tensors otherwise than transformers computes with them."""
+    stored = Weights(local_folder(base, revision))
+    if missing := [name for name in names if name not in stored]:
+        raise HFTError(
+            f"{base} does not store {missing[0]} under that name (as mixtures of experts and GPT-NeoX do not), so what "
+            "trained could not be put back into it; leave out save_only_trained"
+        )
+
+
+def state_keys(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """The keys of some parameters in a model's state dict, where tied ones have one each."""
+    parameters = dict(model.named_parameters())
+    meant = {id(parameters[name]) for name in names}
+    return {key for key, p in model.named_parameters(remove_duplicate=False) if id(p) in meant}
