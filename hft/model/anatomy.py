@@ -316,7 +316,7 @@ def _outside(model: PreTrainedModel, prefix: str, inside: set[str]) -> tuple[dic
     text = prefix.rpartition(".")[0] + "."
     learned = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.startswith(text)]
     ends = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
-    embedding = {id(parameter) for module in (*learned, *ends) for parameter in module.parameters()}
+    embedding = {id(parameter) for module in (*learned, *ends) for parameter in module.parameters(recurse=False)}
     in_base = {id(parameter) for parameter in model.base_model.parameters()}
     is_multimodal = model.config.get_text_config() is not model.config
     numels = {name: parameter.numel() for name, parameter in model.named_parameters()}

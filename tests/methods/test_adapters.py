@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hft.cli import main
 from hft.config import read_yaml
@@ -25,6 +25,7 @@ from hft.methods.adapter import Adapter
 from hft.methods.gmt import GMT
 from hft.methods.lora import LoRA
 from hft.record.manifest import Manifest
+from hft.training import with_adapter
 from tests.conftest import error_of, identical, losses, tensors
 from tests.model.test_architectures import small
 
@@ -44,7 +45,7 @@ def trainer_of(stage, out: Path, tiny: Path, rows, adapter: Adapter, **settings)
     args = config_class(output_dir=str(out), report_to="none", disable_tqdm=True, **settings)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = Path("hft/demo/templates/tulu.jinja").read_text()
-    return cls(str(tiny), args, adapter=adapter, train_dataset=rows, processing_class=tokenizer)
+    return with_adapter(cls)(str(tiny), args, adapter=adapter, train_dataset=rows, processing_class=tokenizer)
 
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:
