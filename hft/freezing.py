@@ -21,9 +21,6 @@ def freeze(model: nn.Module, selection: Selection) -> None:
     """Set `requires_grad` of every parameter by name. Call it before the optimizer is built.
 
     Partly frozen parameters require a gradient; `PartFreezer` keeps their frozen elements in place.
-
-    Raises:
-        HFTError: model and selection do not name the same parameters, so it is not the model that was selected for.
     """
     check_parameters(model, selection)
     frozen = set(selection.frozen_parameters)
@@ -32,18 +29,14 @@ def freeze(model: nn.Module, selection: Selection) -> None:
 
 
 def check_parameters(model: nn.Module, selection: Selection) -> None:
-    """Refuse a model with a parameter that is not in exactly one of frozen and trained.
-
-    Raises:
-        HFTError: there is one, such as a head whose config ties it to the embeddings and whose weights differ.
-    """
+    """Refuse a model unless each of its parameters is in exactly one of frozen and trained."""
     frozen, trained = selection.frozen_parameters, selection.trained_parameters
     listed, names = Counter([*frozen, *trained]), {name for name, _ in model.named_parameters()}
     if missing := sorted(listed.keys() - names):
         raise HFTError(f"the selection names {missing[0]}, which the model does not have")
     if unlisted := sorted(names - listed.keys()):
         raise HFTError(
-            f"{unlisted[0]} would be neither frozen nor trained: the weights have it as a parameter of its own and the "
+            f"{unlisted[0]} would be neither frozen nor trained: the weights have it as a separate parameter and the "
             "config does not; correct the config (a head that differs from the embeddings needs tie_word_embeddings: "
             "false)"
         )
@@ -52,11 +45,7 @@ def check_parameters(model: nn.Module, selection: Selection) -> None:
 
 
 def check_frozen(model: nn.Module, selection: Selection) -> None:
-    """Check that exactly the trained parameters require a gradient.
-
-    Raises:
-        HFTError: one does not, or a frozen one does.
-    """
+    """Check that exactly the trained parameters require a gradient."""
     check_parameters(model, selection)
     frozen = set(selection.frozen_parameters)
     for name, parameter in model.named_parameters():

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BLOCKS = ("attention", "mlp", "experts", "router", "norm")
 
 # Roles of matrices, by the names that Llama gave them, and the block that each belongs to. DeepSeek's attention has
-# low-rank pairs in the place of some.
+# low-rank pairs instead of some.
 ROLES = {
     "q_proj": "attention",
     "k_proj": "attention",
@@ -253,7 +253,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
             if not found:
                 unknown.setdefault(path, ", ".join(f"{prefix}.{index}.{name}" for name in shapes))
             for block, kind, suffix, boxes in found:
-                parts = tuple(Part(f"{prefix}.{index}.{name}", shapes[name], own) for name, own in boxes.items())
+                parts = tuple(Part(f"{prefix}.{index}.{name}", shapes[name], of) for name, of in boxes.items())
                 units.append(Unit(f"{prefix}.{index}.{path}{suffix}", index, block, kind, parts))
     if unknown:
         raise HFTError(
@@ -268,9 +268,9 @@ def _modules_of(layer: nn.Module) -> dict[str, Shapes]:
     shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
     modules: dict[str, Shapes] = {}
     for name, shape in shapes.items():
-        path, _, own = name.rpartition(".")
+        path, _, leaf = name.rpartition(".")
         queries = f"{path}.q_proj"
-        modules.setdefault(queries if own == SINKS and f"{queries}.weight" in shapes else path, {})[name] = shape
+        modules.setdefault(queries if leaf == SINKS and f"{queries}.weight" in shapes else path, {})[name] = shape
     return modules
 
 
@@ -278,26 +278,26 @@ def _units_of(
     path: str, module: nn.Module, shapes: Shapes, config: PretrainedConfig
 ) -> Iterator[tuple[str, str, str, dict[str, tuple[Box, ...]]]]:
     """The block, kind, suffix of the name, and boxes by parameter, of each unit in a module; nothing if unknown."""
-    parent, _, own = path.rpartition(".")
+    parent, _, leaf = path.rpartition(".")
     in_attention = "attn" in parent or "attention" in parent
     whole: dict[str, tuple[Box, ...]] = dict.fromkeys(shapes, ())
     if "Norm" in type(module).__name__:
-        yield "norm", own, "", whole
-    elif own in ROUTERS and not in_attention:
-        yield "router", own, "", whole
-    elif own == "experts" and config.model_type in EXPERTS:
+        yield "norm", leaf, "", whole
+    elif leaf in ROUTERS and not in_attention:
+        yield "router", leaf, "", whole
+    elif leaf == "experts" and config.model_type in EXPERTS:
         local = {name.removeprefix(f"{path}."): shape for name, shape in shapes.items()}
         for suffix, role, boxes in EXPERTS[config.model_type](local):
-            yield "experts", role, suffix, {f"{path}.{name}": own for name, own in boxes.items()}
-    elif layout := FUSED.get((config.model_type, own)):
+            yield "experts", role, suffix, {f"{path}.{name}": of for name, of in boxes.items()}
+    elif layout := FUSED.get((config.model_type, leaf)):
         # The output dimension is the last one of GPT-2's Conv1D and the first one of a Linear.
         dim = 1 if type(module).__name__ == "Conv1D" else 0
         for role, ranges in layout(config, shapes[f"{path}.weight"][dim]).items():
             boxes = {n: tuple(_along(dim if len(s) > 1 else 0, r, s) for r in ranges) for n, s in shapes.items()}
             yield ROLES[role], role, f".{role}", boxes
     else:
-        role = OTHER_NAMES.get(own, own)
-        if own == "c_proj":  # GPT-2, StarCoder
+        role = OTHER_NAMES.get(leaf, leaf)
+        if leaf == "c_proj":  # GPT-2, StarCoder
             role = "o_proj" if in_attention else "down_proj"
         if role in ROLES and (ROLES[role] == "attention") == in_attention:
             yield ROLES[role], role, "", whole
@@ -344,11 +344,7 @@ def _outside(model: PreTrainedModel, prefix: str, inside: set[str]) -> tuple[dic
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of a decoder-only model.
-
-    Raises:
-        HFTError: the model is another one.
-    """
+    """The layers of a decoder-only model."""
     return _find_layers(model)[1]
 
 
@@ -365,7 +361,7 @@ def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if not lists:
         raise HFTError(f"{refused} has no list of {count} layers")
     path, layers = min(lists, key=lambda found: found[0].count("."))
-    if crossed := {own for name, _ in layers.named_modules() if (own := name.rpartition(".")[2]) in CROSS_ATTENTION}:
+    if crossed := {leaf for name, _ in layers.named_modules() if (leaf := name.rpartition(".")[2]) in CROSS_ATTENTION}:
         raise HFTError(f"{refused} attends to an encoder in its layers, by {', '.join(crossed)}")
     prefix = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
     return prefix + path, layers

@@ -18,23 +18,20 @@ if TYPE_CHECKING:  # the trainer's arguments import peft
 
 
 def read_config(name: str, source: str | Path) -> PretrainedConfig:
-    """The config of a model that is not quantized.
+    """The config of a model, unless it is quantized.
 
     Args:
         name: of the model, for messages.
         source: folder or Hub id to read it from.
-
-    Raises:
-        HFTError: it cannot be read, or the model is quantized.
     """
-    own = Path(source) / MODEL_CONFIG
+    part = Path(source) / MODEL_CONFIG
     try:
         # transformers would ask on the terminal whether to run code that comes with a model.
-        config = AutoConfig.from_pretrained(own if own.exists() else source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(part if part.exists() else source, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         if "custom code" in str(error):
             raise HFTError(
-                f"{name} comes with code of its own, which hft never runs; give a model that transformers has"
+                f"{name} comes with its own code, which hft never runs; give a model that transformers has"
             ) from error
         hint = f"; `hft fetch {Path(name).name}` makes it" if name.startswith("models/") else ""
         raise HFTError(f"cannot read the config of {name}: {reason(error)}{hint}") from error
@@ -59,9 +56,6 @@ def load_base(
         The model, and the dtype on disk of each of its parameters. Stored tensors that are not parameters, such as the
         fp32 `rotary_emb.inv_freq` in Llama-2's files, do not count. Parameters that are stored in another form, such
         as experts one by one, and new heads have the widest dtype on disk.
-
-    Raises:
-        HFTError: a `dtype` that would round the weights, or transformers cannot load them.
     """
     init_kwargs = (getattr(args, "model_init_kwargs", None) or {}) | more
     folder = local_folder(name, init_kwargs.get("revision"))

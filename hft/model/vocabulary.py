@@ -38,11 +38,7 @@ def ids_beyond(tokens: dict[str, int], rows: int) -> list[str]:
 
 
 def check_same_ids(ours: dict[str, int], theirs: dict[str, int], names: tuple[str, str]) -> None:
-    """Refuse two vocabularies that have different tokens for one id, since that row of the embeddings would be mixed.
-
-    Raises:
-        HFTError: there is such an id.
-    """
+    """Refuse two vocabularies that have different tokens for one id: that row of the embeddings would be mixed."""
     tokens = {index: token for token, index in ours.items()}
     for token, index in sorted(theirs.items(), key=lambda item: item[1]):
         if tokens.get(index, token) != token:

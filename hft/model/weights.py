@@ -36,11 +36,7 @@ LOCAL_PREFIXES = ("./", "../", "runs/", "models/")
 
 
 class Weights(Mapping):
-    """Tensor names of a checkpoint folder, safetensors or .bin, each read from disk when it is asked for.
-
-    Raises:
-        HFTError: the folder holds no weights, or a file is missing or truncated.
-    """
+    """Tensor names of a checkpoint folder, safetensors or .bin, each read from disk when it is asked for."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -137,9 +133,6 @@ class TorchFile:
 def weight_files(folder: Path) -> list[Path]:
     """The weights files of a checkpoint folder, found as transformers does: safetensors before .bin, one file before
     those that an index names.
-
-    Raises:
-        HFTError: there are none, or the index cannot be read.
     """
     for single, index in ((SAFE_FILE, SAFE_INDEX), (TORCH_FILE, TORCH_INDEX)):
         if (folder / single).exists():
@@ -159,22 +152,14 @@ def is_weights(path: Path) -> bool:
 
 
 def local_folder(model: str | Path, revision: str | None = None) -> Path:
-    """The folder of a whole model: the path itself, or where the Hub's files lie once they are downloaded.
-
-    Raises:
-        HFTError: the model is neither a folder nor reachable on the Hub, or holds only the tensors that trained.
-    """
+    """The folder of a whole model: the path itself, or where the Hub's files lie once they are downloaded."""
     folder = downloaded(model, revision)
     check_whole(folder, model)
     return folder
 
 
 def check_whole(folder: Path, name: str | Path) -> None:
-    """Refuse what a run with `save_only_trained` has saved.
-
-    Raises:
-        HFTError: the folder holds only the tensors that trained.
-    """
+    """Refuse what a run with `save_only_trained` has saved."""
     if (folder / MODEL_CONFIG).exists():
         raise HFTError(
             f"{name} holds only the tensors that trained; `hft merge --method delta --models {name} --base BASE --out "
@@ -183,11 +168,7 @@ def check_whole(folder: Path, name: str | Path) -> None:
 
 
 def downloaded(model: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model, whole or not: the path itself, or where the Hub's files lie once they are downloaded.
-
-    Raises:
-        HFTError: the model is neither a folder nor reachable on the Hub.
-    """
+    """The folder of a model, whole or not: the path itself, or where the Hub's files lie once they are downloaded."""
     if model and Path(model).is_dir():
         return Path(model)
     # The Hub's ids are NAME or OWNER/NAME.

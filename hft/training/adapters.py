@@ -36,9 +36,6 @@ class AdapterTuning(ManifestMixin):
         args: the trainer's own config.
         adapter: which adapter, and its settings.
         kwargs: whatever else the trainer takes.
-
-    Raises:
-        HFTError: the adapter cannot be trained in this way (`Adapter.check_args`), or it does not fit the model.
     """
 
     def __init__(self, model: str, args: TrainingArguments, *, adapter: Adapter, **kwargs):

@@ -35,7 +35,7 @@ from hft.training.engines import (
     upcast_for,
 )
 from hft.training.reference import check_reference, note_on_reference, share_frozen, shared_reference
-from hft.training.saving import cast, check_stored_as_computed, state_keys
+from hft.training.saving import cast, check_stored_as_computed, finished_manifest, state_keys
 
 if TYPE_CHECKING:
     from hft.methods.schedule import Schedule
@@ -179,7 +179,8 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
             return
         manifest = self.manifest_so_far()
         if is_final and self.schedule is not None:
-            manifest = self.finished_manifest(manifest)
+            trained = self.schedule.ever_trained(self._steps_of_weights())
+            manifest = finished_manifest(manifest, self.selection.anatomy.units, trained, self._base_checksums)
         config = copy.deepcopy(self.model.config)
         config.dtype = self._config_dtype  # not that of the master weights
         config.save_pretrained(folder)
@@ -199,24 +200,6 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         state = self.state
         is_best = self.args.load_best_model_at_end and not self.is_in_train and state.best_model_checkpoint
         return state.best_global_step if is_best else state.global_step
-
-    def finished_manifest(self, manifest: Manifest) -> Manifest:
-        """A manifest that counts what the schedule never trained as frozen, with the checksums of the base."""
-        trained, units = self.schedule.ever_trained(self._steps_of_weights()), self.selection.anatomy.units
-        touched = {name for unit in units if unit.name in trained for name in unit.parameters} | trained
-        never = [name for name in manifest.trained_parameters if name not in touched]
-        names = [unit.name for unit in units]
-        return replace(
-            manifest,
-            trained_units=[name for name in names if name in trained],
-            frozen_units=[name for name in names if name not in trained],
-            counts={
-                block: [sum(unit.name in trained for unit in units if unit.block == block), total]
-                for block, (_, total) in manifest.counts.items()
-            },
-            trained_parameters=[name for name in manifest.trained_parameters if name in touched],
-            frozen_checksums=manifest.frozen_checksums | {name: self._base_checksums[name] for name in never},
-        )
 
     def _moved(self) -> list[str]:
         """The frozen parameters that differ, in memory, from the base; every process takes part under FSDP2."""
@@ -245,7 +228,7 @@ def head_of(trainer: type) -> dict[str, Any]:
 def loaded(
     model: PreTrainedModel | str, args: TrainingArguments, head: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
-    """A model that is not quantized, and the dtype in which each of its parameters is stored."""
+    """A model, and the dtype in which each of its parameters is stored."""
     if isinstance(model, str):
         model, stored = load_base(model, args, **head)
     else:

@@ -59,11 +59,11 @@ def share_frozen(
     """
     narrow = matrices(reference) if autocast else set()
     for name, parameter in reference.named_parameters():
-        ours = policy.get_parameter(name)
-        if ours.requires_grad:
-            parameter.data = parameter.data.to(stored[name] if name in narrow else ours.dtype)
+        source = policy.get_parameter(name)
+        if source.requires_grad:
+            parameter.data = parameter.data.to(stored[name] if name in narrow else source.dtype)
         else:
-            parameter.data = ours.data
+            parameter.data = source.data
 
 
 def matrices(model: nn.Module) -> set[str]:
