@@ -113,7 +113,6 @@ def test_zero3_refuses_another_number_of_processes_and_masks(folder, tiny, data,
     checkpoint = tmp_path / "out" / "checkpoint-2"
     shutil.copytree(folder / "two" / "sft" / "checkpoint-2", checkpoint)
     done = launch(1, *command("sft", tmp_path / "out", *flags(1), model=tiny, data=data))
-    assert f"cannot resume from {checkpoint} on 1 processes" in done.stderr
-    assert "launch 2 processes, as many as saved it" in done.stderr
+    assert f"cannot resume from {checkpoint}: ZeRO-3 resumes on as many processes as saved it" in done.stderr
     words = command("sft", tmp_path / "masks", *flags(1), method="random-element", model=tiny, data=data)
     assert "masks of elements do not fit" in launch(1, *words).stderr
