@@ -23,7 +23,9 @@ from hft.training.reference import reference_bytes
 from tests.conftest import error_of, finished_run, identical, losses, tensors, write_jsonl
 
 LN2 = math.log(2)
-AUTOCAST = [False, pytest.param(True, marks=pytest.mark.skipif(not cpu_has_bfloat16(), reason="no bf16 in hardware"))]
+# In fp32 tests/training/test_any_trainer.py says the same of every trainer.
+UNDER_AUTOCAST = pytest.mark.skipif(not cpu_has_bfloat16(), reason="no bf16 in hardware")
+AUTOCAST = [False, pytest.param(True, marks=UNDER_AUTOCAST)]
 USER, GOOD, BAD = (
     {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b"))
 )
@@ -69,12 +71,12 @@ def test_half_moves_and_half_does_not(finished, tiny):
     assert main(["verify", str(finished)]) == 0
 
 
-@pytest.mark.parametrize("autocast", AUTOCAST)
-def test_with_nothing_frozen_the_losses_are_trls(tmp_path, tiny, pairs, autocast):
+@UNDER_AUTOCAST
+def test_with_nothing_frozen_the_losses_are_trls(tmp_path, tiny, pairs):
     ours = trainer(
-        HFTDPOTrainer, str(tiny), pairs, tmp_path / "a", autocast=autocast, selection=SelectionConfig(policy="all")
+        HFTDPOTrainer, str(tiny), pairs, tmp_path / "a", autocast=True, selection=SelectionConfig(policy="all")
     )
-    theirs = trainer(DPOTrainer, str(tiny), pairs, tmp_path / "b", autocast=autocast)
+    theirs = trainer(DPOTrainer, str(tiny), pairs, tmp_path / "b", autocast=True)
     ours.train()
     theirs.train()
     assert len(logged(ours)) == 4
@@ -83,16 +85,15 @@ def test_with_nothing_frozen_the_losses_are_trls(tmp_path, tiny, pairs, autocast
             assert a[key] == b[key], key
 
 
-@pytest.mark.parametrize("autocast", AUTOCAST)
-def test_a_shared_reference_gives_the_losses_of_a_full_copy(tmp_path, tiny, pairs, autocast):
+@UNDER_AUTOCAST
+def test_a_shared_reference_gives_the_losses_of_a_full_copy(tmp_path, tiny, pairs):
     full = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    shared = trainer(HFTDPOTrainer, str(tiny), pairs, tmp_path / "a", autocast=autocast)
-    copied = trainer(HFTDPOTrainer, str(tiny), pairs, tmp_path / "b", autocast=autocast, ref_model=full)
-    if autocast:  # what is frozen is half precision in the policy, so it must be in the full copy
-        frozen = set(copied.selection.frozen_parameters)
-        for name, parameter in copied.ref_model.named_parameters():
-            if name in frozen:
-                parameter.data = parameter.data.bfloat16()
+    shared = trainer(HFTDPOTrainer, str(tiny), pairs, tmp_path / "a", autocast=True)
+    copied = trainer(HFTDPOTrainer, str(tiny), pairs, tmp_path / "b", autocast=True, ref_model=full)
+    frozen = set(copied.selection.frozen_parameters)  # half precision in the policy, so in the full copy too
+    for name, parameter in copied.ref_model.named_parameters():
+        if name in frozen:
+            parameter.data = parameter.data.bfloat16()
     shared.train()
     copied.train()
     assert [row["loss"] for row in logged(shared)] == [row["loss"] for row in logged(copied)]

@@ -181,4 +181,4 @@ def test_another_number_of_processes_takes_a_run_over(folder, tiny, data, tmp_pa
     (tmp_path / "out" / "checkpoint-2").symlink_to(two / "checkpoint-2")
     capsys.readouterr()
     assert main(command("sft", tmp_path / "out", *flags(1), model=tiny, data=data)) == 2
-    assert "its optimizer state was saved with FSDP2" in error_of(capsys)
+    assert "its optimizer state was saved under fsdp2; add --engine fsdp2" in error_of(capsys)
