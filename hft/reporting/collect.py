@@ -1,4 +1,4 @@
-"""What runs left behind: each folder as a value, and runs that differ only in their seeds as one group."""
+"""Load run folders; group runs that differ only in seed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hft.errors import HFTError, reason
+from hft.objectives import OBJECTIVES, find_objective
 from hft.record.checkpoints import TRAINER_STATE, checkpoints
 from hft.record.manifest import MANIFEST_NAME, Manifest
 from hft.record.scores import Score, Scores, scores_of
@@ -26,7 +27,7 @@ EXTRAS = {"diff.json": ("layers", "rounds"), "matrix.json": ("tasks", "rounds", 
 
 
 @dataclass(frozen=True)
-class Run:
+class LoadedRun:
     """One folder: a training run, a reset, a merge, or a model that was only scored.
 
     Attributes:
@@ -55,12 +56,12 @@ class Run:
 
     @property
     def objective(self) -> str:
-        """`sft` or `dpo`; empty for what was not trained."""
+        """Its name; empty for what was not trained."""
         return self.result.objective if self.result else ""
 
     @property
     def learning_rate(self) -> float | None:
-        """That of the run, an adapter's factor included."""
+        """An adapter's factor included."""
         rate = self.settings.get("learning_rate")
         return rate and rate * self.settings.get("learning_rate_factor", 1.0)
 
@@ -83,7 +84,6 @@ class Run:
 
     @property
     def is_full(self) -> bool:
-        """Whether it is full fine-tuning."""
         return self.is_ratio and self.manifest.selection["policy"] == "all"
 
 
@@ -93,19 +93,19 @@ class Group:
 
     Attributes:
         runs: at least one.
-        kind: the method, after SFT or DPO where both were trained, and what of its recipe most groups do differently.
+        kind: the method, after the objective where there are several, and what of its recipe most groups do otherwise.
         arm: the kind, and the method's own settings that tell it from other groups of it.
         label: the arm, with its learning rate where there are several.
     """
 
-    runs: list[Run]
+    runs: list[LoadedRun]
     kind: str
     arm: str
     label: str
 
     @property
-    def first(self) -> Run:
-        """One of the runs; model, objective, method, settings and learning rate are those of all."""
+    def first(self) -> LoadedRun:
+        """One of the runs, for what they have in common."""
         return self.runs[0]
 
 
@@ -150,7 +150,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Found:
+class Collection:
     """What some folders hold: groups by model, and by folder name the contents of `diff.json` and `matrix.json`."""
 
     models: dict[str, list[Group]]
@@ -162,13 +162,9 @@ class Found:
         return [group for groups in self.models.values() for group in groups]
 
 
-def collect(folders: Iterable[str | Path]) -> Found:
-    """Read folders of runs, resets, merges, scored models, `hft diff` and sequences.
-
-    Raises:
-        HFTError: a folder holds none of these, or a file in it is not valid.
-    """
-    runs: list[Run] = []
+def collect(folders: Iterable[str | Path]) -> Collection:
+    """Read folders of runs, resets, merges, scored models, `hft diff` and sequences."""
+    runs: list[LoadedRun] = []
     extras: dict[str, dict[str, Any]] = {name: {} for name in EXTRAS}
     for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
         names = [name for name in EXTRAS if (folder / name).exists()]
@@ -178,49 +174,44 @@ def collect(folders: Iterable[str | Path]) -> Found:
             runs.append(run)
         elif not names:
             raise HFTError(f"{folder} holds no run and no scores; give folders of runs, or of models that were scored")
-    return Found(group_by_model(runs), *extras.values())
+    return Collection(group_by_model(runs), *extras.values())
 
 
-def read_run(folder: Path) -> Run | None:
-    """What a folder holds; None if it is neither a run nor a model that was scored.
-
-    Raises:
-        HFTError: a file in it is not valid.
-    """
-    config, manifest, scores = config_of(folder), manifest_of(folder), scores_of(folder)
+def read_run(folder: Path) -> LoadedRun | None:
+    """What a folder holds; None if it is neither a run nor a model that was scored."""
+    config, manifest, scores = run_config(folder), run_manifest(folder), scores_of(folder)
     if not (config or manifest or scores):
         return None
     if not (config or manifest):
         name = next(iter(scores.values())).model
-        return Run(folder, Path(name).name, "base", {"model": name}, None, None, scores)
+        return LoadedRun(folder, Path(name).name, "base", {"model": name}, None, None, scores)
     states = [path / TRAINER_STATE for path in checkpoints(folder) if (path / TRAINER_STATE).exists()]
     log = read_json(states[-1], ["log_history"])["log_history"] if states else []
-    return Run(
+    return LoadedRun(
         folder,
         pretrained(folder),
-        method_of(config, manifest),
-        settings_of(config or manifest.selection),
+        run_method(config, manifest),
+        run_settings(config or manifest.selection),
         manifest,
         RunResult.load(folder) if (folder / RESULTS_NAME).exists() else None,
         scores,
-        {int(path.name.rpartition("-")[2]): own for path in checkpoints(folder) if (own := scores_of(path))},
+        {int(path.name.rpartition("-")[2]): found for path in checkpoints(folder) if (found := scores_of(path))},
         [(row["step"], row["loss"]) for row in log if "loss" in row],
         optimizer_size(states[-1].parent) if states else None,
     )
 
 
-def config_of(folder: Path) -> dict[str, Any]:
-    """What a folder's config says; empty without one."""
+def run_config(folder: Path) -> dict[str, Any]:
     return read_config(folder / CONFIG_NAME) if (folder / CONFIG_NAME).exists() else {}
 
 
-def manifest_of(folder: Path) -> Manifest | None:
+def run_manifest(folder: Path) -> Manifest | None:
     return Manifest.load(folder) if (folder / MANIFEST_NAME).exists() else None
 
 
 def pretrained(model: str | Path) -> str:
     """The name of the pretrained model that a model goes back to, without path or organization."""
-    config, manifest = config_of(Path(model)), manifest_of(Path(model))
+    config, manifest = run_config(Path(model)), run_manifest(Path(model))
     if manifest:
         origin = manifest.earlier[0]["base"] if manifest.earlier else manifest.base
     else:
@@ -228,7 +219,7 @@ def pretrained(model: str | Path) -> str:
     return pretrained(origin[0] if isinstance(origin, list) else origin) if origin else Path(model).name
 
 
-def method_of(config: Mapping[str, Any], manifest: Manifest | None) -> str:
+def run_method(config: Mapping[str, Any], manifest: Manifest | None) -> str:
     """The method by the config, or for what was made from Python by the manifest."""
     if manifest and manifest.tuned:
         return "half-reset"
@@ -237,7 +228,7 @@ def method_of(config: Mapping[str, Any], manifest: Manifest | None) -> str:
     return config.get("method") or made.get("adapter") or {"category": "hft", "all": "fft"}.get(policy, policy)
 
 
-def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def run_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without seeds; models that it starts from by theirs, where they are here, else by name.
 
     What was made from runs without training has their learning rate.
@@ -245,7 +236,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = {key: value for key, value in config.items() if key not in (*NEUTRAL_KEYS, *SEEDS, "out")}
     for key in settings.keys() & set(ORIGINS):
         names = settings[key] if isinstance(settings[key], list) else [settings[key] or ""]
-        settings[key] = [settings_of(config_of(Path(name))) or SEED_IN_NAME.sub("", name) for name in names]
+        settings[key] = [run_settings(run_config(Path(name))) or SEED_IN_NAME.sub("", name) for name in names]
     if "learning_rate" not in settings:
         rates = [origin.pop("learning_rate", None) for origin in origins_of(settings)]
         settings |= {"learning_rate": rates[0]} if rates and rates[0] else {}
@@ -264,11 +255,7 @@ def optimizer_size(checkpoint: Path) -> int | None:
 
 
 def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """Those keys of a JSON file.
-
-    Raises:
-        HFTError: it is not valid, or lacks one.
-    """
+    """Those keys of a JSON file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {key: content[key] for key in keys}
@@ -276,56 +263,51 @@ def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
         raise HFTError(f"{path} is not valid: {type(error).__name__} {reason(error)}") from error
 
 
-def group_by_model(runs: Sequence[Run]) -> dict[str, list[Group]]:
-    """Groups of runs by the name of their model: base, SFT, DPO, others, each by method and learning rate."""
-    found: dict[tuple[str, ...], list[Run]] = {}
+def group_by_model(runs: Sequence[LoadedRun]) -> dict[str, list[Group]]:
+    """Groups of runs by the name of their model: base, then by objective, method and learning rate."""
+    groups: dict[tuple[str, ...], list[LoadedRun]] = {}
     for run in runs:
         settings = json.dumps(run.settings, sort_keys=True, default=str)
-        found.setdefault((run.model, run.objective, run.method, settings), []).append(run)
+        groups.setdefault((run.model, run.objective, run.method, settings), []).append(run)
+    firsts = [members[0] for members in groups.values()]
     models: dict[str, list[Group]] = {}
-    for members in sorted(found.values(), key=lambda members: order_of(members[0])):
+    for members in sorted(groups.values(), key=lambda members: order_of(members[0])):
         first = members[0]
-        others = [other[0] for other in found.values() if other[0].model == first.model]
+        others = [other for other in firsts if other.model == first.model]
         peers = [other for other in others if (other.objective, other.method) == (first.objective, first.method)]
-        both = {"sft", "dpo"} <= {other.objective for other in others} and first.objective
-        recipe, own = differing(first, peers, others)
-        kind = " ".join([*([first.objective.upper()] if both else []), first.method, *recipe])
-        arm = " ".join([kind, *own])
-        several = first.learning_rate and len({peer.learning_rate for peer in peers}) > 1
-        label = f"{arm} {rate_text(first.learning_rate)}" if several else arm
+        several = first.objective and len({other.objective for other in others} - {""}) > 1
+        recipe, of_method = differing(first, peers, others)
+        kind = " ".join([*([first.objective.upper()] if several else []), first.method, *recipe])
+        arm = " ".join([kind, *of_method])
+        rates = {peer.learning_rate for peer in peers}
+        label = f"{arm} {rate_text(first.learning_rate)}" if first.learning_rate and len(rates) > 1 else arm
         models.setdefault(first.model, []).append(Group(members, kind, arm, label))
     return models
 
 
-def order_of(run: Run) -> tuple[Any, ...]:
-    place = FIRST.index(run.method) if run.method in FIRST else len(FIRST)
-    objective = ("sft", "dpo", "").index(run.objective)
-    return run.model, place > 0, objective, place, run.method, run.learning_rate or 0
+def order_of(run: LoadedRun) -> tuple[Any, ...]:
+    method = FIRST.index(run.method) if run.method in FIRST else len(FIRST)
+    objective = find_objective(run.objective).order if run.objective else len(OBJECTIVES)
+    return run.model, method > 0, objective, method, run.method, run.learning_rate or 0
 
 
-def differing(run: Run, peers: Sequence[Run], others: Sequence[Run]) -> tuple[list[str], list[str]]:
-    """The settings other than the learning rate that tell a run from others of its method, in words.
+def differing(run: LoadedRun, peers: Sequence[LoadedRun], others: Sequence[LoadedRun]) -> tuple[list[str], list[str]]:
+    """The settings of the recipe, and of the method, that tell a run from its peers, runs of its method.
 
-    Args:
-        run: the run.
-        peers: those of its method.
-        others: those of its model. What most of them have in their recipe goes without saying.
-
-    Returns:
-        Settings of the recipe, and of the method.
+    The learning rate is not among them, nor what most `others`, runs of its model, have in their recipe.
     """
-    recipe, own, methods_keys = [], [], replaced_keys(run.settings)
+    recipe, of_method, methods_keys = [], [], replaced_keys(run.settings)
     for key, value in run.settings.items():
         theirs = [other.settings[key] for other in others if key in other.settings]
         usual = key not in methods_keys and 2 * theirs.count(value) > len(theirs)
         if usual or value is None or key.startswith("learning_rate"):
             continue
         if any(peer.settings.get(key) != value for peer in peers):
-            told = value[0] if key in ORIGINS else value
-            told = told["method"] if isinstance(told, dict) else Path(str(told)).name
+            shown = value[0] if key in ORIGINS else value
+            shown = shown["method"] if isinstance(shown, dict) else Path(str(shown)).name
             name = "from" if key in ORIGINS else key.removesuffix("_fraction").replace("_", " ")
-            (own if key in methods_keys else recipe).append(f"{name} {told}")
-    return recipe, own
+            (of_method if key in methods_keys else recipe).append(f"{name} {shown}")
+    return recipe, of_method
 
 
 def rate_text(rate: float) -> str:

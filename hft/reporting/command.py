@@ -11,18 +11,8 @@ from hft.machine import say
 
 
 def report(arguments: Sequence[str]) -> int:
-    """Lay runs side by side as one HTML page and as Markdown.
-
-    Args:
-        arguments: `RUN [RUN ...] [--out report] [--report_to none|wandb]`.
-
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        HFTError: a folder is not a run, a file in it is not valid, or the output cannot be written.
-    """
-    parser = argparse.ArgumentParser(prog="hft report", description="Lay runs side by side, as HTML and as Markdown.")
+    """Compare runs, as one HTML page and as Markdown."""
+    parser = argparse.ArgumentParser(prog="hft report", description="Compare runs, as HTML and as Markdown.")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, reset, merge or scored model")
     parser.add_argument("--out", default="report", help="folder for report.html, report.md and figures (%(default)s)")
     parser.add_argument("--report_to", choices=("none", "wandb"), default="none", help="log the page (%(default)s)")
@@ -48,11 +38,7 @@ def report(arguments: Sequence[str]) -> int:
 
 
 def log_report(page: Path, out: Path) -> str:
-    """Log a page to wandb, to look at, and with its folder as an artifact of type report; offline without an API key.
-
-    Returns:
-        A sentence on where to find it.
-    """
+    """Log a page to wandb, and its folder as an artifact; returns a sentence on where to find it."""
     import wandb
 
     from hft.runs.tracking import finish, open_run

@@ -1,4 +1,4 @@
-"""Figures of a report, as SVG whose colors are CSS variables, so that one picture serves light and dark."""
+"""Figures of a report, by matplotlib, as SVG on white."""
 
 from __future__ import annotations
 
@@ -15,34 +15,19 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from hft.config import fill
-from hft.reporting.collect import FIRST, Column, Group, Run, rate_text
+from hft.objectives import OBJECTIVES, find_objective
+from hft.reporting.collect import Column, Group, LoadedRun, rate_text
 from hft.reporting.paper import Measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH = 4.6  # inches, so that 9 points are readable on a phone
-# In light and in dark. Those of methods are told apart by color-blind readers too (after Okabe and Ito).
-COLORS = {
-    "ink": ("#1f2328", "#e6edf3"),
-    "faint": ("#d0d7de", "#3d444d"),
-    "page": ("#ffffff", "#0d1117"),
-    "frozen": ("#cfd8dc", "#39434c"),
-    "trained": ("#e4572e", "#f0764f"),
-    "base": ("#59636e", "#9198a1"),
-    "fft": ("#0072b2", "#4ba3dd"),
-    "hft": ("#d55e00", "#f0883e"),
-    "c0": ("#009e73", "#3fbf95"),
-    "c1": ("#aa4499", "#d884c8"),
-    "c2": ("#b8860b", "#e3b341"),
-    "c3": ("#4b4fc4", "#9da3ff"),
-    "c4": ("#117a8b", "#56c8d8"),
-    "c5": ("#7a4b2a", "#c69a78"),
-}
-# What stands in their place until the figure is SVG; the last three are `hft.record.picture`'s.
-MARKS = {name: f"#fe01{index:02x}" for index, name in enumerate(COLORS)}
-NAMES = {mark: name for name, mark in MARKS.items()} | {"#cfd8dc": "frozen", "#e4572e": "trained", "#ffffff": "page"}
-SHAPES, DASHES = "sDv^Pph<>", ("-", "--", ":", "-.")
+INK, FAINT = "#1f2328", "#d0d7de"
+# Told apart by color-blind readers too (after Okabe and Ito).
+OWN_STYLES = {"base": ("#59636e", "X"), "fft": ("#0072b2", "^"), "hft": ("#d55e00", "o")}
+OTHER_COLORS = ("#009e73", "#aa4499", "#b8860b", "#4b4fc4", "#117a8b", "#7a4b2a")
+OTHER_MARKERS, DASHES = "sDv^Pph<>", ("-", "--", ":", "-.")
 RC = {
     "svg.fonttype": "none",
     "svg.hashsalt": "hft",
@@ -55,11 +40,11 @@ RC = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.edgecolor": MARKS["base"],
-    "grid.color": MARKS["faint"],
+    "axes.edgecolor": OWN_STYLES["base"][0],
+    "grid.color": FAINT,
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.3,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), MARKS["ink"]),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
 
 # Color and marker of each kind of group, in every figure.
@@ -67,19 +52,20 @@ Styles = Mapping[str, tuple[str, str]]
 
 
 def styles_of(kinds: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A style for each kind: base, fft and hft have their own, the others take turns."""
-    names = {kind: re.sub("^(SFT|DPO) ", "", kind) for kind in (*FIRST, *kinds)}
-    colors = [mark for name, mark in MARKS.items() if re.fullmatch(r"c\d", name)]
-    looks = {name: (MARKS[name], marker) for name, marker in zip(FIRST, "X^o", strict=True)}
-    for number, name in enumerate(sorted(set(names.values()) - looks.keys())):
-        looks[name] = colors[number % len(colors)], SHAPES[number % len(SHAPES)]
-    return {kind: looks[name] for kind, name in names.items()}
+    """A style for each kind: base, fft and hft have their own, the others take turns. An objective changes none."""
+    prefix = re.compile(f"^({'|'.join(map(str.upper, OBJECTIVES))}) ")
+    names = {kind: prefix.sub("", kind) for kind in (*OWN_STYLES, *kinds)}
+    styles = dict(OWN_STYLES)
+    for number, name in enumerate(sorted(set(names.values()) - styles.keys())):
+        styles[name] = OTHER_COLORS[number % len(OTHER_COLORS)], OTHER_MARKERS[number % len(OTHER_MARKERS)]
+    return {kind: styles[name] for kind, name in names.items()}
 
 
-def look(style: tuple[str, str], objective: str = "") -> dict[str, Any]:
-    """Arguments of `plot` for a style; DPO is dashed, with hollow markers."""
+def plot_style(style: tuple[str, str], objective: str = "") -> dict[str, Any]:
+    """Arguments of `plot` for a style; markers are hollow where an objective's line is not solid."""
     color, marker = style
-    inside, edge, line = (MARKS["page"], color, "--") if objective == "dpo" else (color, MARKS["page"], "-")
+    line = find_objective(objective).linestyle if objective else "-"
+    inside, edge = (color, "white") if line == "-" else ("white", color)
     markers = {"marker": marker, "markerfacecolor": inside, "markeredgecolor": edge, "markeredgewidth": 0.8}
     return {"color": color, "linestyle": line, "markersize": 6} | markers
 
@@ -109,19 +95,18 @@ def frontier(groups: Sequence[Group], x: Column, y: Column, styles: Styles) -> F
     """What was learned against what was kept: a curve per arm over learning rates, both axes turned so that up and to
     the right is better; a larger marker is a higher learning rate. Error bars are standard deviations over seeds.
 
-    Returns:
-        The figure; None unless two groups have both scores.
+    None unless two groups have both scores.
     """
     placed = [(group, a, b) for group in groups if (a := x.measured(group)) and (b := y.measured(group))]
     if len(placed) < 2:
         return None
     figure, axes = canvas(f"{x.name}, {x.unit} → better", f"{y.name}, {y.unit} → better", 3.2)
     for number, arm in enumerate(dict.fromkeys(group.arm for group, *_ in placed)):
-        own = [place for place in placed if place[0].arm == arm]
-        group = own[0][0]
-        style = look(styles[group.kind], group.first.objective) | {"zorder": 3 - number / 100}  # the first on top
-        axes.plot([a.value for _, a, _ in own], [b.value for *_, b in own], **style | {"marker": ""})
-        for size, (_, a, b) in enumerate(own):
+        points = [point for point in placed if point[0].arm == arm]
+        group = points[0][0]
+        style = plot_style(styles[group.kind], group.first.objective) | {"zorder": 3 - number / 100}  # the first on top
+        axes.plot([a.value for _, a, _ in points], [b.value for *_, b in points], **style | {"marker": ""})
+        for size, (_, a, b) in enumerate(points):
             axes.errorbar(
                 a.value, b.value, over_seeds(b), over_seeds(a), elinewidth=1, **style | {"markersize": 6 + 1.5 * size}
             )
@@ -141,21 +126,20 @@ def radar(groups: Sequence[Group], columns: Sequence[Column], styles: Styles) ->
     angles = [2 * pi * index / len(columns) for index in range(len(columns) + 1)]
     for group in groups:
         values = [column.measured(group).value / top for column, top in zip(columns, best, strict=True)]
-        style = look(styles[group.kind], group.first.objective)
+        style = plot_style(styles[group.kind], group.first.objective)
         axes.plot(angles, [*values, values[0]], label=group.label, **style)
     axes.set_xticks(angles[:-1], [f"{column.label}\n{top:.1f}" for column, top in zip(columns, best, strict=True)])
     axes.set_yticks([0.25, 0.5, 0.75, 1], [])
     axes.set_ylim(0, 1.04)
     axes.tick_params(pad=9)
-    axes.spines["polar"].set_color(MARKS["faint"])
+    axes.spines["polar"].set_color(FAINT)
     return with_legend(figure)
 
 
 def ratios(groups: Sequence[Group], column: Column, styles: Styles) -> Figure | None:
     """Figure 3: a score against the trainable fraction of the layers, a curve per learning rate; dotted, that of FFT.
 
-    Returns:
-        The figure; None unless three fractions of one learning rate were scored.
+    None unless three fractions of one learning rate were scored.
     """
     curves: dict[tuple[str, float | None], list[tuple[float, Measured]]] = {}
     for run, number in ((group.first, column.measured(group)) for group in groups if group.first.is_ratio):
@@ -169,7 +153,7 @@ def ratios(groups: Sequence[Group], column: Column, styles: Styles) -> Figure | 
     for (objective, rate), points in curves.items():
         more = f" {rate_text(rate)}" if len(curves) > 1 and rate else ""
         x, y, errors = zip(*((x, number.value, over_seeds(number)) for x, number in points), strict=True)
-        axes.errorbar(x, y, errors, label=f"hft{more}", **look(styles["hft"], objective))
+        axes.errorbar(x, y, errors, label=f"hft{more}", **plot_style(styles["hft"], objective))
         if x[-1] == 100:
             axes.axhline(y[-1], color=styles["fft"][0], linestyle=":", label=f"fft{more}")
     return with_legend(figure)
@@ -178,29 +162,19 @@ def ratios(groups: Sequence[Group], column: Column, styles: Styles) -> Figure | 
 def variation(
     rows: Sequence[Mapping[str, Any]], xlabel: str, models: Mapping[str, tuple[str, tuple[str, str]]]
 ) -> Figure:
-    """Figure 4: mean absolute change of a block by layer, or of units by the rounds in which they were trained.
-
-    Args:
-        rows: of `hft diff`.
-        xlabel: what tells the rows apart.
-        models: label and style of each model that was compared.
-    """
+    """Figure 4: mean absolute change of a block by layer, or of units by the rounds in which they were trained."""
     figure, axes = canvas(xlabel, "mean |change|", 2.6)
     x = [int(row["what"].partition("-")[0]) for row in rows]
     for model, (label, style) in models.items():
-        axes.plot(x, [row["change"][model] for row in rows], label=label, **look(style))
+        axes.plot(x, [row["change"][model] for row in rows], label=label, **plot_style(style))
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     return with_legend(figure)
 
 
-def selection(run: Run) -> Figure:
-    """What trained, units by layers or layers by steps, as `hft.record.picture` draws it.
-
-    Args:
-        run: with a manifest and a model's config.
-    """
+def selection_picture(run: LoadedRun) -> Figure:
+    """What trained, units by layers or layers by steps, as `hft.record.picture` draws it."""
     from hft.model.anatomy import anatomy_of, meta_model
     from hft.model.load import read_config
     from hft.record.picture import plot_schedule, plot_selection
@@ -228,9 +202,7 @@ def selection(run: Run) -> Figure:
 def heatmap(matrix: Mapping[str, Any]) -> Figure:
     """Scores of a sequence of tasks: a row per round, a column per task; the stronger the color the higher.
 
-    Args:
-        matrix: `tasks`, and `scores` of shape (rounds, tasks), in %, None where a task was not scored; `rounds` names
-            the rows.
+    `matrix` has `tasks`, `rounds`, and `scores` of shape (rounds, tasks), in %, None where a task was not scored.
     """
     tasks, scores = matrix["tasks"], matrix["scores"]
     rounds = matrix["rounds"]
@@ -238,7 +210,9 @@ def heatmap(matrix: Mapping[str, Any]) -> Figure:
     known = [(x, y, v) for y, row in enumerate(scores) for x, v in enumerate(row) if v is not None and isfinite(v)]
     top = max((value for *_, value in known), default=0) or 1
     for x, y, value in known:
-        axes.add_patch(Rectangle((x, y), 1, 1, color=MARKS["hft"], alpha=0.75 * max(0, value / top), linewidth=0))
+        axes.add_patch(
+            Rectangle((x, y), 1, 1, color=OWN_STYLES["hft"][0], alpha=0.75 * max(0, value / top), linewidth=0)
+        )
         axes.text(x + 0.5, y + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=8)
     axes.set(xlim=(0, len(tasks)), ylim=(len(scores), 0), frame_on=False)
     axes.grid(visible=False)
@@ -248,18 +222,14 @@ def heatmap(matrix: Mapping[str, Any]) -> Figure:
 
 
 def task_curves(matrix: Mapping[str, Any]) -> Figure:
-    """Learning and forgetting in a sequence of tasks: the score of each task over the rounds, and OP.
-
-    Args:
-        matrix: as `heatmap` takes it, with `op` after each round.
-    """
+    """Learning and forgetting in a sequence of tasks: the score of each task over the rounds, and OP after each."""
     figure, axes = canvas("after round", "score, %")
     for number, task in enumerate(matrix["tasks"]):
         known = [(x, row[number]) for x, row in enumerate(matrix["scores"]) if row[number] is not None]
-        style = look((MARKS[f"c{number % 6}"], SHAPES[number % len(SHAPES)]))
+        style = plot_style((OTHER_COLORS[number % 6], OTHER_MARKERS[number % len(OTHER_MARKERS)]))
         axes.plot(*zip(*known, strict=True), label=task, **style) if known else None
     first = len(matrix["scores"]) - len(matrix["op"])
-    axes.plot(range(first, first + len(matrix["op"])), matrix["op"], label="OP", color=MARKS["ink"], linewidth=2.5)
+    axes.plot(range(first, first + len(matrix["op"])), matrix["op"], label="OP", color=INK, linewidth=2.5)
     axes.set_xticks(range(len(matrix["rounds"])), matrix["rounds"], rotation=35, ha="right", rotation_mode="anchor")
     return with_legend(figure)
 
@@ -267,10 +237,7 @@ def task_curves(matrix: Mapping[str, Any]) -> Figure:
 def curves(series: Sequence[tuple[Group, Sequence[tuple[int, float]]]], ylabel: str, styles: Styles) -> Figure:
     """Values over steps, a line per group; groups of one kind differ in their dashes.
 
-    Args:
-        series: each group with steps and values of its runs, which are averaged; many steps are averaged in bins.
-        ylabel: what the values are.
-        styles: by kind.
+    The steps and values of a group's runs are averaged; so are many steps, in bins.
     """
     figure, axes = canvas("step", ylabel)
     drawn: dict[str, int] = {}
@@ -280,25 +247,16 @@ def curves(series: Sequence[tuple[Group, Sequence[tuple[int, float]]]], ylabel: 
         size = -(-len(steps) // 150)
         bins = [set(steps[first : first + size]) for first in range(0, len(steps), size)]
         y = [fmean(value for step, value in values if step in one) for one in bins]
-        style = look(styles[group.kind]) | {"linestyle": DASHES[number % len(DASHES)]}
+        style = plot_style(styles[group.kind]) | {"linestyle": DASHES[number % len(DASHES)]}
         axes.plot([fmean(one) for one in bins], y, label=group.label, **style | ({"marker": ""} if len(y) > 30 else {}))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return with_legend(figure)
 
 
 def to_svg(figure: Figure, name: str, title: str) -> str:
-    """A figure as SVG to stand in a page among others.
-
-    Args:
-        figure: drawn under `RC`.
-        name: goes before its ids, which would clash with those of other figures.
-        title: for those who cannot see it, escaped.
-    """
+    """A figure as SVG to stand in a page; `name` goes before its ids, which would clash with other figures'."""
     with io.StringIO() as file, rc_context(RC):
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
-    return re.sub("|".join(NAMES), lambda found: f"var(--{NAMES[found[0]]})", svg)
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)

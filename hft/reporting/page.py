@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 from tqdm import tqdm
 
-from hft.reporting.figures import COLORS, to_svg
+from hft.reporting.figures import to_svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a table says in one place, and smaller notes below it, each with a class: better, worse or none."""
+    """A text, and smaller notes below it, each with a class: better, worse or none."""
 
     text: str
     notes: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     caption: str
     head: list[Cell]
     rows: list[list[Cell]]
@@ -44,7 +44,7 @@ class Drawing:
 class Section:
     title: str
     text: str
-    tables: list[Table] = field(default_factory=list)
+    tables: list[ReportTable] = field(default_factory=list)
     drawings: list[Drawing] = field(default_factory=list)
 
     @property
@@ -53,15 +53,9 @@ class Section:
 
 
 def write_report(title: str, sections: Sequence[Section], out: Path) -> list[Path]:
-    """Write `report.html`, which needs no other file, and `report.md` with its figures into a folder.
+    """Write `report.html`, which needs no other file, and `report.md` with its figures; returns the two paths.
 
-    Args:
-        title: what is reported on, in a sentence.
-        sections: those without tables and figures are left out.
-        out: made if it is not there.
-
-    Returns:
-        The two paths.
+    Sections without tables and figures do not appear.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hft.reporting"),
@@ -72,22 +66,21 @@ def write_report(title: str, sections: Sequence[Section], out: Path) -> list[Pat
     )
     sections = [section for section in sections if section.tables or section.drawings]
     drawings = [drawing for section in sections for drawing in section.drawings]
-    style = environment.get_template("colors.css.jinja").render(colors=COLORS)
     out.mkdir(parents=True, exist_ok=True)
     svgs, files = {}, {}
     for number, drawing in enumerate(tqdm(drawings, desc="drawing", unit="figure", leave=False), 1):
         name = f"figure-{number:02}-{slug(drawing.title)}"
         svg = to_svg(drawing.figure, name, escape(drawing.title))
         svgs[drawing], files[drawing] = Markup(svg), f"{name}.svg"
-        (out / files[drawing]).write_text(svg.replace(">", f"><style>{style}</style>", 1), encoding="utf-8")
+        (out / files[drawing]).write_text(svg, encoding="utf-8")
     paths = [out / "report.html", out / "report.md"]
     for path in paths:
         template = environment.get_template(f"{path.name}.jinja")
-        text = template.render(title=title, sections=sections, svgs=svgs, files=files, colors=COLORS)
+        text = template.render(title=title, sections=sections, svgs=svgs, files=files)
         path.write_text(text, encoding="utf-8")
     return paths
 
 
-def slug(*parts: str) -> str:
+def slug(words: str) -> str:
     """Words as part of an id or of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")

@@ -21,7 +21,7 @@ SEEDS = re.compile(r"(-(selection_)?seed=\d+)+")
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow:
     """One model's row of a table.
 
     Attributes:
@@ -42,7 +42,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class PaperTable:
     """One table of a paper.
 
     Attributes:
@@ -60,7 +60,7 @@ class Table:
     title: str
     section: str
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[PaperRow, ...]
     means: Mapping[str, tuple[str, ...]]
     scores: Mapping[str, tuple[str, str, str]]
     notes: tuple[str, ...]
@@ -102,7 +102,7 @@ class Measured:
 
 
 @functools.cache
-def tables() -> dict[str, Table]:
+def tables() -> dict[str, PaperTable]:
     """All tables by name: those with a number, then the figures and other papers'."""
     runs, harnesses = read_runs(), read_yaml(DATA / "harnesses.yaml")
     entries: dict[str, Any] = {}
@@ -121,14 +121,14 @@ def read_runs() -> dict[str, tuple[str, tuple[str, ...]]]:
     return {run: (model, (made,) if isinstance(made, str) else tuple(made)) for model, run, made in pairs}
 
 
-def _table(name: str, entry: dict[str, Any], runs: Mapping[str, Any], harnesses: Mapping[str, Any]) -> Table:
+def _table(name: str, entry: dict[str, Any], runs: Mapping[str, Any], harnesses: Mapping[str, Any]) -> PaperTable:
     columns, rows = entry.get("columns"), entry.get("rows")
     if "matrix" in entry:  # of TRACE: tasks by rounds, of one run
         columns = [str(number) for number in range(1, 9)]
         rows = [{"row": task, "run": entry["run"], "values": values} for task, values in entry["matrix"].items()]
     harness = harnesses.get(entry.get("harness"), {})
     scores, notes = harness.get("columns", {}), harness.get("notes", {})
-    return Table(
+    return PaperTable(
         name=name,
         title=entry["title"],
         section=entry["section"],
@@ -140,53 +140,36 @@ def _table(name: str, entry: dict[str, Any], runs: Mapping[str, Any], harnesses:
     )
 
 
-def _row(entry: dict[str, Any], runs: Mapping[str, tuple[str, tuple[str, ...]]]) -> Row:
+def _row(entry: dict[str, Any], runs: Mapping[str, tuple[str, tuple[str, ...]]]) -> PaperRow:
     run = entry.get("run")
     model, commands = runs[run] if run else (entry["model"], ())
     folder = f"{run}/{entry['inside']}" if "inside" in entry else run
-    return Row(entry["row"], model, tuple(entry["values"]), folder, commands, entry.get("note"))
+    return PaperRow(entry["row"], model, tuple(entry["values"]), folder, commands, entry.get("note"))
 
 
-def find_table(name: str) -> Table:
-    """The table of a name.
-
-    Raises:
-        HFTError: there is none; the sentence names the nearest.
-    """
+def find_table(name: str) -> PaperTable:
+    """The table of a name; the error for an unknown one names the nearest."""
     if name in tables():
         return tables()[name]
     near = difflib.get_close_matches(name.lower().removeprefix("table").strip(" -"), tables(), n=1, cutoff=0)
     raise HFTError(f"there is no table {name!r}, did you mean {near[0]}? `hft paper` lists all")
 
 
-def find_rows(table: Table, model: str | None = None) -> list[Row]:
-    """The rows of a model, or all of them.
-
-    Raises:
-        HFTError: the table has no such model; the sentence names the nearest.
-    """
+def find_rows(table: PaperTable, model: str | None = None) -> list[PaperRow]:
+    """The rows of a model, or all of them."""
     if model is None or model in table.models:
         return [row for row in table.rows if model in (None, row.model)]
     [near] = difflib.get_close_matches(model, table.models, n=1, cutoff=0)
     raise HFTError(f"table {table.name} has no rows of {model!r}, did you mean {near}?")
 
 
-def rows_of(run: str) -> list[tuple[Table, Row]]:
+def rows_of_run(run: str) -> list[tuple[PaperTable, PaperRow]]:
     """All rows of a run and of what is inside it, with their tables; `run` is the name of its folder."""
     return [(table, row) for table in tables().values() for row in table.rows if (row.run or "").split("/")[0] == run]
 
 
-def ours(table: Table, row: Row, runs: str | Path = "runs") -> dict[str, Measured]:
-    """What we measured for a row, by column: over the row's run and those that differ from it in their seed only.
-
-    Args:
-        table: the table.
-        row: one of its rows.
-        runs: the folder with the runs.
-
-    Raises:
-        HFTError: a file of scores is not valid.
-    """
+def measure_row(table: PaperTable, row: PaperRow, runs: str | Path = "runs") -> dict[str, Measured]:
+    """What we measured for a row, by column: over the row's run and those that differ from it in their seed only."""
     scores = [scores_of(folder) for folder in folders_of(table, row, Path(runs))]
     found, partial = [numbers_of(table, each) for each in scores], set.union(set(), *map(limited_suites, scores))
     return {
@@ -197,16 +180,16 @@ def ours(table: Table, row: Row, runs: str | Path = "runs") -> dict[str, Measure
 
 
 def limited_suites(scores: Mapping[str, Scores]) -> set[str]:
-    """The suites of which a run has scores on some of the rows only."""
+    """The suites that a run was scored on with --limit."""
     return {suite for suite, each in scores.items() if each.settings.get("limit") is not None}
 
 
-def suites_of(table: Table, column: str) -> set[str]:
+def suites_of(table: PaperTable, column: str) -> set[str]:
     """The suites that a column's numbers come from."""
     return {table.scores[name][0] for name in table.means.get(column, [column]) if name in table.scores}
 
 
-def folders_of(table: Table, row: Row, runs: Path) -> list[Path]:
+def folders_of(table: PaperTable, row: PaperRow, runs: Path) -> list[Path]:
     """The folders of a row: its run, and other seeds of it that are no row of their own."""
     if row.run is None:
         return []
@@ -217,7 +200,7 @@ def folders_of(table: Table, row: Row, runs: Path) -> list[Path]:
     return [runs / run for run in found]
 
 
-def numbers_of(table: Table, scores: Mapping[str, Scores]) -> dict[str, tuple[float, float | None]]:
+def numbers_of(table: PaperTable, scores: Mapping[str, Scores]) -> dict[str, tuple[float, float | None]]:
     """Value and standard error of a run in each column that it has scores for, averages included."""
     numbers: dict[str, tuple[float, float | None]] = {}
     for column, (suite, task, metric) in table.scores.items():

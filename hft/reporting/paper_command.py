@@ -9,7 +9,18 @@ from itertools import groupby
 from pathlib import Path
 
 from hft.errors import HFTError
-from hft.reporting.paper import Measured, Row, Table, find_rows, find_table, ours, read_runs, rows_of, tables
+from hft.reporting.paper import (
+    Measured,
+    PaperRow,
+    PaperTable,
+    find_rows,
+    find_table,
+    measure_row,
+    read_runs,
+    rows_of_run,
+    tables,
+)
+from hft.text import aligned, markdown
 
 # Between these lines of a file stands what `--update` makes.
 START = "<!-- made by `hft paper --update` from hft/reporting/paper/ -->"
@@ -33,57 +44,42 @@ def paper(arguments: Sequence[str]) -> int:
     elif options.table:
         table = find_table(options.table)
         rows = find_rows(table, options.model)
-        measured = [ours(table, row, options.runs) for row in rows]
+        measured = [measure_row(table, row, options.runs) for row in rows]
         print(as_markdown(table, rows, measured) if options.markdown else as_text(table, rows, measured))
     else:
-        print("\n".join(f"{name:10} {table.title} [{', '.join(table.models)}]" for name, table in tables().items()))
+        print(aligned([(name, f"{table.title} [{', '.join(table.models)}]") for name, table in tables().items()], 2))
     return 0
 
 
-def as_text(table: Table, rows: Sequence[Row], measured: Sequence[dict[str, Measured]]) -> str:
+def as_text(table: PaperTable, rows: Sequence[PaperRow], measured: Sequence[dict[str, Measured]]) -> str:
     """Some rows of a table in aligned columns below their commands: the paper's numbers, and ours if there are any."""
-    blocks = [numbers(table, row, mine) for row, mine in zip(rows, measured, strict=True)]
-    lines = [(name, *cells) for block in blocks for name, cells in block.items()]
-    widths = [max(map(len, column)) for column in zip(("", *table.columns), *lines, strict=True)]
-
-    def aligned(name: str, cells: Sequence[str]) -> str:
-        padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-        return "  " + "  ".join([name.ljust(widths[0]), *padded]).rstrip()
-
-    text = [table.heading, "", aligned("", table.columns)]
-    for commands, group in groupby(zip(rows, blocks, strict=True), key=lambda pair: pair[0].commands):
-        text += ["", *(commands or ["no command of ours:"])]
-        for row, block in group:
-            text += [aligned(name, cells) for name, cells in block.items()]
-            text += [f"    note: {row.note}"] if row.note else []
+    lines: list[Sequence[str] | str] = [table.heading, "", ["", *table.columns]]
+    pairs = zip(rows, measured, strict=True)
+    for commands, group in groupby(pairs, key=lambda pair: pair[0].commands):
+        lines += ["", *(commands or ["no command of ours:"])]
+        for row, mine in group:
+            lines += [[f"  {name}", *cells] for name, cells in numbers(table, row, mine).items()]
+            lines += [f"    note: {row.note}"] if row.note else []
     notes = [textwrap.fill(note, 120) for note in remarks(table, measured)]
-    return "\n".join([*text, "", *notes]).rstrip()
+    return "\n".join([aligned(lines), "", *notes]).rstrip()
 
 
-def as_markdown(table: Table, rows: Sequence[Row], measured: Sequence[dict[str, Measured]]) -> str:
+def as_markdown(table: PaperTable, rows: Sequence[PaperRow], measured: Sequence[dict[str, Measured]]) -> str:
     """The same as a Markdown table."""
-    text = [f"**{table.heading}**", "", *markdown_head("", "command", *table.columns)]
+    lines = [["", "command", *table.columns]]
     for row, mine in zip(rows, measured, strict=True):
-        commands = [then(row.commands), ""]
-        text += [markdown_row(name, commands.pop(0), *cells) for name, cells in numbers(table, row, mine).items()]
+        commands = [one_after_another(row.commands), ""]
+        lines += [[name, commands.pop(0), *cells] for name, cells in numbers(table, row, mine).items()]
     notes = [f"{row.label}: {row.note}" for row in rows if row.note]
-    return "\n".join([*text, "", *(f"- {note}" for note in [*notes, *remarks(table, measured)])]).rstrip()
+    notes = [f"- {note}" for note in [*notes, *remarks(table, measured)]]
+    return "\n".join([f"**{table.heading}**", "", markdown(lines), "", *notes]).rstrip()
 
 
-def markdown_head(*cells: str) -> list[str]:
-    return [markdown_row(*cells), markdown_row(*["---"] * len(cells))]
-
-
-def markdown_row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def then(commands: Sequence[str]) -> str:
-    """Commands that follow each other, in a sentence."""
+def one_after_another(commands: Sequence[str]) -> str:
     return ", then ".join(f"`{command}`" for command in commands)
 
 
-def numbers(table: Table, row: Row, mine: dict[str, Measured]) -> dict[str, list[str]]:
+def numbers(table: PaperTable, row: PaperRow, mine: dict[str, Measured]) -> dict[str, list[str]]:
     """The lines of a row: the paper's numbers and, where there are any, ours."""
     digits = [decimals(table, index) for index in range(len(table.columns))]
     lines = {row.label: ["-" if v is None else f"{v:.{d}f}" for v, d in zip(row.values, digits, strict=True)]}
@@ -99,14 +95,14 @@ def _measured(one: Measured, digits: int) -> str:
     return f"{one.value:.{digits}f}" + ("" if one.spread is None else f"±{one.spread:.{digits}f}") + "*" * one.partial
 
 
-def decimals(table: Table, column: int) -> int:
+def decimals(table: PaperTable, column: int) -> int:
     """Decimals that the paper prints in a column."""
     return max(
         len(str(float(row.values[column])).partition(".")[2]) for row in table.rows if row.values[column] is not None
     )
 
 
-def remarks(table: Table, measured: Sequence[dict[str, Measured]]) -> list[str]:
+def remarks(table: PaperTable, measured: Sequence[dict[str, Measured]]) -> list[str]:
     """What is to be said about a table as a whole."""
     if any(measured):
         mine = ["ours: mean ± standard deviation over n runs that differ in their seed; ± standard error where n = 1"]
@@ -121,11 +117,7 @@ def remarks(table: Table, measured: Sequence[dict[str, Measured]]) -> list[str]:
 
 
 def update(path: Path) -> None:
-    """Write the commands and numbers of all runs into a Markdown file, between its markers.
-
-    Raises:
-        HFTError: it cannot be read, or has no markers.
-    """
+    """Write the commands and numbers of all runs into a Markdown file, between its markers."""
     try:
         before, start, rest = path.read_text(encoding="utf-8").partition(START)
     except OSError as error:
@@ -138,20 +130,20 @@ def update(path: Path) -> None:
 
 def all_runs() -> str:
     """For each model a Markdown table of its runs: commands, what the paper has for them, and in which tables."""
-    runs, lines = read_runs(), []
+    runs, parts = read_runs(), []
     for model in dict.fromkeys(model for model, _ in runs.values()):
-        lines += [f"### {model}", "", *markdown_head("command", "the paper", "tables")]
+        rows = [["command", "the paper", "tables"]]
         for run, (owner, commands) in runs.items():
             if owner == model:
-                found = [(table, row) for table, row in rows_of(run) if not table.name.startswith("figure")]
+                found = [(table, row) for table, row in rows_of_run(run) if not table.name.startswith("figure")]
                 names = dict.fromkeys(table.name for table, _ in found)
-                lines.append(markdown_row(then(commands), "; ".join(headlines(found)), ", ".join(names)))
-        lines.append("")
-    return "\n".join(lines).rstrip()
+                rows.append([one_after_another(commands), "; ".join(headlines(found)), ", ".join(names)])
+        parts.append(f"### {model}\n\n{markdown(rows)}")
+    return "\n\n".join(parts)
 
 
-def headlines(found: Sequence[tuple[Table, Row]]) -> list[str]:
-    """What tables have for a run in a few words: averages, or all columns where there are only a few."""
+def headlines(found: Sequence[tuple[PaperTable, PaperRow]]) -> list[str]:
+    """What tables have for a run: averages, or all columns where there are only a few."""
     values: dict[str, list[str]] = {}
     for table, row in found:
         if not (table.means or len(table.columns) <= 6):

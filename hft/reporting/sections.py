@@ -9,10 +9,10 @@ from matplotlib import rc_context
 from hft.planning.forecast import flops_to_fft
 from hft.record.scores import Score
 from hft.reporting import figures
-from hft.reporting.collect import SEED_IN_NAME, Column, Found, Group, Run, baseline_of
+from hft.reporting.collect import SEED_IN_NAME, Collection, Column, Group, LoadedRun, baseline_of
 from hft.reporting.figures import Styles
-from hft.reporting.page import Cell, Drawing, Section, Table
-from hft.reporting.paper import Measured, rows_of, summarize
+from hft.reporting.page import Cell, Drawing, ReportTable, Section
+from hft.reporting.paper import Measured, rows_of_run, summarize
 
 # Suites and tasks in the order of their tables, by the names that people know; others follow under their own.
 SUITES = {"quick": "task, drift and facts", "general": "general ability", "knowledge": "basic knowledge"}
@@ -46,10 +46,11 @@ GENERAL = Column("general", tuple((task, None) for task in GENERAL_TASKS), "mean
 KNOWLEDGE = Column("knowledge", tuple((task, None) for task in KNOWLEDGE_TASKS), "mean of 3")
 MEASURES = (TASK_LOSS, DRIFT, KL, FACTS, GENERAL, KNOWLEDGE)
 FRONTIERS = ((TASK_LOSS, DRIFT), (TASK_LOSS, FACTS), (KL, DRIFT), (KL, FACTS), (GENERAL, KNOWLEDGE))
+Points = list[tuple[int, float]]  # steps and values
 BLOCKS = ("attention", "mlp", "experts")  # Figure 4
 
 
-def make_sections(found: Found) -> list[Section]:
+def make_sections(found: Collection) -> list[Section]:
     """All sections, also those that have nothing to show."""
     styles = figures.styles_of(group.kind for group in found.groups)
     with rc_context(figures.RC):
@@ -68,7 +69,7 @@ def make_sections(found: Found) -> list[Section]:
         ]
 
 
-def opening(found: Found) -> Section:
+def opening(found: Collection) -> Section:
     """One selection as a picture, and in words what it shows."""
     drawn = with_selection(found)[:1]
     if not drawn:
@@ -81,17 +82,17 @@ def opening(found: Found) -> Section:
         text = f"Half Fine-Tuning trains a random half of every layer and freezes the rest, to forget less. {text}"
     if run.result and run.result.ok:
         text += f" After training, all {run.result.verify['identical']} frozen tensors were bit-identical to the base."
-    return Section("What trains", text, drawings=[selection(run)])
+    return Section("What trains", text, drawings=[selection_drawing(run)])
 
 
-def selections(found: Found) -> Section:
-    drawn = [selection(run) for run in with_selection(found)[1:13]]
+def selections(found: Collection) -> Section:
+    drawn = [selection_drawing(run) for run in with_selection(found)[1:13]]
     return Section("Selections", "What trained in the first run of each group.", drawings=drawn)
 
 
-def with_selection(found: Found) -> list[Run]:
+def with_selection(found: Collection) -> list[LoadedRun]:
     """Runs that trained a part of their model, first those that drew from each block; of equal selections one."""
-    distinct: dict[tuple[str, ...], Run] = {}
+    distinct: dict[tuple[str, ...], LoadedRun] = {}
     for run in (group.first for group in found.groups):
         made = run.manifest
         if made and made.trained_units and (made.frozen_units or made.masks) and (run.folder / "config.json").exists():
@@ -99,11 +100,11 @@ def with_selection(found: Found) -> list[Run]:
     return sorted(distinct.values(), key=lambda run: not run.is_ratio)
 
 
-def selection(run: Run) -> Drawing:
-    return Drawing(f"{run.folder.name}: what trained", figures.selection(run))
+def selection_drawing(run: LoadedRun) -> Drawing:
+    return Drawing(f"{run.folder.name}: what trained", figures.selection_picture(run))
 
 
-def frontiers(found: Found, styles: Styles) -> Section:
+def frontiers(found: Collection, styles: Styles) -> Section:
     drawings = [
         Drawing(f"{model}: {y.name} against {x.name}", figure)
         for model, groups in found.models.items()
@@ -119,19 +120,19 @@ def frontiers(found: Found, styles: Styles) -> Section:
     return Section("Learned and kept", text, drawings=drawings)
 
 
-def scores(found: Found) -> Section:
+def scores(found: Collection) -> Section:
     """Method by benchmark: a table for each suite of each model."""
     tables = []
     for model, groups in found.models.items():
         for suite, columns in columns_of(groups).items():
-            head = [Cell(column.label, [(line, "") for line in told(column, groups)]) for column in columns]
+            head = [Cell(column.label, [(line, "") for line in column_notes(column, groups)]) for column in columns]
             rows = []
             for group in groups:
                 baseline = baseline_of(group, groups)
                 cells = [score_cell(group, baseline, column) for column in columns]
                 if any(cell.text for cell in cells):
                     rows.append([Cell(group.label), Cell(str(len(group.runs))), *cells])
-            tables.append(Table(f"{model}: {SUITES.get(suite, suite)}", [Cell(""), Cell("n"), *head], rows))
+            tables.append(ReportTable(f"{model}: {SUITES.get(suite, suite)}", [Cell(""), Cell("n"), *head], rows))
     text = (
         "Mean ± standard deviation over n runs that differ in their seeds; for a single run the standard error (se) "
         "over its rows. Below, the difference to full fine-tuning with the same recipe, and the paper's number."
@@ -139,7 +140,7 @@ def scores(found: Found) -> Section:
     return Section("Scores", text, tables)
 
 
-def told(column: Column, groups: Iterable[Group]) -> list[str]:
+def column_notes(column: Column, groups: Iterable[Group]) -> list[str]:
     """Metric and unit, direction, and rows of a column."""
     lines = [column.unit, *([] if column.higher_is_better else ["lower is better"])]
     if len(column.tasks) == 1:
@@ -170,13 +171,13 @@ def score_cell(group: Group, baseline: Group | None, column: Column) -> Cell:
     return Cell(show(number, digits), notes)
 
 
-def papers_number(run: Run, column: Column) -> float | None:
+def papers_number(run: LoadedRun, column: Column) -> float | None:
     """What the paper has for a run, known by the name of its folder; None if nothing."""
-    ours = {(column.suite, task) for task, _ in column.tasks}
-    for table, row in rows_of(SEED_IN_NAME.sub("", run.folder.name)):
+    wanted = {(column.suite, task) for task, _ in column.tasks}
+    for table, row in rows_of_run(SEED_IN_NAME.sub("", run.folder.name)):
         means = {name: {table.scores[one][:2] for one in members} for name, members in table.means.items()}
         for name, tasks in ({name: {score[:2]} for name, score in table.scores.items()} | means).items():
-            if tasks == ours and "/" not in row.run:  # not of something inside the folder
+            if tasks == wanted and "/" not in row.run:  # not of something inside the folder
                 return row.values[table.columns.index(name)]
     return None
 
@@ -184,9 +185,7 @@ def papers_number(run: Run, column: Column) -> float | None:
 def columns_of(groups: Iterable[Group], *, steps: bool = False) -> dict[str, list[Column]]:
     """The columns of each suite, in the order of their tables; last the paper's means, where their tasks are there.
 
-    Args:
-        groups: whose scores to look at.
-        steps: look at those of the checkpoints.
+    With `steps` those of the checkpoints' scores.
     """
     runs = [run for group in groups for run in group.runs]
     scored = [one for run in runs for one in (run.steps.values() if steps else [run.scores])]
@@ -195,8 +194,8 @@ def columns_of(groups: Iterable[Group], *, steps: bool = False) -> dict[str, lis
         for score in scores.scores:
             found.setdefault(suite, {}).setdefault((score.task, score.metric), score)
     columns: dict[str, list[Column]] = {}
-    for suite in sorted(found, key=lambda name: (place(name, SUITES), name)):
-        for (task, metric), score in sorted(found[suite].items(), key=lambda item: place(item[0][0], TASKS)):
+    for suite in sorted(found, key=lambda name: (rank(name, SUITES), name)):
+        for (task, metric), score in sorted(found[suite].items(), key=lambda item: rank(item[0][0], TASKS)):
             label = TASKS.get(task, task.replace("_", " "))
             if sum(other == task for other, _ in found[suite]) > 1:
                 label += f", {metric.removeprefix('acc_').replace('_', ' ')}"
@@ -207,12 +206,12 @@ def columns_of(groups: Iterable[Group], *, steps: bool = False) -> dict[str, lis
     return columns
 
 
-def place(name: str, names: Iterable[str]) -> int:
-    """Where a name stands among others, after all of them if it is not there."""
+def rank(name: str, names: Iterable[str]) -> int:
+    """The index of a name among others; after all of them if it is not there."""
     return next((index for index, other in enumerate(names) if other == name), 1000)
 
 
-def radars(found: Found, styles: Styles) -> Section:
+def radars(found: Collection, styles: Styles) -> Section:
     drawings = []
     for model, groups in found.models.items():
         columns = [one for suite in columns_of(groups).values() for one in suite if len(one.tasks) == 1]
@@ -224,7 +223,7 @@ def radars(found: Found, styles: Styles) -> Section:
     return Section("Abilities", text, drawings=drawings)
 
 
-def ratios(found: Found, styles: Styles) -> Section:
+def ratios(found: Collection, styles: Styles) -> Section:
     drawings = [
         Drawing(f"{model}: {column.name} by trainable fraction", figure)
         for model, groups in found.models.items()
@@ -235,7 +234,7 @@ def ratios(found: Found, styles: Styles) -> Section:
     return Section("Trainable fraction", text, drawings=drawings)
 
 
-def variations(found: Found, styles: Styles) -> Section:
+def variations(found: Collection, styles: Styles) -> Section:
     known = {run.folder.name: (g.label, styles[g.kind]) for g in found.groups for run in g.runs}
     drawings = []
     for diff in found.diffs.values():
@@ -252,14 +251,14 @@ def variations(found: Found, styles: Styles) -> Section:
     return Section("Change of the parameters", text, drawings=drawings)
 
 
-def cost(found: Found) -> Section:
+def cost(found: Collection) -> Section:
     head = ["", "n", "trains, % of layers", "% of model", "FLOPs, of fft", "tokens/s", "peak memory, GB"]
     head += ["optimizer state, MB"]
     tables = []
     for model, groups in found.models.items():
         trained = [group for group in groups if group.first.result]
         rows = [[Cell(g.label), Cell(str(len(g.runs))), *cost_cells(g, baseline_of(g, groups))] for g in trained]
-        tables += [Table(model, [Cell(text) for text in head], rows)] if rows else []
+        tables += [ReportTable(model, [Cell(text) for text in head], rows)] if rows else []
     text = (
         "As the runs measured it; below, relative to full fine-tuning. FLOPs per token are counted, and bound what a "
         "run can save in time. Speeds compare only on the same machine. The optimizer state is that in the last "
@@ -273,20 +272,20 @@ def cost_cells(group: Group, baseline: Group | None) -> list[Cell]:
     cells = [Cell("" if fraction is None else f"{100 * fraction:.1f}") for fraction in fractions]
     flops = flops_to_fft(group.first.folder)
     cells.append(Cell("" if flops is None else f"{flops:.3f}"))
-    measures: list[tuple[int, Callable[[Run], float | None]]] = [
+    measures: list[tuple[int, Callable[[LoadedRun], float | None]]] = [
         (0, lambda run: run.result and run.result.tokens_per_second),
         (1, lambda run: run.result and run.result.peak_memory_gb),
         (1, lambda run: run.optimizer_bytes and run.optimizer_bytes / 1e6),
     ]
     for digits, measure in measures:
-        ours = over_runs(group, measure)
-        theirs = over_runs(baseline, measure) if baseline and baseline is not group else None
-        notes = [(f"{ours.value / theirs.value:.2f} of fft", "")] if ours and theirs else []
-        cells.append(Cell(show(ours, digits), notes))
+        number = over_runs(group, measure)
+        full = over_runs(baseline, measure) if baseline and baseline is not group else None
+        notes = [(f"{number.value / full.value:.2f} of fft", "")] if number and full else []
+        cells.append(Cell(show(number, digits), notes))
     return cells
 
 
-def over_runs(group: Group, measure: Callable[[Run], float | None]) -> Measured | None:
+def over_runs(group: Group, measure: Callable[[LoadedRun], float | None]) -> Measured | None:
     """Mean and spread over the runs of a group for which something was measured."""
     numbers = [(value, None) for run in group.runs if (value := measure(run))]
     return summarize(numbers) if numbers else None
@@ -299,7 +298,7 @@ def show(number: Measured | None, digits: int) -> str:
     return f"{number.value:,.{digits}f}" + (f" ± {number.spread:,.{digits}f}" if number.n > 1 else "")
 
 
-def sequences(found: Found) -> Section:
+def sequences(found: Collection) -> Section:
     """OP and BWT of each sequence of tasks beside the paper's, and the scores behind them (section 4.2)."""
     drawings, rows = [], []
     for name, matrix in found.matrices.items():
@@ -312,7 +311,7 @@ def sequences(found: Found) -> Section:
             if matrix[column.lower()]
         ]
         rows += [[Cell(name), *cells]] if cells else []
-    tables = [Table("After the last round, in %", [Cell(""), Cell("OP"), Cell("BWT")], rows)] if rows else []
+    tables = [ReportTable("After the last round, in %", [Cell(""), Cell("OP"), Cell("BWT")], rows)] if rows else []
     text = (
         "The score of each task after each round, in %. OP is the mean over the tasks seen; BWT is the sum of what "
         "earlier tasks gained or lost since they were learned, over the number of tasks (equation 5)."
@@ -322,17 +321,19 @@ def sequences(found: Found) -> Section:
 
 def papers_sequence(name: str) -> dict[str, float | None]:
     """The paper's OP and BWT of a sequence, if it has its name."""
-    found = [dict(zip(table.columns, row.values, strict=True)) for table, row in rows_of(name)]
+    found = [dict(zip(table.columns, row.values, strict=True)) for table, row in rows_of_run(name)]
     return next((values for values in found if "OP" in values), {})
 
 
-def steps(found: Found, styles: Styles) -> Section:
+def steps(found: Collection, styles: Styles) -> Section:
     """Training loss, and scores of checkpoints (Tables 20 and 21)."""
     drawings = []
 
-    def draw(title: str, ylabel: str, groups: list[Group], points: Callable[[Run], list[tuple[int, float]]]) -> None:
+    def draw(
+        title: str, ylabel: str, groups: list[Group], points: Callable[[LoadedRun], list[tuple[int, float]]]
+    ) -> None:
         series = [(group, [point for run in group.runs for point in points(run)]) for group in groups]
-        if series := [(group, own) for group, own in series if own]:
+        if series := [(group, found) for group, found in series if found]:
             drawings.append(Drawing(title, figures.curves(series, ylabel, styles)))
 
     for model, groups in found.models.items():
@@ -345,7 +346,7 @@ def steps(found: Found, styles: Styles) -> Section:
     return Section("Over the steps", "Means over seeds.", drawings=drawings)
 
 
-def values_over_steps(run: Run, column: Column) -> list[tuple[int, float]]:
+def values_over_steps(run: LoadedRun, column: Column) -> Points:
     """The values of a run's checkpoints and of its end; none if only the end was scored."""
     scored = {step: number for step, scores in run.steps.items() if (number := column.number(scores))}
     if scored and run.result and (last := column.number(run.scores)):
@@ -353,7 +354,7 @@ def values_over_steps(run: Run, column: Column) -> list[tuple[int, float]]:
     return [(step, value) for step, (value, _) in sorted(scored.items())]
 
 
-def runs(found: Found) -> Section:
+def runs(found: Collection) -> Section:
     """Which folders the groups are made of, and whether each was verified."""
     rows = []
     for group in found.groups:
@@ -365,4 +366,4 @@ def runs(found: Found) -> Section:
             texts = [run.folder.name, group.label, f"{done.steps:,}" if done else "", verify, ", ".join(suites)]
             rows.append([Cell(text) for text in texts])
     head = [Cell(text) for text in ("run", "group", "steps", "verify", "scores")]
-    return Section("Runs", "The folders behind the numbers.", [Table("", head, rows)] if rows else [])
+    return Section("Runs", "The folders behind the numbers.", [ReportTable("", head, rows)] if rows else [])

@@ -11,7 +11,7 @@ from hft.cli import main
 from hft.errors import HFTError
 from hft.evaluation.suites import SUITES
 from hft.record.scores import Score, Scores
-from hft.reporting.paper import find_table, ours, rows_of, tables
+from hft.reporting.paper import find_table, measure_row, rows_of_run, tables
 from tests.conftest import error_of
 
 # Averages that are not what the paper's own row gives: table, row, column.
@@ -122,19 +122,19 @@ def test_ours_are_the_mean_and_spread_over_seeds(runs):
     table = find_table("2")
     [hft] = [row for row in table.rows if row.run == "llama2-7b-sft-hft"]
     [fft] = [row for row in table.rows if row.run == "llama2-7b-sft-fft"]
-    measured = ours(table, hft, runs)
+    measured = measure_row(table, hft, runs)
     assert measured.keys() == {"NaturalQuestion", "TriviaQA"}  # no average without all of its columns
     one = measured["NaturalQuestion"]
     assert (one.value, one.spread, one.n) == (7.0, 1.0, 3)
-    mean = ours(table, fft, runs)["Overall"]
+    mean = measure_row(table, fft, runs)["Overall"]
     assert (mean.value, mean.n) == (15.0, 1)
     assert mean.spread == pytest.approx(3 / 3**0.5)
-    assert ours(table, table.rows[0], runs) == {}
+    assert measure_row(table, table.rows[0], runs) == {}
 
 
 def test_a_seed_with_a_row_of_its_own_is_not_pooled(runs):
     table = find_table("14")
-    first, second = (ours(table, row, runs)["NaturalQuestion"] for row in table.rows[:2])
+    first, second = (measure_row(table, row, runs)["NaturalQuestion"] for row in table.rows[:2])
     assert (first.value, first.n) == (7.0, 2)  # seeds 0 and 2-seed=3
     assert (second.value, second.n) == (7.0, 1)
 
@@ -144,8 +144,8 @@ def test_a_checkpoint_has_scores_of_its_own(tmp_path):
     row = table.rows[0]
     save(tmp_path / row.run, "knowledge", nq_open__exact_match=27.0)
     assert row.run.endswith("/checkpoint-448")
-    assert ours(table, row, tmp_path)["NQ"].value == 27.0
-    assert ours(table, table.rows[1], tmp_path) == {}
+    assert measure_row(table, row, tmp_path)["NQ"].value == 27.0
+    assert measure_row(table, table.rows[1], tmp_path) == {}
 
 
 def test_the_command_prints_commands_the_papers_numbers_and_ours(runs, capsys):
@@ -204,7 +204,7 @@ def test_scores_that_cannot_be_read_are_an_error(runs):
     (runs / "llama2-7b-sft-fft/scores/knowledge.json").write_text("{")
     table = find_table("2")
     with pytest.raises(HFTError, match=r"knowledge\.json holds no valid scores"):
-        ours(table, rows_of("llama2-7b-sft-fft")[1][1], runs)
+        measure_row(table, rows_of_run("llama2-7b-sft-fft")[1][1], runs)
 
 
 def test_the_readme_of_the_recipes_is_up_to_date(tmp_path):
