@@ -47,7 +47,10 @@ class RunConfig:
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on; by default test, or validation under a usual name."}
+        default="test",
+        metadata={
+            "help": "Split to evaluate on; none: hold rows out of the training split, as where there is no other."
+        },
     )
     tokenizer_pad_token: str | None = field(
         default=None, metadata={"help": "Token to pad with, from the vocabulary, if the tokenizer has none."}
@@ -57,7 +60,7 @@ class RunConfig:
     )
     eval_rows: int | None = field(
         default=None,
-        metadata={"help": "Rows to evaluate on: the first of the test split, or held out if there is none."},
+        metadata={"help": "Rows to evaluate on: the first of the test split, or as many held out."},
     )
     activation_checkpointing_layers: int | Literal["auto"] | None = field(
         default=None,

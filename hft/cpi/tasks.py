@@ -38,7 +38,7 @@ def write_task_rows(plan: CPIPlan) -> None:
         files = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
         if is_current(record, made, *files):
             continue
-        dataset = {key: value for key, value in keys.items() if key.startswith("dataset_")}
+        dataset = {key: value for key, value in keys.items() if key.startswith("dataset_") and value is not None}
         try:
             loaded = load_data(
                 RunConfig(**dataset, eval_rows=rows),

@@ -1,4 +1,4 @@
-"""The rows a run trains and evaluates on: found, checked one by one, and checked again as TRL prepared them."""
+"""Rows to train and evaluate on: loaded, checked one by one, and checked again as TRL prepared them."""
 
 from hft.data.identity import fingerprint
 from hft.data.loading import LoadedData, load_data, load_split

@@ -10,16 +10,9 @@ from datasets import load_dataset_builder
 
 
 def fingerprint(name: str, config: str | None = None, revision: str | None = None) -> dict[str, Any]:
-    """What identifies a dataset.
+    """For local data `files`: size in bytes and SHA-256 of each file by its path in the folder, without hidden files.
 
-    Args:
-        name: a file, a folder, or a Hub id.
-        config: the Hub dataset's configuration.
-        revision: the Hub dataset's branch, tag or commit.
-
-    Returns:
-        For local data, `files`: size in bytes and SHA-256 of each file by its path within the folder, hidden files
-        aside. For a Hub id, `id`, `config` and `revision`, the last None where the Hub does not tell.
+    For a Hub id `id`, `config` and `revision`, the last None where the Hub does not say.
     """
     path = Path(name).expanduser()
     if path.is_file():

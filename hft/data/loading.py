@@ -17,21 +17,8 @@ from hft.errors import HFTError, reason
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 REFUSALS = (DatasetsError, DatasetGenerationError, OSError, ValueError, TypeError, LookupError, pa.ArrowException)
-# Splits to evaluate on, the first that exists; those of `train_sft` are `test_sft` and so on.
-EVALUATION_SPLITS = (
-    "test",
-    "validation",
-    "valid",
-    "val",
-    "dev",
-    "eval",
-    "evaluation",
-    "testing",
-    "heldout",
-    "held_out",
-)
-
-Rows = Callable[[Dataset, str], tuple[Dataset, list[str]]]
+# A function of hft.data.rows: dataset and its name -> rows that a trainer reads, and notes.
+ReadRows = Callable[[Dataset, str], tuple[Dataset, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +29,7 @@ class LoadedData:
         name: of the dataset, for messages.
         train: rows to train on; the column `row` is a row's number in its split, counted from 0.
         test: rows to evaluate on, None if none are wanted.
-        notes: what was dropped, which columns are not used, and which split is evaluated on, one line per finding.
+        notes: what was dropped, which columns are not used, and which split is evaluated on, a line each.
         fingerprint: what identifies the data files (`hft.data.fingerprint`).
     """
 
@@ -61,10 +48,7 @@ def load_split(name: str, split: str, config: str | None = None, revision: str |
             or a Hub id.
         split: name of the split, or a slice like `train[:1%]`.
         config: the Hub dataset's configuration, if it has several.
-        revision: the Hub dataset's branch, tag or commit, if it is not to be the main branch.
-
-    Raises:
-        HFTError: it is not found, cannot be read, or is empty.
+        revision: the Hub dataset's branch, tag or commit.
     """
     path = _local(name)
     try:
@@ -81,11 +65,7 @@ def load_split(name: str, split: str, config: str | None = None, revision: str |
 
 
 def split_names(name: str, config: str | None = None, revision: str | None = None) -> list[str]:
-    """The splits of a dataset; a single file has only `train`.
-
-    Raises:
-        HFTError: it is not found or cannot be read.
-    """
+    """The splits of a dataset; a single file has only `train`."""
     path = _local(name)
     try:
         if path.is_file():
@@ -95,67 +75,40 @@ def split_names(name: str, config: str | None = None, revision: str | None = Non
         raise _cannot_load(name, error) from error
 
 
-def load_data(run: RunConfig, objective_rows: Rows, *, evaluate: bool) -> LoadedData:
-    """The training rows and, if wanted, the rows to evaluate on (see `RunConfig.eval_rows`).
-
-    Args:
-        run: names the dataset and its splits.
-        objective_rows: brings a dataset into the form an objective needs, `sft_rows` or `preference_rows`.
-        evaluate: whether rows to evaluate on are wanted.
-
-    Raises:
-        HFTError: the dataset or a split is not found, a row cannot be trained on, or no row is left to evaluate on.
-    """
-    name = run.dataset_name
+def load_data(run: RunConfig, read_rows: ReadRows, *, evaluate: bool) -> LoadedData:
+    """The training rows and, if wanted, the rows to evaluate on (see `RunConfig.dataset_test_split`)."""
+    name, config, revision = run.dataset_name, run.dataset_config, run.dataset_revision
 
     def rows(split: str) -> tuple[Dataset, list[str]]:
-        dataset = load_split(name, split, run.dataset_config, run.dataset_revision)
-        return objective_rows(dataset, name if split == "train" else f"{name} ({split})")
+        dataset = load_split(name, split, config, revision)
+        return read_rows(dataset, name if split == "train" else f"{name} ({split})")
 
     train, notes = rows(run.dataset_train_split)
     try:
-        identity = fingerprint(name, run.dataset_config, run.dataset_revision)
+        identity = fingerprint(name, config, revision)
     except REFUSALS as error:
         raise _cannot_load(name, error) from error
     if not evaluate:
         return LoadedData(name, train, None, notes, identity)
-    names = split_names(name, run.dataset_config, run.dataset_revision)
-    others = [split for split in names if split not in _splits(run.dataset_train_split)]
-    chosen = evaluation_split(run, others)
-    if chosen is None:
+    trained, splits = _splits(run.dataset_train_split), split_names(name, config, revision)
+    others = [split for split in splits if split not in trained]
+    wanted = run.dataset_test_split
+    if wanted is None or (wanted == "test" and not others):
         train, test = _hold_out(name, train, run.eval_rows)
-        unused = f"; unused splits: {', '.join(others)}" if others else ""
-        notes.append(f"evaluation: {len(test):,} rows held out of {run.dataset_train_split}{unused}")
-        return LoadedData(name, train, test, notes, identity)
-    test, more = rows(chosen)
-    wanted = min(run.eval_rows or len(test), len(test))
-    rest = [split for split in others if split not in _splits(chosen)]
-    unused = f"; unused splits: {', '.join(rest)}" if rest else ""
-    note = f"evaluation: {wanted:,} of {len(test):,} rows of split {chosen}{unused}"
-    notes = list(dict.fromkeys([*notes, *more, note]))
-    return LoadedData(name, train, test.select(range(wanted)), notes, identity)
-
-
-def evaluation_split(run: RunConfig, splits: list[str]) -> str | None:
-    """The split to evaluate on: `dataset_test_split` if it is given, else the first under a usual name, or None.
-
-    Args:
-        run: its `dataset_test_split` may be a slice like `validation[:64]` or `train[90%:]`.
-        splits: those of the dataset, without the one that is trained on.
-
-    Raises:
-        HFTError: `dataset_test_split` does not exist.
-    """
-    asked, train = run.dataset_test_split, run.dataset_train_split
-    if asked:
-        if all(split in [*splits, *_splits(train)] for split in _splits(asked)):
-            return asked
+        note = f"evaluation: {len(test):,} rows held out of {run.dataset_train_split}"
+    elif all(split in splits for split in _splits(wanted)):
+        test, more = rows(wanted)
+        count = min(run.eval_rows or len(test), len(test))
+        note, notes = f"evaluation: {count:,} of {len(test):,} rows of split {wanted}", [*notes, *more]
+        test = test.select(range(count))
+    else:
         raise HFTError(
-            f"dataset {run.dataset_name} has no split {asked!r} to evaluate on, only {', '.join([train, *splits])}"
+            f"dataset {name} has no split {wanted!r} to evaluate on, only {', '.join(splits)}: name one with "
+            "--dataset_test_split, hold rows out with --dataset_test_split none, or pass --eval_strategy no"
         )
-    [base, *_] = _splits(train)
-    usual = [base.replace("train", name) for name in EVALUATION_SPLITS if "train" in base] + list(EVALUATION_SPLITS)
-    return next((name for name in usual if name in splits), None)
+    unused = [split for split in others if split not in _splits(wanted or "")]
+    note += f"; unused splits: {', '.join(unused)}" if unused else ""
+    return LoadedData(name, train, test, list(dict.fromkeys([*notes, note])), identity)
 
 
 def _hold_out(name: str, train: Dataset, count: int | None) -> tuple[Dataset, Dataset]:

@@ -10,7 +10,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 SHAREGPT_ROLES = {"human": "user", "observation": "tool"} | dict.fromkeys(
     ("gpt", "chatgpt", "bing", "bard"), "assistant"
 )
-# What an assistant can say beside its content.
+# What an assistant can say besides its content.
 OTHER_SPEECH = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
@@ -19,11 +19,8 @@ def chat(value: object, column: str, role: str | None = None) -> list[dict[str, 
 
     Args:
         value: messages as `{role, content}` or ShareGPT's `{from, value}`; other keys are kept.
-        column: where the value is from, for messages.
+        column: where the value is from, for errors.
         role: who says a value that is plain text; None if it must be a list.
-
-    Raises:
-        HFTError: it is null, empty or of another type, or a message has an unknown role or no text.
     """
     if isinstance(value, str) and role:
         value = [{"role": role, "content": value}]
@@ -42,31 +39,31 @@ def is_blank(message: dict[str, Any]) -> bool:
     return not (message["content"] or "").strip() and not any(message.get(key) for key in OTHER_SPEECH)
 
 
-def _message(message: object, place: str) -> dict[str, Any]:
+def _message(message: object, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise HFTError(f"{place} must be {{role, content}}, got {message!r:.80}")
+        raise HFTError(f"{where} must be {{role, content}}, got {message!r:.80}")
     message = {{"from": "role", "value": "content"}.get(key, key): value for key, value in message.items()}
     role = message.get("role")
     role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        raise HFTError(f"{place} has the unknown role {role!r}; known are {', '.join(ROLES)}")
-    content = _text(message.get("content"), place)
+        raise HFTError(f"{where} has the unknown role {role!r}; known are {', '.join(ROLES)}")
+    content = _text(message.get("content"), where)
     calls = message.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise HFTError(f"{place}: tool_calls must be a list of calls, got {calls!r:.80}")
+        raise HFTError(f"{where}: tool_calls must be a list of calls, got {calls!r:.80}")
     if content is None and not any(message.get(key) for key in OTHER_SPEECH):
-        raise HFTError(f"{place} has null for content")
+        raise HFTError(f"{where} has null for content")
     return message | {"role": role, "content": content}
 
 
-def _text(content: object, place: str) -> str | None:
+def _text(content: object, where: str) -> str | None:
     """Content as text; parts of type text are joined."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise HFTError(f"{place}: content must be text, got {content!r:.80}")
+        raise HFTError(f"{where}: content must be text, got {content!r:.80}")
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else part
-            raise HFTError(f"{place}: content has a part {kind!r:.40}; only parts of type text can be trained on")
+            raise HFTError(f"{where}: content has a part {kind!r:.40}; only parts of type text can be trained on")
     return "".join(part["text"] for part in content)

@@ -1,4 +1,4 @@
-"""Look at the rows as TRL prepared them: what it dropped, what trains nothing, whose tokens are trained."""
+"""Check rows as TRL prepared them: what it dropped, what trains nothing, whose tokens are trained."""
 
 from __future__ import annotations
 
@@ -11,24 +11,16 @@ from hft.data.loading import LoadedData
 from hft.data.masks import check_masks
 from hft.data.templates import rendered
 from hft.errors import HFTError
+from hft.objectives import Objective
 
 PAIR = ("prompt_ids", "chosen_ids", "rejected_ids")
+TOKENS = ("input_ids", "completion_ids", *PAIR)
 
 
-def check_prepared(trainer: Trainer, loaded: LoadedData) -> list[str]:
-    """Check what a trainer is about to train and evaluate on; drop what has nothing to learn.
+def check_prepared(trainer: Trainer, loaded: LoadedData, objective: Objective) -> list[str]:
+    """Check what a TRL trainer is about to train and evaluate on; returns notes, one line per finding.
 
-    Replaces `trainer.train_dataset` and `trainer.eval_dataset` where rows are dropped.
-
-    Args:
-        trainer: TRL's, as it stands before `train()`.
-        loaded: what it was given.
-
-    Returns:
-        Notes on what was dropped, packed or not trained, one line per finding.
-
-    Raises:
-        HFTError: no row is left, or a row trains other tokens than the assistant's.
+    Replaces `trainer.train_dataset` and `trainer.eval_dataset` where rows have nothing to learn.
     """
     args, tokenizer = trainer.args, trainer.processing_class
     packed = getattr(args, "packing", False)
@@ -42,44 +34,48 @@ def check_prepared(trainer: Trainer, loaded: LoadedData) -> list[str]:
         if len(tokenizer) > (embedded := trainer.model.get_input_embeddings().weight.shape[0]):
             for dataset in filter(None, (trainer.train_dataset, trainer.eval_dataset)):
                 _check_ids(dataset, embedded, tokenizer, loaded.name)
-        trainer.train_dataset, found = _checked(trainer.train_dataset, loaded.train, "training", packed, args)
+        trainer.train_dataset, found = _learnable(
+            trainer.train_dataset, loaded.train, f"training {objective.unit}", packed, args, objective.examples
+        )
         notes += found
         if loaded.test is not None:
-            trainer.eval_dataset, found = _checked(trainer.eval_dataset, loaded.test, "held-out", eval_packed, args)
+            trainer.eval_dataset, found = _learnable(
+                trainer.eval_dataset, loaded.test, f"held-out {objective.unit}", eval_packed, args, objective.examples
+            )
             notes += found
     return list(dict.fromkeys(notes))
 
 
-def _checked(prepared: Dataset, given: Dataset, kind: str, packed: bool, args: Any) -> tuple[Dataset, list[str]]:
-    """Prepared rows that have something to learn, and notes on the others."""
-    unit = "pairs" if "chosen_ids" in prepared.column_names else "rows"
+def _learnable(
+    prepared: Dataset, given: Dataset, rows: str, packed: bool, args: Any, examples: int
+) -> tuple[Dataset, list[str]]:
+    """Prepared rows that have something to learn, and notes on the others; `examples` are made of each given row."""
     fills = f"prompt alone fills max_length {args.max_length}"
     notes = []
     if packed:
-        notes.append(f"packed {len(given):,} {kind} rows into {len(prepared):,}")
+        notes.append(f"packed {len(given):,} {rows} into {len(prepared):,}")
         learns, lost = _packed(prepared)
         if lost:
-            notes.append(f"{lost:,} {kind} rows train nothing, since their {fills}")
+            notes.append(f"{lost:,} {rows} train nothing, since their {fills}")
     else:
-        learns = _distinct(prepared, args) if unit == "pairs" and len(prepared) else [True] * len(prepared)
-        if dropped := len(given) - len(prepared):
-            notes.append(f"dropped {dropped:,} {kind} {unit} whose {fills}")
+        learns = _distinct(prepared, args) if {*PAIR} <= {*prepared.column_names} else [True] * len(prepared)
+        if dropped := examples * len(given) - len(prepared):
+            what = rows if examples == 1 else f"of the {examples * len(given):,} examples of the {rows}"
+            notes.append(f"dropped {dropped:,} {what} whose {fills}")
     if not any(learns):
         same = "the answers are the same tokens" if len(prepared) and not packed else f"the {fills}"
-        raise HFTError(f"in every {kind} {unit[:-1]} {same}; raise max_length")
+        raise HFTError(f"in every {rows.removesuffix('s')} {same}; raise max_length")
     if all(learns):
         return prepared, notes
     if not packed:
-        notes.append(
-            f"dropped {learns.count(False):,} {kind} pairs whose answers are the same tokens within "
-            f"max_length {args.max_length}"
-        )
+        dropped, length = learns.count(False), args.max_length
+        notes.append(f"dropped {dropped:,} {rows} whose answers are the same tokens within max_length {length}")
     return prepared.select([index for index, one in enumerate(learns) if one]), notes
 
 
 def _check_ids(dataset: Dataset, embedded: int, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Refuse rows with an id that the embeddings have no row for."""
-    columns = [column for column in ("input_ids", *PAIR) if column in dataset.column_names]
+    columns = [column for column in TOKENS if column in dataset.column_names]
 
     def largest(*ids: list[list[int]]) -> dict[str, list[int]]:
         return {"largest": [max(map(max, filter(None, row)), default=0) for row in zip(*ids, strict=True)]}

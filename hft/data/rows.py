@@ -1,4 +1,4 @@
-"""Rows as people store them -> the columns that `SFTTrainer` and `DPOTrainer` read, each row checked."""
+"""Rows as people store them -> the columns that TRL's trainers read, each row checked."""
 
 from __future__ import annotations
 
@@ -26,14 +26,11 @@ def sft_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
     Args:
         dataset: with `messages`, ShareGPT's `conversations`, or `prompt` and `completion`, as text or as messages;
             and optionally `tools`, `chat_template_kwargs` and `system`.
-        name: for messages to people.
+        name: for messages.
 
     Returns:
         The rows that have something to learn, with their number in `dataset` as column `row`, and notes on what was
-        dropped, one line per finding.
-
-    Raises:
-        HFTError: another form, a row that cannot be trained on (named by its number), or no row to learn from.
+        dropped, one line per finding. A row that cannot be trained on is an error that names its number.
     """
     columns = set(dataset.column_names)
     source = next((column for column in ("messages", "conversations") if column in columns), None)
@@ -49,7 +46,7 @@ def sft_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
 
 
 def preference_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
-    """Preferences as conversations with an explicit prompt, the one form that `DPOTrainer` always reads alike.
+    """Preferences as conversations with an explicit prompt, the one form that TRL always reads alike.
 
     UltraFeedback's common layouts all come down to it: whole dialogues in `chosen` and `rejected`, beside a `prompt`
     that is text (HuggingFaceH4, allenai, argilla) or absent (trl-lib); so do prompt, chosen and rejected as messages
@@ -58,21 +55,18 @@ def preference_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
     Args:
         dataset: with `chosen` and `rejected`, and mostly `prompt`; optionally `tools`, `chat_template_kwargs` and
             `system`.
-        name: for messages to people.
+        name: for messages.
 
     Returns:
         The pairs that have something to learn, with their number in `dataset` as column `row`, and notes on what was
         dropped, one line per finding: pairs that are equal or lack an answer, as UltraFeedback has some.
-
-    Raises:
-        HFTError: another form, a pair that cannot be trained on (named by its number), or no pair to learn from.
     """
     columns = set(dataset.column_names)
     if not {"chosen", "rejected"} <= columns:
         hint = "; it looks like demonstrations, which are for SFT" if {"messages", "completion"} & columns else ""
         raise HFTError(
             f"dataset {name} has columns {', '.join(sorted(columns))}; needed are chosen and rejected as messages "
-            f"with the prompt in front or in a column of its own, or prompt, chosen and rejected as text{hint}"
+            f"with the prompt in front or in another column, or prompt, chosen and rejected as text{hint}"
         )
     needed = {column: column for column in ("prompt", "chosen", "rejected") if column in columns}
     return _convert(dataset, name, _preference, needed, ["prompt", "chosen", "rejected"], "pairs")
@@ -108,7 +102,7 @@ def _preference(row: dict[str, Any]) -> Converted:
         if not pair["prompt"]:
             raise HFTError("chosen and rejected have no prompt in common")
     elif row.get("prompt") is None:
-        raise HFTError(f"chosen = {row['chosen']!r:.60} needs a prompt, in front of it or in a column of its own")
+        raise HFTError(f"chosen = {row['chosen']!r:.60} needs a prompt, in front of it or in another column")
     else:
         pair = {"prompt": chat(row["prompt"], "prompt", "user")} | pair
     if any(is_blank(pair[column][-1]) for column in ("chosen", "rejected")):
@@ -126,25 +120,24 @@ def _convert(
     convert: Callable[[dict[str, Any]], Converted],
     sources: dict[str, str],
     outputs: list[str],
-    kind: str,
+    unit: str,
 ) -> tuple[Dataset, list[str]]:
     """Convert and check each row, and drop those with nothing to learn.
 
     Args:
         convert: one row, with the keys of `sources`.
         sources: of each column that `convert` reads, the column that it is in.
-        outputs: the columns that `convert` makes; the first has the system message.
-        kind: "rows" or "pairs", for messages.
-
-    Messages go in as JSON text: `Json` would write their numbers with ten decimals.
+        outputs: the columns that `convert` makes; the first has the system message. Messages go in as JSON text, since
+            `Json` would write their numbers with ten decimals.
+        unit: "rows" or "pairs", for messages.
     """
     columns = dataset.column_names
     if images := sorted({"image", "images"} & set(columns)):
-        raise HFTError(f"dataset {name} has a column {images[0]}, and only text is trained on; leave it out")
+        raise HFTError(f"dataset {name} has a column {images[0]}, and only text is trained on; remove it")
     kept = [column for column in TEMPLATE_COLUMNS if column in columns]
     used = [*sources.values(), *kept, *(["system"] if "system" in columns else [])]
     features = dict.fromkeys(outputs, List(Json())) | dict.fromkeys(kept, Json())
-    features |= {"row": Value("int64"), "fault": Value("string"), "own_system": Value("bool")}
+    features |= {"row": Value("int64"), "fault": Value("string"), "has_system": Value("bool")}
     stored = dataset.features
     selected = dataset.select_columns(used)
 
@@ -154,13 +147,13 @@ def _convert(
             given = {column: _without_padding(batch[column][index], stored[column]) for column in used}
             try:
                 row, fault = convert({key: given[column] for key, column in sources.items()})
-                row[outputs[0]], own = _with_system(row[outputs[0]], given.get("system"))
+                row[outputs[0]], had_one = _with_system(row[outputs[0]], given.get("system"))
                 extras = {column: _from_json(given[column], column) for column in kept}
             except HFTError as error:
                 raise HFTError(f"dataset {name}, row {number} (the first is 0): {error}") from None
             values = {key: [json.dumps(message) for message in value] for key, value in row.items()}
             values |= {key: None if value is None else json.dumps(value) for key, value in extras.items()}
-            for key, value in (values | {"row": number, "fault": fault, "own_system": own}).items():
+            for key, value in (values | {"row": number, "fault": fault, "has_system": had_one}).items():
                 made[key].append(value)
         return made
 
@@ -170,34 +163,34 @@ def _convert(
         with_indices=True,
         features=Features(features),
         remove_columns=used,
-        desc=f"checking {kind}",
+        desc=f"checking {unit}",
     )
-    notes = _column_notes(columns, used, converted["own_system"][:])
-    return _drop(converted.remove_columns("own_system"), name, kind, notes)
+    notes = _column_notes(columns, used, converted["has_system"][:])
+    return _drop(converted.remove_columns("has_system"), name, unit, notes)
 
 
-def _drop(dataset: Dataset, name: str, kind: str, notes: list[str]) -> tuple[Dataset, list[str]]:
+def _drop(dataset: Dataset, name: str, unit: str, notes: list[str]) -> tuple[Dataset, list[str]]:
     faults = dataset["fault"][:]
     good = [index for index, fault in enumerate(faults) if not fault]
     counts = ", ".join(f"{count:,} {fault}" for fault, count in Counter(filter(None, faults)).items())
     if not good:
-        raise HFTError(f"dataset {name} has no {kind[:-1]} to learn from: {counts}")
+        raise HFTError(f"dataset {name} has no {unit[:-1]} to learn from: {counts}")
     dataset = dataset.remove_columns("fault")
     if not counts:
         return dataset, notes
-    return dataset.select(good), [*notes, f"dataset {name}: dropped {counts}, of {len(faults):,} {kind}"]
+    return dataset.select(good), [*notes, f"dataset {name}: dropped {counts}, of {len(faults):,} {unit}"]
 
 
-def _column_notes(columns: list[str], used: list[str], own_system: list[bool]) -> list[str]:
+def _column_notes(columns: list[str], used: list[str], has_system: list[bool]) -> list[str]:
     unused = [column for column in columns if column not in used]
     notes = [f"columns not used: {', '.join(unused)}"] if unused else []
-    if count := sum(own_system):
+    if count := sum(has_system):
         notes.append(f"system not used in {count:,} rows that begin with another system message")
     return notes
 
 
 def _with_system(messages: list[dict], system: object) -> tuple[list[dict], bool]:
-    """A conversation that begins with a system message, and whether it has another one of its own, which wins."""
+    """A conversation that begins with a system message, and whether it had another one already, which wins."""
     if system is None or (isinstance(system, str) and not system.strip()):
         return messages, False
     [first] = chat(system, "system", "system")

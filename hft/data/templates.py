@@ -1,4 +1,4 @@
-"""A row through its chat template, as TRL gives it, and what the template or TRL refuses, in a sentence."""
+"""Rows through the chat template, as TRL renders them, and what the template or TRL refuses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def conversations(row: dict[str, Any]) -> list[list[dict[str, Any]]]:
 
 
 def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row gives to the chat template beside its conversation."""
+    """What a row gives to the chat template besides its conversation."""
     return {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
 
 
@@ -35,12 +35,8 @@ def rendered(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[st
 def refusals(loaded: LoadedData, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Around a trainer's constructor: what TRL refuses there is raised as an `HFTError`.
 
-    If the chat template fails on a row, the error names the first such row. Errors that are not TRL's, such as
-    running out of memory, pass unchanged.
-
-    Args:
-        loaded: what the trainer is given.
-        tokenizer: the same object as the trainer is given, since TRL puts its chat template there.
+    If the chat template fails on a row, the error names the first such row. The tokenizer must be the object that the
+    trainer is given, since TRL puts its chat template there. Other errors, such as out of memory, pass unchanged.
     """
     try:
         yield
@@ -59,5 +55,5 @@ def _check_rendering(loaded: LoadedData, tokenizer: PreTrainedTokenizerBase) -> 
             try:
                 rendered(row, tokenizer)
             except (TemplateError, ValueError, TypeError, LookupError) as error:
-                place = f"dataset {loaded.name}, row {row['row']} (the first is 0)"
-                raise HFTError(f"{place}: the chat template fails: {reason(error)}") from error
+                where = f"dataset {loaded.name}, row {row['row']} (the first is 0)"
+                raise HFTError(f"{where}: the chat template fails: {reason(error)}") from error

@@ -106,18 +106,23 @@ def test_held_out_rows_come_from_the_test_split_or_are_taken_from_train(data, tm
     questions = [{row["messages"][0]["content"] for row in split} for split in (found.train, found.test)]
     assert not questions[0] & questions[1]
     assert load(evaluate=False, dataset_name=file).test is None
+    assert len(load(dataset_name=file, dataset_test_split="train[90%:]").test) == 10
+    with pytest.raises(HFTError, match="has no split 'dev' to evaluate on, only train"):
+        load(dataset_name=file, dataset_test_split="dev", eval_rows=8)
     with pytest.raises(HFTError, match="has no split to evaluate on: hold rows out"):
         load(dataset_name=file)
     with pytest.raises(HFTError, match="cannot hold 96 rows out of the 96"):
         load(dataset_name=file, eval_rows=96)
-    with pytest.raises(HFTError, match="has no split 'test' to evaluate on, only train"):
-        load(dataset_name=file, dataset_test_split="test")
-    # A validation split under its usual name is found.
+    # Another split is evaluated on where it is named, and never guessed.
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in ("train", "validation"):
         write_jsonl(folder / f"{name}.jsonl", rows[:10])
-    found = load(dataset_name=str(folder), eval_rows=4)
+    with pytest.raises(HFTError, match="has no split 'test' to evaluate on, only train, validation: name one with"):
+        load(dataset_name=str(folder), eval_rows=4)
+    held_out = load(dataset_name=str(folder), dataset_test_split=None, eval_rows=4)
+    assert held_out.notes == ["evaluation: 4 rows held out of train; unused splits: validation"]
+    found = load(dataset_name=str(folder), dataset_test_split="validation", eval_rows=4)
     assert (len(found.train), len(found.test)) == (10, 4)
     assert found.notes == ["evaluation: 4 of 10 rows of split validation"]
 
