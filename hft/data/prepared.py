@@ -58,7 +58,11 @@ def _learnable(
         if lost:
             notes.append(f"{lost:,} {rows} train nothing, since their {fills}")
     else:
-        learns = _distinct(prepared, args) if {*PAIR} <= {*prepared.column_names} else [True] * len(prepared)
+        learns = (
+            _distinct(prepared, args)
+            if len(prepared) and {*PAIR} <= {*prepared.column_names}
+            else [True] * len(prepared)
+        )
         if dropped := examples * len(given) - len(prepared):
             what = rows if examples == 1 else f"of the {examples * len(given):,} examples of the {rows}"
             notes.append(f"dropped {dropped:,} {what} whose {fills}")

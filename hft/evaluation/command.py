@@ -2,52 +2,47 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
+from typing import Literal
 
+from hft.config import Keys, fill, read_arguments
+from hft.errors import HFTError
 from hft.evaluation.evaluate import Settings, evaluate
 from hft.evaluation.suites import SUITES
 from hft.machine import is_main, leave_process_group, say
 from hft.record.scores import Scores
 from hft.runs.card import write_run_card
 from hft.runs.result import RESULTS_NAME, RunResult
+from hft.text import aligned
+
+DESCRIPTION = "Score models with lm-evaluation-harness; scores are saved beside each model."
+MODELS = "MODEL is a run, a model's folder, an adapter or a Hub id"
+
+
+@dataclass(frozen=True)
+class EvalCommand:
+    """What `hft eval` takes besides models and `Settings`."""
+
+    suite: Literal[tuple(SUITES)] = field(default="quick", metadata={"help": f"One of {', '.join(SUITES)}."})
 
 
 def main(arguments: Sequence[str]) -> int:
     """Score models, print the scores, and save each model's beside it."""
-    parser = argparse.ArgumentParser(
-        prog="hft eval", description="Score models with lm-evaluation-harness; scores are saved beside each model."
-    )
-    parser.add_argument("models", metavar="MODEL", nargs="+", help="a run, a model's folder, an adapter or a Hub id")
-    parser.add_argument("--suite", choices=SUITES, default="quick", help="default: quick")
-    parser.add_argument("--tasks", nargs="+", default=(), metavar="NAME", help="only these benchmarks of the suite")
-    parser.add_argument("--limit", type=int, help="rows of each task")
-    parser.add_argument("--max_gen_toks", type=int, help="most tokens of an answer; default: each task's own number")
-    parser.add_argument("--paper_subsets", action="store_true", help="GSM8K 200, BBH 40 a task, TyDiQA 100 a language")
-    parser.add_argument("--chat", choices=("true", "false"), help="use the chat template; default: if there is one")
-    parser.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 elsewhere")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows per forward pass; default: 8")
-    parser.add_argument("--backend", default="hf", help="lm-eval's engine, hf or vllm; default: hf")
-    parser.add_argument(
-        "--backend_args", default={}, type=json.loads, metavar="JSON", help="more arguments of the engine"
-    )
-    parser.add_argument("--base", help="what the models were tuned from; default: what their manifests say")
-    parser.add_argument("--task_data", metavar="RUN", help="whose held-out rows a model that is not a run is scored on")
-    parser.add_argument("--data", metavar="DIR", help="JSON Lines files of the benchmarks, instead of the Hub")
-    parser.add_argument("--allow_code", action="store_true", help="run generated code (HumanEval, MBPP)")
-    options = vars(parser.parse_args(arguments))
-    models, suite = options.pop("models"), options.pop("suite")
-    chat = options.pop("chat")
-    settings = Settings(
-        **options | {"tasks": tuple(options["tasks"]), "chat": None if chat is None else chat == "true"}
-    )
+    models = list(takewhile(lambda word: not word.startswith("-"), arguments))
+    groups = {"evaluation": (EvalCommand, Settings)}
+    given = read_arguments(arguments[len(models) :], "hft eval MODEL [MODEL ...]", f"{DESCRIPTION} {MODELS}.", groups)
+    values, _ = given.resolve(Keys((EvalCommand, Settings)))
+    if not models:
+        raise HFTError(f"name what to score: hft eval MODEL [MODEL ...]; {MODELS}")
+    suite, settings = fill(EvalCommand, values).suite, fill(Settings, values)
     for model in models:
         out = folder_of(model)
         scores = evaluate(model, suite, settings, out)
-        say("", table(scores), "", f"saved in {out}/scores/{suite}.json")
+        say("", scores_text(scores), "", f"saved in {out}/scores/{suite}.json")
         if is_main():
             _record(scores, out)
     leave_process_group()
@@ -72,12 +67,17 @@ def folder_of(model: str) -> Path:
     return Path(model) if Path(model).is_dir() else Path("runs", Path(model).name)
 
 
-def table(scores: Scores) -> str:
+def scores_text(scores: Scores) -> str:
     """The scores in columns."""
-    lines = [f"{scores.model}, {scores.suite}, {scores.dtype}"]
-    for score in scores.scores:
-        error = "" if score.stderr is None else f"+- {score.stderr:.3f}"
-        lines.append(
-            f"  {score.task:18} {score.metric:18} {score.value:9.3f} {error:10} {score.unit:14} n = {score.n:,}"
+    rows = [
+        (
+            f"  {score.task}",
+            score.metric,
+            f"{score.value:.3f}",
+            "" if score.stderr is None else f"+- {score.stderr:.3f}",
+            score.unit,
+            f"n = {score.n:,}",
         )
-    return "\n".join(lines)
+        for score in scores.scores
+    ]
+    return aligned([f"{scores.model}, {scores.suite}, {scores.dtype}", *rows], left=2)

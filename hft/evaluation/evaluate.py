@@ -1,12 +1,13 @@
-"""Scores models on a suite with lm-evaluation-harness."""
+"""Score models on a suite with lm-evaluation-harness."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from transformers import PreTrainedTokenizerBase
 
+SEED = 1234  # lm-eval's default
 TASKS = Path(__file__).with_name("tasks")
 PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "hft")
 # Settings that decide which benchmarks are run and how fast, not what comes out.
@@ -32,37 +34,35 @@ NEUTRAL = ("tasks", "batch_size", "dtype", "allow_code")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a suite is run.
+    """How a suite is run; the flags of `hft eval`."""
 
-    Attributes:
-        limit: rows of each task; None for all.
-        paper_subsets: the HFT paper's subsets of GSM8K, BBH and TyDiQA.
-        tasks: names of benchmarks, if not all of the suite.
-        max_gen_toks: most tokens of an answer; None for the task's own number.
-        chat: whether prompts are rendered with the model's chat template; None where it has one, except in quick.
-        dtype: of the model; None for bfloat16 on a GPU and float32 elsewhere.
-        batch_size: rows per forward pass.
-        backend: lm-eval's name of the engine, `hf` or `vllm`.
-        backend_args: more arguments of the engine.
-        base: what a tuned model is compared with, if its folder does not say.
-        task_data: a run whose held-out rows are scored, for a model that is not a run.
-        data: a folder with rows of the benchmarks, instead of the Hub (docs/evaluation.md).
-        allow_code: run generated code.
-    """
-
-    limit: int | None = None
-    paper_subsets: bool = False
-    tasks: tuple[str, ...] = ()
-    max_gen_toks: int | None = None
-    chat: bool | None = None
-    dtype: str | None = None
-    batch_size: int = 8
-    backend: str = "hf"
-    backend_args: Mapping[str, Any] = field(default_factory=dict)
-    base: str | None = None
-    task_data: str | None = None
-    data: str | None = None
-    allow_code: bool = False
+    limit: int | None = field(default=None, metadata={"help": "Rows of each task; default: all."})
+    paper_subsets: bool = field(default=False, metadata={"help": "GSM8K 200, BBH 40 a task, TyDiQA 100 a language."})
+    tasks: list[str] = field(default_factory=list, metadata={"help": "Only these benchmarks of the suite."})
+    max_gen_toks: int | None = field(
+        default=None, metadata={"help": "Most tokens of an answer; default: each task's own number."}
+    )
+    chat: bool | None = field(
+        default=None, metadata={"help": "Use the chat template; default: if there is one, but not in quick."}
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "Of the model; default: bfloat16 on a GPU, float32 elsewhere."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Rows per forward pass."})
+    backend: str = field(default="hf", metadata={"help": "lm-eval's engine, hf or vllm."})
+    backend_args: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "More arguments of the engine, as JSON."}
+    )
+    base: str | None = field(
+        default=None, metadata={"help": "What the models were tuned from; default: what their manifests say."}
+    )
+    task_data: str | None = field(
+        default=None, metadata={"help": "A run whose held-out rows a model that is not a run is scored on."}
+    )
+    data: str | None = field(
+        default=None, metadata={"help": "A folder of JSON Lines files of the benchmarks, instead of the Hub."}
+    )
+    allow_code: bool = field(default=False, metadata={"help": "Run generated code (HumanEval, MBPP)."})
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,7 @@ class Subject:
 
 
 def subject_of(model: str, base: str | None = None) -> Subject:
-    """Find a model, its adapter and what it was tuned from.
-
-    Raises:
-        HFTError: it is neither a folder nor on the Hub, or has no weights.
-    """
+    """Find a model, its adapter and what it was tuned from."""
     from hft.model.weights import local_folder
     from hft.record.manifest import MANIFEST_NAME, Manifest
     from hft.record.verification import ADAPTER_NAME
@@ -131,40 +127,24 @@ def evaluate(
 
     Args:
         model: a model, a run's folder, an adapter, a checkpoint, or a Hub id.
-        suite: a key of `SUITES`, or the name of a suite of one's own.
+        suite: a key of `SUITES`, or a name for the benchmarks in `own`.
         settings: how.
         out: folder whose `scores/SUITE.json` is written after each benchmark. Benchmarks that it already holds for the
             same weights and settings are not run again.
-        own: the benchmarks of a suite of one's own, each with its config as lm-eval takes it.
+        own: benchmarks that replace those of `SUITES`, each with its config as lm-eval takes it.
 
     Returns:
         The scores; under `accelerate launch` they are complete in the first process only.
-
-    Raises:
-        HFTError: the model or data are not found, or a benchmark cannot be run as asked.
     """
-    if find_spec("lm_eval") is None:
-        raise HFTError("evaluation needs lm-evaluation-harness: pip install 'hft[eval]'")
     settings = settings or Settings()
     subject = subject_of(model, settings.base)
     settings = _resolved(suite, subject, settings)
-    scores, lm = _earlier(suite, subject, settings, out), None
-    specs = {benchmark.name: spec for benchmark, spec in own}
-    for benchmark in [benchmark for benchmark, _ in own] or _chosen(suite, settings):
-        if scores.find(benchmark.name):
-            continue
-        spec = specs.get(benchmark.name) or _spec(benchmark, subject, settings)
-        if spec is None:
-            continue
-        lm = lm or open_lm(subject, settings)
-        results = _run(benchmark, spec, lm, subject, settings)
-        if not is_main():
-            continue
-        scores.scores += _scores_of(benchmark, results)
-        scores.data[benchmark.name] = _rows_sha256(results)
-        if out is not None:
-            scores.save(out)
-    return scores
+    if own:
+        todo = [(benchmark, lambda spec=spec: spec, None) for benchmark, spec in own]
+    else:
+        chosen = _chosen(suite, settings)
+        todo = [(one, functools.partial(_spec, one, subject, settings), None) for one in chosen]
+    return _score_all(suite, subject, settings, out, todo)
 
 
 def losses_on(
@@ -187,20 +167,41 @@ def losses_on(
 
     subject = subject_of(model)
     settings = _resolved("quick", subject, Settings())
-    scores, lm = _earlier(suite, subject, settings, out), None
+    tokenizers = _tokenizer(Path(template)), _tokenizer(subject.tokenizer)
+    todo = []
     for task, conversations in rows.items():
-        made = answer_rows(conversations, _tokenizer(Path(template)), _tokenizer(subject.tokenizer))
-        sha256 = hashlib.sha256(json.dumps(made).encode()).hexdigest()
-        if scores.data.get(task) == sha256:
+        made = answer_rows(conversations, *tokenizers)
+        digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()
+        spec = functools.partial(on_rows, {"hft_task": as_dataset(test=made)})
+        todo.append((Benchmark(task, "hft_task", LOSS), spec, digest))
+    return _score_all(suite, subject, settings, out, todo)
+
+
+def _score_all(
+    suite: str,
+    subject: Subject,
+    settings: Settings,
+    out: str | Path | None,
+    todo: Iterable[tuple[Benchmark, Callable[[], str | dict[str, Any] | None], str | None]],
+) -> Scores:
+    """Score a model on benchmarks, each with a function that makes what lm-eval runs (None: it cannot be run), and the
+    SHA-256 of its rows where other rows are to be scored again.
+    """
+    if find_spec("lm_eval") is None:
+        raise HFTError("evaluation needs lm-evaluation-harness: pip install 'half-fine-tuning[eval]'")
+    scores, lm = _earlier(suite, subject, settings, out), None
+    for benchmark, make_spec, digest in todo:
+        if scores.data.get(benchmark.name) == digest if digest else scores.find(benchmark.name):
+            continue
+        if (spec := make_spec()) is None:
             continue
         lm = lm or open_lm(subject, settings)
-        benchmark = Benchmark(task, "hft_task", LOSS)
-        results = _run(benchmark, on_rows({"hft_task": as_dataset(test=made)}), lm, subject, settings)
+        results = _run(benchmark, spec, lm, subject, settings)
         if not is_main():
             continue
-        scores.scores = [score for score in scores.scores if score.task != task]
+        scores.scores = [score for score in scores.scores if score.task != benchmark.name]
         scores.scores += _scores_of(benchmark, results)
-        scores.data[task] = sha256
+        scores.data[benchmark.name] = digest or _rows_sha256(results)
         if out is not None:
             scores.save(out)
     return scores
@@ -213,7 +214,7 @@ def _chosen(suite: str, settings: Settings) -> list[Benchmark]:
     chosen = [benchmarks[name] for name in settings.tasks or benchmarks]
     for benchmark in chosen:
         if benchmark.runs_code and not settings.allow_code:
-            say(f"{benchmark.name} is left out: it runs generated code, which needs --allow_code")
+            say(f"{benchmark.name} is skipped: it runs generated code, which needs --allow_code")
     return [benchmark for benchmark in chosen if settings.allow_code or not benchmark.runs_code]
 
 
@@ -282,7 +283,7 @@ def _spec(benchmark: Benchmark, subject: Subject, settings: Settings) -> str | d
         return benchmark.task
     spec = local_spec(benchmark, Path(settings.data))
     if spec is None:
-        say(f"{benchmark.name} is left out: {settings.data} has no rows of it")
+        say(f"{benchmark.name} is skipped: {settings.data} has no rows of it")
     return spec
 
 
@@ -294,10 +295,10 @@ def _quick_rows(name: str, subject: Subject, settings: Settings) -> list[dict[st
         return text_rows(general_texts(), tokenizer)
     run = Path(settings.task_data or subject.name)
     if not (run / RESULTS_NAME).exists():
-        say(f"{name} is left out: {run} is not a finished run with held-out rows; name one with --task_data")
+        say(f"{name} is skipped: {run} is not a finished run with held-out rows; name one with --task_data")
         return None
     if name == "kl" and subject.base is None:
-        say(f"{name} is left out: {subject.name} says no base; name it with --base")
+        say(f"{name} is skipped: {subject.name} says no base; name it with --base")
         return None
     return answer_rows(held_out_rows(run), _tokenizer(run), tokenizer)
 
@@ -305,17 +306,15 @@ def _quick_rows(name: str, subject: Subject, settings: Settings) -> list[dict[st
 def _run(
     benchmark: Benchmark, spec: str | dict[str, Any], lm: LM, subject: Subject, settings: Settings
 ) -> dict[str, Any]:
-    """Run one benchmark.
+    """lm-eval's results of one benchmark; empty in all processes but the first.
 
-    Returns:
-        lm-eval's results; empty in all processes but the first.
+    These are the steps of `lm_eval.simple_evaluate`, which also runs `pip list` each time, for a second or two.
     """
     import lm_eval
     from datasets.exceptions import DatasetsError
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-
     folders = [Path(lm_eval.__file__).parent / "tasks" / folder for folder in benchmark.folders]
     manager = TaskManager(include_path=[*folders, TASKS], include_defaults=False)
     if benchmark.task == "hft_kl":
@@ -325,34 +324,35 @@ def _run(
     limits = [n for n in (settings.limit, benchmark.paper_rows if settings.paper_subsets else None) if n is not None]
     say(f"{subject.name}: {benchmark.name}")
     try:
-        with _without_environment():
-            results = lm_eval.simple_evaluate(
-                model=lm,
-                tasks=[spec],
-                task_manager=manager,
-                num_fewshot=benchmark.num_fewshot,
-                limit=min(limits, default=None),
-                gen_kwargs={"max_gen_toks": settings.max_gen_toks} if settings.max_gen_toks else None,
-                apply_chat_template=settings.chat,
-                bootstrap_iters=1000,
-                confirm_run_unsafe_code=settings.allow_code,
-            )
+        _seed()
+        loaded = manager.load([spec])
+        for task in loaded["tasks"].values():
+            if settings.max_gen_toks and task.get_config("output_type") == "generate_until":
+                task.set_config("generation_kwargs", {"max_gen_toks": settings.max_gen_toks}, update=True)
+            if task.get_config("num_fewshot") != 0:
+                shots = task.get_config("num_fewshot") if benchmark.num_fewshot is None else benchmark.num_fewshot
+                task.set_config("num_fewshot", shots or 0)
+            task.set_fewshot_seed(seed=SEED)
+        results = lm_eval.evaluate(
+            lm=lm,
+            task_dict=loaded,
+            limit=min(limits, default=None),
+            apply_chat_template=settings.chat,
+            bootstrap_iters=1000,
+            confirm_run_unsafe_code=settings.allow_code,
+        )
     except (DatasetsError, ImportError, LookupError, OSError, ValueError) as error:
         raise HFTError(f"{benchmark.name} cannot be run: {reason(error)}") from error
     return results or {}
 
 
-@contextmanager
-def _without_environment() -> Iterator[None]:
-    """Leave out lm-eval's description of the machine, for which it runs `pip list` with every benchmark: 1 to 2 s."""
-    from lm_eval import evaluator
+def _seed() -> None:
+    import numpy as np
+    import torch
 
-    describe = evaluator.add_env_info
-    evaluator.add_env_info = lambda results: None
-    try:
-        yield
-    finally:
-        evaluator.add_env_info = describe
+    random.seed(0)
+    np.random.seed(SEED)  # noqa: NPY002  lm-eval's tasks draw from the global generator
+    torch.manual_seed(SEED)
 
 
 def _scores_of(benchmark: Benchmark, results: dict[str, Any]) -> list[Score]:

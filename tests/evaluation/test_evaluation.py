@@ -301,7 +301,7 @@ def test_pass_at_k_is_the_unbiased_estimate():
 def test_code_runs_only_when_allowed(tiny, rows_of_ours, capsys, monkeypatch):
     monkeypatch.setattr(module, "open_lm", lambda *_: pytest.fail("nothing to ask"))
     assert main(["eval", str(tiny), "--suite", "general", "--tasks", "humaneval", "--data", str(rows_of_ours)]) == 0
-    assert "humaneval is left out: it runs generated code, which needs --allow_code" in capsys.readouterr().out
+    assert "humaneval is skipped: it runs generated code, which needs --allow_code" in capsys.readouterr().out
 
 
 def test_another_backend_gets_the_model_and_its_own_arguments(tiny, rows_of_ours, monkeypatch):
