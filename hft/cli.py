@@ -22,7 +22,7 @@ COMMANDS = {name: ("hft.runs.command:main", find_objective(name).description) fo
         "learn one task after another, and score all after each: --config TRACE.yaml [METHOD.yaml] [--strategy NAME]",
     ),
     "plan": ("hft.planning.forecast:main", "forecast memory, FLOPs and GPU-hours of a run, here or on other GPUs"),
-    "verify": ("hft.record.command:verify", "compare a model's frozen half with its base, bit by bit"),
+    "verify": ("hft.record.command:main", "compare a model's frozen half with its base, bit by bit"),
     "reset": ("hft.merging.reset:main", "Half-Reset: put what would be frozen back to the base"),
     "merge": ("hft.merging.merge:main", "merge models, or an adapter into its base"),
     "diff": ("hft.merging.diff:main", "how far models have moved from where they started, by layer and block"),

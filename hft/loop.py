@@ -106,4 +106,4 @@ def verify(
         raise HFTError("to verify a model in memory, give what hft.freeze returned: hft.verify(model, frozen)")
     state = dict(out.named_parameters()) if isinstance(out, nn.Module) else out
     stored = {name: state[name].detach().to(dtype) for name, dtype in base.dtypes.items() if name in state}
-    return verification.verify(stored, base.checksums, (), None, masks=base.selection.frozen_masks)
+    return verification.verify_tensors(stored, base.checksums, (), None, masks=base.selection.frozen_masks)

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 
 def fetch(arguments: Sequence[str]) -> int:
     """Make one of the two models that need no Hub."""
-    parser = argparse.ArgumentParser(prog="hft fetch", description="Make smollm2-135m or tiny.")
+    description = (
+        "Make smollm2-135m, which is SmolLM2-135M-Instruct rounded to 4 bits (the Hub has it as released: "
+        "HuggingFaceTB/SmolLM2-135M-Instruct), or tiny, a random Llama."
+    )
+    parser = argparse.ArgumentParser(prog="hft fetch", description=description)
     parser.add_argument("model", metavar="MODEL", help="smollm2-135m or tiny")
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help="default: models/MODEL")
     options = parser.parse_args(arguments)

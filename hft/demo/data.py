@@ -29,11 +29,8 @@ LENGTHS = range(40, 500)
 def docstring_chats() -> Iterator[tuple[str, dict]]:
     """Question and answer for each public module, class, function and method of the standard library.
 
-    The sources are parsed, not imported. The answer is the docstring's first paragraph; one that stands twice is
-    taken once, so that no held-out answer is trained on.
-
-    Yields:
-        The dotted name and a row `{"messages": [user, assistant]}`, in the order of the names' files.
+    The sources are parsed, not imported. The answer is the docstring's first paragraph; repeated ones are taken once,
+    so that no held-out answer is trained on. Yields the dotted name and a row `{"messages": [user, assistant]}`.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in root.rglob("*.py") if _is_public(path.relative_to(root)))
@@ -56,8 +53,7 @@ def docstring_chats() -> Iterator[tuple[str, dict]]:
 def docstring_pairs(chats: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, dict]]:
     """Preferences out of `docstring_chats`: the right answer over that to the next question of the same module.
 
-    Yields:
-        The dotted name and a row `{"prompt": [user], "chosen": [assistant], "rejected": [assistant]}`.
+    Yields the dotted name and a row `{"prompt": [user], "chosen": [assistant], "rejected": [assistant]}`.
     """
     for _, module in groupby(chats, key=lambda chat: chat[0].split(".")[0]):
         members = list(module)

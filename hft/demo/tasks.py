@@ -18,29 +18,14 @@ def _two_words(rng: random.Random) -> list[str]:
     return rng.sample(WORDS, 2)
 
 
-def _first(rng: random.Random) -> tuple[str, str]:
-    words = _two_words(rng)
-    return " ".join(words), words[0]
+def _of_two_words(answer: Callable[[list[str]], str]) -> Callable[[random.Random], tuple[str, str]]:
+    """A task whose input is two words."""
 
+    def make(rng: random.Random) -> tuple[str, str]:
+        words = _two_words(rng)
+        return " ".join(words), answer(words)
 
-def _last(rng: random.Random) -> tuple[str, str]:
-    words = _two_words(rng)
-    return " ".join(words), words[1]
-
-
-def _swap(rng: random.Random) -> tuple[str, str]:
-    words = _two_words(rng)
-    return " ".join(words), " ".join(reversed(words))
-
-
-def _list(rng: random.Random) -> tuple[str, str]:
-    words = _two_words(rng)
-    return " ".join(words), f"[{', '.join(words)}]"
-
-
-def _kind(rng: random.Random) -> tuple[str, str]:
-    words = _two_words(rng)
-    return " ".join(words), "ABC"[WORDS.index(words[0]) // len(ANIMALS)]
+    return make
 
 
 def _next(rng: random.Random) -> tuple[str, str]:
@@ -62,19 +47,22 @@ def _lookup(rng: random.Random) -> tuple[str, str]:
 
 # Name, instruction, and a function that makes an input and its answer.
 TASKS: dict[str, tuple[str, Callable[[random.Random], tuple[str, str]]]] = {
-    "Swap": ("Swap the words.", _swap),
+    "Swap": ("Swap the words.", _of_two_words(lambda words: " ".join(reversed(words)))),
     "Larger": ("Which number is larger?", _larger),
-    "First": ("Give the first word.", _first),
-    "Kind": ("What is the first word? A. animal, B. plant, C. tool. Choose one.", _kind),
-    "List": ("Write the words as a list.", _list),
+    "First": ("Give the first word.", _of_two_words(lambda words: words[0])),
+    "Kind": (
+        "What is the first word? A. animal, B. plant, C. tool. Choose one.",
+        _of_two_words(lambda words: "ABC"[WORDS.index(words[0]) // len(ANIMALS)]),
+    ),
+    "List": ("Write the words as a list.", _of_two_words(lambda words: f"[{', '.join(words)}]")),
     "Next": ("Give the next number.", _next),
     "Lookup": ("Give the number of the last word.", _lookup),
-    "Last": ("Give the last word.", _last),
+    "Last": ("Give the last word.", _of_two_words(lambda words: words[1])),
 }
 METRICS = {name: "choice" if name == "Kind" else "accuracy" for name in TASKS}
 
 
-def rows_of(task: str, count: int) -> list[dict[str, str]]:
+def rows_of_task(task: str, count: int) -> list[dict[str, str]]:
     """That many different rows of a task, always the same ones."""
     instruction, make = TASKS[task]
     rng, made = random.Random(task), {}
@@ -85,14 +73,10 @@ def rows_of(task: str, count: int) -> list[dict[str, str]]:
 
 
 def write_tasks(folder: str | Path) -> dict[str, int]:
-    """Write `TASK/{train,test}.json` below a folder; no test prompt is among the training rows.
-
-    Returns:
-        The number of rows of each file.
-    """
+    """Write `TASK/{train,test}.json` below a folder; returns the number of rows of each file."""
     counts = {}
     for task in TASKS:
-        rows = rows_of(task, TRAIN_ROWS + TEST_ROWS)
+        rows = rows_of_task(task, TRAIN_ROWS + TEST_ROWS)
         (Path(folder) / task).mkdir(parents=True, exist_ok=True)
         for split, part in (("train", rows[:TRAIN_ROWS]), ("test", rows[TRAIN_ROWS:])):
             (Path(folder) / task / f"{split}.json").write_text(json.dumps(part, indent=0) + "\n", encoding="utf-8")

@@ -1,1 +1,1 @@
-"""What a model can do, scored by lm-evaluation-harness; our tasks, and what they measure."""
+"""Scores by lm-evaluation-harness: suites, our tasks and what they measure."""

@@ -13,7 +13,7 @@ from hft.errors import HFTError
 
 
 class Divergence(LM):
-    """Minus the KL divergence of a tuned model from its base, in the place of a log-likelihood.
+    """Minus the KL divergence of a tuned model from its base, instead of a log-likelihood.
 
     For a context and an answer it is the sum over the answer's tokens of KL(base || tuned) between the two next-token
     distributions, in nats, computed over the whole vocabulary. On the new task's prompts this predicts forgetting

@@ -1,4 +1,4 @@
-"""The rows of the quick tasks that depend on a tokenizer: texts to drift on, and held-out rows of what was trained."""
+"""Rows of the quick suite that depend on a tokenizer: general texts, and held-out rows of what was trained."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def general_texts() -> list[str]:
 
 
 def replay_texts() -> list[str]:
-    """Prose of the same kind to train on: from the topics that `general_texts` leaves out."""
+    """Prose of the same kind to train on: from the other topics."""
     return _texts(slice(1, None, 2))
 
 
@@ -35,7 +35,6 @@ def _texts(which: slice) -> list[str]:
 
 
 def text_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Whole texts, scored without a context."""
     return [_row(tokenizer, "", text) for text in texts]
 
 
@@ -44,10 +43,7 @@ def answer_rows(
 ) -> list[dict[str, Any]]:
     """The last answer of each conversation or pair, up to its end token, after what comes before it.
 
-    Args:
-        rows: in the form that a trainer takes.
-        template: the tokenizer whose chat template renders them, that of the run.
-        tokenizer: that of the model that is scored.
+    The chat template is that of `template`, the run's tokenizer; `tokenizer` is that of the model that is scored.
     """
     made = []
     for prompt, answer in _prompts_and_answers(rows):
@@ -73,7 +69,7 @@ def _prompts_and_answers(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[list[
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, context: str, answer: str) -> dict[str, Any]:
-    """A row as the tasks read it. lm-eval tokenizes the context without the whitespace that ends it."""
+    """A row as the tasks read it; lm-eval tokenizes the context without the whitespace that ends it."""
     stripped = context.rstrip()
     answer = context[len(stripped) :] + answer
     before = len(tokenizer(stripped, add_special_tokens=False)["input_ids"])
@@ -82,11 +78,7 @@ def _row(tokenizer: PreTrainedTokenizerBase, context: str, answer: str) -> dict[
 
 
 def held_out_rows(folder: Path) -> list[dict[str, Any]]:
-    """The first rows that a run's own evaluation reads, in the form that its trainer takes.
-
-    Args:
-        folder: of the run, with its `config.yaml`.
-    """
+    """The first rows that a run's own evaluation reads, in the form that its trainer takes."""
     from hft.data import load_data
     from hft.objectives import find_objective
     from hft.runs.config import load_config

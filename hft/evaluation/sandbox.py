@@ -1,4 +1,4 @@
-"""Runs a generated program in a process of its own, with limits on time and memory and without a network."""
+"""Run a generated program in a separate process, with limits on time and memory and without a network."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def passes(program: str, seconds: int = SECONDS, memory: int = MEMORY) -> bool:
 
 @functools.cache
 def _no_network() -> tuple[str, ...]:
-    """The words in front of a command that take its network away, where that is possible."""
+    """The prefix that takes a command's network away; empty where that is not possible."""
     command = (shutil.which("unshare") or "unshare", "--map-root-user", "--net")
     try:
         works = subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Which benchmarks a suite has, and what of lm-eval's results is their score."""
+"""The benchmarks of each suite, and which of lm-eval's results is their score."""
 
 from __future__ import annotations
 

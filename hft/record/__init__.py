@@ -1,1 +1,1 @@
-"""What a run leaves behind."""
+"""Run artifacts: manifest, checkpoints, model card, verification."""

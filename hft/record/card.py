@@ -1,4 +1,4 @@
-"""The model card: a README.md that says what a folder's model is, how it was made and what was proved of it."""
+"""The model card: a README.md with what a model is, how it was made and what `hft verify` found."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_card(
 ) -> Path:
     """Write the model card of a folder.
 
-    No path of this machine gets into it: what has one is called by its last part.
+    Local paths are reduced to their last part, so that none of this machine gets into it.
 
     Args:
         folder: where the model is, or will be.
@@ -38,9 +38,6 @@ def write_card(
         tags: of the model on the Hub, such as `trl`, `sft`, `hft`.
         verified: for each finding of `hft verify` how many tensors it concerns; None before it has run.
         model_id: the model's id on the Hub; by default the folder's name.
-
-    Raises:
-        HFTError: a file of scores in the folder is not valid.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -64,7 +61,7 @@ def write_card(
         is_adapter=manifest.is_adapter,
         only_trained=manifest.only_trained,
         tuned=manifest.tuned and linked(manifest.tuned),
-        facts=facts(manifest, config, verified),
+        facts=card_facts(manifest, config, verified),
         scores=[(suite, score) for suite, found in scores_of(folder).items() for score in found.scores],
         settings=to_yaml(portable({key: value for key, value in config.items() if key not in SECRETS})),
     )
@@ -91,20 +88,22 @@ def linked(name: str, kind: str = "") -> str:
     return f"`{portable(name)}`" if is_local(name) else f"[{name}](https://huggingface.co/{kind}{name})"
 
 
-def facts(manifest: Manifest, config: Mapping[str, Any], verified: Mapping[str, int] | None) -> list[tuple[str, str]]:
-    """What to know about a model, as names and values: method, selection, data, verify's result."""
+def card_facts(
+    manifest: Manifest, config: Mapping[str, Any], verified: Mapping[str, int] | None
+) -> list[tuple[str, str]]:
+    """Names and values: method, selection, data, verify's result."""
     named = [("method", portable(config["method"]))] if config.get("method") else []
-    rows = [*named, *parts(manifest), *sizes(manifest)]
+    rows = [*named, *part_facts(manifest), *size_facts(manifest)]
     if "id" in manifest.data:
         revision = manifest.data.get("revision")
         rows.append(("data", linked(manifest.data["id"], "datasets/") + (f" at {revision}" if revision else "")))
     elif files := manifest.data.get("files"):
         rows.append(("data", shorten([f"`{file}`" for file in files])))
-    result = in_words(verified, "reset" if manifest.tuned else "frozen") if verified else "has not run yet"
+    result = verify_fact(verified, "reset" if manifest.tuned else "frozen") if verified else "has not run yet"
     return [*rows, ("verify", result)]
 
 
-def parts(manifest: Manifest) -> list[tuple[str, str]]:
+def part_facts(manifest: Manifest) -> list[tuple[str, str]]:
     """The policy, schedule, update and adapter of a run, each with what it does."""
     selection, schedule = manifest.selection, manifest.schedule.get("config", {})
     named = {"policy": selection.get("policy"), "schedule": schedule.get("schedule")}
@@ -112,13 +111,13 @@ def parts(manifest: Manifest) -> list[tuple[str, str]]:
     rows = []
     for kind, name in named.items():
         if name not in (None, "plain"):
-            own = ":" in name  # FILE.py:NAME of the user's own, which may not be there any more
-            what = "" if own else POLICIES[name] if kind == "policy" else find_method(kind, name).description
+            is_file = ":" in name  # FILE.py:NAME, which may not be there any more
+            what = "" if is_file else POLICIES[name] if kind == "policy" else find_method(kind, name).description
             rows.append((kind, f"{portable(name)}{': ' if what else ''}{what}"))
     return rows
 
 
-def sizes(manifest: Manifest) -> list[tuple[str, str]]:
+def size_facts(manifest: Manifest) -> list[tuple[str, str]]:
     """Which selection it is, and how much trains; of a Half-Reset, how much stays tuned."""
     selection, fraction = manifest.selection, manifest.trainable_fraction
     if manifest.is_adapter:
@@ -136,7 +135,7 @@ def sizes(manifest: Manifest) -> list[tuple[str, str]]:
     ]
 
 
-def in_words(verified: Mapping[str, int], kind: str) -> str:
+def verify_fact(verified: Mapping[str, int], kind: str) -> str:
     """What verify found, in a line; `kind` is how the tensors are called that must equal the base's."""
     count = Counter(verified)
     total, trained = count["identical"] + count["broken"], count["changed"] + count["unchanged"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hft.record.verification import verify_folder
 
 
-def verify(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Compare an output folder with its base; 1 if something differs that should not."""
     parser = argparse.ArgumentParser(prog="hft verify", description="Compare a model's frozen half with its base.")
     parser.add_argument("out", metavar="OUT", help="folder of a run, a checkpoint or a reset")

@@ -1,4 +1,4 @@
-"""What makes two runs the same, as far as it is known before anything is loaded."""
+"""Whether two runs are the same one."""
 
 from __future__ import annotations
 
@@ -28,18 +28,10 @@ def _short(value: Any) -> str:
 
 
 def check_same_run(ours: Mapping[str, Any], theirs: Mapping[str, Any], folder: object) -> None:
-    """Refuse to resume a run that is not this one.
+    """Refuse to resume from the checkpoint of another run; the error names every key that differs.
 
     torch would load its optimizer state without complaint, since all halves are equally large, and continue with the
-    moments of other matrices.
-
-    Args:
-        ours: `Manifest.identity` of this run, or as much of it as is known.
-        theirs: that of the checkpoint. What an earlier version did not record is not compared.
-        folder: the checkpoint, for the message.
-
-    Raises:
-        HFTError: they differ; the sentence names every key.
+    moments of other matrices. Compared is what both identities hold: before data is loaded ours lacks it.
     """
     found = differences({key: ours[key] for key in ours if key in theirs}, {k: theirs[k] for k in theirs if k in ours})
     if found:

@@ -1,4 +1,4 @@
-"""The JSON beside every checkpoint that says which half of it was frozen, and lets a machine check it."""
+"""The JSON beside every checkpoint that says which half of it was frozen, with checksums."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 MANIFEST_NAME = "hft_manifest.json"
 PACKAGES = ("hft", "torch", "transformers", "trl", "accelerate", "datasets")
-# Keys that earlier versions wrote under another name.
-OLD_KEYS = {"trained": "trained_parameters", "frozen": "frozen_checksums", "shares": "trainable_fraction"}
 
 
 @dataclass
@@ -115,7 +113,7 @@ class Manifest:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes two runs the same, as far as it is known before anything is loaded (`identity_of`)."""
+        """See `identity_of`."""
         return identity_of(self.selection, self.update, self.schedule.get("config"), self.data, self.strategy)
 
     def save(self, folder: str | Path) -> Path:
@@ -124,17 +122,10 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
-        """Read the manifest of a checkpoint or output folder, also one that an earlier version wrote.
-
-        Raises:
-            HFTError: the folder has none, or an invalid one.
-        """
+        """Read the manifest of a checkpoint or output folder; without a valid one it is an `HFTError`."""
         path = Path(folder) / MANIFEST_NAME
         try:
-            content = json.loads(path.read_text())
-            manifest = cls(**{OLD_KEYS.get(key, key): value for key, value in content.items()})
-            if "shares" in manifest.schedule:
-                manifest.schedule["fractions"] = manifest.schedule.pop("shares")
+            return cls(**json.loads(path.read_text()))
         except FileNotFoundError:
             raise HFTError(
                 f"{folder} has no {MANIFEST_NAME}, so there is nothing to verify: it is a merge, or not a folder that "
@@ -142,14 +133,9 @@ class Manifest:
             ) from None
         except (TypeError, ValueError, AttributeError) as error:
             raise HFTError(f"{path} is not a valid manifest: {reason(error)}") from error
-        return manifest
 
     def check_resumable(self, checkpoint: str | Path) -> None:
-        """Refuse to resume from a checkpoint of another run or with another base; for once the base is loaded.
-
-        Raises:
-            HFTError: its identity, selection or base differs from this run's.
-        """
+        """Refuse to resume from a checkpoint of another run or with another base; for once the base is loaded."""
         other = Manifest.load(checkpoint)
         check_same_run(self.identity, other.identity, checkpoint)
         # A policy in a file of the user's own may have changed while its config stayed the same.
@@ -187,15 +173,7 @@ def identity_of(
     data: Mapping[str, Any] | None,
     strategy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One nested record of what makes two runs the same.
-
-    Args:
-        selection: `Selection.record`, or that of an adapter.
-        update: `Update.record`.
-        schedule: `Schedule.record`.
-        data: what identifies the data files, if it is known.
-        strategy: `Strategy.record`.
-    """
+    """What makes two runs the same, as far as it is known before anything is loaded: the `record()` of each part."""
     kind = "adapter" if "adapter" in selection else "selection"
     record = {"selection": None, "adapter": None, kind: selection, "schedule": schedule or None}
     record["strategy"] = strategy or None
@@ -203,7 +181,7 @@ def identity_of(
 
 
 def rounds_so_far(base: str | Path) -> list[dict]:
-    """The rounds that a base has been through by its own manifest, oldest first; none if it has no manifest."""
+    """The rounds of a base by its manifest, oldest first; none if it has no manifest."""
     if not base or not (Path(base) / MANIFEST_NAME).exists():
         return []
     manifest = Manifest.load(base)
@@ -212,5 +190,5 @@ def rounds_so_far(base: str | Path) -> list[dict]:
 
 
 def absolute_or_hub_id(model: str) -> str:
-    """A model's name that is valid wherever it is read: an absolute path or a Hub id."""
+    """A model's name that is valid in any working directory."""
     return str(Path(model).resolve()) if model and Path(model).is_dir() else model

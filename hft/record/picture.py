@@ -17,7 +17,7 @@ def plot_selection(selection: Selection, title: str = "", words: tuple[str, str]
     """One column per layer, one row per unit; trained units are colored, frozen ones gray.
 
     A unit that trains in part, and experts of which some train, are colored in between. A unit that some layers lack
-    is left white there. `words` say of the colored and of the gray what becomes of them.
+    stays white there. `words` are the legend of trained and frozen.
     """
     units = selection.anatomy.units
     kinds = list(dict.fromkeys((unit.block, unit.kind) for unit in sorted(units, key=lambda u: u.block)))
@@ -54,13 +54,8 @@ def plot_selection(selection: Selection, title: str = "", words: tuple[str, str]
 def plot_schedule(selection: Selection, history: Sequence[dict[str, Any]], steps: int, title: str = "") -> Figure:
     """One row per layer, one column per phase, as wide as the phase is long; the color is the layer's trained fraction.
 
-    The rows above and below the layers are the input embeddings and, unless it is tied to them, the head.
-
-    Args:
-        selection: what the schedule chose from.
-        history: the stages, as `hft.methods.schedule.to_row` writes them.
-        steps: steps of the whole run.
-        title: what comes before the mean fraction.
+    The rows above and below the layers are the input embeddings and, unless it is tied to them, the head. `history`
+    holds the phases as `hft.methods.schedule.to_row` writes them; `steps` are those of the whole run.
     """
     anatomy, phases = selection.anatomy, [from_row(selection, row) for row in history]
     layers = [

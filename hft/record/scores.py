@@ -1,4 +1,4 @@
-"""Scores as a value that saves and loads itself, beside the model that was scored."""
+"""Scores, saved beside the model that was scored."""
 
 from __future__ import annotations
 
@@ -68,11 +68,6 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
-        """Read a file that `save` wrote.
-
-        Raises:
-            HFTError: it is not there or not valid.
-        """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(**content | {"scores": [Score(**score) for score in content["scores"]]})
@@ -86,9 +81,5 @@ class Scores:
 
 
 def scores_of(folder: str | Path) -> dict[str, Scores]:
-    """All scores that are saved in a model's folder, by suite.
-
-    Raises:
-        HFTError: one of the files is not valid.
-    """
+    """All scores that are saved in a model's folder, by suite."""
     return {path.stem: Scores.load(path) for path in sorted((Path(folder) / SCORES_FOLDER).glob("*.json"))}

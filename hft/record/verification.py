@@ -1,4 +1,4 @@
-"""Proof that what a manifest calls frozen is bit-identical to the base, and that the manifest leaves nothing out."""
+"""Proof that what a manifest calls frozen is bit-identical to the base, and that it lists every parameter."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class Verification:
         return len(self.broken) + len(self.lost) + len(self.unlisted)
 
     def counts(self) -> dict[str, int]:
-        """For each finding how many tensors it concerns."""
+        """The number of tensors by finding."""
         return {name: len(value) for name, value in asdict(self).items() if isinstance(value, list | dict)}
 
     def count(self, part: str = "part") -> str:
-        """How many of the frozen tensors are identical, in words."""
+        """How many of the frozen tensors are identical, for people."""
         parts = f", {len(self.parts)} of them {part} of a tensor" if self.parts else ""
         total = len(self.identical) + len(self.broken)
         return f"{len(self.identical)} of {total} tensors bit-identical to {self.against}{parts}"
@@ -71,7 +71,7 @@ class Verification:
         return [*broken, *lost, *unlisted]
 
     def report(self) -> str:
-        """The result in words, one finding per line."""
+        """The result for people, one finding per line."""
         trained = len(self.changed) + len(self.unchanged)
         lines = [
             "frozen:  " + self.count("the frozen part"),
@@ -95,7 +95,7 @@ class ResetVerification:
     Attributes:
         back: what went back to the base, compared with it.
         kept: what stayed, compared with the tuned model; None if that was not found.
-        tuned: the tuned model in words.
+        tuned: the tuned model's name.
     """
 
     back: Verification
@@ -107,12 +107,12 @@ class ResetVerification:
         return self.back.ok and (self.kept is None or self.kept.ok)
 
     def counts(self) -> dict[str, int]:
-        """For each finding how many tensors it concerns; what should have stayed and did not counts as lost."""
+        """The number of tensors by finding; what should have stayed and did not counts as lost."""
         counts = self.back.counts()
         return counts | {"lost": counts["lost"] + (self.kept.num_wrong if self.kept else 0)}
 
     def report(self) -> str:
-        """The result in words, one finding per line."""
+        """The result for people, one finding per line."""
         halves = [self.back, *([self.kept] if self.kept else [])]
         lines = [
             "reset: " + self.back.count(),
@@ -127,7 +127,7 @@ def _verdict(wrong: int) -> str:
     return f"verify FAILED: {wrong} tensors differ, are missing or are not listed" if wrong else "verify passed"
 
 
-def verify(
+def verify_tensors(
     out: Mapping[str, torch.Tensor],
     frozen: Mapping[str, str],
     trained: Iterable[str],
@@ -145,7 +145,7 @@ def verify(
         trained: names of the tensors that train wholly or in part, as the manifest has them.
         base: the checkpoint it started from; without it the frozen tensors are compared with the checksums alone.
         masks: of each partly frozen tensor, which elements are frozen.
-        against: the base in words.
+        against: how the base is called in the result.
     """
     masks = masks or {}
     result = Verification(against=against if base is not None else "the manifest's checksums")
@@ -201,10 +201,7 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> str:
 def verify_folder(out: str | Path, base: str | None = None) -> Verification | ResetVerification:
     """Compare an output folder's frozen half with its base, or with the manifest's checksums if the base is gone.
 
-    The other half of a Half-Reset is compared with the tuned model, if that is found.
-
-    Raises:
-        HFTError: the folder, or a base given by name, cannot be read.
+    The other half of a Half-Reset is compared with the tuned model, if that is found. A base that is given must exist.
     """
     out, manifest = Path(out), Manifest.load(out)
     compared = manifest.frozen_checksums if manifest.is_adapter else _listed(manifest)
@@ -221,7 +218,7 @@ def verify_folder(out: str | Path, base: str | None = None) -> Verification | Re
         return verify_only_trained(out, manifest, base_weights, _short_path(folder))
     masks, ours = masks_of(out, manifest), weights_of(out, _listed(manifest))
     frozen, trained = manifest.frozen_checksums, manifest.trained_parameters
-    found = verify(
+    found = verify_tensors(
         ours, frozen, () if manifest.tuned else trained, base_weights, masks=masks, against=_short_path(folder)
     )
     found.unlisted, missing = not_listed(out, manifest, ours, base_weights or {})
@@ -234,16 +231,16 @@ def verify_folder(out: str | Path, base: str | None = None) -> Verification | Re
     except HFTError:
         return ResetVerification(found, None, manifest.tuned)
     others = {name: ~mask for name, mask in masks.items()}
-    kept = verify(ours, dict.fromkeys(trained, ""), (), tuned, masks=others, against=_short_path(folder))
+    kept = verify_tensors(ours, dict.fromkeys(trained, ""), (), tuned, masks=others, against=_short_path(folder))
     return ResetVerification(found, kept, manifest.tuned)
 
 
 def not_listed(
     out: Path, manifest: Manifest, ours: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor]
 ) -> tuple[list[str], list[str]]:
-    """Parameters that the manifest's lists leave out: those in the checkpoint, and those only in the base.
+    """Parameters that the manifest does not list: those in the checkpoint, and those only in the base.
 
-    Buffers, which some checkpoints store, and a tied head are not parameters of their own.
+    Buffers, which some checkpoints store, and a tied head do not count.
     """
     listed = set(_listed(manifest))
     if not (unknown := (ours.keys() | base.keys()) - listed):
@@ -256,14 +253,10 @@ def not_listed(
 
 
 def verify_adapter(out: Path, manifest: Manifest, base: Mapping[str, torch.Tensor] | None) -> Verification:
-    """Compare an adapter's base with the checksums it was trained with: it is not in the folder, and must not change.
-
-    Raises:
-        HFTError: the base was not found; the adapter is useless without it.
-    """
+    """Compare an adapter's base, which is not in the folder, with the checksums it was trained with."""
     if base is None:
         raise HFTError(f"{manifest.base}, the base of {out}, was not found; name it with --base")
-    found = verify(base, manifest.frozen_checksums, (), None)
+    found = verify_tensors(base, manifest.frozen_checksums, (), None)
     moved, trained = set(manifest.moved), set(manifest.trained_parameters)
     found.changed, found.unchanged = sorted(moved & trained), sorted(trained - moved)
     found.broken |= dict.fromkeys(sorted(moved - trained), "changed in memory while the adapter was trained")
@@ -277,17 +270,14 @@ def verify_only_trained(
     """Compare what trained with the base, and the base's frozen tensors with the checksums they were trained with.
 
     The folder does not hold those; that they had not moved in memory was found when it was written.
-
-    Raises:
-        HFTError: the base was not found; the folder is useless without it.
     """
     if base is None:
         raise HFTError(f"{manifest.base}, the base of {out}, was not found; name it with --base")
     ours, masks, checksums = Weights(out), masks_of(out, manifest), manifest.frozen_checksums
     saved = {name: digest for name, digest in checksums.items() if name in masks or name in ours}
-    left_out = {name: digest for name, digest in checksums.items() if name not in saved}
-    found = verify(ours, saved, manifest.trained_parameters, base, masks=masks, against=against)
-    frozen = verify(base, left_out, (), None)
+    not_saved = {name: digest for name, digest in checksums.items() if name not in saved}
+    found = verify_tensors(ours, saved, manifest.trained_parameters, base, masks=masks, against=against)
+    frozen = verify_tensors(base, not_saved, (), None)
     found.identical += [name for name in frozen.identical if name not in manifest.moved]
     found.broken |= frozen.broken | dict.fromkeys(manifest.moved, "changed in memory while the others trained")
     found.unlisted, missing = not_listed(out, manifest, ours, base)
@@ -296,16 +286,12 @@ def verify_only_trained(
 
 
 def check_base(base: str) -> None:
-    """Compare a base that is an earlier run's output with its own manifest.
-
-    Raises:
-        HFTError: its frozen tensors are not those that the manifest describes, so its rounds are unknown.
-    """
+    """Refuse a base that differs from its own manifest, if it has one: its rounds would be unknown."""
     if not (Path(base) / MANIFEST_NAME).exists():
         return
     manifest = Manifest.load(base)
     weights, masks = weights_of(base, _listed(manifest)), masks_of(Path(base), manifest)
-    found = verify(weights, manifest.frozen_checksums, manifest.trained_parameters, None, masks=masks)
+    found = verify_tensors(weights, manifest.frozen_checksums, manifest.trained_parameters, None, masks=masks)
     if not found.ok:
         wrong = [*found.broken, *found.lost][0]
         raise HFTError(
@@ -315,11 +301,7 @@ def check_base(base: str) -> None:
 
 
 def masks_of(folder: Path, manifest: Manifest) -> dict[str, Mask]:
-    """The masks of a folder's partly frozen tensors; empty if there are none.
-
-    Raises:
-        HFTError: they are missing, or not those that its manifest was written with.
-    """
+    """The masks of a folder's partly frozen tensors, which must be those that its manifest was written with."""
     masks = load_masks(folder) if manifest.masks else {}
     for name, digest in manifest.masks.items():
         if name not in masks or masks[name].digest() != digest:

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from hft.errors import HFTError
 from hft.model.weights import Weights, as_bytes, checksum, local_folder, widest
-from hft.record.verification import verify
+from hft.record.verification import verify_tensors
 
 
 def truncated(folder):
@@ -86,7 +86,7 @@ def test_verify_tells_every_kind_of_difference(tmp_path):
     frozen = {name: checksum(base[name]) for name in ("same", "flipped", "recast", "gone")}
     trained = ("moved", "stuck", "lost")
 
-    result = verify(Weights(tmp_path / "out"), frozen, trained, Weights(tmp_path / "base"))
+    result = verify_tensors(Weights(tmp_path / "out"), frozen, trained, Weights(tmp_path / "base"))
     assert not result.ok
     assert result.identical == ["same"]
     assert set(result.broken) == {"flipped", "recast", "gone"}
@@ -95,7 +95,7 @@ def test_verify_tells_every_kind_of_difference(tmp_path):
     assert (result.changed, result.unchanged) == (["moved"], ["stuck"])
     assert "verify FAILED: 4 tensors differ, are missing or are not listed" in result.report()
 
-    alone = verify(Weights(tmp_path / "out"), frozen, trained, base=None)
+    alone = verify_tensors(Weights(tmp_path / "out"), frozen, trained, base=None)
     assert set(alone.broken) == {"flipped", "recast", "gone"}
     assert alone.lost == ["lost"]
     assert alone.changed == alone.unchanged == []

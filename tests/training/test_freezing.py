@@ -15,7 +15,7 @@ from hft.freezing import PartFreezer, freeze, upcast
 from hft.model.anatomy import Part, anatomy_of, meta_model
 from hft.model.weights import checksum
 from hft.record.manifest import Manifest
-from hft.record.verification import verify
+from hft.record.verification import verify_tensors
 from hft.selection import Mask, SelectionConfig, select
 from hft.selection.masks import load_masks
 from tests.conftest import error_of, identical, losses, tensors
@@ -180,8 +180,8 @@ def test_a_base_that_was_written_over_is_found(tiny):
     """Compared with itself it would be identical; the manifest's checksum is of what it was."""
     weights = tensors(tiny)
     name = "model.layers.0.self_attn.q_proj.weight"
-    assert verify(weights, {name: checksum(weights[name])}, [], weights).ok
-    found = verify(weights, {name: checksum(weights[name] + 1)}, [], weights)
+    assert verify_tensors(weights, {name: checksum(weights[name])}, [], weights).ok
+    found = verify_tensors(weights, {name: checksum(weights[name] + 1)}, [], weights)
     assert found.broken == {name: "the base's tensor is not the one that the manifest was written for"}
 
 
