@@ -67,21 +67,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to score.
+    """A model to score."""
 
-    Attributes:
-        name: as it was given.
-        weights: folder of the model itself, or of the base under an adapter.
-        adapter: folder of the adapter, or None.
-        base: what it was tuned from, or None.
-        sha256: of its weight files; for a model from the Hub the commit.
-    """
-
-    name: str
-    weights: Path
+    name: str  # as it was given
+    weights: Path  # folder of the model itself, or of the base under an adapter
     adapter: Path | None
-    base: str | None
-    sha256: str
+    base: str | None  # what it was tuned from
+    sha256: str  # of its weight files; for a model from the Hub the commit
 
     @property
     def tokenizer(self) -> Path:
@@ -252,7 +244,6 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def open_lm(subject: Subject, settings: Settings) -> LM:
-    """The lm-eval model that answers for a subject."""
     return _open(settings, pretrained=subject.weights, peft=subject.adapter, tokenizer=subject.tokenizer)
 
 

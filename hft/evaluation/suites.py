@@ -11,26 +11,15 @@ UNITS = {"loss": "nats/token", "kl": "nats/token", "choice_loss": "nats/question
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark of a suite.
+    """One benchmark of a suite."""
 
-    Attributes:
-        name: under which its scores are saved.
-        task: the lm-eval task or group.
-        metrics: each metric's name and lm-eval's key for it, `metric,filter`; the first is the benchmark's score.
-        folders: below `lm_eval/tasks`, those that hold the task; empty for a task of ours.
-        num_fewshot: examples in the prompt; None for the task's own number.
-        paper_rows: how many rows of each subtask the HFT paper's evaluation takes, where it takes a subset.
-        parts: subtasks of a group whose scores are saved too, by our name.
-        runs_code: whether it runs generated code.
-    """
-
-    name: str
-    task: str
-    metrics: Mapping[str, str]
-    folders: tuple[str, ...] = ()
-    num_fewshot: int | None = None
-    paper_rows: int | None = None
-    parts: Mapping[str, str] = field(default_factory=dict)
+    name: str  # under which its scores are saved
+    task: str  # the lm-eval task or group
+    metrics: Mapping[str, str]  # by name lm-eval's key, `metric,filter`; the first is the benchmark's score
+    folders: tuple[str, ...] = ()  # below `lm_eval/tasks`, those that hold the task; none for a task of ours
+    num_fewshot: int | None = None  # examples in the prompt; None for the task's own number
+    paper_rows: int | None = None  # rows of each subtask where the HFT paper's evaluation takes a subset
+    parts: Mapping[str, str] = field(default_factory=dict)  # subtasks whose scores are saved too, by our name
     runs_code: bool = False
 
 

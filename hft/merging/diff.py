@@ -30,40 +30,25 @@ COLORS = ("#4f6d7a", "#e4572e", "#2e86ab", "#f2a541", "#7b5ea7", "#3c9d6b")
 
 @dataclass(frozen=True)
 class Change:
-    """The mean absolute change of some elements, in each model.
+    """The mean absolute change of some elements, in each model."""
 
-    Attributes:
-        what: which elements: the first and last layer, how often their units were trained, embeddings (with the head),
-            or others (the final norm).
-        block: the block in these layers; `layers` for all of them, or `outside`.
-        elements: how many there are.
-        change: mean of |model - start| over them, by model.
-    """
-
-    what: str
-    block: str
+    what: str  # the first and last layer, in how many rounds the units trained, embeddings (with the head), or others
+    block: str  # the block in these layers; `layers` for all of them, or `outside`
     elements: int
-    change: dict[str, float]
+    change: dict[str, float]  # mean of |model - start|, by model
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far some models have moved from one start.
-
-    Attributes:
-        start: the model that they started from.
-        layers: rows by layers and block.
-        outside: rows of what is outside the layers.
-        rounds: for each model whose units were trained in different numbers of rounds, rows by that number; the other
-            models' changes are those of the same units.
-        notes: which models have no such rows, and why.
-    """
+    """How far some models have moved from one start."""
 
     start: str
-    layers: list[Change]
+    layers: list[Change]  # by layers and block
     outside: list[Change]
+    # For each model whose units were trained in different numbers of rounds, by that number; the other models' changes
+    # are those of the same units.
     rounds: dict[str, list[Change]]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # which models have no such rows, and why
 
     @property
     def models(self) -> list[str]:

@@ -83,17 +83,11 @@ class MergeConfig:
 
 @dataclass(frozen=True)
 class Operator:
-    """What a way of merging takes.
+    """What a way of merging takes."""
 
-    Attributes:
-        models: fewest and most models; None for any number.
-        base: whether it needs a base; None where one may be given, which average and slerp do not use.
-        keys: which of `MergeConfig`'s settings it has.
-    """
-
-    models: tuple[int, int | None]
-    base: Literal[True] | None
-    keys: tuple[str, ...]
+    models: tuple[int, int | None]  # fewest and most; None for any number
+    base: Literal[True] | None  # whether it needs one; None where one may be given, which average and slerp ignore
+    keys: tuple[str, ...]  # which of `MergeConfig`'s settings it has
 
 
 OPERATORS = {

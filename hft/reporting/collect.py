@@ -28,31 +28,18 @@ EXTRAS = {"diff.json": ("layers", "rounds"), "matrix.json": ("tasks", "rounds", 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """One folder: a training run, a reset, a merge, or a model that was only scored.
-
-    Attributes:
-        folder: where it is.
-        model: name of the pretrained model that it goes back to, without path or organization.
-        method: as its config has it; `half-reset` for a reset, `base` for a plain model.
-        settings: what it was made with, without seeds; runs that agree in all of it form a group.
-        manifest: None for merges and plain models.
-        result: None for a run that is not finished, and for what was not trained.
-        scores: by suite.
-        steps: by step the scores of a checkpoint, by suite.
-        losses: step and training loss, as logged.
-        optimizer_bytes: size of the optimizer state in the last checkpoint; None without one.
-    """
+    """One folder: a training run, a reset, a merge, or a model that was only scored."""
 
     folder: Path
-    model: str
-    method: str
-    settings: dict[str, Any]
-    manifest: Manifest | None
-    result: RunResult | None
-    scores: dict[str, Scores]
-    steps: dict[int, dict[str, Scores]] = field(default_factory=dict)
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    optimizer_bytes: int | None = None
+    model: str  # name of the pretrained model that it goes back to, without path or organization
+    method: str  # as its config has it; `half-reset` for a reset, `base` for a plain model
+    settings: dict[str, Any]  # without seeds; runs that agree in all of them form a group
+    manifest: Manifest | None  # None for merges and plain models
+    result: RunResult | None  # None for a run that is not finished, and for what was not trained
+    scores: dict[str, Scores]  # by suite
+    steps: dict[int, dict[str, Scores]] = field(default_factory=dict)  # those of checkpoints, by step
+    losses: list[tuple[int, float]] = field(default_factory=list)  # step and training loss, as logged
+    optimizer_bytes: int | None = None  # in the last checkpoint
 
     @property
     def objective(self) -> str:
@@ -89,19 +76,14 @@ class LoadedRun:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in their seeds.
-
-    Attributes:
-        runs: at least one.
-        kind: the method, after the objective where there are several, and what of its recipe most groups do otherwise.
-        arm: the kind, and the method's own settings that tell it from other groups of it.
-        label: the arm, with its learning rate where there are several.
-    """
+    """Runs that differ only in their seeds."""
 
     runs: list[LoadedRun]
-    kind: str
-    arm: str
-    label: str
+    kind: (
+        str  # the method, after the objective where there are several, and what of its recipe most groups do otherwise
+    )
+    arm: str  # the kind, and the method's own settings that tell it from other groups of it
+    label: str  # the arm, with its learning rate where there are several
 
     @property
     def first(self) -> LoadedRun:
@@ -111,25 +93,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Column:
-    """A metric of one task, or the mean over several tasks of their first metrics.
-
-    Attributes:
-        suite: that the tasks belong to.
-        tasks: each with the name of its metric, None for the first.
-        label: for people, in a table of its suite.
-        unit: as `Score` has it.
-        higher_is_better: likewise.
-    """
+    """A metric of one task, or the mean over several tasks of their first metrics."""
 
     suite: str
-    tasks: tuple[tuple[str, str | None], ...]
-    label: str
+    tasks: tuple[tuple[str, str | None], ...]  # each with the name of its metric, None for the first
+    label: str  # in a table of its suite
     unit: str = "%"
     higher_is_better: bool = True
 
     @property
     def name(self) -> str:
-        """The label where nothing around it names the suite."""
+        """The label outside its suite's tables."""
         return self.label if len(self.tasks) == 1 else f"{self.suite}, {self.label}"
 
     def parts(self, scores: Mapping[str, Scores]) -> list[Score]:

@@ -22,47 +22,27 @@ SEEDS = re.compile(r"(-(selection_)?seed=\d+)+")
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One model's row of a table.
+    """One model's row of a table."""
 
-    Attributes:
-        label: as the paper has it.
-        model: our name of the model, that of its recipes; the paper's where we have none.
-        values: one per column, as printed; None where the paper has a dash.
-        run: the folder below `runs/` whose scores are its counterpart; None if we have no command for it.
-        commands: what leaves that folder, from nothing.
-        note: where the paper contradicts itself, or a value looks wrong.
-    """
-
-    label: str
-    model: str
-    values: tuple[float | None, ...]
-    run: str | None = None
-    commands: tuple[str, ...] = ()
-    note: str | None = None
+    label: str  # as the paper has it
+    model: str  # as our recipes call it; the paper's name where we have none
+    values: tuple[float | None, ...]  # one per column, as printed; None for a dash
+    run: str | None = None  # the folder below `runs/` with our scores; None if we have no command for it
+    commands: tuple[str, ...] = ()  # what makes that folder, from nothing
+    note: str | None = None  # where the paper contradicts itself, or a value looks wrong
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table of a paper.
+    """One table of a paper."""
 
-    Attributes:
-        name: its number, such as `5`; `figure-1` and the like; `cpi-1` for CPI-FT.
-        title: what it shows, in our words.
-        section: where the paper speaks of it.
-        columns: as printed, from left to right.
-        rows: from top to bottom.
-        means: columns that are averages, with the columns that they average.
-        scores: suite, task and metric of our score, by column.
-        notes: what is worth knowing about all of it.
-    """
-
-    name: str
-    title: str
+    name: str  # its number, such as `5`; `figure-1` and the like; `cpi-1` for CPI-FT
+    title: str  # ours
     section: str
     columns: tuple[str, ...]
     rows: tuple[PaperRow, ...]
-    means: Mapping[str, tuple[str, ...]]
-    scores: Mapping[str, tuple[str, str, str]]
+    means: Mapping[str, tuple[str, ...]]  # columns that are averages, with those that they average
+    scores: Mapping[str, tuple[str, str, str]]  # suite, task and metric of our score, by column
     notes: tuple[str, ...]
 
     @property
@@ -85,20 +65,12 @@ class PaperTable:
 
 @dataclass(frozen=True)
 class Measured:
-    """What our runs scored in one column.
+    """What our runs scored in one column."""
 
-    Attributes:
-        value: the mean over the runs, in percent.
-        spread: the sample standard deviation over the runs; of a single run the standard error of its score, None if
-            that is not known.
-        n: number of runs.
-        partial: whether only some of the rows were scored in any of them, as `hft eval --limit` does.
-    """
-
-    value: float
-    spread: float | None
-    n: int
-    partial: bool = False
+    value: float  # the mean over the runs
+    spread: float | None  # the sample standard deviation over the runs; of one run its standard error, if known
+    n: int  # number of runs
+    partial: bool = False  # whether any of them was scored with --limit
 
 
 @functools.cache

@@ -121,7 +121,7 @@ def frontiers(found: Collection, styles: Styles) -> Section:
 
 
 def scores(found: Collection) -> Section:
-    """Method by benchmark: a table for each suite of each model."""
+    """A table for each suite of each model."""
     tables = []
     for model, groups in found.models.items():
         for suite, columns in columns_of(groups).items():
