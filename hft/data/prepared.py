@@ -11,16 +11,15 @@ from hft.data.loading import LoadedData
 from hft.data.masks import check_masks
 from hft.data.templates import rendered
 from hft.errors import HFTError
-from hft.objectives import Objective
 
 PAIR = ("prompt_ids", "chosen_ids", "rejected_ids")
 TOKENS = ("input_ids", "completion_ids", *PAIR)
 
 
-def check_prepared(trainer: Trainer, loaded: LoadedData, objective: Objective) -> list[str]:
+def check_prepared(trainer: Trainer, loaded: LoadedData, unit: str = "rows") -> list[str]:
     """Check what a TRL trainer is about to train and evaluate on; returns notes, one line per finding.
 
-    Replaces `trainer.train_dataset` and `trainer.eval_dataset` where rows have nothing to learn.
+    `unit` is what a row of the dataset is called. Replaces `trainer.train_dataset` and `trainer.eval_dataset` where rows have nothing to learn.
     """
     args, tokenizer = trainer.args, trainer.processing_class
     packed = getattr(args, "packing", False)
@@ -34,22 +33,18 @@ def check_prepared(trainer: Trainer, loaded: LoadedData, objective: Objective) -
         if len(tokenizer) > (embedded := trainer.model.get_input_embeddings().weight.shape[0]):
             for dataset in filter(None, (trainer.train_dataset, trainer.eval_dataset)):
                 _check_ids(dataset, embedded, tokenizer, loaded.name)
-        trainer.train_dataset, found = _learnable(
-            trainer.train_dataset, loaded.train, f"training {objective.unit}", packed, args, objective.examples
-        )
+        trainer.train_dataset, found = _learnable(trainer.train_dataset, loaded.train, f"training {unit}", packed, args)
         notes += found
         if loaded.test is not None:
             trainer.eval_dataset, found = _learnable(
-                trainer.eval_dataset, loaded.test, f"held-out {objective.unit}", eval_packed, args, objective.examples
+                trainer.eval_dataset, loaded.test, f"held-out {unit}", eval_packed, args
             )
             notes += found
     return list(dict.fromkeys(notes))
 
 
-def _learnable(
-    prepared: Dataset, given: Dataset, rows: str, packed: bool, args: Any, examples: int
-) -> tuple[Dataset, list[str]]:
-    """Prepared rows that have something to learn, and notes on the others; `examples` are made of each given row."""
+def _learnable(prepared: Dataset, given: Dataset, rows: str, packed: bool, args: Any) -> tuple[Dataset, list[str]]:
+    """Prepared rows that have something to learn, and notes on the others."""
     fills = f"prompt alone fills max_length {args.max_length}"
     notes = []
     if packed:
@@ -63,9 +58,8 @@ def _learnable(
             if len(prepared) and {*PAIR} <= {*prepared.column_names}
             else [True] * len(prepared)
         )
-        if dropped := examples * len(given) - len(prepared):
-            what = rows if examples == 1 else f"of the {examples * len(given):,} examples of the {rows}"
-            notes.append(f"dropped {dropped:,} {what} whose {fills}")
+        if dropped := len(given) - len(prepared):
+            notes.append(f"dropped {dropped:,} {rows} whose {fills}")
     if not any(learns):
         same = "the answers are the same tokens" if len(prepared) and not packed else f"the {fills}"
         raise HFTError(f"in every {rows.removesuffix('s')} {same}; raise max_length")

@@ -116,7 +116,7 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
     trainer.manifest.data = plan.data.fingerprint
     trainer.resolved_config = card_settings(plan.config.values)
     trainer.manifest.strategy = method.strategy.record() if method.strategy else {}
-    say(*check_prepared(trainer, plan.data, find_objective(plan.config.objective)), *trainer.notes())
+    say(*check_prepared(trainer, plan.data, find_objective(plan.config.objective).unit), *trainer.notes())
     say(*steps_of_packed(plan, len(trainer.train_dataset)), "")
     trainer.check_resumable(plan.start.resume_from)
     if plan.config.run.activation_checkpointing_layers is not None:
