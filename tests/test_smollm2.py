@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hft.cli import main
 from hft.continual.matrix import Matrix
-from hft.demo.models import fetch
+from hft.demo.models import fetch_model
 from hft.demo.tasks import write_tasks
 
 pytestmark = pytest.mark.slow
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "smollm2-135m"
-    fetch("smollm2-135m", folder)
+    fetch_model("smollm2-135m", folder)
     return folder
 
 

@@ -14,19 +14,19 @@ from transformers import PreTrainedTokenizerBase
 from hft.data.templates import conversations, template_arguments
 from hft.errors import HFTError
 
-ROWS = 1000  # tokenizing all of a large dataset twice more would take most of the time before the first step
+MOST_ROWS = 1000  # tokenizing all of a large dataset twice more would take most of the time before the first step
 
 
 def check_masks(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, name: str, num_proc: int | None
 ) -> list[str]:
-    """Check the assistant mask of at most `ROWS` rows, as TRL makes it; returns a note if some turns are not trained.
+    """Check the assistant mask of rows, as TRL makes it; returns a note if some of the assistant's turns do not train.
 
     The mask comes from the chat template and from the tokenizer's offsets, and either can be wrong. So each row is
     tokenized twice, the second time with every text doubled that is not the assistant's: the trained tokens must be
-    the same. The rows are spread evenly over the dataset, for what is checked is the template.
+    the same. What is checked is the template: of a large dataset a sample does, spread evenly over it.
     """
-    dataset = dataset.select(range(0, len(dataset), -(-len(dataset) // ROWS)))
+    dataset = dataset.select(range(0, len(dataset), -(-len(dataset) // MOST_ROWS)))
     settings = {"tokenizer": tokenizer, "chat_template": chat_template, "name": name}
     columns = dataset.column_names
     checked = dataset.map(

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from hft.data.loading import LoadedData
 from hft.data.masks import check_masks
-from hft.data.templates import rendered
+from hft.data.templates import render_row
 from hft.errors import HFTError
 
 PAIR = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -19,7 +19,8 @@ TOKENS = ("input_ids", "completion_ids", *PAIR)
 def check_prepared(trainer: Trainer, loaded: LoadedData, unit: str = "rows") -> list[str]:
     """Check what a TRL trainer is about to train and evaluate on; returns notes, one line per finding.
 
-    `unit` is what a row of the dataset is called. Replaces `trainer.train_dataset` and `trainer.eval_dataset` where rows have nothing to learn.
+    Replaces `trainer.train_dataset` and `trainer.eval_dataset` where rows have nothing to learn. `unit` is what a row
+    of the dataset is called.
     """
     args, tokenizer = trainer.args, trainer.processing_class
     packed = getattr(args, "packing", False)
@@ -133,6 +134,6 @@ def _template_notes(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> lis
             continue
         index = next((index for index, value in enumerate(dataset[column][:]) if value), None)
         row = dataset[index] if index is not None else None
-        if row and rendered(row, tokenizer) == rendered(row | {column: nothing}, tokenizer):
+        if row and render_row(row, tokenizer) == render_row(row | {column: nothing}, tokenizer):
             notes.append(f"{column}: the chat template writes the same without them")
     return notes

@@ -25,7 +25,7 @@ def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
     return {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
 
 
-def rendered(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def render_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of each of a row's conversations."""
     arguments = template_arguments(row)
     return [tokenizer.apply_chat_template(chat, tokenize=False, **arguments) for chat in conversations(row)]
@@ -53,7 +53,7 @@ def _check_rendering(loaded: LoadedData, tokenizer: PreTrainedTokenizerBase) -> 
     for dataset in filter(None, (loaded.train, loaded.test)):
         for row in dataset:
             try:
-                rendered(row, tokenizer)
+                render_row(row, tokenizer)
             except (TemplateError, ValueError, TypeError, LookupError) as error:
                 where = f"dataset {loaded.name}, row {row['row']} (the first is 0)"
                 raise HFTError(f"{where}: the chat template fails: {reason(error)}") from error

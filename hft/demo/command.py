@@ -16,10 +16,10 @@ def fetch(arguments: Sequence[str]) -> int:
     parser.add_argument("model", metavar="MODEL", help="smollm2-135m or tiny")
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help="default: models/MODEL")
     options = parser.parse_args(arguments)
-    from hft.demo.models import fetch
+    from hft.demo.models import fetch_model
 
     folder = options.folder or f"models/{options.model}"
-    fetch(options.model, folder)
+    fetch_model(options.model, folder)
     print(f"{options.model} is in {folder}")
     return 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hft.jsonl import write_jsonl
 
-ROWS = {"train": 400, "test": 64}
+ROWS_OF_SPLIT = {"train": 400, "test": 64}
 
 
 def _sum(draw: random.Random) -> tuple[str, str]:
@@ -25,15 +25,15 @@ def _sort(draw: random.Random) -> tuple[str, str]:
     return f"Sort these numbers: {' '.join(map(str, numbers))}", " ".join(map(str, sorted(numbers)))
 
 
-TASKS = {"sum": _sum, "reverse": _reverse, "sort": _sort}
+CHAT_TASKS = {"sum": _sum, "reverse": _reverse, "sort": _sort}
 
 
 def write_conversations(folder: str | Path) -> dict[str, int]:
     """Write `tasks/TASK/{train,test}.jsonl` below a folder; returns the number of rows of each file."""
     counts = {}
-    for task, make in TASKS.items():
+    for task, make in CHAT_TASKS.items():
         draw, seen = random.Random(task), set()
-        for split, count in ROWS.items():
+        for split, count in ROWS_OF_SPLIT.items():
             rows = []
             while len(rows) < count:
                 question, answer = make(draw)

@@ -87,7 +87,7 @@ def make_tiny(folder: Path) -> None:
 MODELS: dict[str, Callable[[Path], None]] = {"smollm2-135m": make_smollm2, "tiny": make_tiny}
 
 
-def fetch(name: str, folder: str | Path) -> None:
+def fetch_model(name: str, folder: str | Path) -> None:
     """Make a model's folder, whole or not at all."""
     if name not in MODELS:
         raise HFTError(f"cannot fetch {name!r}, only {', '.join(MODELS)}; others are loaded from the Hub by their id")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft.errors import HFTError, reason
 from hft.evaluation.local import GROUP, as_dataset, local_spec, on_rows
-from hft.evaluation.suites import LOSS, SUITES, UNITS, Benchmark
+from hft.evaluation.suites import LOSS, METRIC_UNITS, SUITES, Benchmark
 from hft.machine import is_main, say
 from hft.record.scores import SCORES_FOLDER, Score, Scores
 from hft.runs.result import RESULTS_NAME
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SEED = 1234  # lm-eval's default
-TASKS = Path(__file__).with_name("tasks")
-PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "hft")
+TASK_FOLDER = Path(__file__).with_name("tasks")
+SCORED_WITH = ("lm_eval", "torch", "transformers", "datasets", "hft")
 # Settings that decide which benchmarks are run and how fast, not what comes out.
 NEUTRAL = ("tasks", "batch_size", "dtype", "allow_code")
 
@@ -213,7 +213,7 @@ def _chosen(suite: str, settings: Settings) -> list[Benchmark]:
 def _earlier(suite: str, subject: Subject, settings: Settings, out: str | Path | None) -> Scores:
     """The scores that a folder already has for the same weights and settings, or none."""
     same = {key: value for key, value in asdict(settings).items() if key not in NEUTRAL}
-    versions = {package: version(package) for package in PACKAGES}
+    versions = {package: version(package) for package in SCORED_WITH}
     new = Scores(suite, subject.name, subject.sha256, settings.dtype, same, {}, versions)
     path = Path(out or "", SCORES_FOLDER, f"{suite}.json")
     if out is None or not path.exists():
@@ -307,7 +307,7 @@ def _run(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folders = [Path(lm_eval.__file__).parent / "tasks" / folder for folder in benchmark.folders]
-    manager = TaskManager(include_path=[*folders, TASKS], include_defaults=False)
+    manager = TaskManager(include_path=[*folders, TASK_FOLDER], include_defaults=False)
     if benchmark.task == "hft_kl":
         from hft.evaluation.divergence import Divergence
 
@@ -355,7 +355,7 @@ def _scores_of(benchmark: Benchmark, results: dict[str, Any]) -> list[Score]:
         leaves, values = results["group_subtasks"].get(where) or [where], results["results"][where]
         for metric, key in benchmark.metrics.items():
             base, _, kind = key.partition(",")
-            unit, scale = (UNITS[metric], 1) if metric in UNITS else ("%", 100)
+            unit, scale = (METRIC_UNITS[metric], 1) if metric in METRIC_UNITS else ("%", 100)
             error = values.get(f"{base}_stderr,{kind}")
             scores.append(
                 Score(
@@ -365,7 +365,7 @@ def _scores_of(benchmark: Benchmark, results: dict[str, Any]) -> list[Score]:
                     stderr=None if error in (None, "N/A") else scale * error,
                     n=sum(counts[leaf] for leaf in leaves),
                     unit=unit,
-                    higher_is_better=metric not in UNITS,
+                    higher_is_better=metric not in METRIC_UNITS,
                 )
             )
     return scores

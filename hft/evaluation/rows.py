@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 CHARACTERS = 1000  # of each text: 200 to 300 tokens
 TEXTS_PER_TOPIC = 3
-ROWS = 64
+HELD_OUT_ROWS = 64
 
 
 def general_texts() -> list[str]:
@@ -87,4 +87,4 @@ def held_out_rows(folder: Path) -> list[dict[str, Any]]:
     objective = RunResult.load(folder).objective
     config = load_config(objective, folder / CONFIG_NAME)
     test = load_data(config.run, find_objective(objective).read_rows, evaluate=True).test
-    return list(test.select(range(min(ROWS, len(test)))))
+    return list(test.select(range(min(HELD_OUT_ROWS, len(test)))))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 # Metrics that are not percentages; of these, less is better.
-UNITS = {"loss": "nats/token", "kl": "nats/token", "choice_loss": "nats/question"}
+METRIC_UNITS = {"loss": "nats/token", "kl": "nats/token", "choice_loss": "nats/question"}
 
 
 @dataclass(frozen=True)

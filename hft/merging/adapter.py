@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from hft.errors import HFTError, reason
-from hft.merging.checkpoint import Checkpoint, check_out, copy_companions, new_folder, summary, write_model
+from hft.merging.checkpoint import Checkpoint, check_out, copy_companions, new_folder, write_model, written_in
 from hft.model.vocabulary import ids_beyond, vocabulary
 from hft.model.weights import local_folder, widest
 
@@ -44,7 +44,7 @@ def merge_adapter(
         written = write_model(folder, model, state.__getitem__, max_shard_size=max_shard_size)
         copy_companions(local_folder(adapter), folder, but=("config.json", "generation_config.json"))
         finish(folder)
-    return summary(written, start)
+    return written_in(written, start)
 
 
 def adapter_config(adapter: str) -> PeftConfig:

@@ -84,7 +84,7 @@ class Checkpoint:
         tied = {key: owners[id(parameter)] for key, parameter in every if key not in parameters}
         for key, owner in tied.items():
             if key in stored and not torch.equal(as_bytes(weights[key]), as_bytes(weights[owner])):
-                raise HFTError(f"{name} stores a {key} of its own, though its config ties it to {owner}")
+                raise HFTError(f"{name} stores a {key} that differs from {owner}, though its config ties the two")
         names = [*parameters, *(key for key in stored if key not in parameters and key not in tied)]
         return cls(str(name), folder, config, weights, {key: stored[key] for key in names}, list(parameters), tied)
 
@@ -287,6 +287,6 @@ def copy_companions(source: Path, target: Path, but: Sequence[str] = ()) -> None
             shutil.copytree(path, target / path.name, dirs_exist_ok=True)
 
 
-def summary(size: int, start: float) -> str:
+def written_in(size: int, start: float) -> str:
     """How many bytes were written, and in which time since `start` on the monotonic clock."""
     return f"wrote {tqdm.format_sizeof(size, 'B')} in {time.monotonic() - start:.1f} s"

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hft.errors import HFTError
-from hft.merging.checkpoint import Checkpoint, check_out, copy_companions, new_folder, summary, write_model
+from hft.merging.checkpoint import Checkpoint, check_out, copy_companions, new_folder, write_model, written_in
 from hft.model.weights import MODEL_CONFIG, Weights, downloaded
 from hft.record.manifest import Manifest
 from hft.record.verification import verify_folder
@@ -55,4 +55,4 @@ def merge_delta(
         if manifest.masks:
             shutil.copyfile(folder / MASKS_NAME, new / MASKS_NAME)
         finish(new)
-    return summary(written, start)
+    return written_in(written, start)

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if options.out:
             Path(options.out).mkdir(parents=True, exist_ok=True)
-            plot(found).savefig(Path(options.out, "diff.png"))
+            plot_comparison(found).savefig(Path(options.out, "diff.png"))
             Path(options.out, "diff.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
             say("", f"{options.out}/diff.png, diff.json")
     except OSError as error:
@@ -104,7 +104,7 @@ def compare(start: Checkpoint, models: Sequence[Checkpoint], *, group: int = 1) 
     for label, model in zip(labels, models, strict=True):
         counts, in_part = rounds_trained(anatomy, start, model)
         if in_part:
-            notes.append(f"rounds of {label} are left out: the {in_part} policy trained its units in part")
+            notes.append(f"no rounds of {label}: the {in_part} policy trained its units in part")
             continue
         by_count = {n: [u for u in anatomy.units if counts[u.name] == n] for n in sorted(set(counts.values()))}
         if len(by_count) > 1:
@@ -191,7 +191,7 @@ def comparison_text(found: Comparison) -> str:
     return f"mean absolute change from {found.start}\n" + indented(aligned(text))
 
 
-def plot(found: Comparison) -> Figure:
+def plot_comparison(found: Comparison) -> Figure:
     """Attention and MLP over the layers, and units over the rounds in which they were trained."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

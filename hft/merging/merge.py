@@ -22,8 +22,8 @@ from hft.merging.checkpoint import (
     check_out,
     new_folder,
     plan_files,
-    summary,
     write_model,
+    written_in,
 )
 from hft.merging.operators import (
     COLINEAR_COS,
@@ -141,7 +141,7 @@ def merge(config: MergeConfig, finish: Callable[[Path], None]) -> str:
         # Fails before passes over the models do.
         plan_files(folder, models[0].specs, models[0].parameters, config.max_shard_size)
         merged = interpolated(config, models, branches) if base is None else with_deltas(config, models, base)
-        speed = summary(write_model(folder, models[0], merged, max_shard_size=config.max_shard_size), start)
+        speed = written_in(write_model(folder, models[0], merged, max_shard_size=config.max_shard_size), start)
         finish(folder)
     if not branches:
         return speed

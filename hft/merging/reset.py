@@ -13,7 +13,7 @@ import torch
 from hft.config import Keys, fill, read_arguments, to_yaml
 from hft.errors import HFTError
 from hft.machine import indented, say
-from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, summary, write_model
+from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, write_model, written_in
 from hft.model.anatomy import anatomy_of, meta_model
 from hft.model.weights import checksum
 from hft.record.card import write_card
@@ -101,7 +101,7 @@ def write_reset(folder: Path, selection: Selection, tuned: Checkpoint, base: Che
     start, frozen, masks = time.monotonic(), selection.frozen_parameters, selection.frozen_masks
     specs = tuned.specs | {name: base.specs[name] for name in frozen}
     reset = resetter(selection, tuned, base)
-    speed = summary(write_model(folder, tuned, reset, specs=specs, max_shard_size=max_shard_size), start)
+    speed = written_in(write_model(folder, tuned, reset, specs=specs, max_shard_size=max_shard_size), start)
     values = {name: frozen_values(base.weights[name], masks.get(name)) for name in (*frozen, *masks)}
     checksums = {name: checksum(value) for name, value in values.items()}
     Manifest.of(selection, base.name, checksums, tuned=tuned.name).save(folder)

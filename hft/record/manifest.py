@@ -49,7 +49,7 @@ class Manifest:
             `steps`, `fractions` and `history`. Units that trained at any step count as trained; those that never did
             count as frozen once the round is over.
         data: what identifies the data files (`hft.data.fingerprint`).
-        processes: how many trained, each with a random state of its own in a checkpoint; 0 if that is not known.
+        processes: how many trained, each with a random state in a checkpoint; 0 if that is not known.
         versions: the packages that made it.
     """
 

@@ -136,7 +136,7 @@ def radar(groups: Sequence[Group], columns: Sequence[Column], styles: Styles) ->
     return with_legend(figure)
 
 
-def ratios(groups: Sequence[Group], column: Column, styles: Styles) -> Figure | None:
+def ratio_curves(groups: Sequence[Group], column: Column, styles: Styles) -> Figure | None:
     """Figure 3: a score against the trainable fraction of the layers, a curve per learning rate; dotted, that of FFT.
 
     None unless three fractions of one learning rate were scored.

@@ -17,7 +17,7 @@ from hft.record.scores import Scores, scores_of
 
 DATA = Path(__file__).with_name("paper")
 # A run that differs from another in its seed only, by what its name adds (`hft.runs.config.run_name`).
-SEEDS = re.compile(r"(-(selection_)?seed=\d+)+")
+SEED_SUFFIX = re.compile(r"(-(selection_)?seed=\d+)+")
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def folders_of(table: PaperTable, row: PaperRow, runs: Path) -> list[Path]:
     if row.run is None:
         return []
     name, _, inside = row.run.partition("/")
-    seeds = [path.name for path in sorted(runs.glob(f"{name}*")) if SEEDS.fullmatch(path.name.removeprefix(name))]
+    seeds = [path.name for path in sorted(runs.glob(f"{name}*")) if SEED_SUFFIX.fullmatch(path.name.removeprefix(name))]
     taken = {other.run for other in table.rows}
     found = [row.run, *(run for seed in seeds if (run := str(Path(seed, inside))) not in taken)]
     return [runs / run for run in found]

@@ -23,8 +23,8 @@ from hft.reporting.paper import (
 from hft.text import aligned, markdown
 
 # Between these lines of a file stands what `--update` makes.
-START = "<!-- made by `hft paper --update` from hft/reporting/paper/ -->"
-END = "<!-- end of what `hft paper --update` made -->"
+START_MARK = "<!-- made by `hft paper --update` from hft/reporting/paper/ -->"
+END_MARK = "<!-- end of what `hft paper --update` made -->"
 
 
 def paper(arguments: Sequence[str]) -> int:
@@ -119,13 +119,13 @@ def remarks(table: PaperTable, measured: Sequence[dict[str, Measured]]) -> list[
 def update(path: Path) -> None:
     """Write the commands and numbers of all runs into a Markdown file, between its markers."""
     try:
-        before, start, rest = path.read_text(encoding="utf-8").partition(START)
+        before, start, rest = path.read_text(encoding="utf-8").partition(START_MARK)
     except OSError as error:
         raise HFTError(f"cannot read {path}: {error.strerror}") from error
-    _, end, after = rest.partition(END)
+    _, end, after = rest.partition(END_MARK)
     if not (start and end):
-        raise HFTError(f"{path} has no place for the commands: add the lines {START} and {END}")
-    path.write_text(f"{before}{START}\n\n{all_runs()}\n\n{END}{after}", encoding="utf-8")
+        raise HFTError(f"{path} has no place for the commands: add the lines {START_MARK} and {END_MARK}")
+    path.write_text(f"{before}{START_MARK}\n\n{all_runs()}\n\n{END_MARK}{after}", encoding="utf-8")
 
 
 def all_runs() -> str:

@@ -15,8 +15,8 @@ from hft.reporting.page import Cell, Drawing, ReportTable, Section
 from hft.reporting.paper import Measured, rows_of_run, summarize
 
 # Suites and tasks in the order of their tables, by the names that people know; others follow under their own.
-SUITES = {"quick": "task, drift and facts", "general": "general ability", "knowledge": "basic knowledge"}
-TASKS = {
+SUITE_LABELS = {"quick": "task, drift and facts", "general": "general ability", "knowledge": "basic knowledge"}
+TASK_LABELS = {
     "task": "task loss",
     "drift": "drift",
     "kl": "KL to base",
@@ -47,7 +47,7 @@ KNOWLEDGE = Column("knowledge", tuple((task, None) for task in KNOWLEDGE_TASKS),
 MEASURES = (TASK_LOSS, DRIFT, KL, FACTS, GENERAL, KNOWLEDGE)
 FRONTIERS = ((TASK_LOSS, DRIFT), (TASK_LOSS, FACTS), (KL, DRIFT), (KL, FACTS), (GENERAL, KNOWLEDGE))
 Points = list[tuple[int, float]]  # steps and values
-BLOCKS = ("attention", "mlp", "experts")  # Figure 4
+DRAWN_BLOCKS = ("attention", "mlp", "experts")  # Figure 4
 
 
 def make_sections(found: Collection) -> list[Section]:
@@ -70,7 +70,7 @@ def make_sections(found: Collection) -> list[Section]:
 
 
 def opening(found: Collection) -> Section:
-    """One selection as a picture, and in words what it shows."""
+    """One selection as a picture, and what it shows."""
     drawn = with_selection(found)[:1]
     if not drawn:
         return Section("What trains", "")
@@ -132,7 +132,7 @@ def scores(found: Collection) -> Section:
                 cells = [score_cell(group, baseline, column) for column in columns]
                 if any(cell.text for cell in cells):
                     rows.append([Cell(group.label), Cell(str(len(group.runs))), *cells])
-            tables.append(ReportTable(f"{model}: {SUITES.get(suite, suite)}", [Cell(""), Cell("n"), *head], rows))
+            tables.append(ReportTable(f"{model}: {SUITE_LABELS.get(suite, suite)}", [Cell(""), Cell("n"), *head], rows))
     text = (
         "Mean ± standard deviation over n runs that differ in their seeds; for a single run the standard error (se) "
         "over its rows. Below, the difference to full fine-tuning with the same recipe, and the paper's number."
@@ -194,9 +194,9 @@ def columns_of(groups: Iterable[Group], *, steps: bool = False) -> dict[str, lis
         for score in scores.scores:
             found.setdefault(suite, {}).setdefault((score.task, score.metric), score)
     columns: dict[str, list[Column]] = {}
-    for suite in sorted(found, key=lambda name: (rank(name, SUITES), name)):
-        for (task, metric), score in sorted(found[suite].items(), key=lambda item: rank(item[0][0], TASKS)):
-            label = TASKS.get(task, task.replace("_", " "))
+    for suite in sorted(found, key=lambda name: (rank(name, SUITE_LABELS), name)):
+        for (task, metric), score in sorted(found[suite].items(), key=lambda item: rank(item[0][0], TASK_LABELS)):
+            label = TASK_LABELS.get(task, task.replace("_", " "))
             if sum(other == task for other, _ in found[suite]) > 1:
                 label += f", {metric.removeprefix('acc_').replace('_', ' ')}"
             column = Column(suite, ((task, metric),), label, score.unit, score.higher_is_better)
@@ -228,7 +228,7 @@ def ratios(found: Collection, styles: Styles) -> Section:
         Drawing(f"{model}: {column.name} by trainable fraction", figure)
         for model, groups in found.models.items()
         for column in MEASURES
-        if (figure := figures.ratios(groups, column, styles))
+        if (figure := figures.ratio_curves(groups, column, styles))
     ]
     text = "As the paper's Figure 3: half fine-tuning at several trainable fractions; dotted, full fine-tuning."
     return Section("Trainable fraction", text, drawings=drawings)
@@ -241,7 +241,7 @@ def variations(found: Collection, styles: Styles) -> Section:
         names = list(diff["layers"][0]["change"])
         models = {name: (name, style) for name, style in figures.styles_of(names).items() if name in names} | known
         models = {name: models[name] for name in names}
-        for block in BLOCKS:
+        for block in DRAWN_BLOCKS:
             if rows := [row for row in diff["layers"] if row["block"] == block]:
                 drawings.append(Drawing(f"change of {block} by layer", figures.variation(rows, "layer", models)))
         for name, rows in diff["rounds"].items():
