@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from datasets import Dataset, Features, Json, LargeList, List, Value
+from datasets import Dataset, Features, Json, LargeList, List, Value, interleave_datasets
 from trl import extract_prompt
 
 from hft.data.messages import chat, is_blank
@@ -70,6 +70,25 @@ def preference_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
         )
     needed = {column: column for column in ("prompt", "chosen", "rejected") if column in columns}
     return _convert(dataset, name, _preference, needed, ["prompt", "chosen", "rejected"], "pairs")
+
+
+def unpaired_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
+    """Preferences with each answer as a row, `label` saying whether it was chosen; takes what `preference_rows` takes.
+
+    Chosen and rejected answers alternate, so that a batch holds both; TRL itself would put all chosen ones of a
+    thousand rows first. The rejected ones are two pairs ahead, since KTO's KL term gives each prompt the answer of the
+    row before, which should be an answer to another prompt.
+    """
+    pairs, notes = preference_rows(dataset, name)
+    ahead = pairs.select([(index + 2) % len(pairs) for index in range(len(pairs))])
+    answers = [
+        rows.remove_columns(other).rename_column(kept, "completion").add_column("label", [is_chosen] * len(rows))
+        for rows, kept, other, is_chosen in (
+            (pairs, "chosen", "rejected", True),
+            (ahead, "rejected", "chosen", False),
+        )
+    ]
+    return interleave_datasets(answers), notes
 
 
 def _conversation(row: dict[str, Any]) -> Converted:
