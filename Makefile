@@ -8,7 +8,6 @@ ARGS ?=
 PYTHON ?= python3
 VENV ?= .venv
 
-, := ,
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -17,30 +16,18 @@ DEMO := data/tasks/sort/test.jsonl# which `hft demo` writes last
 LOCAL := $(filter smollm2-135m tiny,$(MODEL))
 LOCAL_FILES := $(if $(LOCAL),models/$(LOCAL)/config.json $(DEMO))
 
-# The visible GPUs. The models made here are too small to spread over several.
-GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
-ifneq ($(origin CUDA_VISIBLE_DEVICES),undefined)# empty or -1 hides all of them
-GPUS := $(words $(filter-out -1,$(subst $(,), ,$(CUDA_VISIBLE_DEVICES))))
-endif
-NUM_GPUS ?= $(if $(LOCAL),$(if $(filter 0,$(GPUS)),0,1),$(GPUS))
-ifeq ($(NUM_GPUS),1)
-export CUDA_VISIBLE_DEVICES ?= 0
-endif
+# `hft` takes every visible GPU. The models made here are too small to spread over several.
+NUM_GPUS ?= $(if $(LOCAL),1)
+LAUNCH := $(strip $(addprefix --num_processes ,$(NUM_GPUS)) $(addprefix --engine ,$(ENGINE)))
 
-# $(call train,OBJECTIVE,METHOD): the command of a run; $(call run,COMMAND,RECIPE,METHOD,OPTION) that of a sequence. On
-# several GPUs ENGINE says how the method is spread over them (recipes/accelerate), or else `hft engine`: fsdp2 or ddp. It
-# is asked only then, since it takes a second or two.
-engine = $(or $(ENGINE),$(shell $(BIN)/hft engine recipes/methods/$1.yaml $2),$(error `$(BIN)/hft engine \
-	recipes/methods/$1.yaml` failed: see above, or run `make install` first))
-launch = $(BIN)/accelerate launch --config_file recipes/accelerate/$(engine).yaml --num_processes $(NUM_GPUS) -m hft
-several = $(filter-out 0 1,$(NUM_GPUS))
-run = $(if $(several),$(call launch,$3,$4),$(BIN)/hft) $1 \
-	--config recipes/$(MODEL)/$2.yaml recipes/methods/$3.yaml
+# $(call train,OBJECTIVE,METHOD): the command of a run; $(call run,COMMAND,RECIPE,METHOD) that of a sequence.
+run = $(BIN)/hft $1 --config recipes/$(MODEL)/$2.yaml recipes/methods/$3.yaml $(LAUNCH)
 train = $(call run,$1,$1,$2)
 
-ifeq ($(NUM_GPUS),0)
-# glibc returns every large activation to the kernel and page-faults it in again. Keeping the memory is faster on CPUs:
-# results/smollm2-135m/malloc.md.
+# On CPUs: glibc returns every large activation to the kernel and page-faults it in again. Keeping the memory is faster:
+# results/smollm2-135m/malloc.md. An empty CUDA_VISIBLE_DEVICES, or -1, hides the GPUs.
+VISIBLE := $(or $(CUDA_VISIBLE_DEVICES),$(if $(filter undefined,$(origin CUDA_VISIBLE_DEVICES)),$(shell nvidia-smi -L 2>/dev/null)))
+ifeq ($(filter-out -1,$(VISIBLE)),)
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 endif
@@ -76,7 +63,7 @@ help:
 	@echo "  ARM     $(basename $(notdir $(wildcard recipes/cpi/*.yaml)))"
 	@echo "  MERGE   $(basename $(notdir $(wildcard recipes/merges/*.yaml)))"
 	@echo "make report [RUNS='runs/a runs/b'] [ARGS=...]    runs side by side, as a page: report/report.html"
-	@echo "ENGINE=fsdp2|zero3|ddp    how several GPUs share a model; by default fsdp2, or ddp for what cannot be sharded"
+	@echo "NUM_GPUS=n ENGINE=fsdp2|zero3|ddp    by default all visible GPUs, with fsdp2, or ddp for what cannot be sharded"
 	@echo "make install | test | lint | test-slow | test-gpu | audit | clean"
 
 install: $(INSTALLED)
@@ -102,23 +89,18 @@ dpo-%: $(INSTALLED) $(LOCAL_FILES)
 
 # A sequence of tasks: `hft continual` trains and scores all rounds. Rerun it to resume.
 trace-%: $(INSTALLED) $(LOCAL_FILES)
-	$(call run,continual,trace,$*,--strategy $(STRATEGY)) --strategy $(STRATEGY) $(ARGS)
+	$(call run,continual,trace,$*) --strategy $(STRATEGY) $(ARGS)
 
-# What each method learns and forgets over six small tasks: benchmarks/trace_mini.yaml. Stopped anywhere, it goes on.
+# What each method learns and forgets over six small tasks: benchmarks/trace_mini.yaml. Resumable: rerun it to continue.
 trace-mini: $(INSTALLED)
 	$(BIN)/python benchmarks/trace_mini.py $(ARGS)
 
-# CPI-FT, or with an arm's file one of the runs that it is compared with. Models are scored in one process.
-define cpi
-$(if $(several),$(call launch,fft),$(BIN)/hft) cpi --config recipes/$(MODEL)/cpi.yaml$1 $(ARGS)
-$(if $(several),$(BIN)/hft cpi score --config recipes/$(MODEL)/cpi.yaml$1 $(ARGS))
-endef
-
+# CPI-FT, or with an arm's file one of the runs that it is compared with.
 cpi: $(INSTALLED) $(LOCAL_FILES)
-	$(call cpi)
+	$(BIN)/hft cpi --config recipes/$(MODEL)/cpi.yaml $(LAUNCH) $(ARGS)
 
 cpi-%: $(INSTALLED) $(LOCAL_FILES)
-	$(call cpi, recipes/cpi/$*.yaml)
+	$(BIN)/hft cpi --config recipes/$(MODEL)/cpi.yaml recipes/cpi/$*.yaml $(LAUNCH) $(ARGS)
 
 # Table 10: the fractions of the attention and of the MLP matrices of each layer that train. Its 50.0% is HFT, its 100%
 # FFT, in which all norms train too.
@@ -146,15 +128,14 @@ seed-%: $(INSTALLED) $(LOCAL_FILES)
 
 RESETS = $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/reset.yaml))))
 
-# RUN is one model or several; with several GPUs lm-eval splits the rows over them.
+# RUN is one model or several; on several GPUs lm-eval splits the rows over them.
 RUN ?= $(wildcard runs/$(MODEL)-*)
 SUITE ?= quick
 eval: $(INSTALLED) $(LOCAL_FILES)
 	@test -n "$(RUN)" || { echo "no runs of $(MODEL) to evaluate; train one, or pass RUN=" >&2; exit 1; }
-	$(if $(filter-out 0 1,$(NUM_GPUS)),$(BIN)/accelerate launch --num_processes $(NUM_GPUS) -m hft,$(BIN)/hft) eval $(RUN) \
-		--suite $(SUITE) $(ARGS)
+	$(BIN)/hft eval $(RUN) --suite $(SUITE) $(addprefix --num_processes ,$(NUM_GPUS)) $(ARGS)
 
-# What each method learns and forgets: benchmarks/forgetting.yaml. Stopped anywhere, it goes on where it was.
+# What each method learns and forgets: benchmarks/forgetting.yaml. Resumable: rerun it to continue.
 forgetting: models/smollm2-135m/config.json
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[forgetting]'
 	$(BIN)/python benchmarks/forgetting.py $(ARGS)

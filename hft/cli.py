@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib
 import logging
@@ -12,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 
-from hft.errors import HFTError, cannot_write
+from hft.errors import HFTError, Stopped, cannot_write
 from hft.objectives import OBJECTIVES, find_objective
 
 # Command, the function that takes the rest of the words and returns an exit status, and what it does.
@@ -35,8 +36,9 @@ COMMANDS = {name: ("hft.runs.command:main", find_objective(name).description) fo
     "fetch": ("hft.demo.command:fetch", "make smollm2-135m or tiny, by default in models/MODEL"),
     "demo": ("hft.demo.command:demo", "write the demo data, by default to data/"),
     "cpi": ("hft.cpi.command:main", "CPI-FT: freeze what earlier tasks need: [STAGE] --config RECIPE.yaml [ARM.yaml]"),
-    "engine": ("hft.methods.command:engine", "print how a method runs on several GPUs: fsdp2 or ddp"),
 }
+# Those that run on several processes: on the visible GPUs, or as --num_processes and --engine say.
+LAUNCHED = (*OBJECTIVES, "continual", "eval", "cpi")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,18 +62,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         command, rest = parser.parse_args(words[:1]).command, words[1:]
-        function = _imported(COMMANDS[command][0])
-        return function(command, rest) if command in OBJECTIVES else function(rest)
+        run = _imported(COMMANDS[command][0])
+        run = functools.partial(run, command) if command in OBJECTIVES else run
+        return _imported("hft.launch:run")(command, run, rest) if command in LAUNCHED else run(rest)
     except HFTError as error:
-        _tell(error)
-        return error.status
+        failed = type(error)(*error.args)  # its frames keep progress bars open
     except SystemExit as done:  # argparse, after --help or a mistake
         return int(done.code or 0)
     except Exception as error:
-        if sentence := cannot_write(error):
-            _tell(sentence)
-            return HFTError.status
-        raise
+        if not (sentence := cannot_write(error)):
+            raise
+        failed = HFTError(sentence)
+    print_error(failed)
+    return failed.status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,16 +106,14 @@ def _imported(target: str) -> Callable[[Sequence[str]], int]:
         gc.enable()
 
 
-def _tell(error: HFTError | str) -> None:
+def print_error(error: HFTError | str) -> None:
     """Print an error, once per run.
 
     The launcher ends the other processes as soon as one fails. Where all fail alike the first one speaks, and the
     others wait until they are ended; where only another one fails, it speaks after a while.
     """
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
+    if os.environ.get("RANK", "0") != "0":
+        if isinstance(error, Stopped):  # as the first process, which says so
+            return
         time.sleep(3)
-    if "tqdm" in sys.modules:  # a bar that is still open would end up after the sentence
-        for bar in list(sys.modules["tqdm"].tqdm._instances):
-            bar.close()
     print(f"hft: {error}", file=sys.stderr, flush=True)

@@ -308,7 +308,7 @@ def refuse_secrets(values: Mapping[str, Any]) -> None:
             refuse_secrets(value)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are `HFTError`."""
 
     def error(self, message: str) -> NoReturn:
@@ -351,7 +351,7 @@ def read_arguments(
 
 
 def _help(prog: str, description: str, groups: Mapping[str, Iterable[type]]) -> argparse.ArgumentParser:
-    parser = _Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", metavar="FILE", help="YAML files; later ones win, then flags")
     shown: set[str] = set()
     for heading, classes in groups.items():

@@ -4,8 +4,8 @@
 #   sbatch recipes/launch/slurm.sh
 #   sbatch --nodes 4 recipes/launch/slurm.sh sft --config recipes/llama2-13b/sft.yaml recipes/methods/hft.yaml
 #
-# The words after the script are those of `hft`. The folder must be on a file system that all nodes see. Submitted again,
-# a run that was killed resumes.
+# The words after the script are those of `hft`, such as `--engine zero3`. The folder must be on a file system that all
+# nodes see. Submitted again, a run that was killed resumes.
 #SBATCH --job-name=hft
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -20,15 +20,9 @@ cd "$SLURM_SUBMIT_DIR"
 if [ $# -eq 0 ]; then
     set -- sft --config recipes/llama2-7b/sft.yaml recipes/methods/hft.yaml
 fi
-engine=${ENGINE:-fsdp2} # or ddp, zero3: recipes/accelerate
-processes=$((SLURM_NNODES * SLURM_GPUS_ON_NODE))
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
-# One launcher on each node; the node's number is known only there.
+# One `hft` on each node, which starts a process per GPU; the node's number is known only there.
 srun bash -c '
-    engine=$1 processes=$2 head=$3
-    shift 3
-    .venv/bin/accelerate launch --config_file "recipes/accelerate/$engine.yaml" --num_machines "$SLURM_NNODES" \
-        --num_processes "$processes" --machine_rank "$SLURM_NODEID" --main_process_ip "$head" \
-        --main_process_port 29500 -m hft "$@"
-' _ "$engine" "$processes" "$head" "$@"
+    .venv/bin/hft "$@" --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --main_process_ip "$0"
+' "$head" "$@"

@@ -3,6 +3,9 @@
 import json
 import random
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,3 +156,17 @@ def test_two_processes_stop_after_the_same_step(tmp_path, straight, tiny, data):
     assert last_checkpoint(out) == str(out / "checkpoint-1")
     assert faults.run(line, out, processes=2) == [0, 0]
     same(out, straight("sft", 2), "checkpoint-1/")
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_saves_a_checkpoint(tmp_path, tiny, data):
+    out = tmp_path / "out"
+    line = [*words("sft", out, tiny, data, 2), "--max_steps", "1000", "--num_processes", "2"]
+    run = subprocess.Popen([sys.executable, "-m", "hft", *line], stderr=subprocess.PIPE, text=True)
+    for printed in run.stderr:
+        if "1/1000" in printed:
+            run.send_signal(signal.SIGTERM)
+            break
+    *_, last = run.stderr
+    assert run.wait() == 143
+    assert f"go on from {last_checkpoint(out)}" in last

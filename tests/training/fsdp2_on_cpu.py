@@ -1,7 +1,7 @@
 """accelerate's FSDP2 on CPU processes: torchrun fsdp2_on_cpu.py WORDS OF hft | torchrun fsdp2_on_cpu.py --runs FILE.
 
 accelerate shards on a CPU as on a GPU and only declines to choose FSDP2 there, so this chooses it. Everything else is
-what `accelerate launch` with recipes/accelerate/fsdp2.yaml sets up. With `--runs` the file's runs follow each other in
+what `accelerate launch` with hft/accelerate/fsdp2.yaml sets up. With `--runs` the file's runs follow each other in
 one process: a JSON list of {"objective", "files", "flags"}, and of {"copy": [checkpoint, into]}.
 """
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 def set_environment() -> None:
     """What `accelerate launch` makes of the config that `make` uses, and of a precision in the environment."""
-    config = yaml.safe_load((ROOT / "recipes/accelerate/fsdp2.yaml").read_text())
+    config = yaml.safe_load((ROOT / "hft/accelerate/fsdp2.yaml").read_text())
     os.environ.setdefault("ACCELERATE_MIXED_PRECISION", config["mixed_precision"])
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     os.environ |= {key.upper(): str(value).lower() for key, value in config["fsdp_config"].items()}

@@ -17,12 +17,14 @@ def test_two_processes_agree_with_one_at_the_same_global_batch(tmp_path, tiny, d
     settings = ["--bf16", "false", "--per_device_train_batch_size", "4", "--global_batch_size", "8"]
     inputs = {"method": method, "model": tiny, "data": data if stage == "sft" else pairs}
     assert main(command(stage, tmp_path / "one", *settings, **inputs)) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hft"]
-    words = [*launch, *command(stage, tmp_path / "two", *settings, **inputs)]
+    launcher = ["--num_processes", "2", "--engine", "ddp"]
+    words = [sys.executable, "-m", "hft", *command(stage, tmp_path / "two", *settings, *launcher, **inputs)]
     run = subprocess.run(words, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("verify passed") == 1
+    assert run.stdout.startswith("launching 2 processes with ddp")
     assert "x 2 processes x 1 accumulation" in run.stdout
+    assert "num_processes" not in (tmp_path / "two" / "config.yaml").read_text()
 
     one, two = Manifest.load(tmp_path / "one"), Manifest.load(tmp_path / "two")
     assert one.frozen_checksums == two.frozen_checksums

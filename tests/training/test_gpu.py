@@ -65,7 +65,7 @@ def test_the_planned_peak_is_that_of_the_run(tmp_path, tiny, method, layers):
     ("stage", "method"), [("dpo", "hft"), *(("sft", m) for m in ("hft", "random-element", "lisa", "mofo", "mixout"))]
 )
 def test_fsdp2_keeps_the_frozen_half_and_saves_the_stored_dtype(tmp_path, tiny, data, pairs, stage, method):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "hft/accelerate/fsdp2.yaml"]
     settings = ["--global_batch_size", "8", "--per_device_train_batch_size", "4"]
     words = command(
         stage, tmp_path / "out", *settings, method=method, model=tiny, data=data if stage == "sft" else pairs

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3, recipes/accelerate/zero3.yaml, on CPU processes against one process without it."""
+"""DeepSpeed's ZeRO-3, hft/accelerate/zero3.yaml, on CPU processes against one process without it."""
 
 import json
 import math

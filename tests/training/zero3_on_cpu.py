@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO-3 on CPU processes: torchrun zero3_on_cpu.py WORDS OF hft.
 
-What `accelerate launch` with recipes/accelerate/zero3.yaml sets up, with gloo alone: DeepSpeed's own op for shared
+What `accelerate launch` with hft/accelerate/zero3.yaml sets up, with gloo alone: DeepSpeed's own op for shared
 memory would first be compiled. accelerate knows DeepSpeed on GPUs only, so this names the backend; the words need
 `--use_cpu false`.
 """
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
-os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(Path(__file__).parents[2] / "recipes/accelerate/zero3.json")
+os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(Path(__file__).parents[2] / "hft/accelerate/zero3.json")
 
 import deepspeed
 from accelerate.state import PartialState
