@@ -20,7 +20,7 @@ from hft.objectives import OBJECTIVES, find_objective
 COMMANDS = {name: ("hft.runs.command:main", find_objective(name).description) for name in OBJECTIVES} | {
     "continual": (
         "hft.continual.command:main",
-        "learn one task after another, and score all after each: --config TRACE.yaml [METHOD.yaml] [--strategy NAME]",
+        "learn one task after another, and score all after each: --config RECIPE [METHOD] [--strategy NAME]",
     ),
     "plan": ("hft.planning.forecast:main", "forecast memory, FLOPs and GPU-hours of a run, here or on other GPUs"),
     "verify": ("hft.record.command:main", "compare a model's frozen half with its base, bit by bit"),
@@ -33,9 +33,10 @@ COMMANDS = {name: ("hft.runs.command:main", find_objective(name).description) fo
         "print the paper's tables, their commands, and your scores beside them",
     ),
     "report": ("hft.reporting.command:report", "lay runs side by side: one HTML page, and Markdown with figures"),
+    "recipes": ("hft.catalog:main", "list the recipes and methods that come with hft, or copy one"),
     "fetch": ("hft.demo.command:fetch", "make smollm2-135m or tiny, by default in models/MODEL"),
     "demo": ("hft.demo.command:demo", "write the demo data, by default to data/"),
-    "cpi": ("hft.cpi.command:main", "CPI-FT: freeze what earlier tasks need: [STAGE] --config RECIPE.yaml [ARM.yaml]"),
+    "cpi": ("hft.cpi.command:main", "CPI-FT: freeze what earlier tasks need: [STAGE] --config RECIPE [ARM]"),
 }
 # Those that run on several processes: on the visible GPUs, or as --num_processes and --engine say.
 LAUNCHED = (*OBJECTIVES, "continual", "eval", "cpi")

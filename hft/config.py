@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 import yaml
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
+from hft.catalog import find_recipe
 from hft.errors import HFTError, reason
 
 T = TypeVar("T")
@@ -347,12 +348,23 @@ def read_arguments(
         else:
             target.append(word)
     values = {key: words[0] if len(words) == 1 else words or "true" for key, words in flags.items()}
-    return Given(files, [read_yaml(path) for path in files], values)
+    return read_files(files, values)
+
+
+def read_files(files: Sequence[str | Path], flags: dict[str, Any]) -> Given:
+    """Recipes and methods, from disk or from those that come with hft, and flags."""
+    paths = [str(find_recipe(file)) for file in files]
+    return Given(paths, [read_yaml(path) for path in paths], flags)
 
 
 def _help(prog: str, description: str, groups: Mapping[str, Iterable[type]]) -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", nargs="+", metavar="FILE", help="YAML files; later ones win, then flags")
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        metavar="FILE",
+        help="files, or names from `hft recipes`; later ones win, then flags",
+    )
     shown: set[str] = set()
     for heading, classes in groups.items():
         group = parser.add_argument_group(heading)

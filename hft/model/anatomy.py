@@ -258,7 +258,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     if unknown:
         raise HFTError(
             f"{type(model).__name__} cannot be divided: these parameters of its layers belong to no known unit: "
-            f"{shorten(list(unknown.values()))}; docs/architectures.md lists the families that can"
+            f"{shorten(list(unknown.values()))}; describe the family in hft/model/layouts.py"
         )
     return Anatomy(tuple(units), len(layers), *_outside(model, prefix, {p for unit in units for p in unit.parameters}))
 

@@ -55,7 +55,7 @@ def summary(result: RunResult, out: Path) -> str:
     model = "model.safetensors       the model; loads in plain transformers"
     picture = f"  {PICTURE_NAME}           the selection as a picture\n"
     manifest, scores = Manifest.load(out), f"{hft} eval {out}"
-    others = f"\n  {again} recipes/methods/fft.yaml --output_dir NEW  # everything trains"
+    others = f"\n  {again} fft --output_dir NEW  # everything trains"
     if manifest.selection.get("policy") in DRAWN:
         others = f"\n  {again} --output_dir NEW --selection_seed 1  # another half{others}"
     if manifest.only_trained:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hft.config import Given, Keys, RunConfig, fill, read_arguments, read_yaml
+from hft.config import Given, Keys, RunConfig, fill, read_arguments, read_files, read_yaml
 from hft.errors import HFTError
 from hft.methods import Method, all_classes, classes_of, method_of, owners_of
 from hft.model.weights import check_whole
@@ -60,7 +60,7 @@ def load_config(objective: str, *files: str | Path, **flags: Any) -> Config:
     Raises:
         HFTError: an unknown key, a value of the wrong type, keys that exclude each other, or an unreadable file.
     """
-    return resolve_config(objective, Given([str(f) for f in files], [read_yaml(f) for f in files], flags))
+    return resolve_config(objective, read_files(files, flags))
 
 
 def parse_config(objective: str, arguments: Sequence[str]) -> Config:

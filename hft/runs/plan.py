@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hft.catalog import find_folder
 from hft.config import to_yaml
 from hft.errors import HFTError, reason
 from hft.machine import broadcast, indented, is_main, world_size
@@ -227,7 +228,7 @@ def load_model_config(config: Config) -> PretrainedConfig:
 
     source = config.run.model_name_or_path
     if config.run.architecture and not Path(source).is_dir():
-        source = config.run.architecture
+        source = find_folder(config.run.architecture)
     return read_config(config.run.model_name_or_path, source)
 
 

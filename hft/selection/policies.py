@@ -42,8 +42,7 @@ class SelectionConfig:
     policy: str = field(
         default="category",
         metadata={
-            "help": "; ".join(f"{name}: {what}" for name, what in POLICIES.items())
-            + "; FILE.py:FUNCTION: your own (docs/new-policy.md)."
+            "help": "; ".join(f"{name}: {what}" for name, what in POLICIES.items()) + "; FILE.py:FUNCTION: your own."
         },
     )
     fraction: float = field(

@@ -1,0 +1,85 @@
+"""The recipes and methods that come with hft: found by name, listed, copied."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import shutil
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from hft.errors import HFTError
+
+HERE = Path(__file__).parent
+RECIPES = HERE / "recipes" if (HERE / "recipes").is_dir() else HERE.parent / "recipes"  # of a wheel, or a checkout
+METHODS = RECIPES / "methods"
+NOT_RECIPES = ("launch",)
+
+
+def names() -> list[str]:
+    """What `--config` takes without a file of that name: `llama2-7b/sft`, ..., and methods by their bare names."""
+    paths = [path for path in RECIPES.glob("*/*.yaml") if path.parent.name not in NOT_RECIPES]
+    return sorted(path.stem if path.parent == METHODS else f"{path.parent.name}/{path.stem}" for path in paths)
+
+
+def find_recipe(name: str | Path) -> Path:
+    """A YAML file: one on disk, or else a recipe or method that comes with hft, such as `llama2-7b/sft` or `hft`."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    bare = str(name).removeprefix("recipes/").removeprefix("methods/").removesuffix(".yaml")
+    for folder in (RECIPES, METHODS):
+        if (found := folder / f"{bare}.yaml").is_file():
+            return found
+    near = difflib.get_close_matches(bare, names(), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "`hft recipes` lists those that come with hft"
+    raise HFTError(f"cannot read {name}: {'it is a folder' if path.is_dir() else 'no such file or recipe'}; {hint}")
+
+
+def find_folder(name: str) -> str:
+    """A folder that a recipe names: one on disk, or else one of the recipes that come with hft."""
+    packaged = RECIPES / name.removeprefix("recipes/")
+    return str(packaged) if packaged.is_dir() and not Path(name).is_dir() else name
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`hft recipes` lists, `hft recipes copy NAME FILE.yaml` copies one."""
+    parser = argparse.ArgumentParser(prog="hft recipes", description="List the recipes and methods, or copy one.")
+    actions = parser.add_subparsers(dest="action", metavar="[copy NAME FILE.yaml]")
+    copy = actions.add_parser("copy", description="Copy a recipe or a method, to be edited.")
+    copy.add_argument("name", metavar="NAME", help="such as llama2-7b/sft or hft")
+    copy.add_argument("file", metavar="FILE.yaml", type=Path, help="where to; it must not exist")
+    options = parser.parse_args(arguments)
+    if options.action is None:
+        print(listing())
+        return 0
+    source = find_recipe(options.name)
+    if options.file.exists():
+        raise HFTError(f"{options.file} exists; choose another name")
+    try:
+        shutil.copyfile(source, options.file)
+    except OSError as error:
+        raise HFTError(f"cannot write {options.file}: {error.strerror}") from error
+    print(f"{options.file} is a copy of {options.name}: hft COMMAND --config {options.file}")
+    return 0
+
+
+def listing() -> str:
+    """All names, each with what it is."""
+    kinds: dict[str, list[str]] = {"recipes": [], "methods": [], "arms of hft cpi": [], "merges": []}
+    heading = {"cpi": "arms of hft cpi", "merges": "merges"}
+    for name in names():
+        folder, slash, _ = name.partition("/")
+        kinds[heading.get(folder, "recipes") if slash else "methods"].append(f"  {name:28} {title(find_recipe(name))}")
+    lines = [line for kind, listed in kinds.items() for line in (kind, *listed, "")]
+    lines += ["hft COMMAND --config RECIPE [METHOD] [--key value ...]    such as: hft sft --config tiny/sft hft"]
+    return "\n".join([*lines, "hft recipes copy RECIPE FILE.yaml                         a copy to edit"])
+
+
+def title(path: Path) -> str:
+    """The first sentence of the comment that a file starts with."""
+    comment = re.match(r"(?:# .*\n)*", path.read_text(encoding="utf-8"))[0]
+    sentence = re.split(r"(?<=[.:])(?<!al\.) ", " ".join(comment.replace("# ", "").split()))[0].rstrip(".:")
+    return textwrap.shorten(sentence, 88, placeholder=" ...")
