@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 
+from hft import __version__
 from hft.errors import HFTError, Stopped, cannot_write
 from hft.objectives import OBJECTIVES, find_objective
 
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"commands:\n{listed}\n\nhft COMMAND --help lists what a command takes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"hft {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     return parser
 

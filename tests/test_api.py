@@ -86,3 +86,17 @@ def test_commands_that_do_not_train_import_no_trainer(modules, absent):
     code = f"import sys, {modules}; print(*sorted({absent!r} & sys.modules.keys()))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
+
+
+def test_public_names_are_typed(tmp_path):
+    right = ["import hft", *(f"hft.{name}" for name in hft.__all__), "hft.SelectionConfig(fraction=0.5)"]
+    wrong = ["import hft", "hft.SelectionConfig(nonsense=3)", "hft.nothing"]
+    files = [tmp_path / "right.py", tmp_path / "wrong.py"]
+    for file, lines in zip(files, (right, wrong), strict=True):
+        file.write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", "--cache-dir", str(tmp_path / "cache")]
+    found = subprocess.run([*command, *files], capture_output=True, text=True, check=False).stdout
+    assert "right.py" not in found
+    assert 'wrong.py:2: error: Unexpected keyword argument "nonsense"' in found
+    assert 'wrong.py:3: error: Module has no attribute "nothing"' in found
+    assert found.endswith("Found 2 errors in 1 file (checked 2 source files)\n")

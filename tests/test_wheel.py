@@ -1,10 +1,8 @@
-"""A wheel is enough: fetch, demo data and a run from a YAML of one's own, in an empty folder."""
+"""A wheel is enough: recipes, fetch, demo data and a run, in an empty folder."""
 
 import os
 import subprocess
 import sys
-
-import yaml
 
 from tests.conftest import ROOT
 
@@ -15,28 +13,45 @@ def test_an_installed_wheel_works_in_an_empty_folder(tmp_path):
     work.mkdir()
     # From a copy, since setuptools builds in the tree.
     files = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "hft"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-co", "--exclude-standard", "hft", "recipes"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    for name in [*files.stdout.split(), "pyproject.toml", "README.md", "LICENSE"]:
+    for name in [*files.stdout.split(), "pyproject.toml", "setup.py", "README.md", "LICENSE"]:
         if (ROOT / name).exists():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source)], check=True)
-    (wheel,) = tmp_path.glob("hft-*.whl")
+    (wheel,) = tmp_path.glob("half_fine_tuning-*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], check=True)
 
-    def hft(*words: str) -> str:
+    def python(*words: str) -> str:
         env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-        command = [sys.executable, "-m", "hft", *words]
-        run = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, check=False)
+        run = subprocess.run([sys.executable, *words], cwd=work, env=env, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr[-2000:]
         return run.stdout
 
-    assert "tiny is in models/tiny" in hft("fetch", "tiny")
-    assert "data/sft/train.jsonl" in hft("demo")
-    mine = {"model_name_or_path": "models/tiny", "dataset_name": "data/sft", "chat_template_path": "tulu.jinja"}
-    mine |= {"assistant_only_loss": True, "max_length": 64, "max_steps": 2, "eval_strategy": "no", "report_to": "none"}
-    (work / "mine.yaml").write_text(yaml.safe_dump(mine | {"output_dir": "out", "per_device_train_batch_size": 2}))
-    assert "verify passed" in hft("sft", "--config", "mine.yaml")
+    listed = python("-m", "hft", "recipes")
+    assert all(f"\n  {name} " in listed for name in ("tiny/sft", "hft", "cpi/dpi", "merges/ties-sd"))
+    assert "sky" not in listed
+    short = "--max_steps 2 --eval_strategy no --eval_on_start false --report_to none"
+    commands = f"""\
+recipes copy tiny/sft my.yaml
+fetch tiny
+demo
+sft --config tiny/sft hft {short} --output_dir out
+sft --config out/config.yaml fft --output_dir fft --dry_run true
+sft --config my.yaml lora {short} --output_dir lora --dry_run true
+plan sft --config llama2-7b/sft lisa --max_steps 9 --gpus 8 --gpu_memory 80GiB
+paper 5"""
+    # In one process, since imports take longer than all else.
+    loop = "import sys; from hft.cli import main; assert not any(main(line.split()) for line in sys.argv[1:])"
+    printed = python("-c", loop, *commands.splitlines())
+    assert (work / "my.yaml").read_bytes() == (ROOT / "recipes/tiny/sft.yaml").read_bytes()
     assert (work / "out" / "README.md").exists()
-    assert "make sft-lora MODEL=llama2-7b" in hft("paper", "5")
+    for line in ("tiny is in models/tiny", "data/sft/train.jsonl", "verify passed", "out/config.yaml fft --output_dir"):
+        assert line in printed
+    assert printed.count("stopped here: no weights were loaded") == 3
+    assert "make sft-lora MODEL=llama2-7b" in printed

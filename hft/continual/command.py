@@ -18,7 +18,7 @@ NEEDED = ("lm_eval", "rapidfuzz", "rouge_score", "scipy")
 def main(arguments: Sequence[str]) -> int:
     """Plan a sequence, print its commands, and run it: `--config RECIPE.yaml [METHOD.yaml ...] [--key value ...]`."""
     if missing := [package for package in NEEDED if find_spec(package) is None]:
-        raise HFTError(f"a sequence of tasks needs {', '.join(missing)}: pip install 'hft[continual]'")
+        raise HFTError(f"a sequence of tasks needs {', '.join(missing)}: pip install 'half-fine-tuning[continual]'")
     plan = parse_sequence(arguments)
     data = SequenceData(plan)
     rounds = data.rounds(plan)

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hft import __version__
 from hft.errors import HFTError, reason
 from hft.evaluation.local import GROUP, as_dataset, local_spec, on_rows
 from hft.evaluation.suites import LOSS, METRIC_UNITS, SUITES, Benchmark
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 SEED = 1234  # lm-eval's default
 TASK_FOLDER = Path(__file__).with_name("tasks")
-SCORED_WITH = ("lm_eval", "torch", "transformers", "datasets", "hft")
+SCORED_WITH = ("lm_eval", "torch", "transformers", "datasets")
 # Settings that decide which benchmarks are run and how fast, not what comes out.
 NEUTRAL = ("tasks", "batch_size", "dtype", "allow_code")
 
@@ -213,7 +214,7 @@ def _chosen(suite: str, settings: Settings) -> list[Benchmark]:
 def _earlier(suite: str, subject: Subject, settings: Settings, out: str | Path | None) -> Scores:
     """The scores that a folder already has for the same weights and settings, or none."""
     same = {key: value for key, value in asdict(settings).items() if key not in NEUTRAL}
-    versions = {package: version(package) for package in SCORED_WITH}
+    versions = {package: version(package) for package in SCORED_WITH} | {"hft": __version__}
     new = Scores(suite, subject.name, subject.sha256, settings.dtype, same, {}, versions)
     path = Path(out or "", SCORES_FOLDER, f"{suite}.json")
     if out is None or not path.exists():

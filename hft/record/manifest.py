@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hft import __version__
 from hft.errors import HFTError, reason
 from hft.machine import world_size
 from hft.record.identity import check_same_run
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from hft.selection import Selection
 
 MANIFEST_NAME = "hft_manifest.json"
-PACKAGES = ("hft", "torch", "transformers", "trl", "accelerate", "datasets")
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets")
 
 
 @dataclass
@@ -73,7 +74,9 @@ class Manifest:
     data: dict = field(default_factory=dict)
     processes: int = 0
     versions: dict[str, str] = field(
-        default_factory=lambda: {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+        default_factory=lambda: (
+            {"python": platform.python_version(), "hft": __version__} | {name: version(name) for name in PACKAGES}
+        )
     )
 
     @classmethod
