@@ -5,7 +5,7 @@ import yaml
 from trl import SFTConfig
 
 from hft.cli import COMMANDS, main
-from hft.config import Keys, RunConfig, read_arguments, to_yaml
+from hft.config import Keys, RunConfig, read_arguments, read_yaml, to_yaml
 from hft.errors import HFTError
 from hft.objectives import OBJECTIVES
 from hft.planning.engine import Engine
@@ -89,7 +89,9 @@ def test_a_wrong_file_is_one_line_and_status_2(tmp_path, capsys, text, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--config", "none.yaml"], "cannot read none.yaml: No such file"),
+        (["--config", "none.yaml"], "cannot read none.yaml: no such file or recipe; `hft recipes` lists"),
+        (["--config", "lama2-7b/sft"], "no such file or recipe; did you mean 'llama2-7b/sft'?"),
+        (["--config", "tiny/sft", "htf"], "cannot read htf: no such file or recipe; did you mean 'hft'?"),
         (["--lerning_rate", "1"], "unknown key 'lerning_rate', did you mean 'learning_rate'?"),
         (["--max_step", "1"], "unknown key 'max_step', did you mean 'max_steps'?"),
         (["--max_steps", "x"], "max_steps: expected an integer, got 'x'"),
@@ -111,8 +113,8 @@ def test_a_wrong_flag_is_one_line_and_status_2(capsys, words, message, tiny):
 @pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_recipe_with_every_method_makes_a_config(tmp_path, recipe, method, tiny):
-    flags = {"output_dir": str(tmp_path)}
-    if recipe.parent.name in ("tiny", "smollm2-135m"):
+    flags, given = {"output_dir": str(tmp_path)}, read_yaml(recipe)
+    if given["model_name_or_path"].startswith("models/"):  # made by `hft fetch`
         flags["model_name_or_path"] = str(tiny)
     config = load_config(recipe.stem, recipe, method, **flags)
     if recipe.stem == "dpo" and method.stem == "p-tuning-v2":  # the policy would not start at the reference
@@ -122,8 +124,8 @@ def test_every_recipe_with_every_method_makes_a_config(tmp_path, recipe, method,
     # The recipes for GPUs cannot set bf16 where there is none.
     args, _ = training_arguments(config, machine_settings(config.values))
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == config.run.global_batch_size
-    assert args.activation_checkpointing is (recipe.parent.name not in ("tiny", "smollm2-135m"))
-    assert recipe.stem == "dpo" or config.run.chat_template_path in ("tulu.jinja", "smollm2.jinja")
+    assert args.activation_checkpointing is given.get("activation_checkpointing", True)
+    assert recipe.stem == "dpo" or Path(args.chat_template_path).is_file()
     if config.method.adapter:  # tests/methods/test_adapters.py puts them on a model
         config.method.adapter.peft_config()
         return
@@ -131,8 +133,15 @@ def test_every_recipe_with_every_method_makes_a_config(tmp_path, recipe, method,
     if method.stem == "hft-ratio":  # a third of what a layer mostly is
         assert 0.2 < selection.fraction_of_layers < 0.4
         return
-    expected = 1.0 if config.method.selection.policy == "all" else 0.5
-    assert selection.fraction_of_layers == pytest.approx(expected, abs=0.1 if method.stem == "hft-model" else 1e-3)
+    settings = config.method.selection
+    if ":" in settings.policy:  # of one's own
+        assert 0 < selection.fraction_of_layers <= 1
+        return
+    expected, close = (
+        (1.0 if settings.policy == "all" else settings.fraction),
+        0.1 if settings.policy == "model" else 1e-3,
+    )
+    assert selection.fraction_of_layers == pytest.approx(expected, abs=close)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

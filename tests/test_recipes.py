@@ -34,19 +34,20 @@ TO_COME = tuple(
 )
 
 
-def make(*words: str, cwd: Path = ROOT, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
+def make(*words: str, cwd: Path = ROOT, check: bool = True, **variables: str | None) -> subprocess.CompletedProcess:
     outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS", "MODEL")  # of the make that runs the tests
     environment = {key: value for key, value in os.environ.items() if key not in outer}
-    environment |= {"NUM_GPUS": "1"} | variables
+    environment |= {"NUM_GPUS": ""} | variables  # no flags of the launcher
+    environment = {key: value for key, value in environment.items() if value is not None}
     command = ["make", "-f", str(ROOT / "Makefile"), *words]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=check)
 
 
-def commands(*words: str, **variables: str) -> list[str]:
+def commands(*words: str, **variables: str | None) -> list[str]:
     """The hft commands that a make command would run, without the folder of the executable."""
     text = make("-n", *words, **variables).stdout.replace("\\\n", " ")
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    return [line.split("/bin/", 1)[1] for line in lines if re.match(r"\S+/bin/(hft|accelerate) ", line)]
+    return [line.split("/bin/", 1)[1] for line in lines if re.match(r"\S+/bin/hft ", line)]
 
 
 def quoted(path: Path) -> list[list[str]]:
@@ -129,38 +130,20 @@ def test_a_half_reset_goes_back_to_where_the_stage_started():
     ]
 
 
-@pytest.fixture
-def venv(tmp_path) -> Path:
-    """A virtual environment whose `hft` keeps its arguments and answers ANSWER."""
-    (tmp_path / "bin").mkdir()
-    hft = tmp_path / "bin" / "hft"
-    hft.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n[ -z "$ANSWER" ] || echo "$ANSWER"\n')
-    hft.chmod(0o755)
-    (tmp_path / ".installed").touch()
-    return tmp_path
-
-
-def test_several_gpus_take_the_engine_of_the_method(venv):
-    words = ["sft-lora", "MODEL=llama2-7b", f"VENV={venv}"]
-    assert commands(*words, NUM_GPUS="8", ANSWER="ddp") == [
-        "accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 8 -m "
-        "hft sft --config recipes/llama2-7b/sft.yaml recipes/methods/lora.yaml"
-    ]
-    assert (venv / "calls").read_text() == "engine recipes/methods/lora.yaml\n"
-    failed = make("-n", *words, NUM_GPUS="8", check=False)
-    assert failed.returncode
-    assert "hft engine recipes/methods/lora.yaml` failed: see above, or run `make install` first" in failed.stderr
-
-
-def test_an_engine_that_is_named_is_not_asked_for(venv):
-    words = ["sft-hft", "MODEL=llama2-7b", "ENGINE=zero3", f"VENV={venv}"]
-    assert "--config_file recipes/accelerate/zero3.yaml --num_processes 8 " in commands(*words, NUM_GPUS="8")[0]
-    assert not (venv / "calls").exists()
-
-
-def test_one_gpu_asks_for_no_engine(venv):
-    assert commands("sft-lora", "MODEL=llama2-7b", f"VENV={venv}") == [f"{SFT}lora.yaml"]
-    assert not (venv / "calls").exists()
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        (["MODEL=llama2-7b"], ""),
+        (["MODEL=llama2-7b", "NUM_GPUS=8"], " --num_processes 8"),
+        (["MODEL=llama2-7b", "ENGINE=zero3"], " --engine zero3"),
+        (["MODEL=llama2-7b", "NUM_GPUS=8", "ENGINE=zero3"], " --num_processes 8 --engine zero3"),
+        (["MODEL=smollm2-135m"], " --num_processes 1"),
+    ],
+)
+def test_make_hands_the_gpus_to_hft(words, flags):
+    train = commands("sft-hft", *words, NUM_GPUS=None)[-1]
+    assert train.endswith(f"recipes/methods/hft.yaml{flags}")
+    assert commands("cpi", *words, NUM_GPUS=None)[-1].endswith(f"cpi.yaml{flags}")
 
 
 def test_runtimes_are_relative_to_fft(tmp_path, sft):

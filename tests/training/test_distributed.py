@@ -52,4 +52,4 @@ def test_a_mistake_is_printed_though_only_another_process_finds_it(tmp_path):
     words = [*launch, str(tmp_path / "script.py")]
     run = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert run.returncode != 0
-    assert "hft: cannot read none.yaml: No such file or directory" in run.stderr
+    assert "hft: cannot read none.yaml: no such file or recipe" in run.stderr
