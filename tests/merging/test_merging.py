@@ -735,7 +735,7 @@ def test_reset_recipes_are_sound(recipe):
     config, _ = resolve(["--config", str(recipe), "--out", "out"], ResetConfig, SelectionConfig)
     assert fill(SelectionConfig, config) == SelectionConfig()
     assert fill(ResetConfig, config).tuned
-    assert f"make reset MODEL={recipe.parent.name}" in recipe.read_text() or recipe.parent.name == "smollm2-135m"
+    assert "make reset" in recipe.read_text()
 
 
 @pytest.mark.parametrize("recipe", sorted(Path("recipes/merges").glob("*.yaml")), ids=str)
