@@ -79,7 +79,8 @@ class RunConfig:
         default=None, metadata={"help": "Change what trains during the run: lisa, badam, ... or FILE.py:CLASS."}
     )
     update: str | None = field(
-        default=None, metadata={"help": "Change how weights move: mixout, l2sp, mofo, gmt or FILE.py:CLASS."}
+        default=None,
+        metadata={"help": "Change weights around each step: mixout, l2sp, mofo, gmt or FILE.py:CLASS."},
     )
     adapter: str | None = field(
         default=None, metadata={"help": "Train an adapter instead: lora, qlora, adalora, p-tuning-v2, osf."}
@@ -93,10 +94,9 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys that a command takes: those of some dataclasses.
+    """The keys that a command takes: the fields of some dataclasses.
 
     Attributes:
-        classes: dataclasses whose fields are the keys.
         explain: a sentence about a key that is not among them, or None.
         replaced: of the keys so far, which a file that names a `method` resets.
         aliases: other names of keys; under either name the later value wins.
@@ -110,10 +110,8 @@ class Keys:
     @functools.cached_property
     def types(self) -> dict[str, Any]:
         """The type of each key."""
-        return {f.name: hints[f.name] for cls, hints in self._hints() for f in fields(cls) if f.init}
-
-    def _hints(self) -> Iterable[tuple[type, dict[str, Any]]]:
-        return ((cls, get_type_hints(cls)) for cls in self.classes)
+        hints = ((cls, get_type_hints(cls)) for cls in self.classes)
+        return {f.name: types[f.name] for cls, types in hints for f in fields(cls) if f.init}
 
     def unknown(self, key: str) -> HFTError:
         """The error about a key that is not among them, with a suggestion."""
@@ -123,29 +121,17 @@ class Keys:
         return HFTError(f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
 
     def convert(self, key: str, value: Any) -> Any:
-        """A value as the type of its key.
-
-        Args:
-            key: the key.
-            value: from YAML, or the words of a flag: a string, or a list of strings.
-
-        Raises:
-            HFTError: the key is unknown, or the value is of another type.
-        """
+        """A value from YAML, or the words of a flag, as the type of its key."""
         if key not in self.types:
             raise self.unknown(key)
         return convert(key, value, self.types[key])
 
 
 def convert(key: str, value: Any, annotation: Any) -> Any:
-    """A value from YAML or the command line as a type; `key` is for the message.
-
-    Raises:
-        HFTError: it is not of that type.
-    """
-    kinds = set(_members(annotation))
+    """A value from YAML or the command line as a type; `key` is for the message."""
+    kinds = set(_alternatives(annotation))
     if isinstance(value, bool) and not kinds & {bool, Any}:
-        raise HFTError(f"{key}: expected {_in_words(annotation)}, got {str(value).lower()}")
+        raise HFTError(f"{key}: expected {_type_names(annotation)}, got {str(value).lower()}")
     if isinstance(value, str) and dict in kinds and value.lstrip().startswith("{"):
         try:
             return convert(key, yaml.load(value, Loader), annotation)
@@ -163,22 +149,22 @@ def convert(key: str, value: Any, annotation: Any) -> Any:
         if list in kinds and not isinstance(value, list | dict | NoneType):
             return convert(key, [value], annotation)
         choices = [e["ctx"]["expected"] for e in error.errors() if e["type"] == "literal_error"]
-        expected = choices[0] if choices else _in_words(annotation)
+        expected = choices[0] if choices else _type_names(annotation)
         raise HFTError(f"{key}: expected {expected}, got {'null' if value is None else repr(value)}") from error
     return converted.value if isinstance(converted, Enum) else converted
 
 
-def _members(annotation: Any) -> Iterable[Any]:
+def _alternatives(annotation: Any) -> Iterable[Any]:
     """The alternatives of a union, without their arguments: `list[str] | None` gives list and NoneType."""
     if get_origin(annotation) in (list, dict, tuple) or not get_args(annotation):
         return [get_origin(annotation) or annotation]
-    return [member for each in get_args(annotation) if not isinstance(each, str) for member in _members(each)]
+    return [member for each in get_args(annotation) if not isinstance(each, str) for member in _alternatives(each)]
 
 
-def _in_words(annotation: Any) -> str:
+def _type_names(annotation: Any) -> str:
     names = {"str": "text", "NoneType": "null", "bool": "true or false", "int": "an integer", "float": "a number"}
     names |= {"list": "a list", "dict": "a mapping"}
-    kinds = dict.fromkeys(getattr(kind, "__name__", str(kind)) for kind in _members(annotation))
+    kinds = dict.fromkeys(getattr(kind, "__name__", str(kind)) for kind in _alternatives(annotation))
     return " or ".join(names.get(kind, kind) for kind in kinds if len(kinds) == 1 or kind != "NoneType")
 
 
@@ -204,11 +190,7 @@ Loader.add_implicit_resolver(
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that is a mapping.
-
-    Raises:
-        HFTError: it is missing, not YAML, or not a mapping.
-    """
+    """A YAML file that is a mapping."""
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # a SafeLoader
     except OSError as error:
@@ -227,12 +209,9 @@ def to_yaml(config: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Given:
-    """What a command was given, before types are checked.
+    """What a command was given, before types are checked: files, their contents, and flags.
 
-    Attributes:
-        files: the paths after `--config`.
-        contents: the content of each of them.
-        flags: the flags, each a string or, where several words follow it, a list of strings.
+    The value of a flag is a string or, where several words follow it, a list of strings.
     """
 
     files: list[str]
@@ -246,17 +225,13 @@ class Given:
     def merge(
         self, replaced: Callable[[Mapping[str, Any]], Container[str]], aliases: Mapping[str, str]
     ) -> tuple[dict[str, Any], dict[str, str]]:
-        """Layer files and flags, later ones winning; values are untyped.
-
-        Returns:
-            All keys that were given with their values, and the file of those that are from one.
-        """
+        """Layer files and flags, later ones winning: untyped values, and the file of those that are from one."""
         merged: dict[str, Any] = {}
         sources: dict[str, str] = {}
         for path, content in zip(self.files, self.contents, strict=True):
             if "method" in content:
-                gone = replaced(merged)
-                merged = {key: value for key, value in merged.items() if key not in gone}
+                reset = replaced(merged)
+                merged = {key: value for key, value in merged.items() if key not in reset}
             named = self._named(content, aliases)
             merged |= named
             sources |= dict.fromkeys(named, path)
@@ -275,14 +250,7 @@ class Given:
         return part(inside=True), part(inside=False)
 
     def resolve(self, keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Layer files and flags, and type them.
-
-        Returns:
-            All keys that were given with their typed values, and those among them that were flags.
-
-        Raises:
-            HFTError: an unknown key, a value of the wrong type, or a secret.
-        """
+        """Layer files and flags, and type them: all values that were given, and those among them that were flags."""
         merged, sources = self.merge(keys.replaced, keys.aliases)
         values = {}
         for key, value in merged.items():
@@ -295,16 +263,10 @@ class Given:
 
 
 def refuse_secrets(values: Mapping[str, Any]) -> None:
-    """Refuse keys that hold a secret, also inside other keys: a config is printed, and saved beside the model.
-
-    Raises:
-        HFTError: there is one.
-    """
+    """Refuse keys that hold a secret, also inside other keys: a config is printed, and saved beside the model."""
     for key, value in values.items():
         if key in SECRETS and isinstance(value, str):
-            raise HFTError(
-                f"{key} would be saved with the config; leave it out, and set HF_TOKEN or run `hf auth login`"
-            )
+            raise HFTError(f"{key} would be saved with the config; remove it, and set HF_TOKEN or run `hf auth login`")
         if isinstance(value, Mapping):
             refuse_secrets(value)
 
@@ -319,16 +281,9 @@ class Parser(argparse.ArgumentParser):
 def read_arguments(
     arguments: Sequence[str], prog: str, description: str, groups: Mapping[str, Iterable[type]]
 ) -> Given:
-    """Split a command line into files and flags and read the files; `--help` prints all keys and exits.
+    """Read a command line `--config A.yaml B.yaml --key value ...` and its files.
 
-    Args:
-        arguments: `--config A.yaml B.yaml --key value ...`.
-        prog: the command, for `--help`.
-        description: what it does, for `--help`.
-        groups: dataclasses whose keys `--help` shows, by heading.
-
-    Raises:
-        HFTError: a file cannot be read, or a word belongs to no flag.
+    `--help` prints the keys of `groups`, dataclasses by heading, and exits.
     """
     if {"-h", "--help"} & set(arguments):
         _help(prog, description, groups).print_help()
@@ -379,11 +334,7 @@ def _help(prog: str, description: str, groups: Mapping[str, Iterable[type]]) -> 
 
 
 def fill(cls: type[T], config: Mapping[str, Any]) -> T:
-    """A dataclass filled with those keys of a config that are its own.
-
-    Raises:
-        HFTError: a value, or a combination of values, that the dataclass refuses.
-    """
+    """A dataclass filled with those keys of a config that are its fields."""
     try:
         return cls(**{f.name: config[f.name] for f in fields(cls) if f.init and f.name in config})
     except HFTError:
