@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from hft.runs.train import train as train
     from hft.selection import Selection as Selection
     from hft.selection import SelectionConfig as SelectionConfig
+    from hft.training import HalfFineTuning as HalfFineTuning
     from hft.training import HFTDPOTrainer as HFTDPOTrainer
     from hft.training import HFTSFTTrainer as HFTSFTTrainer
+    from hft.training import half as half
 
 __version__ = "0.1.0"
 
