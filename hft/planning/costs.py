@@ -15,14 +15,15 @@ No weights are needed, and no pass is run: `hft.planning.exact` runs one on fake
 
 from __future__ import annotations
 
-import math
+import functools
+import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hft.errors import HFTError
-from hft.planning.layers import Shape, layer, norm, why_not_known
-from hft.planning.tape import BFLOAT16, FLOAT32, MIXED, Precision, Tape, Value  # noqa: F401
+import torch
+
+from hft.planning.counting import CountedModel
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,28 +35,23 @@ TILE_TOKENS, TILE_WORDS = 4096, 32768
 
 
 @dataclass(frozen=True)
-class LayerCosts:
-    """One layer, kept or checkpointed.
+class Precision:
+    """The dtypes of a run.
 
     Attributes:
-        forward: FLOPs.
-        backward: FLOPs.
-        recompute: FLOPs if it is checkpointed.
-        saved: bytes if it is not checkpointed.
-        input: bytes of its input, which is what is saved if it is checkpointed.
-        rotary: bytes of cosines and sines, which all layers share, if it saves them.
-        copies: bytes of its trained weights in bf16, which autocast keeps until the forward pass ends.
-        saved_copies: bytes of those that autograd keeps beyond it if the layer is not checkpointed.
+        frozen: of frozen parameters.
+        trained: of trained parameters, and of embeddings and their output.
+        autocast: whether matrix products run in bf16 whatever they are given.
     """
 
-    forward: int
-    backward: int
-    recompute: int
-    saved: int
-    input: int
-    rotary: int
-    copies: int
-    saved_copies: int
+    frozen: torch.dtype
+    trained: torch.dtype
+    autocast: bool
+
+
+MIXED = Precision(torch.bfloat16, torch.float32, autocast=True)  # on one device and under DDP
+BFLOAT16 = Precision(torch.bfloat16, torch.bfloat16, autocast=False)  # what FSDP2 gathers and computes with
+FLOAT32 = Precision(torch.float32, torch.float32, autocast=False)
 
 
 @dataclass(frozen=True)
@@ -158,116 +154,92 @@ def costs_of(
     Raises:
         HFTError: it is not known for this model.
     """
-    config = model_config.get_text_config()
-    if sentence := why_not_known(config):
-        raise HFTError(sentence)
-    width = precision.trained.itemsize  # that of the embeddings
-    shape = Shape.of(config, rows, length, attention=attention, padded=padded, stream=width)
-    tape, weights = Tape(precision.compute), _weights(selection, precision)
-    by_layer = _by_layer(weights, selection)
-    rotary = Value(2 * length * shape.head_dim, width, grad=False)
-
-    embedding = weights[next(iter(selection.anatomy.embeddings))]
-    x = Value(shape.tokens * shape.hidden, width, embedding.grad or bool(checkpointed))
-    if embedding.grad:
-        tape.save(Value(shape.tokens, 8, grad=False))  # the tokens
-    found, alike = [], {}
-    for own in by_layer:  # layers that train the same units cost the same
-        key = (x.grad, tuple((name, value.grad) for name, value in own.items()))
-        if key not in alike:
-            alike[key] = _layer_costs(shape, own, x.grad, width, rotary, precision)
-        costs, grad = alike[key]
-        found.append(costs)
-        x = Value(x.numel, width, grad)
-    before = tape.forward
-    x = norm(tape, shape, weights[next(name for name in selection.anatomy.others)], x)
-    words = weights[list(selection.anatomy.embeddings)[-1]]
-    again = _head(tape, shape, x, words, fused=fused_head)
-
-    kept = [costs for index, costs in enumerate(found) if index not in checkpointed]
-    dropped = [costs for index, costs in enumerate(found) if index in checkpointed]
-    forward = sum(costs.forward for costs in found) + tape.forward - before
+    model = _counted_model(
+        type(model_config), model_config.to_json_string(), precision, rows, length, attention, padded, not fused_head
+    )
+    anatomy, trained = selection.anatomy, frozenset(selection.trained_parameters)
+    by_layer: list[set[str]] = [set() for _ in range(anatomy.num_layers)]
+    for name in trained & anatomy.in_layers:
+        index = anatomy.parts_by_parameter[name][0][0].layer
+        by_layer[index].add(name.partition(f".{index}.")[2])
+    ends = model.ends(
+        trained.difference(anatomy.in_layers), layers_train=any(by_layer), checkpointed=bool(checkpointed)
+    )
+    layers, grad = [], ends.input.requires_grad
+    for call, names in zip(model.calls, by_layer, strict=True):
+        layers.append(model.layer(call.kind, frozenset(names), grad=grad))
+        grad = layers[-1].output.requires_grad
+    kept = [layer for index, layer in enumerate(layers) if index not in checkpointed]
+    dropped = [layer for index, layer in enumerate(layers) if index in checkpointed]
+    shared = {storage: size for layer in kept for storage, size in layer.shared.items()}
+    head = list(anatomy.embeddings)[-1]
+    logits = _head(ends.output, anatomy.embeddings[head], head in trained) if fused_head else Head()
+    forward = sum(part.forward for part in (*layers, ends, logits))
     return StepCosts(
-        tokens=shape.tokens,
+        tokens=rows * length,
         forward=forward,
-        backward=sum(costs.backward for costs in found) + tape.backward,
-        recompute=sum(costs.recompute for costs in dropped) + again,
+        backward=sum(part.backward for part in (*layers, ends, logits)),
+        recompute=sum(layer.recompute for layer in dropped) + logits.recompute,
         reference=forward if reference else 0,
-        layers=sum(costs.saved for costs in kept),
-        inputs=sum(costs.input for costs in dropped),
-        ends=tape.saved_bytes + max((costs.rotary for costs in kept), default=0),
-        copies=sum(costs.copies for costs in found) + tape.copied_bytes,
-        saved_copies=sum(costs.saved_copies for costs in kept) + tape.saved_copied_bytes,
-        recomputed=max((costs.saved + costs.saved_copies for costs in dropped), default=0),
-        **(_loss_bytes(shape, x, words) if fused_head else {"tile": 0, "loss": 0}),
+        layers=sum(layer.saved for layer in kept),
+        inputs=sum(layer.input.nbytes for layer in dropped if layer.output.requires_grad),
+        ends=ends.saved + logits.saved + sum(shared.values()),
+        copies=sum(part.copies for part in (*layers, ends)),
+        saved_copies=sum(part.saved_copies for part in (*kept, ends)),
+        recomputed=max((layer.saved + layer.saved_copies for layer in dropped), default=0),
+        tile=logits.tile,
+        loss=logits.loss,
     )
 
 
-def _weights(selection: Selection, precision: Precision) -> dict[str, Value]:
-    """Every parameter of the model."""
-    anatomy, frozen = selection.anatomy, set(selection.frozen_parameters)
-    numels = {name: math.prod(shape) for name, shape in anatomy.shapes.items()}
-    first = next(iter(anatomy.embeddings))  # in model order, so that of the input
-    weights = {}
-    for name, numel in (numels | anatomy.embeddings | anatomy.others).items():
-        grad = name not in frozen
-        dtype = precision.trained if grad or name == first else precision.frozen
-        weights[name] = Value(numel, dtype.itemsize, grad, is_parameter=True)
-    return weights
+@functools.lru_cache(maxsize=8)
+def _counted_model(
+    kind: type[PretrainedConfig],
+    config: str,
+    precision: Precision,
+    rows: int,
+    length: int,
+    attention: str | None,
+    padded: bool,
+    logits: bool,
+) -> CountedModel:
+    return CountedModel(
+        kind.from_dict(json.loads(config)), precision, rows, length, attention=attention, padded=padded, logits=logits
+    )
 
 
-def _by_layer(weights: dict[str, Value], selection: Selection) -> list[dict[str, Value]]:
-    """The weights of each layer by their names in it, such as `mlp.up_proj.weight`."""
-    layers: list[dict[str, Value]] = [{} for _ in range(selection.anatomy.num_layers)]
-    for name, parts in selection.anatomy.parts_by_parameter.items():
-        index = parts[0][0].layer
-        layers[index][name.partition(f".{index}.")[2]] = weights[name]
-    return layers
+@dataclass(frozen=True)
+class Head:
+    """TRL's product with the vocabulary, in tiles that it computes again in the backward pass.
+
+    Attributes:
+        forward: FLOPs.
+        backward: FLOPs.
+        recompute: FLOPs.
+        saved: bytes.
+        tile: bytes of a tile of logits and what it is the product of.
+        loss: bytes of that, and of the gradients in fp32.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    recompute: int = 0
+    saved: int = 0
+    tile: int = 0
+    loss: int = 0
 
 
-def _layer_costs(
-    shape: Shape, weights: dict[str, Value], grad: bool, width: int, rotary: Value, precision: Precision
-) -> tuple[LayerCosts, bool]:
-    """One layer, and whether its output requires a gradient."""
-    tape, x = Tape(precision.compute), Value(shape.tokens * shape.hidden, width, grad)
-    out = layer(tape, shape, weights, x, rotary)
-    shared = rotary.nbytes if rotary in tape.saved else 0
-    return LayerCosts(
-        forward=tape.forward,
-        backward=tape.backward,
-        recompute=tape.forward_at_last_save,
-        saved=tape.saved_bytes - shared,
-        input=x.nbytes if out.grad else 0,
-        rotary=shared,
-        copies=tape.copied_bytes,
-        saved_copies=tape.saved_copied_bytes,
-    ), out.grad
-
-
-def _head(tape: Tape, shape: Shape, x: Value, words: Value, *, fused: bool) -> int:
-    """The product with the vocabulary, and the FLOPs that its backward pass computes again."""
-    if not fused:
-        tape.linear(x, words, shape.hidden)
-        return 0
-    positions = shape.rows * (shape.length - 1)  # nothing is predicted from the last token
-    flops = 2 * positions * words.numel
-    tape.forward += flops
-    tape.backward += flops * (x.grad + words.grad)
-    if not (x.grad or words.grad):
-        return 0
+def _head(x: torch.Tensor, numel: int, trains: bool) -> Head:
+    """TRL's head on hidden states of rows x length x width, with a weight of so many elements."""
+    rows, length, width = x.shape
+    positions = rows * (length - 1)  # nothing is predicted from the last token
+    forward, gradients = 2 * positions * numel, x.requires_grad + trains
     # Hidden states, the next tokens, the normalizer and the entropy of each distribution, and what is not trained on.
-    tape.save(Value(positions * shape.hidden, x.width, x.grad))
-    tape.save(*(Value(positions, width, grad=False) for width in (8, 4, 4, 1)))
-    return flops
-
-
-def _loss_bytes(shape: Shape, x: Value, words: Value) -> dict[str, int]:
-    """What TRL's head takes in its two passes: a tile of logits with what it is the product of; gradients in fp32."""
-    vocabulary, positions = words.numel // shape.hidden, shape.rows * (shape.length - 1)
-    tokens, tile = min(TILE_TOKENS, positions), min(TILE_WORDS, vocabulary)
-    bf16 = 2 * (tokens * (tile + shape.hidden) + tile * shape.hidden)
-    gradients = 4 * (positions * shape.hidden * x.grad + words.numel * words.grad)
-    return {"tile": bf16, "loss": bf16 + gradients}
+    saved = positions * (width * x.element_size() + 8 + 4 + 4 + 1) if gradients else 0
+    tokens, words = min(TILE_TOKENS, positions), min(TILE_WORDS, numel // width)
+    tile = 2 * (tokens * (words + width) + words * width)
+    loss = tile + 4 * (positions * width * x.requires_grad + numel * trains)
+    return Head(forward, forward * gradients, forward * bool(gradients), saved, tile, loss)
 
 
 def layers_to_checkpoint(count: int, *, every: int = 1) -> range:
