@@ -16,10 +16,10 @@ No weights are needed, and no pass is run: `hft.planning.exact` runs one on fake
 from __future__ import annotations
 
 import functools
-import json
+import pickle
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -154,26 +154,22 @@ def costs_of(
     Raises:
         HFTError: it is not known for this model.
     """
-    model = _counted_model(
-        type(model_config), model_config.to_json_string(), precision, rows, length, attention, padded, not fused_head
-    )
+    model = _counted_model(pickle.dumps(model_config), precision, rows, length, attention, padded, not fused_head)
     anatomy, trained = selection.anatomy, frozenset(selection.trained_parameters)
     by_layer: list[set[str]] = [set() for _ in range(anatomy.num_layers)]
     for name in trained & anatomy.in_layers:
         index = anatomy.parts_by_parameter[name][0][0].layer
         by_layer[index].add(name.partition(f".{index}.")[2])
-    ends = model.ends(
-        trained.difference(anatomy.in_layers), layers_train=any(by_layer), checkpointed=bool(checkpointed)
-    )
+    outside = trained.difference(anatomy.in_layers)
+    ends, _ = model.ends(outside, layers_train=any(by_layer), checkpointed=bool(checkpointed))
     layers, grad = [], ends.input.requires_grad
-    for call, names in zip(model.calls, by_layer, strict=True):
-        layers.append(model.layer(call.kind, frozenset(names), grad=grad))
+    for kind, names in zip(model.kinds, by_layer, strict=True):
+        layers.append(model.layer(kind, frozenset(names), grad=grad))
         grad = layers[-1].output.requires_grad
     kept = [layer for index, layer in enumerate(layers) if index not in checkpointed]
     dropped = [layer for index, layer in enumerate(layers) if index in checkpointed]
     shared = {storage: size for layer in kept for storage, size in layer.shared.items()}
-    head = list(anatomy.embeddings)[-1]
-    logits = _head(ends.output, anatomy.embeddings[head], head in trained) if fused_head else Head()
+    logits = _head(ends.output, *model.head(outside)) if fused_head else Head()
     forward = sum(part.forward for part in (*layers, ends, logits))
     return StepCosts(
         tokens=rows * length,
@@ -193,19 +189,9 @@ def costs_of(
 
 
 @functools.lru_cache(maxsize=8)
-def _counted_model(
-    kind: type[PretrainedConfig],
-    config: str,
-    precision: Precision,
-    rows: int,
-    length: int,
-    attention: str | None,
-    padded: bool,
-    logits: bool,
-) -> CountedModel:
-    return CountedModel(
-        kind.from_dict(json.loads(config)), precision, rows, length, attention=attention, padded=padded, logits=logits
-    )
+def _counted_model(config: bytes, *how: Any) -> CountedModel:
+    """The same for the same config, which is not hashable."""
+    return CountedModel(pickle.loads(config), *how)
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,34 @@
-"""Counts what a model computes and keeps, by running its parts on tensors without storage.
+"""Counts what a model computes and keeps for a backward pass, by running its parts on tensors without storage.
 
-FLOPs are those of matrix products, as torch's `FlopCounterMode` has them; bytes are those of the tensors that autograd
-saves for the backward pass. The backward pass is not run: the gradient of each operand is a product of the same size.
+FLOPs are those of matrix products, two per multiplication with its addition, as torch's `FlopCounterMode` has them, and
+bytes those of the tensors that autograd saves. No backward pass is run: the gradient of each operand of a product takes
+as much as the product itself.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, UntypedStorage, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
+    unset_fake_temporarily,
 )
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from hft.errors import HFTError
 from hft.model.anatomy import layers_of, meta_model
@@ -37,138 +39,107 @@ if TYPE_CHECKING:
     from hft.planning.costs import Precision
 
 aten = torch.ops.aten
-# Matrix products, and where their two operands are among the arguments.
-PRODUCTS = {
-    aten.mm: slice(0, 2),
-    aten.bmm: slice(0, 2),
-    aten._grouped_mm: slice(0, 2),
-    aten.addmm: slice(1, 3),
-    aten.baddbmm: slice(1, 3),
-}
-# Names of a layer's position, the one setting in which equal layers differ.
-POSITIONS = ("layer_idx", "layer_id", "layer_number")
+# Matrix products, and which of their arguments are the two factors.
+PRODUCTS = {op: slice(0, 2) for op in (aten.mm, aten.bmm, aten._grouped_mm)}
+PRODUCTS |= {op: slice(1, 3) for op in (aten.addmm, aten.baddbmm)}
+# How models find out whether a mask hides anything.
+QUESTIONS = (Tensor.view, Tensor.sum, Tensor.eq, Tensor.__eq__, Tensor.all, torch.all, Tensor.__bool__)
+# Names of a layer's index, the one setting in which equal layers differ.
+INDICES = ("layer_idx", "layer_id", "layer_number")
 
 
 @dataclass(frozen=True)
 class Counted:
-    """A part of a model: one layer, or what is around the layers.
+    """Costs of one layer, or of what is around the layers.
 
     Attributes:
         forward: FLOPs.
         backward: FLOPs.
-        recompute: FLOPs of the forward pass up to the last tensor that it saves, where checkpointing stops.
-        saved: bytes that it saves for the backward pass.
-        shared: bytes of each tensor that it saves and other layers save too, such as cosines and sines.
-        copies: bytes of its trained weights in bf16, which autocast keeps until the forward pass ends.
-        saved_copies: bytes of those that autograd keeps beyond it.
-        input: the hidden states that it was given, or that reach the first layer.
-        output: the hidden states, or logits, that it returns.
+        recompute: FLOPs up to the last tensor that is saved, which is as far as non-reentrant checkpointing recomputes.
+        saved: bytes that are saved.
+        shared: bytes of each saved tensor that all layers are given, such as cosines and sines.
+        copies: bytes of trained weights in bf16, which autocast keeps until the forward pass ends.
+        saved_copies: bytes of those that are saved.
+        input: hidden states that it is given, or that the first layer is.
+        output: hidden states or logits.
     """
 
     forward: int
     backward: int
     recompute: int
     saved: int
-    shared: dict[torch.UntypedStorage, int]
+    shared: dict[UntypedStorage, int]
     copies: int
     saved_copies: int
-    input: torch.Tensor
-    output: torch.Tensor
+    input: Tensor
+    output: Tensor
 
 
 class Counter(TorchDispatchMode):
-    """Counts what runs inside it, on fake tensors.
+    """Counts what runs inside it on fake tensors."""
 
-    Args:
-        weights: tensors that exist anyway, so that saving them takes nothing.
-        shared: tensors that are counted apart.
-    """
-
-    def __init__(self, weights: Iterable[torch.Tensor], shared: Iterable[torch.Tensor] = ()):
+    def __init__(self):
         super().__init__()
         self.forward = self.backward = self.recompute = 0
-        self.weights = {weight.untyped_storage() for weight in weights}
-        self.shared = {tensor.untyped_storage() for tensor in shared}
-        self.copies: set[torch.UntypedStorage] = set()
-        self.held: list[weakref.ref[Held]] = []
+        self._saved: list[weakref.ref[Callable[[], Tensor]]] = []
+        self.copies: set[UntypedStorage] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         op = func.overloadpacket
-        if op is aten._grouped_mm:  # which torch has on fake tensors in bf16 only
+        if op is aten._grouped_mm:  # torch knows its shape for bf16 only
             out = args[0].new_empty(*args[0].shape[:-1], args[1].shape[-1])
         else:
             out = func(*args, **(kwargs or {}))
         if op in PRODUCTS:
             a, b = args[PRODUCTS[op]]
-            flops = 2 * out.numel() * a.shape[-1]
-            self.forward += flops
-            self.backward += flops * (a.requires_grad + b.requires_grad)
-        elif op is aten._scaled_dot_product_flash_attention_for_cpu:  # two products; four in the backward pass
+            self._add(2 * out.numel() * a.shape[-1], a.requires_grad + b.requires_grad)
+        elif op is aten._scaled_dot_product_flash_attention_for_cpu:  # two products, and four in the backward pass
             q, k, v = args[:3]
-            flops = 4 * q.numel() * k.shape[-2]
-            self.forward += flops
-            self.backward += 2 * flops * (q.requires_grad or k.requires_grad or v.requires_grad)
-        elif op is aten._to_copy and out.dtype == torch.bfloat16 and self._is_trained_weight(args[0]):
+            self._add(4 * q.numel() * k.shape[-2], 2 * any(x.requires_grad for x in (q, k, v)))
+        elif op is aten._to_copy and out.dtype == torch.bfloat16 and args[0].is_leaf and args[0].requires_grad:
             self.copies.add(out.untyped_storage())
         return out
 
-    def _is_trained_weight(self, x: torch.Tensor) -> bool:
-        return x.requires_grad and x.is_leaf and x.untyped_storage() in self.weights
+    def _add(self, flops: int, gradients: int) -> None:
+        self.forward += flops
+        self.backward += flops * gradients
 
-    def saving(self) -> saved_tensors_hooks:
-        """A context in which it notes what autograd saves."""
+    def save(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Note that autograd saves a tensor. It drops what it is given for it once no gradient needs the tensor."""
 
-        def pack(tensor: torch.Tensor) -> Held:
-            held = Held(tensor)
-            self.held.append(weakref.ref(held))
-            self.recompute = self.forward
-            return held
+        def unpack() -> Tensor:
+            return tensor
 
-        return saved_tensors_hooks(pack, lambda held: held.tensor)
+        self._saved.append(weakref.ref(unpack))
+        self.recompute = self.forward
+        return unpack
 
-    def counted(self, x: torch.Tensor, out: torch.Tensor) -> Counted:
-        """What was counted, given hidden states before and after, while these and their graphs are alive."""
-        saved = {held.tensor.untyped_storage() for ref in self.held if (held := ref()) is not None} - self.weights
-
-        def size(storages: set[torch.UntypedStorage]) -> int:
-            return sum(storage.nbytes() for storage in storages)
-
-        return Counted(
-            forward=self.forward,
-            backward=self.backward,
-            recompute=self.recompute,
-            saved=size(saved - self.shared - self.copies),
-            shared={storage: storage.nbytes() for storage in saved & self.shared},
-            copies=size(self.copies),
-            saved_copies=size(self.copies & saved),
-            input=x.detach().requires_grad_(x.requires_grad),
-            output=out.detach().requires_grad_(out.requires_grad),
-        )
+    @property
+    def saved(self) -> set[UntypedStorage]:
+        return {unpack().untyped_storage() for ref in self._saved if (unpack := ref())}
 
 
-class Held:
-    """A tensor that autograd saves. What no gradient needs is freed with its part of the graph."""
+class AsOnGPU(TorchFunctionMode):
+    """Attention as a kernel of a GPU computes it, and answers about masks that hide nothing.
 
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor
-
-
-class FlashAttention(TorchFunctionMode):
-    """Attention as a GPU's kernel has it: of dropout it keeps a seed, and values as narrow as they like are padded."""
+    A kernel keeps the seed of dropout instead of a mask. Values that are narrower than queries are padded.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in QUESTIONS and not isinstance(args[0], FakeTensor):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
         if func is not scaled_dot_product_attention:
             return func(*args, **kwargs)
         q, k, v, *more = args
-        kwargs = kwargs | {"dropout_p": 0.0}
-        if q.shape[-1] == v.shape[-1]:
-            return func(q, k, v, *more, **kwargs)
-        return func(q, k, pad(v, (0, q.shape[-1] - v.shape[-1])), *more, **kwargs)[..., : v.shape[-1]]
+        missing = q.shape[-1] - v.shape[-1]
+        out = func(q, k, pad(v, (0, missing)) if missing else v, *more, **kwargs | {"dropout_p": 0.0})
+        return out[..., : v.shape[-1]] if missing else out
 
 
 class CountedModel:
-    """A model without storage, and what its parts take of a micro-batch, depending on what of them trains.
+    """A model without storage on a micro-batch. What its parts cost depends on what of them trains.
 
     Args:
         config: of the model.
@@ -176,8 +147,8 @@ class CountedModel:
         rows: sequences.
         length: tokens of each.
         attention: transformers' name of an implementation; by default the model's own.
-        padded: whether some rows are shorter than others, so that attention needs a mask.
-        logits: whether those of the model are counted too.
+        padded: whether attention needs a mask.
+        logits: whether the model's head is counted.
     """
 
     def __init__(
@@ -186,157 +157,151 @@ class CountedModel:
         precision: Precision,
         rows: int,
         length: int,
-        *,
         attention: str | None,
         padded: bool,
         logits: bool,
     ):
-        self.precision, self.length, self.padded = precision, length, padded
-        self.flash = (attention or "").startswith("flash")
-        self.model = meta_model(config).train()
+        from transformers.modeling_utils import local_torch_dtype
+
+        self.precision, self.flash = precision, (attention or "").startswith("flash")
+        with local_torch_dtype(precision.frozen):  # as when a checkpoint is loaded
+            self.model = meta_model(config).train()
         if attention:
             self.model.set_attn_implementation("eager" if attention == "eager" else "sdpa")
         self.body = self.model if logits else self.model.get_decoder()
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with self.mode:
+        with FakeTensorMode(allow_non_fake_inputs=True) as self.mode:
             for module in self.model.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
             ids = torch.zeros(rows, length, dtype=torch.long)
-            self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids) if padded else None}
-        self.calls: list[Call] = []  # of each layer
+            mask = torch.ones_like(ids) if padded else None
+        mask = torch.ones(rows, length, dtype=torch.bool) if mask is None else mask  # a real one, to be asked
+        self.inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         self.layer, self.ends = functools.cache(self._layer), functools.cache(self._ends)
+        self.output: Any = None  # of a layer
         with torch.no_grad():
-            self._ends(frozenset(), layers_train=False, checkpointed=False)
+            self.calls = self._ends(frozenset(), layers_train=False, checkpointed=False)[1]
 
-    def _layer(self, kind: Any, trained: frozenset[str], *, grad: bool) -> Counted:
-        """A layer of a kind.
+    def _layer(self, index: int, trained: frozenset[str], *, grad: bool) -> Counted:
+        """The layer at an index.
 
         Args:
-            kind: of the layer, as it is in `calls`.
+            index: of the first layer of its kind.
             trained: its parameters that train, by their names in it.
             grad: whether its input requires a gradient.
         """
-        call = next(call for call in self.calls if call.kind == kind)
+        layer, x, args, kwargs = self.calls[index]
         with self.mode:
-            x = torch.empty_like(call.x, requires_grad=grad)
-            weights = self._weights(call.layer, trained)
-            counter = Counter([*weights.values(), *call.layer.buffers()], call.tensors)
-            with self._computing(), counter.saving(), counter:
-                out = functional_call(call.layer, weights, (x, *call.args), call.kwargs)
-            return counter.counted(x, _first(out))
+            x = torch.empty_like(x, requires_grad=grad)
+            x = x.view_as(x)  # autocast would keep the copy of a leaf
+        shared = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        return self._count(layer, trained, [x], (x, *args), kwargs, shared)
 
-    def _ends(self, trained: frozenset[str], *, layers_train: bool, checkpointed: bool) -> Counted:
-        """What is around the layers: embeddings, last norm, and the model's logits if they are counted.
+    def _ends(self, trained: frozenset[str], *, layers_train: bool, checkpointed: bool) -> tuple[Counted, list[Any]]:
+        """What is around the layers: embeddings, last norm, and the head if it is counted. Also how layers are called.
 
         Args:
-            trained: parameters outside the layers that train, by their names in the model.
+            trained: parameters outside the layers that train.
             layers_train: whether a layer has any.
             checkpointed: whether a layer is, for which transformers asks for the gradient of the embeddings.
         """
-        layers, first = layers_of(self.model), self.calls == []
-        reached: list[torch.Tensor] = []  # hidden states before each layer
+        calls: list[Any] = []
+        reached: list[Tensor] = []
 
-        def stand_in(layer: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def stand_in(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
             del layer.forward
+            kwargs |= {"attention_mask": None} if self.flash else {}
+            calls.append((layer, x, args, kwargs))
             reached.append(x)
-            if first:
-                if not self._is_masked(len(self.calls)):
-                    args, kwargs = tree_map(self._without_mask, (args, kwargs))
-                self.calls.append(Call(_kind(layer, args, kwargs), layer, x, args, kwargs))
-            if len(self.calls) == 1:
-                self.out = functional_call(layer, self._weights(layer, frozenset()), (x, *args), kwargs)
-            y = torch.empty_like(_first(self.out), requires_grad=x.requires_grad or layers_train)
-            return (y, *self.out[1:]) if isinstance(self.out, tuple) else y
+            if self.output is None:
+                self.output = functional_call(layer, self._weights(layer, ()), (x, *args), kwargs)
+            y = torch.empty_like(_hidden(self.output), requires_grad=x.requires_grad or layers_train)
+            return (y, *self.output[1:]) if isinstance(self.output, tuple | list) else y
 
-        for layer in layers:
+        for layer in layers_of(self.model):
             layer.forward = functools.partial(stand_in, layer)
-        prefix = next((f"{name}." for name, module in self.model.named_modules() if module is self.body and name), "")
-        inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
-        with self.mode:
-            weights = self._weights(self.body, frozenset(name.removeprefix(prefix) for name in trained), without=inside)
-            counter = Counter([*weights.values(), *self.body.buffers()])
-            embeddings = self.model.get_input_embeddings()
-            hook = embeddings.register_forward_hook(
-                lambda *args: args[-1].requires_grad_(checkpointed or args[-1].requires_grad)
-            )
-            with self._computing(), counter.saving(), counter:
-                out = functional_call(self.body, weights, (), self.inputs | {"use_cache": False})[0]
-            hook.remove()
-            return counter.counted(reached[0], out)
+        if checkpointed:
+            self.model.enable_input_require_grads()
+        counted = self._count(self.body, trained, reached, (), self.inputs)
+        if checkpointed:
+            self.model.disable_input_require_grads()
+        return counted, calls
 
-    def _is_masked(self, index: int) -> bool:
-        """Whether a layer needs a mask. Of fake rows transformers cannot see that they are not padded."""
-        config = self.model.config.get_text_config()
-        window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-        slides = window and self.length >= window and not (types and types[index] == "full_attention")
-        return config._attn_implementation == "eager" or (not self.flash and bool(self.padded or slides))
-
-    def _without_mask(self, x: Any) -> Any:
-        is_mask = isinstance(x, torch.Tensor) and x.dim() == 4 and x.shape[1:] == (1, self.length, self.length)
-        return None if is_mask else x
-
-    def _weights(
-        self, module: nn.Module, trained: frozenset[str], without: Collection[int] = ()
-    ) -> dict[str, nn.Parameter]:
-        """Parameters of a module in the dtypes of a run."""
-        wide = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        weights = {}
-        for name, parameter in module.named_parameters():
-            if id(parameter) not in without:
-                grad = name in trained
-                dtype = self.precision.trained if grad or id(parameter) in wide else self.precision.frozen
-                weights[name] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=grad)
-        return weights
-
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
+    def _count(
+        self,
+        module: nn.Module,
+        trained: frozenset[str],
+        reached: list[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        shared: Iterable[UntypedStorage] = (),
+    ) -> Counted:
+        owner = self.model if module is self.body else module
+        counter = Counter()
         try:
-            with FlashAttention(), torch.autocast("cpu", torch.bfloat16, enabled=self.precision.autocast):
-                yield
+            with self.mode, AsOnGPU(), torch.autocast("cpu", torch.bfloat16, enabled=self.precision.autocast):
+                weights = self._weights(module, {owner.get_parameter(name) for name in trained})
+                with counter, saved_tensors_hooks(counter.save, lambda unpack: unpack()):
+                    out = _hidden(functional_call(module, weights, args, kwargs))
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
             raise HFTError(
                 f"FLOPs and activations of model type {self.model.config.model_type} are not known: what it computes "
-                f"depends on its weights ({type(error).__name__}: {error})"
+                f"depends on its weights ({error})"
             ) from error
+        kept = {tensor.untyped_storage() for tensor in (*weights.values(), *module.buffers())}
+        saved = counter.saved - kept
+        shared = saved.intersection(shared)
+        return Counted(
+            forward=counter.forward,
+            backward=counter.backward,
+            recompute=counter.recompute,
+            saved=_size(saved - shared - counter.copies),
+            shared={storage: storage.nbytes() for storage in shared},
+            copies=_size(counter.copies),
+            saved_copies=_size(counter.copies & saved),
+            input=reached[0],
+            output=out,
+        )
+
+    def _weights(self, module: nn.Module, trained: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Parameters of a module in the dtypes of a run."""
+        trained = set(trained)
+        wide = trained.union(*(m.parameters() for m in module.modules() if isinstance(m, nn.Embedding)))
+        return {
+            name: nn.Parameter(
+                torch.empty(p.shape, dtype=self.precision.trained if p in wide else self.precision.frozen), p in trained
+            )
+            for name, p in module.named_parameters()
+        }
+
+    @functools.cached_property
+    def kinds(self) -> list[int]:
+        """For each layer the first that costs the same if the same of it trains."""
+        first: dict[Any, int] = {}
+        return [first.setdefault(_kind(*call), index) for index, call in enumerate(self.calls)]
+
+    def head(self, trained: Iterable[str]) -> tuple[int, bool]:
+        """Elements of the product with the vocabulary, and whether it trains."""
+        weight = self.model.get_output_embeddings().weight
+        return weight.numel(), any(self.model.get_parameter(name) is weight for name in trained)
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
-    """How a model calls one of its layers.
-
-    Attributes:
-        kind: equal for layers that are.
-        layer: without storage.
-        x: hidden states.
-        args: what follows them.
-        kwargs: all else.
-    """
-
-    kind: tuple[Any, ...]
-    layer: nn.Module
-    x: torch.Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """What all layers share."""
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
-
-
-def _kind(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Whatever makes two layers of one model differ: settings of its modules, shapes of weights and arguments."""
+def _kind(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What can make layers differ: settings of their modules, shapes of weights and of what they are given."""
     settings = [
         (path, type(module), key, value)
         for path, module in layer.named_modules()
         for key, value in vars(module).items()
-        if key not in POSITIONS and isinstance(value, (bool, int, float, str))
+        if key not in INDICES and isinstance(value, (bool, int, float, str))
     ]
-    shapes = [(name, parameter.shape) for name, parameter in layer.named_parameters()]
-    given = [getattr(leaf, "shape", None) for leaf in tree_leaves((args, kwargs))]
-    return (*settings, *shapes, *given)
+    shapes = [getattr(leaf, "shape", None) for leaf in (*layer.parameters(), *tree_leaves((x, args, kwargs)))]
+    return (*settings, *shapes)
 
 
-def _first(out: Any) -> torch.Tensor:
-    return out[0] if isinstance(out, tuple) else out
+def _hidden(out: Any) -> Tensor:
+    """Hidden states or logits, which come first in what a layer or a model returns."""
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def _size(storages: Iterable[UntypedStorage]) -> int:
+    return sum(storage.nbytes() for storage in storages)
