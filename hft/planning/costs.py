@@ -1,16 +1,10 @@
-"""What a step of a run costs, in closed form: FLOPs, and bytes that autograd keeps between forward and backward.
+"""What a step of a run costs: FLOPs, and bytes that autograd keeps between forward and backward.
 
-No weights are needed, and no pass is run: `hft.planning.exact` runs one on fake tensors, and the two agree.
-
-- FLOPs are those of matrix products, two for each multiplication with its addition, as torch's `FlopCounterMode` has
-  them. Attention is the full square, not its causal half, and as eager attention computes it.
+- Attention is the full square, not its causal half, and what a flash kernel computes again is not counted.
 - A weight that trains, wholly or in part, costs the gradient of the whole weight. What lies below everything that
-  trains costs no backward pass, unless activation checkpointing is on: transformers then asks for the gradient of the
-  embeddings.
-- Checkpointed layers are computed again as far as the last tensor that their backward pass needs, which leaves out
-  their last product.
+  trains costs no backward pass, unless activation checkpointing is on.
 - The head is TRL's: it never holds all logits, and computes them a second time in the backward pass.
-- Rows are as long as they may be, without padding, and every token is trained on.
+- Rows are as long as they may be, and every token is trained on.
 """
 
 from __future__ import annotations
@@ -19,7 +13,7 @@ import functools
 import pickle
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -161,8 +155,8 @@ def costs_of(
         index = anatomy.parts_by_parameter[name][0][0].layer
         by_layer[index].add(name.partition(f".{index}.")[2])
     outside = trained.difference(anatomy.in_layers)
-    ends, _ = model.ends(outside, layers_train=any(by_layer), checkpointed=bool(checkpointed))
-    layers, grad = [], ends.input.requires_grad
+    ends, calls = model.ends(outside, layers_train=any(by_layer), checkpointed=bool(checkpointed))
+    layers, grad = [], calls[0].x.requires_grad
     for kind, names in zip(model.kinds, by_layer, strict=True):
         layers.append(model.layer(kind, frozenset(names), grad=grad))
         grad = layers[-1].output.requires_grad
@@ -178,7 +172,7 @@ def costs_of(
         recompute=sum(layer.recompute for layer in dropped) + logits.recompute,
         reference=forward if reference else 0,
         layers=sum(layer.saved for layer in kept),
-        inputs=sum(layer.input.nbytes for layer in dropped if layer.output.requires_grad),
+        inputs=sum(calls[index].x.nbytes for index in checkpointed if layers[index].output.requires_grad),
         ends=ends.saved + logits.saved + sum(shared.values()),
         copies=sum(part.copies for part in (*layers, ends)),
         saved_copies=sum(part.saved_copies for part in (*kept, ends)),
@@ -194,18 +188,8 @@ def _counted_model(config: bytes, *how: Any) -> CountedModel:
     return CountedModel(pickle.loads(config), *how)
 
 
-@dataclass(frozen=True)
-class Head:
-    """TRL's product with the vocabulary, in tiles that it computes again in the backward pass.
-
-    Attributes:
-        forward: FLOPs.
-        backward: FLOPs.
-        recompute: FLOPs.
-        saved: bytes.
-        tile: bytes of a tile of logits and what it is the product of.
-        loss: bytes of that, and of the gradients in fp32.
-    """
+class Head(NamedTuple):
+    """TRL's product with the vocabulary: FLOPs, saved bytes, and bytes of a tile in the forward and backward pass."""
 
     forward: int = 0
     backward: int = 0
@@ -216,7 +200,7 @@ class Head:
 
 
 def _head(x: torch.Tensor, numel: int, trains: bool) -> Head:
-    """TRL's head on hidden states of rows x length x width, with a weight of so many elements."""
+    """Of hidden states of rows x length x width, and a weight of so many elements."""
     rows, length, width = x.shape
     positions = rows * (length - 1)  # nothing is predicted from the last token
     forward, gradients = 2 * positions * numel, x.requires_grad + trains

@@ -11,7 +11,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -60,7 +60,6 @@ class Counted:
         shared: bytes of each saved tensor that all layers are given, such as cosines and sines.
         copies: bytes of trained weights in bf16, which autocast keeps until the forward pass ends.
         saved_copies: bytes of those that are saved.
-        input: hidden states that it is given, or that the first layer is.
         output: hidden states or logits.
     """
 
@@ -71,8 +70,16 @@ class Counted:
     shared: dict[UntypedStorage, int]
     copies: int
     saved_copies: int
-    input: Tensor
     output: Tensor
+
+
+class Call(NamedTuple):
+    """A layer, the hidden states that it is given, and what else."""
+
+    layer: nn.Module
+    x: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class Counter(TorchDispatchMode):
@@ -92,17 +99,17 @@ class Counter(TorchDispatchMode):
             out = func(*args, **(kwargs or {}))
         if op in PRODUCTS:
             a, b = args[PRODUCTS[op]]
-            self._add(2 * out.numel() * a.shape[-1], a.requires_grad + b.requires_grad)
+            flops = 2 * out.numel() * a.shape[-1]
+            self.forward += flops
+            self.backward += flops * (a.requires_grad + b.requires_grad)
         elif op is aten._scaled_dot_product_flash_attention_for_cpu:  # two products, and four in the backward pass
             q, k, v = args[:3]
-            self._add(4 * q.numel() * k.shape[-2], 2 * any(x.requires_grad for x in (q, k, v)))
+            flops = 4 * q.numel() * k.shape[-2]
+            self.forward += flops
+            self.backward += 2 * flops * any(x.requires_grad for x in (q, k, v))
         elif op is aten._to_copy and out.dtype == torch.bfloat16 and args[0].is_leaf and args[0].requires_grad:
             self.copies.add(out.untyped_storage())
         return out
-
-    def _add(self, flops: int, gradients: int) -> None:
-        self.forward += flops
-        self.backward += flops * gradients
 
     def save(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Note that autograd saves a tensor. It drops what it is given for it once no gradient needs the tensor."""
@@ -183,36 +190,25 @@ class CountedModel:
             self.calls = self._ends(frozenset(), layers_train=False, checkpointed=False)[1]
 
     def _layer(self, index: int, trained: frozenset[str], *, grad: bool) -> Counted:
-        """The layer at an index.
-
-        Args:
-            index: of the first layer of its kind.
-            trained: its parameters that train, by their names in it.
-            grad: whether its input requires a gradient.
-        """
+        """The layer at an index. Its trained parameters go by their names in it; its input may require a gradient."""
         layer, x, args, kwargs = self.calls[index]
         with self.mode:
             x = torch.empty_like(x, requires_grad=grad)
             x = x.view_as(x)  # autocast would keep the copy of a leaf
         shared = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        return self._count(layer, trained, [x], (x, *args), kwargs, shared)
+        return self._count(layer, trained, (x, *args), kwargs, shared)
 
-    def _ends(self, trained: frozenset[str], *, layers_train: bool, checkpointed: bool) -> tuple[Counted, list[Any]]:
+    def _ends(self, trained: frozenset[str], *, layers_train: bool, checkpointed: bool) -> tuple[Counted, list[Call]]:
         """What is around the layers: embeddings, last norm, and the head if it is counted. Also how layers are called.
 
-        Args:
-            trained: parameters outside the layers that train.
-            layers_train: whether a layer has any.
-            checkpointed: whether a layer is, for which transformers asks for the gradient of the embeddings.
+        If a layer is checkpointed, transformers asks for the gradient of the embeddings.
         """
-        calls: list[Any] = []
-        reached: list[Tensor] = []
+        calls: list[Call] = []
 
         def stand_in(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
             del layer.forward
             kwargs |= {"attention_mask": None} if self.flash else {}
-            calls.append((layer, x, args, kwargs))
-            reached.append(x)
+            calls.append(Call(layer, x, args, kwargs))
             if self.output is None:
                 self.output = functional_call(layer, self._weights(layer, ()), (x, *args), kwargs)
             y = torch.empty_like(_hidden(self.output), requires_grad=x.requires_grad or layers_train)
@@ -222,7 +218,7 @@ class CountedModel:
             layer.forward = functools.partial(stand_in, layer)
         if checkpointed:
             self.model.enable_input_require_grads()
-        counted = self._count(self.body, trained, reached, (), self.inputs)
+        counted = self._count(self.body, trained, (), self.inputs)
         if checkpointed:
             self.model.disable_input_require_grads()
         return counted, calls
@@ -231,7 +227,6 @@ class CountedModel:
         self,
         module: nn.Module,
         trained: frozenset[str],
-        reached: list[Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         shared: Iterable[UntypedStorage] = (),
@@ -259,7 +254,6 @@ class CountedModel:
             shared={storage: storage.nbytes() for storage in shared},
             copies=_size(counter.copies),
             saved_copies=_size(counter.copies & saved),
-            input=reached[0],
             output=out,
         )
 

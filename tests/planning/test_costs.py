@@ -1,46 +1,33 @@
-"""The closed form of FLOPs and activations against the model itself on fake tensors, and against published counts."""
+"""FLOPs and saved bytes against real models that take a real step, and against published counts."""
 
-import copy
 import time
+import weakref
 
 import pytest
 import torch
-from transformers import Gemma2Config, LlamaConfig, MistralConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
+from transformers.modeling_utils import local_torch_dtype
+from trl.trainer.utils import add_fused_lm_head
 
 from hft.errors import HFTError
-from hft.model.anatomy import anatomy_of, meta_model
+from hft.freezing import freeze
+from hft.model.anatomy import anatomy_of, architecture_of, layers_of, meta_model
 from hft.model.load import read_config
-from hft.planning.costs import costs_of, fewest_checkpointed_layers, layers_to_checkpoint
-from hft.planning.exact import count
-from hft.planning.tape import BFLOAT16, FLOAT32, MIXED
+from hft.planning.costs import (
+    BFLOAT16,
+    FLOAT32,
+    MIXED,
+    costs_of,
+    fewest_checkpointed_layers,
+    layers_to_checkpoint,
+)
 from hft.selection import Selection, SelectionConfig, select
-from hft.selection.policies import build_selection, placeholder_selection
+from hft.selection.policies import build_selection
+from tests.model.test_architectures import FAMILIES, config_of
 
 GIB = 2**30
-# Public shapes; with two or three layers, since the counts are linear in them.
-SHAPES = {
-    "llama2-7b": "recipes/llama2-7b",
-    "llama3-8b": "recipes/llama3-8b",
-    "qwen2.5-7b": "recipes/qwen2.5-7b",
-    "mistral-7b": MistralConfig(sliding_window=96),
-    "qwen3-0.6b": Qwen3Config(
-        hidden_size=1024, intermediate_size=3072, num_attention_heads=16, num_key_value_heads=8, vocab_size=151936,
-        head_dim=128, tie_word_embeddings=True,
-    ),
-    "gemma2-2b": Gemma2Config(),
-    "mixtral-8x7b": MixtralConfig(),
-    "qwen3-30b-a3b": Qwen3MoeConfig(num_experts=128, num_attention_heads=32, head_dim=128),
-}  # fmt: skip
-MIXTURES = ("mixtral-8x7b", "qwen3-30b-a3b")
-
-
-def config_of(name, layers):
-    config = SHAPES[name]
-    config = read_config(name, config) if isinstance(config, str) else copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    return config
 
 
 class BottomHalf(Selection):
@@ -70,7 +57,7 @@ def core(anatomy):
 
 
 def chosen(**keys):
-    return lambda anatomy: placeholder_selection(anatomy, SelectionConfig(**keys))
+    return lambda anatomy: select(anatomy, SelectionConfig(**keys))
 
 
 SELECTIONS = {
@@ -80,68 +67,163 @@ SELECTIONS = {
     "layer": chosen(policy="layer"),
     "layer-freeze-io": chosen(policy="layer", freeze_embeddings=True),
     "model": chosen(policy="model"),
-    "explicit": chosen(policy="explicit", freeze=["q_proj", "k_proj", "*.0.mlp.*"], freeze_embeddings=True),
-    "attention-only": chosen(policy="category", attention_fraction=1.0, mlp_fraction=0.0, experts_fraction=0.0),
-    "random-element": chosen(policy="random-element"),
-    "importance": chosen(policy="importance", granularity="column", score="wanda"),
     "core": core,
     "bottom-half": bottom_half,
     "nothing-but-norms": chosen(policy="category", fraction=0.0, norm_fraction=1.0, freeze_embeddings=True),
 }
 
 
-def both(name, selection, *, layers=2, rows=2, length=128, precision=MIXED, checkpointed=(), attention=None):
-    """The closed form and the count of one micro-batch."""
-    config = config_of(name, layers)
+def flash(q, k, v, *args, out_shape=None, **kwargs):
+    return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+
+# Products that torch (2.13) has no formula for. TRL's head adds to its gradients in place.
+FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flash,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, *qkv, **kw: 2 * flash(*qkv),
+    torch.ops.aten.addmm_: lambda out, a, b, *args, **kwargs: 2 * a[0] * a[1] * b[1],
+    torch.ops.aten._grouped_mm: lambda a, b, *args, **kwargs: 2 * a[-2] * a[-1] * b[-1],
+}
+
+
+def real_model(config, selection, precision, attention, checkpointed):
+    """The frozen model in the dtypes of a run."""
+    torch.manual_seed(0)
+    with local_torch_dtype(precision.frozen):
+        model = architecture_of(config)(config)
+    if attention:
+        model.set_attn_implementation(attention)
+    freeze(model, selection)
+    embeddings = [p for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()]
+    for parameter in [*embeddings, *(p for p in model.parameters() if p.requires_grad)]:
+        parameter.data = parameter.data.to(precision.trained)
+    if checkpointed:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        for index, layer in enumerate(layers_of(model)):
+            layer.gradient_checkpointing = index in checkpointed
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    return model.train()
+
+
+def measured(config, selection, rows, length, *, precision, checkpointed=(), attention=None, padded=False):
+    """FLOPs of both passes of a real step on the CPU, and bytes that autograd holds between them."""
+    model = real_model(config, selection, precision, attention, checkpointed)
+    ids = torch.randint(3, 100, (rows, length))
+    mask = torch.ones_like(ids)
+    mask[-1, length - padded :] = 0
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    held = []
+
+    def pack(tensor):
+        def unpack():
+            return tensor
+
+        held.append(weakref.ref(unpack))
+        return unpack
+
+    forward, backward = (FlopCounterMode(display=False, custom_mapping=FORMULAS) for _ in range(2))
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision.autocast)
+    with forward, saved_tensors_hooks(pack, lambda unpack: unpack()), autocast:
+        kwargs = {"attention_mask": mask, "use_cache": False}
+        loss = -model(input_ids=ids, labels=ids, fused_lm_head=True, **kwargs).log_probs.sum()
+    storages = [unpack().untyped_storage() for ref in held if (unpack := ref())]
+    with backward:
+        loss.backward()
+    saved = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}
+    return forward.get_total_flops(), backward.get_total_flops(), sum(saved.values())
+
+
+def assert_counted(family, selection, *, rows=3, length=20, **how):
+    config = config_of(family)
+    config.attn_pdrop = 0.0  # GPT-2's: the CPU has no kernel with dropout
     selected = SELECTIONS[selection](anatomy_of(meta_model(config)))
-    how = {"precision": precision, "checkpointed": checkpointed, "attention": attention}
-    return costs_of(config, selected, rows, length, padded=True, **how), count(config, selected, rows, length, **how)
-
-
-def assert_equal(closed, counted):
-    assert closed.forward == counted.forward
-    assert closed.backward + closed.recompute == counted.backward
-    assert closed.saved + closed.saved_copies == pytest.approx(counted.saved, rel=0.001)
+    costs = costs_of(config, selected, rows, length, **how)
+    forward, backward, saved = measured(config, selected, rows, length, **how)
+    assert costs.forward == forward
+    assert costs.backward + costs.recompute == backward
+    assert costs.saved + costs.saved_copies == pytest.approx(saved, rel=0.001)
 
 
 FAST = [
-    ("llama2-7b", "category", {}),
-    ("qwen2.5-7b", "layer-freeze-io", {"checkpointed": (1,)}),
-    ("mixtral-8x7b", "category", {"precision": BFLOAT16, "checkpointed": (0,)}),
-    ("gemma2-2b", "bottom-half", {}),
-    ("qwen3-0.6b", "core", {"precision": FLOAT32}),
+    ("llama", "category", {"precision": MIXED}),
+    ("llama", "core", {"precision": MIXED, "padded": True, "checkpointed": (0, 2)}),
+    ("llama", "bottom-half", {"precision": BFLOAT16}),
+    ("llama", "nothing-but-norms", {"precision": MIXED, "attention": "eager", "checkpointed": (3,)}),
+    ("qwen2", "layer-freeze-io", {"precision": MIXED, "checkpointed": (0, 1, 2, 3)}),
+    ("gemma2", "model", {"precision": MIXED, "padded": True}),
+    ("gemma3_text", "category", {"precision": MIXED}),  # whose layers differ in what they see
+    ("olmo2", "category", {"precision": MIXED}),
+    ("gpt2", "category", {"precision": BFLOAT16, "checkpointed": (1,)}),
+    ("phi3", "all", {"precision": MIXED}),
+    ("falcon-heads", "category-freeze-io", {"precision": FLOAT32}),
+    ("bloom", "layer", {"precision": BFLOAT16, "padded": True}),
+    ("mixtral", "category", {"precision": MIXED, "checkpointed": (0,)}),
+    ("deepseek_v3", "category", {"precision": MIXED}),  # whose first layer has no experts
+    ("gpt_oss", "category", {"precision": MIXED, "padded": True}),
 ]
 
 
-@pytest.mark.parametrize(("name", "selection", "how"), FAST, ids=lambda value: str(value) if value else "")
-def test_the_closed_form_is_what_a_pass_on_fake_tensors_counts(name, selection, how):
-    assert_equal(*both(name, selection, **how))
+@pytest.mark.parametrize(
+    ("family", "selection", "how"), FAST, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_step_costs_what_a_real_one_takes(family, selection, how):
+    assert_counted(family, selection, **how)
 
 
-WAYS = [(precision, layers) for precision in (MIXED, BFLOAT16) for layers in ((), (0, 2), (0, 1, 2))]
-# Llama in every way, and of the other families each policy in one way or another.
-PAIRS = [(name, selection) for name in SHAPES for selection in SELECTIONS]
-CASES = [("llama2-7b", selection, *way) for selection in SELECTIONS for way in WAYS]
-CASES += [(*pair, *WAYS[index % 6]) for index, pair in enumerate(PAIRS) if pair[0] != "llama2-7b"]
+# On a CPU frozen LayerNorms in bf16 cannot take fp32. Neither TRL's head nor a thinker's positions run as they are here.
+NOT_MIXED = ("stablelm", "starcoder2", "phi", "gptj", "opt", "gpt2", "mpt", "gpt_neox", "bloom", "persimmon", "falcon")
+NOT_MIXED += ("falcon-groups", "falcon-heads", "gpt_bigcode", "gpt_bigcode-heads", "codegen", "phimoe", "openai-gpt")
+NOT_REAL = ("llama4_text", "qwen3_omni_moe_thinker")
+WAYS = [(precision, layers) for precision in (BFLOAT16, FLOAT32, MIXED) for layers in ((), (0, 2), (0, 1, 2, 3))]
+CASES = [
+    (family, list(SELECTIONS)[index % len(SELECTIONS)], *way)
+    for number, family in enumerate(f for f in FAMILIES if f not in NOT_REAL)
+    for index, way in enumerate(WAYS[: 6 if family in NOT_MIXED else 9], number)
+    if family != "openai-gpt" or not way[1]  # which cannot checkpoint
+]
+CASES += [("llama", selection, *way) for selection in SELECTIONS for way in WAYS]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "selection", "precision", "checkpointed"), CASES)
-def test_the_closed_form_for_every_family_policy_precision_and_checkpointing(name, selection, precision, checkpointed):
-    precision = BFLOAT16 if name in MIXTURES else precision  # on fake tensors torch has grouped products in bf16 only
-    attention = "eager" if len(selection) % 2 else None
-    how = {"precision": precision, "checkpointed": checkpointed, "attention": attention}
-    assert_equal(*both(name, selection, layers=3, rows=3, length=96, **how))
+@pytest.mark.parametrize(("family", "selection", "precision", "checkpointed"), CASES)
+def test_a_step_of_every_family_in_every_way(family, selection, precision, checkpointed):
+    padded = len(selection) % 2 == 0
+    assert_counted(family, selection, precision=precision, checkpointed=checkpointed, padded=padded)
 
 
-@pytest.mark.slow
-def test_the_closed_form_of_a_whole_llama2_7b():
-    assert_equal(*both("llama2-7b", "category", layers=32, rows=1, length=2048, precision=BFLOAT16))
+@pytest.mark.parametrize("family", NOT_REAL)
+def test_what_cannot_run_here_is_counted_too(family):
+    config = config_of(family)
+    costs = costs_of(config, SELECTIONS["category"](anatomy_of(meta_model(config))), 2, 16)
+    assert costs.forward < costs.backward + costs.recompute
+    assert costs.saved > 0
+
+
+def test_attention_with_values_narrower_than_queries_keeps_no_square():
+    """DeepSeek's: the CPU has no kernel for it, and GPUs have."""
+    narrow, wide = config_of("deepseek_v3"), config_of("deepseek_v3")
+    narrow.v_head_dim = 4
+    saved = [costs_of(c, SELECTIONS["all"](anatomy_of(meta_model(c))), 1, 256).saved for c in (narrow, wide)]
+    assert saved[0] < saved[1]
+
+
+def test_a_flash_kernel_has_no_mask():
+    config = config_of("gemma3_text")  # whose window is 8 tokens
+    selection = SELECTIONS["all"](anatomy_of(meta_model(config)))
+    masked, flash = (costs_of(config, selection, 2, 32, attention=name) for name in ("sdpa", "flash_attention_2"))
+    assert flash.forward == masked.forward
+    assert flash.saved < masked.saved
+
+
+def config_from(name, layers):
+    config = read_config(name, f"recipes/{name}")
+    config.num_hidden_layers = layers
+    return config
 
 
 def published(selection, checkpointed=(), *, name="llama2-7b", layers=32, length=2048):
     """Costs as they were published: bf16 throughout, all logits at once, and a mask although nothing is padded."""
-    config = config_of(name, layers)
+    config = config_from(name, layers)
     how = {"checkpointed": checkpointed, "precision": BFLOAT16, "padded": True, "fused_head": False}
     return costs_of(config, SELECTIONS[selection](anatomy_of(meta_model(config))), 1, length, **how)
 
@@ -174,7 +256,7 @@ def test_checkpointing_lets_the_gradient_flow_below_what_trains():
     assert published("bottom-half", (31,)).backward > 1.2 * published("bottom-half").backward
 
 
-def test_the_closed_form_of_a_70b_takes_less_than_3_seconds():
+def test_a_70b_is_counted_in_seconds():
     config = LlamaConfig(
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
         vocab_size=128256,
@@ -183,11 +265,11 @@ def test_the_closed_form_of_a_70b_takes_less_than_3_seconds():
     selection = select(anatomy_of(meta_model(config)), SelectionConfig())
     costs_of(config, selection, 4, 4096)
     fewest_checkpointed_layers(lambda layers: costs_of(config, selection, 4, 4096, checkpointed=layers), 80, 0)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 20
 
 
 def test_the_fewest_checkpointed_layers_that_fit():
-    config = config_of("llama2-7b", 8)
+    config = config_from("llama2-7b", 8)
     selection = select(anatomy_of(meta_model(config)), SelectionConfig())
 
     def costs(checkpointed):
@@ -198,14 +280,19 @@ def test_the_fewest_checkpointed_layers_that_fit():
     assert fewest_checkpointed_layers(costs, 8, costs(range(8)).peak - 1) is None
 
 
-def test_what_cannot_be_counted_is_refused_in_a_sentence(tiny):
-    config = read_config("tiny", tiny)
-    selection = select(anatomy_of(meta_model(config)), SelectionConfig())
-    for change, message in (
-        ({"model_type": "phi3"}, "model type phi3 are not known"),
-        ({"hidden_act": "relu2"}, "relu2"),
-    ):
-        other = copy.deepcopy(config)
-        other.__dict__.update(change)
-        with pytest.raises(HFTError, match=message):
-            costs_of(other, selection, 1, 8)
+def test_a_plan_of_llama2_7b():
+    """Half of Llama-2-7B on one GPU, 4 rows of 4,096 tokens, all layers checkpointed: as `hft plan` has it."""
+    config = config_from("llama2-7b", 32)
+    costs = costs_of(
+        config, SELECTIONS["category"](anatomy_of(meta_model(config))), 4, 4096, checkpointed=range(32), padded=True
+    )
+    per_token = [flops / costs.tokens / 1e9 for flops in (costs.forward, costs.backward, costs.recompute)]
+    assert per_token == pytest.approx([15.36, 24.25, 12.48], abs=0.005)
+    assert (costs.saved / GIB, costs.transient / GIB) == pytest.approx((8.75, 6.55), abs=0.005)
+
+
+def test_what_depends_on_weights_is_refused_in_a_sentence():
+    config = config_of("mixtral")
+    config._experts_implementation = "eager"
+    with pytest.raises(HFTError, match="model type mixtral are not known: what it computes depends on its weights"):
+        costs_of(config, SELECTIONS["category"](anatomy_of(meta_model(config))), 1, 8)

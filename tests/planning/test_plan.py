@@ -100,7 +100,7 @@ def test_the_rival_is_cheap_only_without_checkpointing(capsys):
     assert float(rows["relative to fft"][2]) > 0.88
 
 
-def test_what_has_no_closed_form_is_said_in_a_sentence(capsys):
+def test_costs_that_are_not_known_are_said_so(capsys):
     files = ["--config", "recipes/llama2-7b/sft.yaml"]
     for method, said in (("lora", "of an adapter are not known"), ("lisa", "under schedule lisa are not known")):
         _, out = plan(capsys, "sft", *files, f"recipes/methods/{method}.yaml", "--max_steps", "9", "--gpus", "8")
