@@ -15,37 +15,16 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from hft.planning.counting import CountedModel
+from hft.planning.counting import BFLOAT16, FLOAT32, MIXED, CountedModel, Precision  # noqa: F401
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
 
     from hft.selection import Selection
 
 # Of TRL's head: tokens and words of the vocabulary that it has logits of at once (trl/kernels/chunked_logprob.py).
 TILE_TOKENS, TILE_WORDS = 4096, 32768
-
-
-@dataclass(frozen=True)
-class Precision:
-    """The dtypes of a run.
-
-    Attributes:
-        frozen: of frozen parameters.
-        trained: of trained parameters, and of embeddings and their output.
-        autocast: whether matrix products run in bf16 whatever they are given.
-    """
-
-    frozen: torch.dtype
-    trained: torch.dtype
-    autocast: bool
-
-
-MIXED = Precision(torch.bfloat16, torch.float32, autocast=True)  # on one device and under DDP
-BFLOAT16 = Precision(torch.bfloat16, torch.bfloat16, autocast=False)  # what FSDP2 gathers and computes with
-FLOAT32 = Precision(torch.float32, torch.float32, autocast=False)
 
 
 @dataclass(frozen=True)
@@ -163,6 +142,9 @@ def costs_of(
     kept = [layer for index, layer in enumerate(layers) if index not in checkpointed]
     dropped = [layer for index, layer in enumerate(layers) if index in checkpointed]
     shared = {storage: size for layer in kept for storage, size in layer.shared.items()}
+    for index in checkpointed:  # what a layer is given by position is saved with its input
+        if layers[index].output.requires_grad:
+            shared |= model.calls[index].shared_by_position
     logits = _head(ends.output, *model.head(outside)) if fused_head else Head()
     forward = sum(part.forward for part in (*layers, ends, logits))
     return StepCosts(

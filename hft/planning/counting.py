@@ -36,8 +36,6 @@ from hft.model.anatomy import layers_of, meta_model
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from hft.planning.costs import Precision
-
 aten = torch.ops.aten
 # Matrix products, and which of their arguments are the two factors.
 PRODUCTS = {op: slice(0, 2) for op in (aten.mm, aten.bmm, aten._grouped_mm)}
@@ -46,6 +44,26 @@ PRODUCTS |= {op: slice(1, 3) for op in (aten.addmm, aten.baddbmm)}
 QUESTIONS = (Tensor.view, Tensor.sum, Tensor.eq, Tensor.__eq__, Tensor.all, torch.all, Tensor.__bool__)
 # Names of a layer's index, the one setting in which equal layers differ.
 INDICES = ("layer_idx", "layer_id", "layer_number")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtypes of a run.
+
+    Attributes:
+        frozen: of frozen parameters.
+        trained: of trained parameters, and of embeddings and their output.
+        autocast: whether matrix products run in bf16 whatever they are given.
+    """
+
+    frozen: torch.dtype
+    trained: torch.dtype
+    autocast: bool
+
+
+MIXED = Precision(torch.bfloat16, torch.float32, autocast=True)  # on one device and under DDP
+BFLOAT16 = Precision(torch.bfloat16, torch.bfloat16, autocast=False)  # what FSDP2 gathers and computes with
+FLOAT32 = Precision(torch.float32, torch.float32, autocast=False)
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,13 @@ class Call(NamedTuple):
     x: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @property
+    def shared_by_position(self) -> dict[UntypedStorage, int]:
+        """Bytes of tensors that follow the hidden states, such as GPT-2's mask."""
+        return {
+            x.untyped_storage(): x.untyped_storage().nbytes() for x in tree_leaves(self.args) if isinstance(x, Tensor)
+        }
 
 
 class Counter(TorchDispatchMode):
