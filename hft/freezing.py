@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hft.errors import HFTError
+from hft.selection import Selection
 from hft.selection.masks import Mask
-from hft.selection.policies import Selection
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 

@@ -5,7 +5,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 from hft.methods import all_classes
-from hft.selection.policies import POLICIES
+from hft.selection.selection import POLICIES
 
 # From the ground up: a module imports from its own floor and from those below it.
 FLOORS = [

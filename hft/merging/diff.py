@@ -19,7 +19,7 @@ from hft.merging.checkpoint import Checkpoint, check_alike
 from hft.merging.operators import blocks
 from hft.model.anatomy import BLOCKS, Anatomy, Part, Unit, anatomy_of, meta_model
 from hft.record.manifest import rounds_so_far
-from hft.selection.policies import IN_PART
+from hft.selection.selection import IN_PART
 from hft.text import aligned
 
 if TYPE_CHECKING:

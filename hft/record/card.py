@@ -12,7 +12,7 @@ from hft.errors import shorten
 from hft.methods import find_method
 from hft.record.manifest import Manifest
 from hft.record.scores import scores_of
-from hft.selection.policies import POLICIES
+from hft.selection.selection import POLICIES
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")

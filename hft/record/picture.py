@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from hft.methods.schedule import from_row, mean_fraction, trained_fraction
-from hft.selection.policies import Selection
+from hft.selection import Selection
 
 FROZEN, TRAINED = "#cfd8dc", "#e4572e"
 

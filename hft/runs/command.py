@@ -15,7 +15,7 @@ from hft.runs.config import parse_config
 from hft.runs.plan import make_plan
 from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, RunResult
 from hft.runs.train import train
-from hft.selection.policies import DRAWN
+from hft.selection.selection import DRAWN
 
 
 def main(objective: str, arguments: Sequence[str]) -> int:

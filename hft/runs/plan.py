@@ -19,7 +19,8 @@ from hft.runs.arguments import machine_settings, training_arguments
 from hft.runs.config import Config, find_template
 from hft.runs.folder import Start, check_output, find_start
 from hft.selection import Selection
-from hft.selection.policies import DEFERRED, placeholder_selection
+from hft.selection.policies import placeholder_selection
+from hft.selection.selection import DEFERRED
 from hft.training.checkpointing import checkpointed_layers
 
 if TYPE_CHECKING:

@@ -1,0 +1,286 @@
+"""Which units train in a round: the config that asks for them, and the selection that names them."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from hft.errors import HFTError
+from hft.model.anatomy import BLOCKS, Anatomy, Part, Unit
+from hft.selection.masks import Mask
+
+POLICIES = {
+    "category": "a fraction of each block of each layer trains (the paper's HFT, Algorithm 1)",
+    "layer": "every other layer trains as a whole",
+    "model": "half of all matrices train, anywhere in the model",
+    "explicit": "all but the units that match `freeze` train",
+    "all": "everything trains (FFT)",
+    "random-element": "random elements of every matrix train",
+    "importance": "what matters least to the base on a sample of text trains",
+    "core": "all but the elements that moved furthest on given tasks train (CPI-FT)",
+}
+GRANULARITIES = ("unit", "column", "element")
+SCORES = ("magnitude", "wanda", "fisher")
+
+
+@dataclass
+class SelectionConfig:
+    """Which units train in a round, as a method YAML or the command line gives it."""
+
+    policy: str = field(
+        default="category",
+        metadata={
+            "help": "; ".join(f"{name}: {what}" for name, what in POLICIES.items())
+            + "; FILE.py:FUNCTION: your own (docs/new-policy.md)."
+        },
+    )
+    fraction: float = field(
+        default=0.5,
+        metadata={
+            "help": "Fraction that trains (in a reset: stays tuned), of each block's units, of the layers or of all "
+            "units."
+        },
+    )
+    attention_fraction: float | None = field(
+        default=None, metadata={"help": "Fraction of the attention units, where it differs (category policy)."}
+    )
+    mlp_fraction: float | None = field(
+        default=None, metadata={"help": "Fraction of the MLP units, where it differs (category policy)."}
+    )
+    experts_fraction: float | None = field(
+        default=None, metadata={"help": "Fraction of the experts' matrices, where it differs (category policy)."}
+    )
+    norm_fraction: float | None = field(
+        default=None, metadata={"help": "Fraction of the norms, where it differs (category policy)."}
+    )
+    freeze: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Unit names or kinds to freeze, with * and ?, e.g. q_proj k_proj: only these (explicit policy), or "
+            "first among the units that are drawn to freeze (category policy)."
+        },
+    )
+    freeze_embeddings: bool = field(
+        default=False, metadata={"help": "Freeze the embeddings and the head too (Tables 6 and 7)."}
+    )
+    freeze_router: bool = field(
+        default=False, metadata={"help": "Freeze the routers of a mixture of experts; else all of them train."}
+    )
+    granularity: str | None = field(
+        default=None,
+        metadata={"help": f"What the importance policy freezes as a whole: {', '.join(GRANULARITIES)}."},
+    )
+    score: str | None = field(
+        default=None, metadata={"help": f"What the importance policy goes by: {', '.join(SCORES)}."}
+    )
+    invert: bool = field(
+        default=False, metadata={"help": "Freeze what matters least instead of most (importance policy)."}
+    )
+    importance_data: str | None = field(
+        default=None,
+        metadata={"help": "General text that the importance policy scores the base on; given as dataset_name is."},
+    )
+    importance_rows: int | None = field(default=None, metadata={"help": "Rows of it that are used."})
+    cores: list[str] | None = field(
+        default=None,
+        metadata={"help": "Folders of cores, as `hft cpi probe` makes them, whose elements to freeze (core policy)."},
+    )
+    train_core: bool | None = field(
+        default=None, metadata={"help": "Train only the elements of the cores, and freeze all others (core policy)."}
+    )
+    policy_options: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Arguments of your own policy, by name."}
+    )
+    selection_seed: int = field(default=0, metadata={"help": "Seed of the selection, apart from the training seed."})
+    round: int = field(default=1, metadata={"help": "Number of this run in a sequence; each draws another half."})
+
+    def __post_init__(self):
+        if self.policy not in POLICIES and ":" not in self.policy:
+            near = difflib.get_close_matches(self.policy, POLICIES, n=1) or [", ".join(POLICIES)]
+            raise HFTError(
+                f"unknown policy {self.policy!r}, did you mean {near[0]}? One of your own is FILE.py:FUNCTION"
+            )
+        for name in ("fraction", *FRACTIONS.values()):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise HFTError(f"{name} must lie in 0..1, got {value}")
+        for policy, names in OWN_KEYS.items():
+            for name in names:
+                value = getattr(self, name)
+                if self.policy != policy and value is not None and value is not False:
+                    raise HFTError(f"{name} belongs to the {policy} policy, not to {self.policy!r}; remove it")
+        if (self.policy == "explicit" and not self.freeze) or (
+            self.freeze and self.policy not in ("explicit", "category")
+        ):
+            raise HFTError("the explicit policy needs `freeze`, and only it and the category policy take it")
+        if self.policy_options and ":" not in self.policy:
+            raise HFTError("policy_options are for a policy of your own, policy: FILE.py:FUNCTION")
+        if self.policy == "importance" and (self.granularity not in GRANULARITIES or self.score not in SCORES):
+            raise HFTError(
+                f"the importance policy needs a granularity ({', '.join(GRANULARITIES)}) and a score "
+                f"({', '.join(SCORES)})"
+            )
+        if self.policy in ("all", "explicit", "core") and self.fraction != 0.5:
+            raise HFTError(f"fraction means nothing to the {self.policy} policy; remove it")
+        if self.round < 1:
+            raise HFTError(f"round counts from 1, got {self.round}")
+
+
+FRACTIONS = {block: f"{block}_fraction" for block in BLOCKS if block != "router"}
+# Keys that mean something to one policy only.
+OWN_KEYS = {
+    "category": tuple(FRACTIONS.values()),
+    "importance": ("granularity", "score", "invert", "importance_data", "importance_rows"),
+    "core": ("cores", "train_core"),
+}
+
+# Policies that choose among billions of elements, or look at the base's weights: only once a run is sure to start.
+DEFERRED = ("random-element", "importance")
+
+# Policies that may freeze some elements of a unit and train the others.
+IN_PART = (*DEFERRED, "core")
+
+# Policies that another seed makes another selection of.
+DRAWN = ("category", "layer", "model", "random-element")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which units train in this round, by name, and the anatomy and config it was made from.
+
+    Attributes:
+        trained_units: names of the units that train, wholly or in part.
+        trained_masks: of parameters that train in part by the policy's choice, which elements do; also of embeddings,
+            head and final norm. Parameters that several units share need no entry here.
+    """
+
+    anatomy: Anatomy
+    config: SelectionConfig
+    trained_units: frozenset[str]
+    trained_masks: Mapping[str, Mask] = field(default_factory=dict)
+
+    def trains(self, unit: Unit) -> bool:
+        return unit.name in self.trained_units
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest keeps of it: the config, with seed and round."""
+        return asdict(self.config)
+
+    def trained_fraction(self, unit: Unit) -> float:
+        """Trained elements of a unit / all of its elements."""
+        if not self.trains(unit) or not self.trained_masks.keys() & set(unit.parameters):
+            return float(self.trains(unit))
+        trained = 0
+        for part in unit.parts:
+            frozen = self.frozen_masks.get(part.parameter)
+            inside = torch.zeros(part.shape, dtype=torch.bool)
+            part.mark(inside, True)
+            trained += (inside & ~frozen.tensor() if frozen else inside).sum().item()
+        return trained / unit.numel
+
+    @functools.cached_property
+    def _trained_of(self) -> dict[str, list[tuple[Part, bool]]]:
+        """Of each parameter in the layers, its parts and whether they train."""
+        parts = self.anatomy.parts_by_parameter.items()
+        return {name: [(part, self.trains(unit)) for unit, part in found] for name, found in parts}
+
+    @property
+    def frozen_parameters(self) -> list[str]:
+        """Names of the wholly frozen parameters, in model order, then those outside the layers."""
+        frozen = [name for name, parts in self._trained_of.items() if not any(trains for _, trains in parts)]
+        return (
+            frozen
+            + (list(self.anatomy.embeddings) if self.config.freeze_embeddings else [])
+            + list(self.anatomy.towers)
+        )
+
+    @property
+    def trained_parameters(self) -> list[str]:
+        """Names of the parameters that train, wholly or in part, in model order, then those outside the layers."""
+        anatomy = self.anatomy
+        trained = [name for name, parts in self._trained_of.items() if any(trains for _, trains in parts)]
+        return trained + ([] if self.config.freeze_embeddings else list(anatomy.embeddings)) + list(anatomy.others)
+
+    @functools.cached_property
+    def frozen_masks(self) -> dict[str, Mask]:
+        """Of each partly frozen parameter, which elements are frozen; a mask broadcasts to its parameter."""
+        masks = {}
+        for name, parts in self._trained_of.items():
+            chosen = self.trained_masks.get(name)
+            if len({trains for _, trains in parts}) == 1 and (chosen is None or not parts[0][1]):
+                continue
+            shape = parts[0][0].shape
+            cut = max((len(box) for part, _ in parts for box in part.boxes), default=0)
+            frozen = torch.zeros(*shape[:cut], *[1] * (len(shape) - cut), dtype=torch.bool)
+            for part, trains in parts:
+                part.mark(frozen, not trains)
+            if chosen is not None:
+                frozen = frozen | ~chosen.tensor()
+            masks[name] = Mask.of(frozen)
+        outside = self.anatomy.others | ({} if self.config.freeze_embeddings else self.anatomy.embeddings)
+        return masks | {name: ~self.trained_masks[name] for name in outside if name in self.trained_masks}
+
+    @functools.cached_property
+    def num_trained_in_layers(self) -> int:
+        """Trained parameters in the layers."""
+        whole = sum(p.numel for parts in self._trained_of.values() for p, trains in parts if trains)
+        for name in self.trained_masks.keys() & self.frozen_masks.keys() & self._trained_of.keys():
+            parts = self._trained_of[name]
+            mask, shape = self.frozen_masks[name], parts[0][0].shape
+            trained = (~mask.tensor()).sum().item() * (math.prod(shape) // math.prod(mask.shape))
+            whole += trained - sum(part.numel for part, trains in parts if trains)
+        return whole
+
+    @functools.cached_property
+    def num_trained(self) -> int:
+        """Trained parameters in the whole model."""
+        outside = (mask for name, mask in self.frozen_masks.items() if name not in self.anatomy.in_layers)
+        return self.num_trained_in_layers + self._trained_outside - sum(mask.count() for mask in outside)
+
+    @property
+    def num_with_optimizer_state(self) -> int:
+        """Parameters with an fp32 master, a gradient and optimizer state: partly frozen ones have them whole."""
+        trained = (parts[0][0].shape for parts in self._trained_of.values() if any(trains for _, trains in parts))
+        return sum(map(math.prod, trained)) + self._trained_outside
+
+    @property
+    def _trained_outside(self) -> int:
+        embeddings = 0 if self.config.freeze_embeddings else sum(self.anatomy.embeddings.values())
+        return sum(self.anatomy.others.values()) + embeddings
+
+    @property
+    def fraction_of_layers(self) -> float:
+        """The paper's ratio: trained parameters / parameters in the layers."""
+        return self.num_trained_in_layers / self.anatomy.numel_in_layers
+
+    @property
+    def fraction_of_model(self) -> float:
+        """Trained parameters / all parameters."""
+        return self.num_trained / self.anatomy.numel
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """For each block, how many of its units train, wholly or in part, and how many there are."""
+        return {
+            block: (sum(map(self.trains, units)), len(units))
+            for block in BLOCKS
+            if (units := [unit for unit in self.anatomy.units if unit.block == block])
+        }
+
+    def summary(self) -> str:
+        """A few lines for people: the policy, what trains of each block, and the two fractions."""
+        c = self.config
+        counts = ", ".join(f"{block} {trained}/{total}" for block, (trained, total) in self.counts().items())
+        ends = "frozen" if c.freeze_embeddings else "train"
+        parts = f"{len(self.frozen_masks)} tensors train in part\n" if self.frozen_masks else ""
+        return (
+            f"{c.policy} policy, seed {c.selection_seed}, round {c.round}: {counts} units train; embeddings and head "
+            f"{ends}\n{parts}trainable fraction {self.fraction_of_layers:.1%} of the layers "
+            f"({self.num_trained_in_layers:,} of {self.anatomy.numel_in_layers:,}), {self.fraction_of_model:.1%} of the"
+            f" whole model ({self.num_trained:,} of {self.anatomy.numel:,})"
+        )
