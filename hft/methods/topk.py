@@ -12,7 +12,7 @@ from hft.errors import HFTError
 from hft.freezing import sharded_like, whole
 from hft.methods.update import Update, was_skipped
 from hft.model.anatomy import Anatomy
-from hft.selection.ranking import largest
+from hft.selection.masks import largest
 
 
 @dataclass

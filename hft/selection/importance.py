@@ -19,9 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hft.errors import HFTError, reason
 from hft.model.anatomy import Anatomy
-from hft.selection.masks import Mask
+from hft.selection.masks import Mask, largest
 from hft.selection.policies import build_selection, category, half_of_the_norms
-from hft.selection.ranking import largest
 from hft.selection.selection import SCORES, Selection, SelectionConfig
 
 REDUCTIONS = {

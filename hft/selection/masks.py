@@ -1,11 +1,11 @@
-"""Which elements of a partly frozen parameter are frozen: boolean masks, packed eight to a byte."""
+"""Which elements of a parameter are meant: boolean masks, packed eight to a byte, in memory or in a folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,34 +19,47 @@ MASKS_NAME = "hft_masks.safetensors"
 BITS_SET = torch.tensor([byte.bit_count() for byte in range(256)])
 
 
-@dataclass(frozen=True, eq=False)
 class Mask:
     """A boolean tensor at one bit per element: 0.8 GB for every matrix of a 7B model.
 
-    Attributes:
-        bits: uint8 of shape (elements / 8, rounded up), the first element in the lowest bit.
+    Args:
+        bits: uint8 of shape (elements / 8, rounded up), the first element in the lowest bit; or a function that makes
+            them, called when they are first asked for.
         shape: of the mask, which broadcasts to its parameter: (1, in) is a mask of input columns.
+        count: how many elements are True, where that is known without the bits.
     """
 
-    bits: torch.Tensor
-    shape: tuple[int, ...]
+    def __init__(
+        self, bits: torch.Tensor | Callable[[], torch.Tensor], shape: tuple[int, ...], count: int | None = None
+    ) -> None:
+        self._bits, self.shape, self._count = bits, shape, count
 
     @classmethod
     def of(cls, mask: torch.Tensor) -> Mask:
         """Pack a boolean tensor."""
-        flat = mask.reshape(-1).to(torch.uint8)
-        flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-        weights = 2 ** torch.arange(8, dtype=torch.uint8, device=flat.device)
-        return cls((flat * weights).sum(-1, dtype=torch.uint8), tuple(mask.shape))
+        return cls(_packed(mask), tuple(mask.shape))
+
+    @property
+    def bits(self) -> torch.Tensor:
+        """The packed elements."""
+        if callable(self._bits):
+            self._bits = self._bits()
+        return self._bits
+
+    @property
+    def numel(self) -> int:
+        """Number of its elements."""
+        return math.prod(self.shape)
 
     def tensor(self) -> torch.Tensor:
         """Unpack it, on the device that it lies on."""
         shifts = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
         flat = (self.bits[:, None] >> shifts) & 1
-        return flat.reshape(-1)[: torch.Size(self.shape).numel()].view(self.shape).bool()
+        return flat.reshape(-1)[: self.numel].view(self.shape).bool()
 
     def __invert__(self) -> Mask:
-        return Mask.of(~self.tensor())
+        count = None if self._count is None else self.numel - self._count
+        return Mask(lambda: _packed(~self.tensor()), self.shape, count)
 
     def __or__(self, other: Mask) -> Mask:
         return Mask(self.bits | other.bits, self.shape)
@@ -56,7 +69,9 @@ class Mask:
 
     def count(self) -> int:
         """How many of its elements are True."""
-        return int(torch.bincount(self.bits.cpu(), minlength=256) @ BITS_SET)
+        if self._count is None:
+            self._count = int(torch.bincount(self.bits.cpu(), minlength=256) @ BITS_SET)
+        return self._count
 
     def to(self, device: torch.device) -> Mask:
         return Mask(self.bits.to(device), self.shape)
@@ -64,6 +79,31 @@ class Mask:
     def digest(self) -> str:
         """SHA-256 of shape and bits."""
         return hashlib.sha256(str(self.shape).encode() + self.bits.cpu().numpy().tobytes()).hexdigest()
+
+
+def _packed(mask: torch.Tensor) -> torch.Tensor:
+    flat = mask.reshape(-1).to(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=flat.device)
+    return (flat * weights).sum(-1, dtype=torch.uint8)
+
+
+def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Mark the `count` largest scores; of equal ones those with the lowest flat index.
+
+    `torch.topk` leaves open which of equal scores it takes, and sorts what need not be sorted.
+
+    Returns:
+        A bool tensor of the shape of `scores`, with exactly `count` entries True.
+    """
+    flat = scores.reshape(-1)
+    if count <= 0 or count >= flat.numel():
+        return torch.full(scores.shape, count > 0, device=scores.device)
+    least = flat.kthvalue(flat.numel() - count + 1).values
+    mask = flat > least
+    ties = (flat == least).nonzero().squeeze(1)
+    mask[ties[: count - int(mask.sum())]] = True
+    return mask.view(scores.shape)
 
 
 def save_masks(folder: str | Path, masks: Mapping[str, Mask]) -> None:
@@ -81,11 +121,7 @@ def metadata_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
 
 
 class Masks(Mapping):
-    """The masks of a folder by parameter name, each read from disk when it is asked for.
-
-    Raises:
-        HFTError: the file is missing, or is not one of masks.
-    """
+    """The masks of a folder by parameter name, each read from disk when it is asked for."""
 
     def __init__(self, folder: str | Path):
         path = Path(folder) / MASKS_NAME

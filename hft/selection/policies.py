@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import math
@@ -10,7 +11,6 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from hft.errors import HFTError
 from hft.model.anatomy import Anatomy, Unit
@@ -243,21 +243,25 @@ def _named(anatomy: Anatomy, patterns: Iterable[str]) -> list[Unit]:
 def _random_element(anatomy: Anatomy, config: SelectionConfig) -> Choice:
     """Random elements of every matrix train, at the budget that whole matrices would have (SpaRTA, 2502.15975).
 
-    Of each matrix exactly that fraction, rounded. Biases and norms, a small part, train whole.
+    Of each matrix exactly that fraction, rounded, drawn when it is asked for. Biases and norms, a small part, train
+    whole.
     """
-    shapes = {name: shape for name, shape in anatomy.shapes.items() if len(shape) > 1}
-    masks = {}
-    for name, shape in tqdm(shapes.items(), desc="drawing elements", unit="tensor", leave=False):
-        size = math.prod(shape)
+
+    def draw(name: str, count: int) -> torch.Tensor:
+        size = math.prod(shapes[name])
         key = f"random-element/{config.selection_seed}/{config.round}/{name}"
         # The raw stream of a counter-based generator is the same in every version of numpy and on every machine.
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
         numbers = np.random.Philox(key=seed).random_raw(size)
         trained = np.zeros(size, dtype=bool)
-        count = round(config.fraction * size)
         trained[np.argpartition(numbers, count - 1)[:count] if count else []] = True
-        masks[name] = Mask.of(torch.from_numpy(trained).view(shape))
-    return anatomy.units, masks
+        return Mask.of(torch.from_numpy(trained)).bits
+
+    shapes = {name: shape for name, shape in anatomy.shapes.items() if len(shape) > 1}
+    counts = {name: round(config.fraction * math.prod(shape)) for name, shape in shapes.items()}
+    return anatomy.units, {
+        name: Mask(functools.partial(draw, name, count), shapes[name], count) for name, count in counts.items()
+    }
 
 
 def _core(anatomy: Anatomy, config: SelectionConfig) -> Choice:

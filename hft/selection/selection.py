@@ -212,30 +212,22 @@ class Selection:
         """Of each partly frozen parameter, which elements are frozen; a mask broadcasts to its parameter."""
         masks = {}
         for name, parts in self._trained_of.items():
-            chosen = self.trained_masks.get(name)
-            if len({trains for _, trains in parts}) == 1 and (chosen is None or not parts[0][1]):
-                continue
-            shape = parts[0][0].shape
-            cut = max((len(box) for part, _ in parts for box in part.boxes), default=0)
-            frozen = torch.zeros(*shape[:cut], *[1] * (len(shape) - cut), dtype=torch.bool)
-            for part, trains in parts:
-                part.mark(frozen, not trains)
-            if chosen is not None:
-                frozen = frozen | ~chosen.tensor()
-            masks[name] = Mask.of(frozen)
+            chosen, trains = self.trained_masks.get(name), [trains for _, trains in parts]
+            if all(trains) and chosen is not None:
+                masks[name] = ~chosen
+            elif any(trains) and not all(trains):
+                masks[name] = Mask.of(_frozen_parts(parts) | (~chosen.tensor() if chosen is not None else False))
         outside = self.anatomy.others | ({} if self.config.freeze_embeddings else self.anatomy.embeddings)
         return masks | {name: ~self.trained_masks[name] for name in outside if name in self.trained_masks}
 
     @functools.cached_property
     def num_trained_in_layers(self) -> int:
         """Trained parameters in the layers."""
-        whole = sum(p.numel for parts in self._trained_of.values() for p, trains in parts if trains)
-        for name in self.trained_masks.keys() & self.frozen_masks.keys() & self._trained_of.keys():
-            parts = self._trained_of[name]
-            mask, shape = self.frozen_masks[name], parts[0][0].shape
-            trained = (~mask.tensor()).sum().item() * (math.prod(shape) // math.prod(mask.shape))
-            whole += trained - sum(part.numel for part, trains in parts if trains)
-        return whole
+        trained = {n: parts[0][0].shape for n, parts in self._trained_of.items() if any(trains for _, trains in parts)}
+        frozen = {name: mask for name, mask in self.frozen_masks.items() if name in trained}
+        return sum(map(math.prod, trained.values())) - sum(
+            mask.count() * (math.prod(trained[name]) // mask.numel) for name, mask in frozen.items()
+        )
 
     @functools.cached_property
     def num_trained(self) -> int:
@@ -284,3 +276,13 @@ class Selection:
             f"({self.num_trained_in_layers:,} of {self.anatomy.numel_in_layers:,}), {self.fraction_of_model:.1%} of the"
             f" whole model ({self.num_trained:,} of {self.anatomy.numel:,})"
         )
+
+
+def _frozen_parts(parts: list[tuple[Part, bool]]) -> torch.Tensor:
+    """Which elements of a parameter that several units share belong to frozen ones."""
+    shape = parts[0][0].shape
+    cut = max((len(box) for part, _ in parts for box in part.boxes), default=0)
+    frozen = torch.zeros(*shape[:cut], *[1] * (len(shape) - cut), dtype=torch.bool)
+    for part, trains in parts:
+        part.mark(frozen, not trains)
+    return frozen

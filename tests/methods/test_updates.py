@@ -19,7 +19,7 @@ from hft.methods.update import copies
 from hft.model.anatomy import anatomy_of
 from hft.record.manifest import Manifest
 from hft.selection import SelectionConfig
-from hft.selection.ranking import largest
+from hft.selection.masks import largest
 from hft.training import HFTSFTTrainer
 from tests.conftest import command, error_of, identical, losses, tensors
 
