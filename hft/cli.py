@@ -24,6 +24,10 @@ COMMANDS = {name: ("hft.runs.command:main", find_objective(name).description) fo
         "learn one task after another, and score all after each: --config RECIPE [METHOD] [--strategy NAME]",
     ),
     "plan": ("hft.planning.forecast:main", "forecast memory, FLOPs and GPU-hours of a run, here or on other GPUs"),
+    "importance": (
+        "hft.runs.scoring:main",
+        "score what matters to a base, for runs that freeze it: --config RECIPE.yaml --score NAME --out FOLDER",
+    ),
     "verify": ("hft.record.command:main", "compare a model's frozen half with its base, bit by bit"),
     "reset": ("hft.merging.reset:main", "Half-Reset: put what would be frozen back to the base"),
     "merge": ("hft.merging.merge:main", "merge models, or an adapter into its base"),
@@ -80,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    listed = "\n".join(f"  {name:8} {what}" for name, (_, what) in COMMANDS.items())
+    listed = "\n".join(f"  {name:10} {what}" for name, (_, what) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="hft",
         description="Half fine-tuning on TRL.",

@@ -19,7 +19,7 @@ from hft.merging.checkpoint import Checkpoint, check_alike
 from hft.merging.operators import blocks
 from hft.model.anatomy import BLOCKS, Anatomy, Part, Unit, anatomy_of, meta_model
 from hft.record.manifest import rounds_so_far
-from hft.selection.selection import IN_PART
+from hft.selection.selection import ELEMENTWISE
 from hft.text import aligned
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def rounds_trained(anatomy: Anatomy, start: Checkpoint, model: Checkpoint) -> tu
     frozen = [set(one["frozen_units"]) for one in rounds]
     counts = {unit.name: sum(unit.name not in names for names in frozen) for unit in anatomy.units}
     selections = [one["selection"] for one in rounds]
-    in_part = [s["policy"] for s in selections if s.get("policy") in IN_PART and s.get("granularity") != "unit"]
+    in_part = [s["policy"] for s in selections if s.get("policy") in ELEMENTWISE and s.get("granularity") != "unit"]
     return counts, in_part[0] if in_part else ""
 
 

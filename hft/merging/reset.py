@@ -44,8 +44,6 @@ def main(arguments: Sequence[str]) -> int:
     )
     given = with_round(with_seed(given, flags))
     config = fill(ResetConfig, given)
-    if given.get("policy") == "importance":
-        raise HFTError("a reset draws units, and the importance policy needs a training run; choose another policy")
     if not (config.tuned and config.base and config.out):
         raise HFTError("tuned, base and out are needed: give --tuned T --base B --out O, or a recipe with --config")
     out, tuned, base = Path(config.out), Checkpoint.open(config.tuned), Checkpoint.open(config.base)

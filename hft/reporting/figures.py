@@ -179,13 +179,13 @@ def selection_picture(run: LoadedRun) -> Figure:
     from hft.model.load import read_config
     from hft.record.picture import plot_schedule, plot_selection
     from hft.record.verification import masks_of
-    from hft.selection import SelectionConfig
-    from hft.selection.importance import selection_from_masks
+    from hft.selection import Selection, SelectionConfig
 
     made = run.manifest
     anatomy = anatomy_of(meta_model(read_config(str(run.folder), run.folder)))
     masks = masks_of(run.folder, made)
-    drawn = selection_from_masks(anatomy, fill(SelectionConfig, made.selection), made.trained_units, masks)
+    trained = {name: ~mask for name, mask in masks.items()}
+    drawn = Selection(anatomy, fill(SelectionConfig, made.selection), frozenset(made.trained_units), trained)
     if history := made.schedule.get("history"):
         figure = plot_schedule(drawn, history, made.schedule["steps"])
     else:

@@ -69,12 +69,12 @@ def parse_config(objective: str, arguments: Sequence[str]) -> Config:
 
 
 def read_command_line(objective: str, arguments: Sequence[str], **more: tuple[type, ...]) -> Given:
-    """The files and flags of a command line; `more` are further keys, by the heading that `--help` gives them."""
+    """The files and flags of a command line; `more` are further keys, by the command that takes them."""
     description = f"Train with {objective.upper()}: a recipe, a method, and flags."
     groups = more | groups_of_keys()
     if {"-h", "--help"} & set(arguments):
         groups["TRL and transformers"] = (find_objective(objective).config,)
-    return read_arguments(arguments, f"hft {'plan ' if more else ''}{objective}", description, groups)
+    return read_arguments(arguments, " ".join(["hft", *more, objective]), description, groups)
 
 
 def groups_of_keys() -> dict[str, tuple[type, ...]]:

@@ -19,8 +19,6 @@ from hft.runs.arguments import machine_settings, training_arguments
 from hft.runs.config import Config, find_template
 from hft.runs.folder import Start, check_output, find_start
 from hft.selection import Selection
-from hft.selection.policies import placeholder_selection
-from hft.selection.selection import DEFERRED
 from hft.training.checkpointing import checkpointed_layers
 
 if TYPE_CHECKING:
@@ -63,11 +61,6 @@ class RunPlan:
     def checkpointed(self) -> range:
         """The indices of the layers that compute their activations again in the backward pass."""
         return checkpointed_of(self.config, self.machine, self.args, self.selection)
-
-    @property
-    def is_deferred(self) -> bool:
-        """Whether the selection is a placeholder until the base is loaded."""
-        return isinstance(self.selection, Selection) and self.selection.config.policy in DEFERRED
 
     def report(self) -> str:
         """The plan as text: selection, batch, steps and tokens, schedule, notes."""
@@ -160,7 +153,7 @@ def make_plan(config: Config) -> RunPlan:
             machine["activation_checkpointing_layers"] = layers
             args.activation_checkpointing = args.gradient_checkpointing = layers > 0  # transformers is renaming it
     checkpointed_of(config, machine, args, selection)
-    if config.run.save_only_trained and not (selection.frozen_parameters or config.method.selection.policy in DEFERRED):
+    if config.run.save_only_trained and not selection.frozen_parameters:
         notes.append("save_only_trained saves the whole model: no tensor is frozen as a whole")
     tokenizer = load_tokenizer(config)
     check_output(config)
@@ -197,25 +190,15 @@ def load_rows(config: Config, args: TrainingArguments) -> LoadedData:
 
 
 def plan_selection(config: Config, model_config: PretrainedConfig) -> Selection | AdapterFootprint:
-    """What will train.
-
-    Raises:
-        HFTError: a selection that cannot be made, or a method that does not go with it or with the model.
-    """
-    from hft.model.anatomy import anatomy_of, meta_model
-    from hft.selection.importance import check_linear
+    """What will train; refuses a method that does not go with it or with the model."""
+    from hft.model.anatomy import meta_model
+    from hft.selection.importance import planned_selection
 
     method = config.method
     if method.adapter:
         return method.adapter.footprint(model_config)
     model = meta_model(model_config)
-    selection = placeholder_selection(anatomy_of(model), method.selection)
-    if method.selection.policy == "importance":
-        check_linear(model, selection.anatomy)
-        if not (method.selection.importance_data and method.selection.importance_rows):
-            raise HFTError(
-                "the importance policy scores the base on general text: give --importance_data, --importance_rows"
-            )
+    selection = planned_selection(model, method.selection, config.run.model_name_or_path)
     if method.schedule:
         method.schedule.check(selection)
     if method.update:

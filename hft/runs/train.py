@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from hft.config import to_yaml
 from hft.errors import HFTError, reason
-from hft.machine import broadcast, indented, is_main, reset_peak_memory, say, world_size
+from hft.machine import broadcast, indented, is_main, say, world_size
 from hft.model.weights import MODEL_CONFIG
 from hft.objectives import find_objective
 from hft.record.card import CARD_NAME
-from hft.record.manifest import MANIFEST_NAME, Manifest, write_text
+from hft.record.manifest import MANIFEST_NAME, write_text
 from hft.record.scores import SCORES_FOLDER
-from hft.record.verification import masks_of, verify_folder
+from hft.record.verification import verify_folder
 from hft.runs.arguments import trainer_class
 from hft.runs.card import card_settings, write_run_card
 from hft.runs.folder import replaced
 from hft.runs.plan import Batches, RunPlan
 from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, RunResult, measure
-from hft.selection import Selection, select
+from hft.runs.scoring import with_scored_selection
 from hft.selection.masks import MASKS_NAME
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 def train(plan: RunPlan) -> RunResult:
     """Train, save, evaluate and verify a run; a run that is finished is only verified again.
 
-    Nothing is deleted or written before the trainer stands. Several runs can follow each other in one process, also
-    under DDP: the process group is left as it is.
+    Nothing is deleted or written before the trainer stands, but a folder OUT/importance where the base is scored.
+    Several runs can follow each other in one process, also under DDP: the process group is left as it is.
 
     Returns:
         The result, the same in every process.
@@ -46,6 +46,7 @@ def train(plan: RunPlan) -> RunResult:
         )
         return broadcast(conclude(RunResult.load(plan.out), plan.out) if is_main() else None)
     try:
+        plan = with_scored_selection(plan)
         trainer = make_trainer(plan)
     except OSError as error:
         if error.filename is None or not plan.out.is_relative_to(error.filename):
@@ -101,8 +102,7 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
     if method.adapter:
         trained: dict[str, Any] = {"adapter": method.adapter}
     else:
-        selection = resolve_deferred(plan) if plan.is_deferred else plan.selection
-        trained = {"selection": selection, "update": method.update, "schedule": method.schedule}
+        trained = {"selection": plan.selection, "update": method.update, "schedule": method.schedule}
         trained["save_only_trained"] = plan.config.run.save_only_trained
     with refusals(plan.data, plan.tokenizer):
         trainer = trainer_class(plan.config)(
@@ -133,35 +133,6 @@ def steps_of_packed(plan: RunPlan, rows: int) -> list[str]:
         return []
     schedule = plan.config.method.schedule
     return [f"{rows:,} rows, {steps:,} steps", *([schedule.describe(plan.selection, steps)] if schedule else [])]
-
-
-def resolve_deferred(plan: RunPlan) -> Selection:
-    """The selection that the plan has a placeholder for, drawn, scored or, on a resume, read back.
-
-    What is scored is scored by the first process and sent to the others.
-    """
-    from hft.data import load_split
-    from hft.model.load import load_base
-    from hft.selection.importance import select_by_importance, selection_from_masks, text_batches
-
-    anatomy, config = plan.selection.anatomy, plan.selection.config
-    if plan.start.resume_from:
-        manifest = Manifest.load(plan.start.resume_from)
-        masks = masks_of(Path(plan.start.resume_from), manifest)
-        return selection_from_masks(anatomy, config, manifest.trained_units, masks)
-    if config.policy != "importance":
-        return select(anatomy, config)
-    made = None
-    if is_main():
-        model, _ = load_base(plan.config.run.model_name_or_path, plan.args)
-        rows = load_split(config.importance_data, "train")
-        batches = list(text_batches(plan.tokenizer, rows, plan.args.max_length, config.importance_rows))
-        selection = select_by_importance(model.to(plan.args.device), anatomy, config, batches)
-        made = sorted(selection.trained_units), selection.frozen_masks
-        del model, selection
-        reset_peak_memory()
-    say("selection", indented(f"{config.score} on {config.importance_rows} rows of {config.importance_data}"))
-    return selection_from_masks(anatomy, config, *broadcast(made))
 
 
 def claim_folder(plan: RunPlan, trainer: ManifestMixin) -> None:

@@ -1,14 +1,16 @@
-"""Scores how much each matrix, input column or weight matters to general text; masks that freeze what matters most.
+"""Scores how much each matrix, input column or weight matters to a base; masks that freeze what matters most.
 
-The family of SSU (2512.04844): by magnitude, by Wanda, or by Fisher information. Only the matrices of the layers are
-scored, those with weights of shape (out, in). Norms and biases get neither score nor mask: `select_by_importance` draws
-half of the norms as the category policy does, and biases train.
+The family of SSU (2512.04844): by magnitude, by Wanda, or by Fisher information; and Spectrum's signal-to-noise ratio.
+Only the matrices of the layers are scored, those with weights of shape (out, in).
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +20,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hft.errors import HFTError, reason
-from hft.model.anatomy import Anatomy
-from hft.selection.masks import Mask, largest
-from hft.selection.policies import build_selection, category, half_of_the_norms
-from hft.selection.selection import SCORES, Selection, SelectionConfig
+from hft.model.anatomy import Anatomy, anatomy_of
+from hft.selection.masks import Mask, largest, save_masks
+from hft.selection.policies import build_selection, category, half_of_the_norms, select
+from hft.selection.selection import READ_TEXT, Selection, SelectionConfig
+from hft.selection.stored import IMPORTANCE_NAME, check_scored_base, top_of_each_type, type_of
 
 REDUCTIONS = {
     "unit": torch.mean,
@@ -34,48 +37,85 @@ Reduction = Callable[[torch.Tensor], torch.Tensor]
 
 
 def select_by_importance(
-    model: PreTrainedModel, anatomy: Anatomy, config: SelectionConfig, batches: Batches
+    model: PreTrainedModel, anatomy: Anatomy, config: SelectionConfig, batches: Batches = ()
 ) -> Selection:
     """Make the selection of the importance policy: freeze what matters most to the base, or least with `invert`.
 
     At unit granularity the budget and the pools are the category policy's, so that it differs from HFT in nothing but
-    which units of a pool are frozen. Columns and elements are ranked within each matrix. Norms are drawn as in HFT;
-    biases train, as at unit granularity they do with their matrix.
+    which units of a pool are frozen; by `snr` they are Spectrum's. Columns and elements are ranked within each matrix,
+    rounded, and of equal scores the first is frozen first. Norms are drawn as in HFT; biases train, as at unit
+    granularity they do with their matrix.
 
     Args:
         model: the base, with its weights, not sharded.
         anatomy: the model's.
         config: with granularity and score.
-        batches: general text, as `text_batches` gives it.
-
-    Raises:
-        HFTError: the model has matrices that are not linear layers of their own: experts, fused projections, or Conv1D.
+        batches: general text, as `text_batches` gives it; SSU takes 500 rows of the base's own kind of data. Only
+            `READ_TEXT` need it.
     """
     check_linear(model, anatomy)
+    scores = scores_of(model, anatomy, batches, score=config.score, granularity=config.granularity)
     if config.granularity == "unit":
-        scores = unit_scores(model, anatomy, batches, score=config.score)
-        importance = {name: -score if config.invert else score for name, score in scores.items()}
-        return build_selection(anatomy, config, category(anatomy, config, importance))
-    trained = half_of_the_norms(anatomy, config)
-    settings = {"score": config.score, "granularity": config.granularity, "invert": config.invert}
-    return build_selection(
-        anatomy, config, (trained, masks(model, anatomy, batches, fraction=config.fraction, **settings))
-    )
+        units = {name: unit.name for unit in anatomy.units for name in unit.parameters}
+        return by_unit(anatomy, config, {units[name]: float(value) for name, value in scores})
+    masks = {}
+    for name, values in scores:
+        frozen = values.numel() - round(config.fraction * values.numel())
+        masks[name] = ~largest(-values if config.invert else values, frozen).cpu()
+    return build_selection(anatomy, config, (half_of_the_norms(anatomy, config), masks))
 
 
-def selection_from_masks(
-    anatomy: Anatomy, config: SelectionConfig, trained_units: Iterable[str], frozen_masks: Mapping[str, Mask]
-) -> Selection:
-    """The selection that was made before, by another process or before a run was killed."""
-    return Selection(anatomy, config, frozenset(trained_units), {name: ~mask for name, mask in frozen_masks.items()})
+def by_unit(anatomy: Anatomy, config: SelectionConfig, scores: Mapping[str, float]) -> Selection:
+    """The selection of whole units by the scores of all matrices, by unit name."""
+    if config.score == "snr":
+        results = {name: {"snr": value, "type": type_of(name)} for name, value in scores.items()}
+        return build_selection(anatomy, config, top_of_each_type(anatomy, config, results))
+    ranks = {name: -score if config.invert else score for name, score in scores.items()}
+    return build_selection(anatomy, config, category(anatomy, config, ranks))
+
+
+def planned_selection(model: nn.Module, config: SelectionConfig, base: str) -> Selection:
+    """The selection of a run, or one with its exact counts where the run has yet to score its base.
+
+    Args:
+        model: the base on any device, `meta` included.
+        config: of the selection.
+        base: path or Hub id of the base.
+    """
+    anatomy = anatomy_of(model)
+    if config.policy == "importance" and config.importance and not Path(config.importance).is_file():
+        check_scored_base(config.importance, base)
+    if config.policy != "importance" or config.importance:
+        return select(anatomy, config)
+    check_linear(model, anatomy)
+    if config.score in READ_TEXT and not (config.importance_data and config.importance_rows):
+        raise HFTError(f"{config.score} scores the base on general text: give --importance_data, --importance_rows")
+    matrices = matrices_of(model, anatomy)
+    if config.granularity == "unit":
+        return by_unit(anatomy, config, {name.rpartition(".")[0]: 0.0 for name in matrices})
+
+    def unknown() -> torch.Tensor:
+        raise HFTError("which elements train is known once the base has been scored; run `hft importance` first")
+
+    shapes = {n: (1, m.shape[1]) if config.granularity == "column" else tuple(m.shape) for n, m in matrices.items()}
+    masks = {n: Mask(unknown, shape, round(config.fraction * math.prod(shape))) for n, shape in shapes.items()}
+    return build_selection(anatomy, config, (half_of_the_norms(anatomy, config), masks))
+
+
+def save_scored(folder: Path, selection: Selection, made_from: Mapping[str, Any]) -> None:
+    """Write a selection as what of each parameter is frozen, True in its mask, and what it was made from."""
+    (folder / IMPORTANCE_NAME).unlink(missing_ok=True)
+    whole, masks = set(selection.frozen_parameters), dict(selection.frozen_masks)
+    for name, shape in selection.anatomy.shapes.items():
+        wide = (*[1] * (len(shape) - 1), shape[-1])
+        masks.setdefault(name, Mask.of(torch.full(wide, name in whole)))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_masks(folder, masks)
+    (folder / IMPORTANCE_NAME).write_text(json.dumps(made_from, indent=1) + "\n")
 
 
 def check_linear(model: nn.Module, anatomy: Anatomy) -> None:
-    """Refuse models whose matrices are not linear layers of their own; the model may be on `meta`.
-
-    Raises:
-        HFTError: one is fused with others, an expert among others, or a Conv1D.
-    """
+    """Refuse models whose matrices are not linear layers: experts, fused projections, Conv1D; it may be on `meta`."""
     modules = dict(model.named_modules())
     for unit in anatomy.units:
         if unit.block != "norm" and not isinstance(modules.get(unit.name), nn.Linear):
@@ -84,50 +124,38 @@ def check_linear(model: nn.Module, anatomy: Anatomy) -> None:
             )
 
 
-def masks(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    batches: Batches,
-    *,
-    score: str = "wanda",
-    granularity: str = "column",
-    fraction: float = 0.5,
-    invert: bool = False,
-) -> dict[str, torch.Tensor]:
-    """Of each matrix freeze the input columns, or the elements, that score highest (SSU's default: half the columns).
+def scores_of(
+    model: PreTrainedModel, anatomy: Anatomy, batches: Batches, *, score: str, granularity: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The scores of each matrix, by parameter; never more than one matrix of elements, but for Fisher.
 
-    Args:
-        model: the base, with its weights, not sharded.
-        anatomy: the model's.
-        batches: as `text_batches` gives them; SSU takes 500 rows of the base's own kind of data. Unused for magnitude.
-        score: one of `SCORES`.
-        granularity: `column`, scored by the sum over its rows, or `element`.
-        fraction: what trains of each matrix; the count is rounded.
-        invert: freeze what scores lowest instead.
-
-    Returns:
-        For each matrix's parameter a bool tensor, True where it trains, of shape (1, in) or (out, in), on the CPU. Of
-        equal scores the first is frozen first.
-
-    Raises:
-        HFTError: an unknown score or granularity, a fraction outside 0..1, or no text where it is needed.
+    By unit it is the mean over the elements, or the signal-to-noise ratio; by column the sum over the rows, (1, in).
     """
-    if granularity not in ("column", "element"):
-        raise HFTError(f"granularity must be column or element, got {granularity!r}")
-    _check_fraction(fraction)
-    found = {}
-    for name, scores in _scores(model, anatomy, batches, score, REDUCTIONS[granularity]):
-        frozen = largest(-scores if invert else scores, scores.numel() - _count(fraction, scores.numel()))
-        found[name] = ~frozen.cpu()
-    return found
+    reduction, matrices = REDUCTIONS[granularity], matrices_of(model, anatomy)
+    if score == "fisher":
+        yield from fisher(model, matrices, batches, reduction).items()
+        return
+    norms = input_norms(model, matrices, batches) if score == "wanda" else {}
+    for name, weight in tqdm(matrices.items(), desc=f"scoring by {score}", unit="matrix", leave=False):
+        values = weight.detach().float()
+        if score == "snr":
+            yield name, signal_to_noise(values)
+        else:
+            yield name, reduction(values.abs() * norms[name] if score == "wanda" else values.abs())
 
 
-def unit_scores(
-    model: PreTrainedModel, anatomy: Anatomy, batches: Batches, *, score: str = "wanda"
-) -> dict[str, float]:
-    """The mean score of each matrix's elements, by unit, to compare units of the same pool; arguments as in `masks`."""
-    units = {name: unit.name for unit in anatomy.units for name in unit.parameters}
-    return {units[name]: float(value) for name, value in _scores(model, anatomy, batches, score, REDUCTIONS["unit"])}
+def signal_to_noise(weight: torch.Tensor) -> torch.Tensor:
+    """The signal-to-noise ratio of a matrix over its largest singular value (Spectrum, 2406.06623).
+
+    Singular values above the edge of the Marchenko-Pastur law are signal, the others noise; both are summed. The
+    standard deviation of the noise is estimated from the interquartile range, as in the authors' script.
+    """
+    values = torch.linalg.svdvals(weight)
+    quarter, three_quarters = torch.quantile(values, torch.tensor([0.25, 0.75], device=values.device))
+    sigma = (three_quarters - quarter) / 1.349  # of a normal distribution, whose interquartile range is 1.349 sigma
+    is_signal = values > sigma * (1 + math.sqrt(min(weight.shape) / max(weight.shape)))
+    noise = values[~is_signal].sum() if not is_signal.all() else 1.0
+    return values[is_signal].sum() / noise / values[0]
 
 
 def input_norms(model: PreTrainedModel, names: Iterable[str], batches: Batches) -> dict[str, torch.Tensor]:
@@ -247,23 +275,8 @@ def _text(tokenizer: PreTrainedTokenizerBase, row: str | Mapping[str, Any]) -> t
     return "\n\n".join(message["content"] for message in messages), False
 
 
-def _scores(
-    model: PreTrainedModel, anatomy: Anatomy, batches: Batches, score: str, reduction: Reduction
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The reduced scores of each matrix, by parameter; never more than one matrix of elements, but for Fisher."""
-    if score not in SCORES:
-        raise HFTError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
-    matrices = _matrices(model, anatomy)
-    if score == "fisher":
-        yield from fisher(model, matrices, batches, reduction).items()
-        return
-    norms = input_norms(model, matrices, batches) if score == "wanda" else {}
-    for name, weight in tqdm(matrices.items(), desc=f"scoring by {score}", unit="matrix", leave=False):
-        scores = weight.detach().float().abs()
-        yield name, reduction(scores * norms[name] if score == "wanda" else scores)
-
-
-def _matrices(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Parameter]:
+def matrices_of(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Parameter]:
+    """The weights of the matrices of the layers, by parameter."""
     names = [name for unit in anatomy.units if unit.block != "norm" for name in unit.parameters]
     parameters = {name: model.get_parameter(name) for name in names}
     return {name: parameter for name, parameter in parameters.items() if parameter.ndim == 2}
@@ -297,12 +310,3 @@ def _gradients_of(model: nn.Module, wanted: Iterable[nn.Parameter]) -> Iterator[
     finally:
         for parameter, required in before.items():
             parameter.requires_grad_(required)
-
-
-def _count(fraction: float, size: int) -> int:
-    return round(fraction * size)
-
-
-def _check_fraction(fraction: float) -> None:
-    if not 0 <= fraction <= 1:
-        raise HFTError(f"fraction must lie in 0..1, got {fraction}")

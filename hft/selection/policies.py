@@ -14,20 +14,18 @@ import torch
 
 from hft.errors import HFTError
 from hft.model.anatomy import Anatomy, Unit
-from hft.selection.masks import Mask, Masks
-from hft.selection.selection import DEFERRED, FRACTIONS, Selection, SelectionConfig
+from hft.selection import stored
+from hft.selection.masks import Mask
+from hft.selection.selection import FRACTIONS, Choice, Selection, SelectionConfig
 from hft.userfile import load_from_file
-
-# What a policy returns: the units that train, and for some parameters which elements, True where they train.
-Choice = Iterable[Unit] | tuple[Iterable[Unit], Mapping[str, torch.Tensor | Mask]]
 
 
 def select(anatomy: Anatomy, config: SelectionConfig) -> Selection:
     """Make the selection of one round.
 
     Raises:
-        HFTError: a `freeze` pattern of the explicit policy matches no unit; your own policy cannot be loaded or
-            returns something else; or the policy needs the base's weights (`hft.selection.importance`).
+        HFTError: a `freeze` pattern matches no unit; a folder or file of masks or scores is missing or of another
+            model; or your own policy cannot be loaded or returns something else.
     """
     policies: dict[str, Callable[[Anatomy, SelectionConfig], Choice]] = {
         "category": category,
@@ -36,19 +34,16 @@ def select(anatomy: Anatomy, config: SelectionConfig) -> Selection:
         "explicit": _explicit,
         "all": lambda anatomy, config: anatomy.units,
         "random-element": _random_element,
-        "core": _core,
+        "importance": stored.importance,
+        "core": stored.core,
     }
     if config.policy == "importance":
-        raise HFTError("the importance policy looks at the base's weights, so only a training run can take it")
+        config = stored.with_scored_settings(config)
     return build_selection(anatomy, config, (policies.get(config.policy) or _load(config.policy))(anatomy, config))
 
 
 def build_selection(anatomy: Anatomy, config: SelectionConfig, choice: Choice) -> Selection:
-    """The selection that a policy's choice amounts to.
-
-    Raises:
-        HFTError: the choice names something that the model does not have.
-    """
+    """The selection that a policy's choice amounts to; refuses one that names what the model does not have."""
     units, masks = choice if isinstance(choice, tuple) and isinstance(choice[-1], Mapping) else (choice, {})
     known = {unit.name: unit for unit in anatomy.units}
     shapes, outside = anatomy.shapes, anatomy.embeddings | anatomy.others
@@ -83,24 +78,6 @@ def _packed(config: SelectionConfig, name: str, mask: object) -> Mask:
         kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise HFTError(f"policy {config.policy} must give a bool tensor for {name}, True where it trains; got {kind}")
     return Mask.of(mask)
-
-
-def placeholder_selection(anatomy: Anatomy, config: SelectionConfig) -> Selection:
-    """The selection as far as it is known before the base is loaded: its counts and fractions will hold.
-
-    For policies that choose elements or look at weights it is a placeholder of the same budget.
-    """
-    if config.policy not in DEFERRED:
-        return select(anatomy, config)
-    if config.granularity == "unit":
-        return build_selection(anatomy, config, category(anatomy, config))
-    masks = {}
-    for part in (part for unit in anatomy.units for part in unit.parts if len(part.shape) > 1):
-        columns = part.shape[-1]
-        trained = torch.arange(columns) < round(config.fraction * columns)
-        masks[part.parameter] = trained.view(*[1] * (len(part.shape) - 1), columns)
-    units = anatomy.units if config.policy == "random-element" else half_of_the_norms(anatomy, config)
-    return build_selection(anatomy, config, (units, masks))
 
 
 def half_of_the_norms(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
@@ -262,35 +239,3 @@ def _random_element(anatomy: Anatomy, config: SelectionConfig) -> Choice:
     return anatomy.units, {
         name: Mask(functools.partial(draw, name, count), shapes[name], count) for name, count in counts.items()
     }
-
-
-def _core(anatomy: Anatomy, config: SelectionConfig) -> Choice:
-    """All elements but those of the cores train (CPI-FT, 2508.21741, stage 4); or only they do (LoTA, 2406.16797)."""
-    core = union_of_cores(config.cores or ())
-    numels = {name: math.prod(shape) for name, shape in anatomy.shapes.items()}
-    numels |= anatomy.embeddings | anatomy.others | anatomy.towers
-    if wrong := [name for name, size in numels.items() if name not in core or math.prod(core[name].shape) != size]:
-        raise HFTError(f"core {config.cores[0]} is of another model: it has no {wrong[0]} of that size")
-    core = {name: mask for name, mask in core.items() if name not in anatomy.towers}
-    holding = {name for name, mask in core.items() if mask.bits.any()}
-    if not config.train_core:
-        return anatomy.units, {name: ~core[name] for name in holding}
-    # A unit without an element of the core is frozen as a whole, without master weights.
-    return [unit for unit in anatomy.units if holding & set(unit.parameters)], core
-
-
-def union_of_cores(folders: Sequence[str]) -> dict[str, Mask]:
-    """The elements that are in at least one of some cores, by parameter.
-
-    Raises:
-        HFTError: there are none, one is missing, or they are of different models.
-    """
-    if not folders:
-        raise HFTError("the core policy needs --cores FOLDER [FOLDER ...], which `hft cpi probe` makes")
-    union: dict[str, Mask] = {}
-    for folder in folders:
-        core = Masks(folder)
-        if union and core.shapes != {name: mask.shape for name, mask in union.items()}:
-            raise HFTError(f"cores {folders[0]} and {folder} are of different models")
-        union = {name: union[name] | mask if union else mask for name, mask in core.items()}
-    return union

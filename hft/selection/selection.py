@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,11 +22,12 @@ POLICIES = {
     "explicit": "all but the units that match `freeze` train",
     "all": "everything trains (FFT)",
     "random-element": "random elements of every matrix train",
-    "importance": "what matters least to the base on a sample of text trains",
+    "importance": "what matters least to the base, by its weights or on a sample of text, trains",
     "core": "all but the elements that moved furthest on given tasks train (CPI-FT)",
 }
 GRANULARITIES = ("unit", "column", "element")
-SCORES = ("magnitude", "wanda", "fisher")
+SCORES = ("magnitude", "wanda", "fisher", "snr")
+READ_TEXT = ("wanda", "fisher")
 
 
 @dataclass
@@ -72,19 +73,28 @@ class SelectionConfig:
     freeze_router: bool = field(
         default=False, metadata={"help": "Freeze the routers of a mixture of experts; else all of them train."}
     )
+    importance: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that `hft importance` wrote, or a file of Spectrum's (snr_results_*.json); by default the "
+            "run scores its base first, into OUT/importance (importance policy)."
+        },
+    )
     granularity: str | None = field(
         default=None,
         metadata={"help": f"What the importance policy freezes as a whole: {', '.join(GRANULARITIES)}."},
     )
     score: str | None = field(
-        default=None, metadata={"help": f"What the importance policy goes by: {', '.join(SCORES)}."}
+        default=None,
+        metadata={
+            "help": f"What the importance policy scores by: {', '.join(SCORES)} (Spectrum: the "
+            "matrices of each type with the highest signal-to-noise ratio train, nothing else in the layers does)."
+        },
     )
-    invert: bool = field(
-        default=False, metadata={"help": "Freeze what matters least instead of most (importance policy)."}
-    )
+    invert: bool = field(default=False, metadata={"help": "The other way around (importance policy)."})
     importance_data: str | None = field(
         default=None,
-        metadata={"help": "General text that the importance policy scores the base on; given as dataset_name is."},
+        metadata={"help": f"General text that {' and '.join(READ_TEXT)} score on; given as dataset_name is."},
     )
     importance_rows: int | None = field(default=None, metadata={"help": "Rows of it that are used."})
     cores: list[str] | None = field(
@@ -121,33 +131,39 @@ class SelectionConfig:
             raise HFTError("the explicit policy needs `freeze`, and only it and the category policy take it")
         if self.policy_options and ":" not in self.policy:
             raise HFTError("policy_options are for a policy of your own, policy: FILE.py:FUNCTION")
-        if self.policy == "importance" and (self.granularity not in GRANULARITIES or self.score not in SCORES):
-            raise HFTError(
-                f"the importance policy needs a granularity ({', '.join(GRANULARITIES)}) and a score "
-                f"({', '.join(SCORES)})"
-            )
+        if self.policy == "importance":
+            self._check_importance()
         if self.policy in ("all", "explicit", "core") and self.fraction != 0.5:
             raise HFTError(f"fraction means nothing to the {self.policy} policy; remove it")
         if self.round < 1:
             raise HFTError(f"round counts from 1, got {self.round}")
+
+    def _check_importance(self) -> None:
+        missing = () if self.importance else (None,)  # a folder says how it was made
+        for name, known in {"granularity": GRANULARITIES, "score": SCORES}.items():
+            value = getattr(self, name)
+            if value in missing or (value is not None and value not in known):
+                raise HFTError(f"the importance policy needs a {name}: {', '.join(known)}")
+        if self.score == "snr" and self.granularity not in (None, "unit"):
+            raise HFTError("snr scores whole matrices; give --granularity unit")
 
 
 FRACTIONS = {block: f"{block}_fraction" for block in BLOCKS if block != "router"}
 # Keys that mean something to one policy only.
 OWN_KEYS = {
     "category": tuple(FRACTIONS.values()),
-    "importance": ("granularity", "score", "invert", "importance_data", "importance_rows"),
+    "importance": ("importance", "granularity", "score", "invert", "importance_data", "importance_rows"),
     "core": ("cores", "train_core"),
 }
 
-# Policies that choose among billions of elements, or look at the base's weights: only once a run is sure to start.
-DEFERRED = ("random-element", "importance")
-
 # Policies that may freeze some elements of a unit and train the others.
-IN_PART = (*DEFERRED, "core")
+ELEMENTWISE = ("random-element", "importance", "core")
 
 # Policies that another seed makes another selection of.
 DRAWN = ("category", "layer", "model", "random-element")
+
+# What a policy returns: the units that train, and for some parameters which elements, True where they train.
+Choice = Iterable[Unit] | tuple[Iterable[Unit], Mapping[str, torch.Tensor | Mask]]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""Scores a base for the importance policy: by `hft importance`, or at the start of a run that names no folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hft.config import Keys
+from hft.errors import HFTError
+from hft.machine import broadcast, indented, is_main, reset_peak_memory, say
+from hft.model.weights import local_folder, weights_fingerprint
+from hft.objectives import OBJECTIVES
+from hft.record.manifest import PACKAGES, absolute_or_hub_id
+from hft.runs.arguments import machine_settings, training_arguments
+from hft.runs.config import Config, read_command_line, resolve_config
+from hft.runs.plan import RunPlan, load_model_config, load_tokenizer, plan_selection
+from hft.selection import select
+from hft.selection.selection import READ_TEXT
+from hft.selection.stored import IMPORTANCE_NAME, SCORED, load_scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+
+@dataclass
+class Scoring:
+    """What `hft importance` takes beside the keys of a run."""
+
+    out: str | None = field(default=None, metadata={"help": "Folder to write."})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`hft importance`: score the base of a run, and write what its importance policy freezes into a folder."""
+    objective, *words = arguments if arguments and arguments[0] in OBJECTIVES else ["sft", *arguments]
+    given = read_command_line(objective, words, importance=(Scoring,))
+    out = Keys((Scoring,)).convert("out", given.flags.pop("out", None))
+    given.flags["policy"] = "importance"
+    config = resolve_config(objective, given)
+    if not out:
+        raise HFTError("out is needed: give --out FOLDER")
+    say("selection", indented(plan_selection(config, load_model_config(config)).summary()), "")
+    if not config.run.dry_run:
+        args, _ = training_arguments(config, machine_settings(config.values))
+        score_base(config, args, load_tokenizer(config), Path(out))
+        say(f"a run reads it with --policy importance --importance {out}")
+    return 0
+
+
+def with_scored_selection(plan: RunPlan) -> RunPlan:
+    """A plan whose selection is known: where it names no folder of scores, the base is scored into OUT/importance."""
+    chosen, folder = plan.config.method.selection, plan.out / "importance"
+    if chosen.policy != "importance" or chosen.importance:
+        return plan
+    if is_main():
+        score_base(plan.config, plan.args, plan.tokenizer, folder)
+    broadcast(None)
+    selection = select(plan.selection.anatomy, replace(chosen, importance=str(folder)))
+    # The record of a run is the same wherever its folder is.
+    return replace(plan, selection=replace(selection, config=chosen))
+
+
+def score_base(config: Config, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Score a run's base and write what is frozen of it into a folder; one that was made from the same stays."""
+    from hft.data import load_split
+    from hft.model.anatomy import anatomy_of
+    from hft.model.load import load_base
+    from hft.selection.importance import save_scored, select_by_importance, text_batches
+
+    chosen, made_from = config.method.selection, sources(config, args)
+    if is_made_from(folder, made_from):
+        say(f"importance: read from {folder}", "")
+        return
+    by = f" on {chosen.importance_rows} rows of {chosen.importance_data}" if made_from["data"] else ""
+    say(f"scoring the base by {chosen.score}{by}")
+    model, _ = load_base(config.run.model_name_or_path, args)
+    rows = load_split(chosen.importance_data, "train") if made_from["data"] else []
+    batches = list(text_batches(tokenizer, rows, args.max_length, chosen.importance_rows or 0))
+    selection = select_by_importance(model.to(args.device), anatomy_of(model), chosen, batches)
+    save_scored(folder, selection, made_from | {"versions": {name: version(name) for name in PACKAGES}})
+    del model
+    reset_peak_memory()
+    say(f"importance: written to {folder}", "")
+
+
+def sources(config: Config, args: TrainingArguments) -> dict[str, Any]:
+    """What the scores of a run's base depend on."""
+    from hft.data.identity import fingerprint
+
+    chosen, base = config.method.selection, config.run.model_name_or_path
+    folder = local_folder(base, (args.model_init_kwargs or {}).get("revision"))
+    return {
+        "base": absolute_or_hub_id(base),
+        "weights": weights_fingerprint(folder),
+        "selection": {key: value for key, value in asdict(chosen).items() if key in SCORED},
+        "data": fingerprint(chosen.importance_data) if chosen.score in READ_TEXT else None,
+        "max_length": args.max_length,
+    }
+
+
+def is_made_from(folder: Path, made_from: dict[str, Any]) -> bool:
+    """Whether a folder holds scores that were made from the same."""
+    if not (folder / IMPORTANCE_NAME).exists():
+        return False
+    try:
+        found = load_scores(folder)
+    except HFTError:
+        return False
+    return all(found.get(key) == value for key, value in made_from.items())

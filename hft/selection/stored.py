@@ -1,0 +1,157 @@
+"""Policies that read files: folders of `hft importance`, cores of CPI-FT, and Spectrum's results."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hft.errors import HFTError, reason
+from hft.model.anatomy import Anatomy, Unit
+from hft.model.weights import weights_fingerprint
+from hft.selection.masks import Mask, Masks
+from hft.selection.selection import Choice, SelectionConfig
+
+IMPORTANCE_NAME = "hft_importance.json"
+# What the masks of a folder depend on; what else a config says, such as freeze_embeddings, holds for any folder.
+SCORED = ("fraction", "granularity", "score", "invert", "importance_data", "importance_rows", "selection_seed", "round")
+
+
+def load_scores(folder: str | Path) -> dict[str, Any]:
+    """What `hft importance` made a folder from: `base` and `weights`, `selection`, `data`, `max_length`, `versions`."""
+    path = Path(folder) / IMPORTANCE_NAME
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise HFTError(
+            f"importance {folder}: {path} not found; give a folder that `hft importance` wrote, or a file of Spectrum's"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise HFTError(f"{path} cannot be read: {reason(error)}; run `hft importance` again") from error
+
+
+def with_scored_settings(config: SelectionConfig) -> SelectionConfig:
+    """The config with the settings that its folder or file was made with; refuses others."""
+    if not config.importance:
+        raise HFTError("the importance policy needs --importance FOLDER, which `hft importance` writes")
+    is_file = Path(config.importance).is_file()
+    made = {"score": "snr", "granularity": "unit"} if is_file else load_scores(config.importance)["selection"]
+    settings, given = {key: made[key] for key in SCORED if key in made}, asdict(config)
+    for key, value in settings.items():
+        if given[key] not in (None, value):
+            raise HFTError(
+                f"importance {config.importance} was made with {key} {value}, and {given[key]} is asked for; give the "
+                "same, or make another with `hft importance`"
+            )
+    return replace(config, **settings)
+
+
+def check_scored_base(folder: str | Path, base: str) -> None:
+    """Refuse a folder whose scores are those of another base; one on the Hub is known by its name."""
+    made = load_scores(folder)
+    same = made["weights"] == weights_fingerprint(Path(base)) if Path(base).is_dir() else made["base"] == base
+    if not same:
+        raise HFTError(
+            f"importance {folder} was made for {made['base']}, whose weights are not those of {base}; run `hft "
+            "importance` for this base"
+        )
+
+
+def importance(anatomy: Anatomy, config: SelectionConfig) -> Choice:
+    """All but what a folder of `hft importance` freezes trains, or what Spectrum's results say."""
+    source = Path(config.importance)
+    if source.is_file():
+        return top_of_each_type(anatomy, config, read_snr(source))
+    frozen = Masks(source)
+    check_of_model(frozen, anatomy.shapes, f"importance {source}")
+    masks = dict(frozen)
+    whole = {name for name, mask in masks.items() if mask.count() == mask.numel}
+    units = [unit for unit in anatomy.units if not whole.issuperset(unit.parameters)]
+    return units, {name: ~mask for name, mask in masks.items() if mask.count()}
+
+
+def check_of_model(masks: Masks, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Refuse masks that are not of a model with these shapes."""
+    for name, shape in shapes.items():
+        mask = masks.shapes.get(name, ())
+        if len(mask) != len(shape) or any(m not in (1, s) for m, s in zip(mask, shape, strict=True)):
+            raise HFTError(f"{source} is of another model: it has no {name} of that size")
+
+
+def core(anatomy: Anatomy, config: SelectionConfig) -> Choice:
+    """All elements but those of the cores train (CPI-FT, 2508.21741, stage 4); or only they do (LoTA, 2406.16797)."""
+    core = union_of_cores(config.cores or ())
+    numels = {name: math.prod(shape) for name, shape in anatomy.shapes.items()}
+    numels |= anatomy.embeddings | anatomy.others | anatomy.towers
+    if wrong := [name for name, size in numels.items() if name not in core or core[name].numel != size]:
+        raise HFTError(f"core {config.cores[0]} is of another model: it has no {wrong[0]} of that size")
+    core = {name: mask for name, mask in core.items() if name not in anatomy.towers}
+    holding = {name for name, mask in core.items() if mask.count()}
+    if not config.train_core:
+        return anatomy.units, {name: ~core[name] for name in holding}
+    # A unit without an element of the core is frozen as a whole, without master weights.
+    return [unit for unit in anatomy.units if holding & set(unit.parameters)], core
+
+
+def union_of_cores(folders: Sequence[str]) -> dict[str, Mask]:
+    """The elements that are in at least one of some cores, by parameter."""
+    if not folders:
+        raise HFTError("the core policy needs --cores FOLDER [FOLDER ...], which `hft cpi probe` makes")
+    union: dict[str, Mask] = {}
+    for folder in folders:
+        core = Masks(folder)
+        if union and core.shapes != {name: mask.shape for name, mask in union.items()}:
+            raise HFTError(f"cores {folders[0]} and {folder} are of different models")
+        union = {name: union[name] | mask if union else mask for name, mask in core.items()}
+    return union
+
+
+def read_snr(path: Path) -> dict[str, dict[str, Any]]:
+    """Spectrum's results, `model_snr_results/snr_results_*.json`: of each module its `snr` and `type`."""
+    try:
+        results = json.loads(path.read_text())
+        return {name: {"snr": float(found["snr"]), "type": str(found["type"])} for name, found in results.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise HFTError(f"{path} is not a file of Spectrum's, MODULE: {{snr, type}}: {reason(error)}") from error
+
+
+def top_of_each_type(anatomy: Anatomy, config: SelectionConfig, results: Mapping[str, Mapping[str, Any]]) -> Choice:
+    """Of the modules of each type those with the highest signal-to-noise ratio train (Spectrum, 2406.06623).
+
+    A type is a module's path in its layer. Rounded down, and of equal ratios the first come first, as in the authors'
+    script, which lists the embeddings and the head in any case. Nothing else trains, the final norm included.
+    """
+    by_type: dict[str, list[str]] = {}
+    for name, found in results.items():
+        by_type.setdefault(found["type"], []).append(name)
+    modules: dict[str, set[str]] = {}
+    for module in (module for unit in anatomy.units for module in _modules_of(unit)):
+        modules.setdefault(type_of(module), set()).add(module)
+    trained: set[str] = set()
+    for kind, names in by_type.items():
+        if kind not in names and set(names) != modules.get(kind):  # embeddings, head and final norm are their own type
+            raise HFTError(
+                f"importance {config.importance} is of another model, whose {kind} this one lacks in a layer"
+            )
+        names.sort(key=lambda name: results[name]["snr"], reverse=not config.invert)
+        trained.update(names[: math.floor(len(names) * Fraction(str(config.fraction)))])
+    frozen = {name: size for name, size in anatomy.others.items() if name.rpartition(".")[0] not in trained}
+    units = [unit for unit in anatomy.units if trained.intersection(_modules_of(unit))]
+    return units, {name: torch.zeros(size, dtype=torch.bool) for name, size in frozen.items()}
+
+
+def type_of(module: str) -> str:
+    """A module's path in its layer: `self_attn.q_proj` of `model.layers.3.self_attn.q_proj`."""
+    parts = module.split(".")
+    return ".".join(parts[next(index for index, part in enumerate(parts) if part.isdigit()) + 1 :])
+
+
+def _modules_of(unit: Unit) -> Iterable[str]:
+    """The module that is a unit, and the one that it may be a part of, fused with others."""
+    return unit.name, unit.name.rpartition(".")[0]
