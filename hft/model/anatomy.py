@@ -167,6 +167,12 @@ class Anatomy:
         """The shape of each parameter in the layers, in model order."""
         return {name: parts[0][1].shape for name, parts in self.parts_by_parameter.items()}
 
+    @functools.cached_property
+    def numels(self) -> dict[str, int]:
+        """Elements of each parameter, those in the layers first."""
+        inside = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        return inside | self.embeddings | self.others | self.towers
+
     @property
     def in_layers(self) -> KeysView[str]:
         """Names of the parameters in the layers, in model order."""

@@ -105,10 +105,11 @@ def planned_selection(model: nn.Module, config: SelectionConfig, base: str) -> S
 def save_scored(folder: Path, selection: Selection, made_from: Mapping[str, Any]) -> None:
     """Write a selection as what of each parameter is frozen, True in its mask, and what it was made from."""
     (folder / IMPORTANCE_NAME).unlink(missing_ok=True)
-    whole, masks = set(selection.frozen_parameters), dict(selection.frozen_masks)
-    for name, shape in selection.anatomy.shapes.items():
-        wide = (*[1] * (len(shape) - 1), shape[-1])
-        masks.setdefault(name, Mask.of(torch.full(wide, name in whole)))
+    anatomy, frozen, masks = selection.anatomy, set(selection.frozen_parameters), dict(selection.frozen_masks)
+    outside = {name: (size,) for name, size in anatomy.numels.items() if name in selection.frozen_outside}
+    for name, shape in (anatomy.shapes | outside).items():
+        wide = (*[1] * (len(shape) - 1), shape[-1])  # whole, in as few bits as say of which model
+        masks.setdefault(name, Mask.of(torch.full(wide, name in frozen)))
     folder.mkdir(parents=True, exist_ok=True)
     save_masks(folder, masks)
     (folder / IMPORTANCE_NAME).write_text(json.dumps(made_from, indent=1) + "\n")
@@ -159,17 +160,9 @@ def signal_to_noise(weight: torch.Tensor) -> torch.Tensor:
 
 
 def input_norms(model: PreTrainedModel, names: Iterable[str], batches: Batches) -> dict[str, torch.Tensor]:
-    """The L2 norm of each input feature of linear layers, over all tokens (Wanda, 2306.11695, equation 1).
+    """The L2 norm of each input feature of linear layers, over all tokens (Wanda, 2306.11695, equation 1): (in,), fp32.
 
-    SSU's released code takes another factor, the mean square of the feature.
-
-    Args:
-        model: the base.
-        names: of the layers' weights.
-        batches: of text.
-
-    Returns:
-        fp32 norms of shape (in,) by name: nothing else is kept of the activations.
+    SSU's released code takes another factor, the mean square of the feature. Nothing else is kept of the activations.
     """
     squares: dict[str, torch.Tensor] = {}
 
@@ -205,9 +198,6 @@ def fisher(
         batches: of text.
         reduction: linear, applied to the squares before they are summed, so that only the elements themselves take an
             fp32 sum as large as the weights: 26 GB for Llama-2-7B. One gradient is held at a time.
-
-    Returns:
-        The reduced fp32 means by name.
     """
     sums: dict[str, torch.Tensor] = {}
 
@@ -236,16 +226,11 @@ def fisher(
 def text_batches(
     tokenizer: PreTrainedTokenizerBase, rows: Iterable[str | Mapping[str, Any]], max_length: int, count: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Tokenize the first rows of general text, each a batch of its own, without padding.
+    """The first `count` rows of general text as token ids, each a batch of its own, cut to `max_length` tokens.
 
-    Args:
-        tokenizer: the base's. Chats are rendered with its chat template, or else their contents are joined.
-        rows: texts, or rows with `text`, `messages`, or `prompt` and `completion` as messages.
-        max_length: tokens kept per row.
-        count: rows to take; those with fewer than two tokens have nothing to predict and are passed over.
-
-    Raises:
-        HFTError: a row has none of these columns.
+    A row is a text, or has `text`, `messages`, or `prompt` and `completion` as messages. Chats are rendered with the
+    tokenizer's chat template, or else their contents are joined. Rows of fewer than two tokens have nothing to predict
+    and are passed over.
     """
     taken = 0
     for row in rows:

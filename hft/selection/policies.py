@@ -53,9 +53,10 @@ def build_selection(anatomy: Anatomy, config: SelectionConfig, choice: Choice) -
         raise HFTError(f"policy {config.policy} must return units of the anatomy: {error}") from error
     if strange := [*(trained - known.keys()), *(masks.keys() - shapes.keys() - outside.keys())]:
         raise HFTError(f"policy {config.policy} chose {strange[0]}, which the model does not have")
-    masks = {name: mask if isinstance(mask, Mask) else _packed(config, name, mask) for name, mask in masks.items()}
+    whole = frozenset(name for name, mask in masks.items() if mask is None and name in outside)
+    masks = {n: m if isinstance(m, Mask) else _packed(config, n, m) for n, m in masks.items() if n not in whole}
     for name, mask in masks.items():
-        if name in outside and math.prod(mask.shape) != outside[name]:
+        if name in outside and mask.numel != outside[name]:
             raise HFTError(f"policy {config.policy} gives {name} a mask of {mask.shape}, not one of its own shape")
         if name in shapes and (
             len(mask.shape) != len(shapes[name])
@@ -70,7 +71,7 @@ def build_selection(anatomy: Anatomy, config: SelectionConfig, choice: Choice) -
         trained -= routers
     elif config.policy in ("layer", "model"):
         trained |= routers
-    return Selection(anatomy, config, trained, masks)
+    return Selection(anatomy, config, trained, masks, whole)
 
 
 def _packed(config: SelectionConfig, name: str, mask: object) -> Mask:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -163,7 +162,8 @@ ELEMENTWISE = ("random-element", "importance", "core")
 DRAWN = ("category", "layer", "model", "random-element")
 
 # What a policy returns: the units that train, and for some parameters which elements, True where they train.
-Choice = Iterable[Unit] | tuple[Iterable[Unit], Mapping[str, torch.Tensor | Mask]]
+# Embeddings, head and final norm train whatever it returns; None freezes one.
+Choice = Iterable[Unit] | tuple[Iterable[Unit], Mapping[str, torch.Tensor | Mask | None]]
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,14 @@ class Selection:
         trained_units: names of the units that train, wholly or in part.
         trained_masks: of parameters that train in part by the policy's choice, which elements do; also of embeddings,
             head and final norm. Parameters that several units share need no entry here.
+        frozen_outside: parameters outside the layers that the policy freezes whole.
     """
 
     anatomy: Anatomy
     config: SelectionConfig
     trained_units: frozenset[str]
     trained_masks: Mapping[str, Mask] = field(default_factory=dict)
+    frozen_outside: frozenset[str] = frozenset()
 
     def trains(self, unit: Unit) -> bool:
         return unit.name in self.trained_units
@@ -206,22 +208,19 @@ class Selection:
         parts = self.anatomy.parts_by_parameter.items()
         return {name: [(part, self.trains(unit)) for unit, part in found] for name, found in parts}
 
-    @property
+    @functools.cached_property
     def frozen_parameters(self) -> list[str]:
         """Names of the wholly frozen parameters, in model order, then those outside the layers."""
+        outside = self.frozen_outside | self.anatomy.towers.keys()
+        outside |= self.anatomy.embeddings.keys() if self.config.freeze_embeddings else set()
         frozen = [name for name, parts in self._trained_of.items() if not any(trains for _, trains in parts)]
-        return (
-            frozen
-            + (list(self.anatomy.embeddings) if self.config.freeze_embeddings else [])
-            + list(self.anatomy.towers)
-        )
+        return frozen + [name for name in self.anatomy.outside_layers if name in outside]
 
-    @property
+    @functools.cached_property
     def trained_parameters(self) -> list[str]:
         """Names of the parameters that train, wholly or in part, in model order, then those outside the layers."""
-        anatomy = self.anatomy
-        trained = [name for name, parts in self._trained_of.items() if any(trains for _, trains in parts)]
-        return trained + ([] if self.config.freeze_embeddings else list(anatomy.embeddings)) + list(anatomy.others)
+        frozen = set(self.frozen_parameters)
+        return [name for name in self.anatomy.parameters if name not in frozen]
 
     @functools.cached_property
     def frozen_masks(self) -> dict[str, Mask]:
@@ -233,34 +232,27 @@ class Selection:
                 masks[name] = ~chosen
             elif any(trains) and not all(trains):
                 masks[name] = Mask.of(_frozen_parts(parts) | (~chosen.tensor() if chosen is not None else False))
-        outside = self.anatomy.others | ({} if self.config.freeze_embeddings else self.anatomy.embeddings)
-        return masks | {name: ~self.trained_masks[name] for name in outside if name in self.trained_masks}
+        outside = self.anatomy.outside_layers & self.trained_masks.keys()
+        return masks | {name: ~self.trained_masks[name] for name in self.trained_parameters if name in outside}
 
     @functools.cached_property
     def num_trained_in_layers(self) -> int:
         """Trained parameters in the layers."""
-        trained = {n: parts[0][0].shape for n, parts in self._trained_of.items() if any(trains for _, trains in parts)}
-        frozen = {name: mask for name, mask in self.frozen_masks.items() if name in trained}
-        return sum(map(math.prod, trained.values())) - sum(
-            mask.count() * (math.prod(trained[name]) // mask.numel) for name, mask in frozen.items()
-        )
+        return sum(map(self._num_trained_of, filter(self.anatomy.shapes.__contains__, self.trained_parameters)))
 
     @functools.cached_property
     def num_trained(self) -> int:
         """Trained parameters in the whole model."""
-        outside = (mask for name, mask in self.frozen_masks.items() if name not in self.anatomy.in_layers)
-        return self.num_trained_in_layers + self._trained_outside - sum(mask.count() for mask in outside)
+        return sum(map(self._num_trained_of, self.trained_parameters))
+
+    def _num_trained_of(self, name: str) -> int:
+        size, mask = self.anatomy.numels[name], self.frozen_masks.get(name)
+        return size if mask is None else size - mask.count() * (size // mask.numel)
 
     @property
     def num_with_optimizer_state(self) -> int:
         """Parameters with an fp32 master, a gradient and optimizer state: partly frozen ones have them whole."""
-        trained = (parts[0][0].shape for parts in self._trained_of.values() if any(trains for _, trains in parts))
-        return sum(map(math.prod, trained)) + self._trained_outside
-
-    @property
-    def _trained_outside(self) -> int:
-        embeddings = 0 if self.config.freeze_embeddings else sum(self.anatomy.embeddings.values())
-        return sum(self.anatomy.others.values()) + embeddings
+        return sum(self.anatomy.numels[name] for name in self.trained_parameters)
 
     @property
     def fraction_of_layers(self) -> float:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from hft.errors import HFTError, reason
 from hft.model.anatomy import Anatomy, Unit
@@ -68,48 +67,36 @@ def importance(anatomy: Anatomy, config: SelectionConfig) -> Choice:
     source = Path(config.importance)
     if source.is_file():
         return top_of_each_type(anatomy, config, read_snr(source))
-    frozen = Masks(source)
-    check_of_model(frozen, anatomy.shapes, f"importance {source}")
-    masks = dict(frozen)
-    whole = {name for name, mask in masks.items() if mask.count() == mask.numel}
-    units = [unit for unit in anatomy.units if not whole.issuperset(unit.parameters)]
-    return units, {name: ~mask for name, mask in masks.items() if mask.count()}
-
-
-def check_of_model(masks: Masks, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Refuse masks that are not of a model with these shapes."""
-    for name, shape in shapes.items():
+    masks = Masks(source)
+    for name, shape in anatomy.shapes.items():
         mask = masks.shapes.get(name, ())
         if len(mask) != len(shape) or any(m not in (1, s) for m, s in zip(mask, shape, strict=True)):
-            raise HFTError(f"{source} is of another model: it has no {name} of that size")
+            raise HFTError(f"importance {source} is of another model: it has no {name} of that size")
+    frozen = {name: mask for name, mask in masks.items() if mask.count()}
+    whole = {name for name, mask in frozen.items() if mask.count() == mask.numel}
+    units = [unit for unit in anatomy.units if not whole.issuperset(unit.parameters)]
+    outside = whole - anatomy.shapes.keys()
+    return units, {name: None if name in outside else ~mask for name, mask in frozen.items()}
 
 
 def core(anatomy: Anatomy, config: SelectionConfig) -> Choice:
     """All elements but those of the cores train (CPI-FT, 2508.21741, stage 4); or only they do (LoTA, 2406.16797)."""
-    core = union_of_cores(config.cores or ())
-    numels = {name: math.prod(shape) for name, shape in anatomy.shapes.items()}
-    numels |= anatomy.embeddings | anatomy.others | anatomy.towers
-    if wrong := [name for name, size in numels.items() if name not in core or core[name].numel != size]:
-        raise HFTError(f"core {config.cores[0]} is of another model: it has no {wrong[0]} of that size")
-    core = {name: mask for name, mask in core.items() if name not in anatomy.towers}
-    holding = {name for name, mask in core.items() if mask.count()}
-    if not config.train_core:
-        return anatomy.units, {name: ~core[name] for name in holding}
-    # A unit without an element of the core is frozen as a whole, without master weights.
-    return [unit for unit in anatomy.units if holding & set(unit.parameters)], core
-
-
-def union_of_cores(folders: Sequence[str]) -> dict[str, Mask]:
-    """The elements that are in at least one of some cores, by parameter."""
-    if not folders:
+    if not config.cores:
         raise HFTError("the core policy needs --cores FOLDER [FOLDER ...], which `hft cpi probe` makes")
-    union: dict[str, Mask] = {}
-    for folder in folders:
-        core = Masks(folder)
-        if union and core.shapes != {name: mask.shape for name, mask in union.items()}:
-            raise HFTError(f"cores {folders[0]} and {folder} are of different models")
-        union = {name: union[name] | mask if union else mask for name, mask in core.items()}
-    return union
+    first, *others = map(Masks, config.cores)
+    if wrong := [n for n, size in anatomy.numels.items() if n not in first or math.prod(first.shapes[n]) != size]:
+        raise HFTError(f"core {config.cores[0]} is of another model: it has no {wrong[0]} of that size")
+    if different := [
+        folder for folder, core in zip(config.cores[1:], others, strict=True) if core.shapes != first.shapes
+    ]:
+        raise HFTError(f"cores {config.cores[0]} and {different[0]} are of different models")
+    union = {name: functools.reduce(Mask.__or__, (core[name] for core in others), mask) for name, mask in first.items()}
+    union = {name: mask for name, mask in union.items() if name not in anatomy.towers}
+    holding = {name for name, mask in union.items() if mask.count()}
+    if not config.train_core:
+        return anatomy.units, {name: ~union[name] for name in holding}
+    # A unit without an element of the core is frozen as a whole, without master weights.
+    return [unit for unit in anatomy.units if holding & set(unit.parameters)], union
 
 
 def read_snr(path: Path) -> dict[str, dict[str, Any]]:
@@ -135,15 +122,13 @@ def top_of_each_type(anatomy: Anatomy, config: SelectionConfig, results: Mapping
         modules.setdefault(type_of(module), set()).add(module)
     trained: set[str] = set()
     for kind, names in by_type.items():
-        if kind not in names and set(names) != modules.get(kind):  # embeddings, head and final norm are their own type
-            raise HFTError(
-                f"importance {config.importance} is of another model, whose {kind} this one lacks in a layer"
-            )
+        # Embeddings, head and final norm are types of their own.
+        if kind not in names and set(names) != modules.get(kind):
+            raise HFTError(f"importance {config.importance} is of another model: it has other layers with {kind}")
         names.sort(key=lambda name: results[name]["snr"], reverse=not config.invert)
         trained.update(names[: math.floor(len(names) * Fraction(str(config.fraction)))])
-    frozen = {name: size for name, size in anatomy.others.items() if name.rpartition(".")[0] not in trained}
     units = [unit for unit in anatomy.units if trained.intersection(_modules_of(unit))]
-    return units, {name: torch.zeros(size, dtype=torch.bool) for name, size in frozen.items()}
+    return units, {name: None for name in anatomy.others if name.rpartition(".")[0] not in trained}
 
 
 def type_of(module: str) -> str:

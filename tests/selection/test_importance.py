@@ -1,29 +1,31 @@
-import re
-
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hft.data import load_split
 from hft.errors import HFTError
 from hft.model.anatomy import anatomy_of
-from hft.record.manifest import Manifest
 from hft.selection import SelectionConfig, select
 from hft.selection.importance import (
     REDUCTIONS,
     fisher,
     input_norms,
-    masks,
+    scores_of,
     select_by_importance,
     text_batches,
-    unit_scores,
 )
-from tests.conftest import error_of, identical, losses, tensors
+from tests.conftest import error_of, tensors
 from tests.model.test_architectures import small
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+def masks(model, batches=(), *, score, granularity="column", **settings):
+    """Which columns or elements train, by matrix."""
+    config = SelectionConfig(policy="importance", score=score, granularity=granularity, **settings)
+    selection = select_by_importance(model, anatomy_of(model), config, batches)
+    return {name: mask.tensor() for name, mask in selection.trained_masks.items()}
 
 
 @pytest.fixture
@@ -120,9 +122,8 @@ def test_padding_and_batching_change_nothing(model, batches, matrices):
 @pytest.mark.parametrize("granularity", ["column", "element"])
 def test_the_masks_freeze_what_scores_highest(model, batches, matrices, score, granularity):
     scores = brute_force(score, model, batches, matrices)
-    anatomy = anatomy_of(model)
-    found = masks(model, anatomy, batches, score=score, granularity=granularity, fraction=0.3)
-    inverse = masks(model, anatomy, batches, score=score, granularity=granularity, fraction=0.7, invert=True)
+    found = masks(model, batches, score=score, granularity=granularity, fraction=0.3)
+    inverse = masks(model, batches, score=score, granularity=granularity, fraction=0.7, invert=True)
     assert list(found) == list(matrices)
     for name, mask in found.items():
         expected = scores[name].sum(dim=0, keepdim=True) if granularity == "column" else scores[name]
@@ -137,16 +138,14 @@ def test_the_masks_freeze_what_scores_highest(model, batches, matrices, score, g
 @pytest.mark.parametrize("score", ["magnitude", "wanda", "fisher"])
 def test_a_units_score_is_the_mean_over_its_matrix(model, batches, matrices, score):
     expected = brute_force(score, model, batches, matrices)
-    found = unit_scores(model, anatomy_of(model), batches, score=score)
-    assert found == {
-        name.removesuffix(".weight"): pytest.approx(float(scores.mean()), rel=1e-4) for name, scores in expected.items()
-    }
+    found = dict(scores_of(model, anatomy_of(model), batches, score=score, granularity="unit"))
+    assert found == {name: pytest.approx(float(scores.mean()), rel=1e-4) for name, scores in expected.items()}
 
 
 def test_of_equal_scores_the_first_are_frozen(model):
     with torch.no_grad():
         model.get_parameter(Q_PROJ).fill_(0.5)
-    kept = {g: masks(model, anatomy_of(model), [], score="magnitude", granularity=g) for g in ("column", "element")}
+    kept = {g: masks(model, score="magnitude", granularity=g) for g in ("column", "element")}
     for mask in (each[Q_PROJ].view(-1) for each in kept.values()):
         assert not mask[: len(mask) // 2].any()
         assert mask[len(mask) // 2 :].all()
@@ -154,7 +153,7 @@ def test_of_equal_scores_the_first_are_frozen(model):
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
 def test_all_or_nothing_can_train(model, fraction):
-    found = masks(model, anatomy_of(model), [], score="magnitude", fraction=fraction)
+    found = masks(model, score="magnitude", fraction=fraction)
     assert all(bool(mask.all()) == bool(mask.any()) == (fraction == 1) for mask in found.values())
 
 
@@ -162,7 +161,7 @@ def test_scoring_leaves_the_model_as_it_was(model, tiny, batches):
     model.model.embed_tokens.weight.requires_grad_(False)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     for score in ("wanda", "fisher"):
-        masks(model, anatomy_of(model), batches, score=score)
+        masks(model, batches, score=score)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     assert all(p.grad is None for p in model.parameters())
     assert all(module.training for module in model.modules())
@@ -207,63 +206,22 @@ def test_chats_without_a_template_are_joined(tokenizer, tiny):
     assert batch["input_ids"][0].tolist() == tokenizer("One.\n\nTwo.")["input_ids"]
 
 
-def test_what_cannot_be_scored_is_refused_in_a_sentence(model, tokenizer):
-    anatomy = anatomy_of(model)
-    with pytest.raises(HFTError, match="score must be one of magnitude, wanda, fisher, got 'wand'"):
-        unit_scores(model, anatomy, [], score="wand")
-    with pytest.raises(HFTError, match="granularity must be column or element"):
-        masks(model, anatomy, [], granularity="row")
-    with pytest.raises(HFTError, match=r"fraction must lie in 0\.\.1"):
-        masks(model, anatomy, [], score="magnitude", fraction=1.5)
+def test_what_cannot_be_scored_is_refused_in_a_sentence(tmp_path, model, tokenizer, sft, capsys):
     for score in ("wanda", "fisher"):
         with pytest.raises(HFTError, match="no text to score by"):
-            masks(model, anatomy, [], score=score)
+            masks(model, score=score)
     with pytest.raises(HFTError, match=r"got \['chosen', 'rejected'\]"):
         list(text_batches(tokenizer, [{"chosen": [], "rejected": []}], 10, count=1))
+    fused, config = small("gpt2"), SelectionConfig(policy="importance", granularity="column", score="wanda")
+    with pytest.raises(HFTError, match=r"and transformer\.h\.0\.attn\.c_attn\.q_proj is not one"):
+        select_by_importance(fused, anatomy_of(fused), config)
+    with pytest.raises(HFTError, match="needs --importance FOLDER, which `hft importance` writes"):
+        select(anatomy_of(model), config)
+    assert sft(tmp_path / "out", "--policy", "importance", "--granularity", "unit", "--score", "wanda") == 2
+    assert "give --importance_data" in error_of(capsys)
 
 
-ARMS = [("unit", "wanda", "false"), ("element", "fisher", "true")]
-
-
-@pytest.mark.parametrize(("granularity", "score", "invert"), ARMS)
-def test_what_matters_most_is_frozen_and_a_killed_run_takes_the_same_selection_up(
-    tmp_path, tiny, data, sft, capsys, granularity, score, invert
-):
-    flags = ["--granularity", granularity, "--score", score, "--invert", invert, "--importance_rows", "8"]
-    flags += ["--importance_data", str(data), "--lr_scheduler_type", "constant", "--save_steps", "10"]
-    straight, cut = tmp_path / "straight", tmp_path / "cut"
-    assert sft(straight, *flags, "--max_steps", "20", method="importance") == 0
-    printed = capsys.readouterr().out
-    assert f"{score} on 8 rows" in printed
-    shares = set(re.findall(r"trainable fraction ([\d.]+)% of the layers", printed))
-    manifest = Manifest.load(straight)
-    assert shares == {f"{100 * manifest.trainable_fraction['layers']:.1f}"}  # as planned before the base was loaded
-    assert manifest.trainable_fraction["layers"] == pytest.approx(0.5, abs=5e-3)
-
-    model = AutoModelForCausalLM.from_pretrained(tiny)
-    anatomy, tokenizer = anatomy_of(model), AutoTokenizer.from_pretrained(tiny)
-    config = SelectionConfig(**manifest.selection)
-    texts = list(text_batches(tokenizer, load_split(str(data), "train"), 256, 8))
-    chosen = select_by_importance(model, anatomy, config, texts)
-    assert sorted(chosen.trained_units) == sorted(manifest.trained_units)
-    assert {name: mask.digest() for name, mask in chosen.frozen_masks.items()} == manifest.masks
-    half = select(anatomy, SelectionConfig())
-    assert chosen.counts() == (half.counts() if granularity == "unit" else chosen.counts())
-
-    assert sft(cut, *flags, "--max_steps", "10", method="importance") == 0
-    (cut / "results.json").unlink()
-    capsys.readouterr()
-    assert sft(cut, *flags, "--fraction", "0.4", method="importance") == 2
-    assert "other settings (fraction 0.5 there, 0.4 here)" in error_of(capsys)
-    assert sft(cut, *flags, "--max_steps", "20", method="importance") == 0
-    logged = losses(cut / "checkpoint-20")
-    assert sum(logged[-4:]) < sum(logged[:4]) - 0.8
-    ours, theirs = tensors(cut), tensors(straight)
-    assert all(identical(ours[name], theirs[name]) for name in theirs)
-
-
-def test_units_that_matter_most_to_the_base_are_the_frozen_ones_of_their_pool(tiny):
-    model = AutoModelForCausalLM.from_pretrained(tiny)
+def test_units_that_matter_most_to_the_base_are_the_frozen_ones_of_their_pool(model):
     anatomy = anatomy_of(model)
     with torch.no_grad():
         for unit in anatomy.units:
@@ -271,17 +229,8 @@ def test_units_that_matter_most_to_the_base_are_the_frozen_ones_of_their_pool(ti
                 model.get_parameter(f"{unit.name}.weight").mul_(10)
     settings = {"policy": "importance", "granularity": "unit", "score": "magnitude"}
     for invert in (False, True):
-        selection = select_by_importance(model, anatomy, SelectionConfig(**settings, invert=invert), [])
+        selection = select_by_importance(model, anatomy, SelectionConfig(**settings, invert=invert))
         trained = {unit.kind for unit in anatomy.layer(0, "attention") if selection.trains(unit)}
         assert trained == ({"k_proj", "o_proj"} if invert else {"q_proj", "v_proj"})
         ups = [unit for unit in anatomy.units if unit.kind == "up_proj"]
         assert all(selection.trains(unit) == invert for unit in ups)
-
-
-def test_importance_is_refused_where_it_cannot_be_measured(tmp_path, sft, capsys):
-    fused, config = small("gpt2"), SelectionConfig(policy="importance", granularity="column", score="wanda")
-    with pytest.raises(HFTError, match=r"and transformer\.h\.0\.attn\.c_attn\.q_proj is not one"):
-        select_by_importance(fused, anatomy_of(fused), config, [])
-    flags = ["--policy", "importance", "--granularity", "unit", "--score", "wanda"]
-    assert sft(tmp_path / "out", *flags) == 2
-    assert "give --importance_data" in error_of(capsys)
