@@ -67,7 +67,7 @@ def score_base(config: Config, args: TrainingArguments, tokenizer: PreTrainedTok
     from hft.data import load_split
     from hft.model.anatomy import anatomy_of
     from hft.model.load import load_base
-    from hft.selection.importance import save_scored, select_by_importance, text_batches
+    from hft.selection.importance import save_scored, select_by_importance, token_ids
 
     chosen, made_from = config.method.selection, sources(config, args)
     if is_made_from(folder, made_from):
@@ -77,8 +77,8 @@ def score_base(config: Config, args: TrainingArguments, tokenizer: PreTrainedTok
     say(f"scoring the base by {chosen.score}{by}")
     model, _ = load_base(config.run.model_name_or_path, args)
     rows = load_split(chosen.importance_data, "train") if made_from["data"] else []
-    batches = list(text_batches(tokenizer, rows, args.max_length, chosen.importance_rows or 0))
-    selection = select_by_importance(model.to(args.device), anatomy_of(model), chosen, batches)
+    texts = list(token_ids(tokenizer, rows, args.max_length, chosen.importance_rows or 0))
+    selection = select_by_importance(model.to(args.device), anatomy_of(model), chosen, texts)
     save_scored(folder, selection, made_from | {"versions": {name: version(name) for name in PACKAGES}})
     del model
     reset_peak_memory()

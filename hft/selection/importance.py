@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,12 @@ REDUCTIONS = {
     "element": lambda scores: scores,
 }
 
-Batches = Iterable[Mapping[str, torch.Tensor]]
+Texts = Sequence[torch.Tensor]  # token ids of a row each, (1, length)
 Reduction = Callable[[torch.Tensor], torch.Tensor]
 
 
 def select_by_importance(
-    model: PreTrainedModel, anatomy: Anatomy, config: SelectionConfig, batches: Batches = ()
+    model: PreTrainedModel, anatomy: Anatomy, config: SelectionConfig, texts: Texts = ()
 ) -> Selection:
     """Make the selection of the importance policy: freeze what matters most to the base, or least with `invert`.
 
@@ -47,14 +46,15 @@ def select_by_importance(
     granularity they do with their matrix.
 
     Args:
-        model: the base, with its weights, not sharded.
+        model: the base, with its weights, not sharded; afterwards it is set to evaluate, and by Fisher only what was
+            scored requires gradients.
         anatomy: the model's.
         config: with granularity and score.
-        batches: general text, as `text_batches` gives it; SSU takes 500 rows of the base's own kind of data. Only
+        texts: general text, as `token_ids` gives it; SSU takes 500 rows of the base's own kind of data. Only
             `READ_TEXT` need it.
     """
     check_linear(model, anatomy)
-    scores = scores_of(model, anatomy, batches, score=config.score, granularity=config.granularity)
+    scores = scores_of(model, anatomy, texts, score=config.score, granularity=config.granularity)
     if config.granularity == "unit":
         units = {name: unit.name for unit in anatomy.units for name in unit.parameters}
         return by_unit(anatomy, config, {units[name]: float(value) for name, value in scores})
@@ -121,12 +121,12 @@ def check_linear(model: nn.Module, anatomy: Anatomy) -> None:
     for unit in anatomy.units:
         if unit.block != "norm" and not isinstance(modules.get(unit.name), nn.Linear):
             raise HFTError(
-                f"importance and mixout work on linear layers, and {unit.name} is not one; choose another method"
+                f"importance and mixout need linear layers, and {unit.name} is not one; choose another method"
             )
 
 
 def scores_of(
-    model: PreTrainedModel, anatomy: Anatomy, batches: Batches, *, score: str, granularity: str
+    model: PreTrainedModel, anatomy: Anatomy, texts: Texts, *, score: str, granularity: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The scores of each matrix, by parameter; never more than one matrix of elements, but for Fisher.
 
@@ -134,9 +134,9 @@ def scores_of(
     """
     reduction, matrices = REDUCTIONS[granularity], matrices_of(model, anatomy)
     if score == "fisher":
-        yield from fisher(model, matrices, batches, reduction).items()
+        yield from fisher(model, matrices, texts, reduction).items()
         return
-    norms = input_norms(model, matrices, batches) if score == "wanda" else {}
+    norms = input_norms(model, matrices, texts) if score == "wanda" else {}
     for name, weight in tqdm(matrices.items(), desc=f"scoring by {score}", unit="matrix", leave=False):
         values = weight.detach().float()
         if score == "snr":
@@ -159,7 +159,7 @@ def signal_to_noise(weight: torch.Tensor) -> torch.Tensor:
     return values[is_signal].sum() / noise / values[0]
 
 
-def input_norms(model: PreTrainedModel, names: Iterable[str], batches: Batches) -> dict[str, torch.Tensor]:
+def input_norms(model: PreTrainedModel, names: Iterable[str], texts: Texts) -> dict[str, torch.Tensor]:
     """The L2 norm of each input feature of linear layers, over all tokens (Wanda, 2306.11695, equation 1): (in,), fp32.
 
     SSU's released code takes another factor, the mean square of the feature. Nothing else is kept of the activations.
@@ -174,30 +174,22 @@ def input_norms(model: PreTrainedModel, names: Iterable[str], batches: Batches) 
 
     modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-    try:
-        with torch.no_grad():
-            for ids in _samples(model, batches, "measuring activations"):
-                model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad():
+        for ids in _rows(model, texts, "measuring activations"):
+            model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
     return {name: total.sqrt() for name, total in squares.items()}
 
 
-def fisher(
-    model: PreTrainedModel, names: Iterable[str], batches: Batches, reduction: Reduction
-) -> dict[str, torch.Tensor]:
+def fisher(model: PreTrainedModel, names: Iterable[str], texts: Texts, reduction: Reduction) -> dict[str, torch.Tensor]:
     """The diagonal of the empirical Fisher information: the mean over samples of the squared gradient of the loss.
 
     A sample is one row of text and its loss the mean over its tokens. Squared is the gradient of each sample by itself,
     as the Fisher information of EWC (1612.00796, section 2) asks, not that of a batch, in which signs cancel.
 
-    Args:
-        model: the base.
-        names: of the parameters; nothing else gets a gradient.
-        batches: of text.
-        reduction: linear, applied to the squares before they are summed, so that only the elements themselves take an
-            fp32 sum as large as the weights: 26 GB for Llama-2-7B. One gradient is held at a time.
+    One gradient is held at a time, and the squares are reduced before they are summed, so that only the elements
+    themselves take an fp32 sum as large as the weights: 26 GB for Llama-2-7B.
     """
     sums: dict[str, torch.Tensor] = {}
 
@@ -209,24 +201,20 @@ def fisher(
 
         return add
 
-    wanted = {name: model.get_parameter(name) for name in names}
-    count = 0
-    with _gradients_of(model, wanted.values()), torch.enable_grad():
-        handles = [p.register_post_accumulate_grad_hook(hook(name)) for name, p in wanted.items()]
-        try:
-            for ids in _samples(model, batches, "measuring gradients"):
-                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-                count += 1
-        finally:
-            for handle in handles:
-                handle.remove()
-    return {name: sums[name] / count for name in wanted}
+    model.requires_grad_(False)
+    wanted = {name: model.get_parameter(name).requires_grad_(True) for name in names}
+    handles = [p.register_post_accumulate_grad_hook(hook(name)) for name, p in wanted.items()]
+    for ids in _rows(model, texts, "measuring gradients"):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    for handle in handles:
+        handle.remove()
+    return {name: sums[name] / len(texts) for name in wanted}
 
 
-def text_batches(
+def token_ids(
     tokenizer: PreTrainedTokenizerBase, rows: Iterable[str | Mapping[str, Any]], max_length: int, count: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The first `count` rows of general text as token ids, each a batch of its own, cut to `max_length` tokens.
+) -> Iterator[torch.Tensor]:
+    """The first `count` rows of general text as token ids, (1, length), cut to `max_length` tokens.
 
     A row is a text, or has `text`, `messages`, or `prompt` and `completion` as messages. Chats are rendered with the
     tokenizer's chat template, or else their contents are joined. Rows of fewer than two tokens have nothing to predict
@@ -245,7 +233,7 @@ def text_batches(
             raise HFTError(f"a row of the text to score by cannot be used: {reason(error)}; drop it") from error
         if len(ids) > 1:
             taken += 1
-            yield {"input_ids": torch.tensor([ids])}
+            yield torch.tensor([ids])
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, row: str | Mapping[str, Any]) -> tuple[str, bool]:
@@ -267,31 +255,9 @@ def matrices_of(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in parameters.items() if parameter.ndim == 2}
 
 
-def _samples(model: PreTrainedModel, batches: Batches, description: str) -> Iterator[torch.Tensor]:
-    """Token ids of one row after the other, (1, length), padding cut off, while the model is set to evaluate."""
-    was_training, empty = model.training, True
-    model.eval()
-    try:
-        for batch in tqdm(batches, desc=description, unit="batch", leave=False):
-            kept = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-            for ids, keep in zip(batch["input_ids"], kept, strict=True):
-                empty = False
-                yield ids[keep].unsqueeze(0).to(model.device)
-    finally:
-        model.train(was_training)
-    if empty:
+def _rows(model: PreTrainedModel, texts: Texts, description: str) -> Iterator[torch.Tensor]:
+    """The texts on the model's device, with the model set to evaluate."""
+    if not texts:
         raise HFTError("no text to score by; give rows of general text")
-
-
-@contextmanager
-def _gradients_of(model: nn.Module, wanted: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within it these parameters require gradients and no others."""
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(False)
-    for parameter in wanted:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, required in before.items():
-            parameter.requires_grad_(required)
+    model.eval()
+    return (ids.to(model.device) for ids in tqdm(texts, desc=description, unit="row", leave=False))

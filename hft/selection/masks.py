@@ -106,6 +106,11 @@ def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
     return mask.view(scores.shape)
 
 
+def broadcasts(mask: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a mask's shape broadcasts to a parameter's: each dimension is as long, or 1."""
+    return len(mask) == len(shape) and all(m in (1, s) for m, s in zip(mask, shape, strict=True))
+
+
 def save_masks(folder: str | Path, masks: Mapping[str, Mask]) -> None:
     """Write masks by parameter name into `hft_masks.safetensors`; without masks no file is written."""
     path = Path(folder) / MASKS_NAME

@@ -15,7 +15,7 @@ import torch
 from hft.errors import HFTError
 from hft.model.anatomy import Anatomy, Unit
 from hft.selection import stored
-from hft.selection.masks import Mask
+from hft.selection.masks import Mask, broadcasts
 from hft.selection.selection import FRACTIONS, Choice, Selection, SelectionConfig
 from hft.userfile import load_from_file
 
@@ -58,10 +58,7 @@ def build_selection(anatomy: Anatomy, config: SelectionConfig, choice: Choice) -
     for name, mask in masks.items():
         if name in outside and mask.numel != outside[name]:
             raise HFTError(f"policy {config.policy} gives {name} a mask of {mask.shape}, not one of its own shape")
-        if name in shapes and (
-            len(mask.shape) != len(shapes[name])
-            or any(m not in (1, s) for m, s in zip(mask.shape, shapes[name], strict=True))
-        ):
+        if name in shapes and not broadcasts(mask.shape, shapes[name]):
             raise HFTError(
                 f"policy {config.policy} gives {name}, of shape {shapes[name]}, a mask of shape {mask.shape}; each "
                 "dimension must be as long or 1"

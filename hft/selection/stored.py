@@ -14,7 +14,7 @@ from typing import Any
 from hft.errors import HFTError, reason
 from hft.model.anatomy import Anatomy, Unit
 from hft.model.weights import weights_fingerprint
-from hft.selection.masks import Mask, Masks
+from hft.selection.masks import Mask, Masks, broadcasts
 from hft.selection.selection import Choice, SelectionConfig
 
 IMPORTANCE_NAME = "hft_importance.json"
@@ -68,10 +68,8 @@ def importance(anatomy: Anatomy, config: SelectionConfig) -> Choice:
     if source.is_file():
         return top_of_each_type(anatomy, config, read_snr(source))
     masks = Masks(source)
-    for name, shape in anatomy.shapes.items():
-        mask = masks.shapes.get(name, ())
-        if len(mask) != len(shape) or any(m not in (1, s) for m, s in zip(mask, shape, strict=True)):
-            raise HFTError(f"importance {source} is of another model: it has no {name} of that size")
+    if wrong := [n for n, shape in anatomy.shapes.items() if not broadcasts(masks.shapes.get(n, ()), shape)]:
+        raise HFTError(f"importance {source} is of another model: it has no {wrong[0]} of that size")
     frozen = {name: mask for name, mask in masks.items() if mask.count()}
     whole = {name for name, mask in frozen.items() if mask.count() == mask.numel}
     units = [unit for unit in anatomy.units if not whole.issuperset(unit.parameters)]

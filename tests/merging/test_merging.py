@@ -182,7 +182,7 @@ def test_flags_win_over_a_resets_recipe_under_either_name_of_the_seed(tmp_path, 
         selection = Manifest.load(tmp_path / ours).selection
         assert (selection["policy"], selection["selection_seed"]) == ("layer", 1)
     assert reset(tuned, tiny, tmp_path / "two", "--policy", "importance") == 2
-    assert "the importance policy needs a training run" in error_of(capsys)
+    assert "the importance policy needs --importance FOLDER" in error_of(capsys)
 
 
 def test_an_empty_folder_behind_a_link_is_written_to(tmp_path, tuned, tiny):

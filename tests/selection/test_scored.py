@@ -17,7 +17,7 @@ from hft.errors import HFTError
 from hft.model.anatomy import anatomy_of
 from hft.record.manifest import Manifest
 from hft.selection import SelectionConfig, select
-from hft.selection.importance import select_by_importance, signal_to_noise, text_batches
+from hft.selection.importance import select_by_importance, signal_to_noise, token_ids
 from tests.conftest import command, error_of, identical, losses, tensors
 
 ARMS = [
@@ -57,7 +57,7 @@ def test_what_matters_most_is_frozen_by_one_command_or_two_and_a_killed_run_resu
     model = AutoModelForCausalLM.from_pretrained(tiny)
     anatomy, tokenizer = anatomy_of(model), AutoTokenizer.from_pretrained(tiny)
     manifest = Manifest.load(straight)
-    texts = list(text_batches(tokenizer, load_split(str(data), "train"), 256, 8))
+    texts = list(token_ids(tokenizer, load_split(str(data), "train"), 256, 8))
     chosen = select_by_importance(model, anatomy, SelectionConfig(**manifest.selection), texts)
     assert sorted(chosen.trained_units) == sorted(manifest.trained_units)
     assert {name: mask.digest() for name, mask in chosen.frozen_masks.items()} == manifest.masks
