@@ -22,6 +22,7 @@ from hft.record.verification import check_base, verify_folder
 from hft.runs.result import CONFIG_NAME, PICTURE_NAME
 from hft.selection import Selection, SelectionConfig, select
 from hft.selection.masks import frozen_values, save_masks
+from hft.selection.stored import check_scored_base
 
 
 @dataclass
@@ -50,7 +51,9 @@ def main(arguments: Sequence[str]) -> int:
     check_out(out, [tuned, base])
     check_alike(tuned, base)
     check_base(config.base)
-    selection = select(anatomy_of(meta_model(base.config)), fill(SelectionConfig, given))
+    chosen = fill(SelectionConfig, given)
+    check_scored_base(chosen, config.base)
+    selection = select(anatomy_of(meta_model(base.config)), chosen)
     say(f"resetting what would be frozen under this selection to {base.name}", indented(describe_reset(selection)))
     say(*check_reset(selection, tuned, base))
     with new_folder(out) as folder:

@@ -83,8 +83,7 @@ def planned_selection(model: nn.Module, config: SelectionConfig, base: str) -> S
         base: path or Hub id of the base.
     """
     anatomy = anatomy_of(model)
-    if config.policy == "importance" and config.importance and not Path(config.importance).is_file():
-        check_scored_base(config.importance, base)
+    check_scored_base(config, base)
     if config.policy != "importance" or config.importance:
         return select(anatomy, config)
     check_linear(model, anatomy)

@@ -51,14 +51,16 @@ def with_scored_settings(config: SelectionConfig) -> SelectionConfig:
     return replace(config, **settings)
 
 
-def check_scored_base(folder: str | Path, base: str) -> None:
+def check_scored_base(config: SelectionConfig, base: str) -> None:
     """Refuse a folder whose scores are those of another base; one on the Hub is known by its name."""
-    made = load_scores(folder)
+    if not config.importance or Path(config.importance).is_file():
+        return
+    made = load_scores(config.importance)
     same = made["weights"] == weights_fingerprint(Path(base)) if Path(base).is_dir() else made["base"] == base
     if not same:
         raise HFTError(
-            f"importance {folder} was made for {made['base']}, whose weights are not those of {base}; run `hft "
-            "importance` for this base"
+            f"importance {config.importance} was made for {made['base']}, whose weights are not those of {base}; run "
+            "`hft importance` for this base"
         )
 
 

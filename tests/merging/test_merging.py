@@ -181,7 +181,9 @@ def test_flags_win_over_a_resets_recipe_under_either_name_of_the_seed(tmp_path, 
         assert reset(tuned, tiny, tmp_path / ours, *files, str(given), ours, "1") == 0
         selection = Manifest.load(tmp_path / ours).selection
         assert (selection["policy"], selection["selection_seed"]) == ("layer", 1)
-    assert reset(tuned, tiny, tmp_path / "two", "--policy", "importance") == 2
+    assert (
+        reset(tuned, tiny, tmp_path / "two", "--policy", "importance", "--score", "snr", "--granularity", "unit") == 2
+    )
     assert "the importance policy needs --importance FOLDER" in error_of(capsys)
 
 
