@@ -19,7 +19,7 @@ from hft.runs.config import Config, read_command_line, resolve_config
 from hft.runs.plan import RunPlan, load_model_config, load_tokenizer, plan_selection
 from hft.selection import select
 from hft.selection.selection import READ_TEXT
-from hft.selection.stored import IMPORTANCE_NAME, SCORED, load_scores
+from hft.selection.stored import SCORED, load_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -69,14 +69,17 @@ def score_base(config: Config, args: TrainingArguments, tokenizer: PreTrainedTok
     from hft.model.load import load_base
     from hft.selection.importance import save_scored, select_by_importance, token_ids
 
-    chosen, made_from = config.method.selection, sources(config, args)
+    chosen, by = config.method.selection, ""
+    rows = []
+    if chosen.score in READ_TEXT:
+        rows = load_split(chosen.importance_data, "train")
+        by = f" on {chosen.importance_rows} rows of {chosen.importance_data}"
+    made_from = sources(config, args)
     if is_made_from(folder, made_from):
         say(f"importance: read from {folder}", "")
         return
-    by = f" on {chosen.importance_rows} rows of {chosen.importance_data}" if made_from["data"] else ""
     say(f"scoring the base by {chosen.score}{by}")
     model, _ = load_base(config.run.model_name_or_path, args)
-    rows = load_split(chosen.importance_data, "train") if made_from["data"] else []
     texts = list(token_ids(tokenizer, rows, args.max_length, chosen.importance_rows or 0))
     selection = select_by_importance(model.to(args.device), anatomy_of(model), chosen, texts)
     save_scored(folder, selection, made_from | {"versions": {name: version(name) for name in PACKAGES}})
@@ -102,10 +105,8 @@ def sources(config: Config, args: TrainingArguments) -> dict[str, Any]:
 
 def is_made_from(folder: Path, made_from: dict[str, Any]) -> bool:
     """Whether a folder holds scores that were made from the same."""
-    if not (folder / IMPORTANCE_NAME).exists():
-        return False
     try:
         found = load_scores(folder)
-    except HFTError:
+    except HFTError:  # none there, or not whole
         return False
     return all(found.get(key) == value for key, value in made_from.items())

@@ -100,12 +100,15 @@ def core(anatomy: Anatomy, config: SelectionConfig) -> Choice:
 
 
 def read_snr(path: Path) -> dict[str, dict[str, Any]]:
-    """Spectrum's results, `model_snr_results/snr_results_*.json`: of each module its `snr` and `type`."""
+    """The `snr` and `type` of each module, from Spectrum's results; some that it publishes are sorted by type."""
+    results: dict[str, dict[str, Any]] = {}
     try:
-        results = json.loads(path.read_text())
-        return {name: {"snr": float(found["snr"]), "type": str(found["type"])} for name, found in results.items()}
+        for name, found in json.loads(path.read_text()).items():
+            modules = {name: found} if "snr" in found else {m: {"snr": s, "type": name} for m, s in found.items()}
+            results |= {module: {"snr": float(one["snr"]), "type": str(one["type"])} for module, one in modules.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise HFTError(f"{path} is not a file of Spectrum's, MODULE: {{snr, type}}: {reason(error)}") from error
+    return results
 
 
 def top_of_each_type(anatomy: Anatomy, config: SelectionConfig, results: Mapping[str, Mapping[str, Any]]) -> Choice:

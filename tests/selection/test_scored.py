@@ -178,6 +178,9 @@ def test_a_file_of_spectrums_trains_what_its_script_unfreezes(tmp_path, tiny, fr
         hft.select(model, policy="importance", importance=str(file), score="wanda")
     file.write_text("{}")
     assert set(hft.select(model, policy="importance", importance=str(file)).trained_parameters) == ENDS
-    file.write_text(json.dumps({"mlp.down_proj": {"model.layers.0.mlp.down_proj": 1.0}}))
+    by_type = {kind: {name: snr for name, (snr, other) in SNR.items() if other == kind} for _, kind in SNR.values()}
+    file.write_text(json.dumps(by_type))
+    assert hft.select(model, policy="importance", importance=str(file), fraction=fraction) == selection
+    file.write_text(json.dumps({"model.layers.0.mlp.down_proj": 1.0}))
     with pytest.raises(HFTError, match=r"is not a file of Spectrum's, MODULE: \{snr, type\}"):
         hft.select(model, policy="importance", importance=str(file))
