@@ -32,11 +32,10 @@ class StepCosts:
     """One micro-batch on one device.
 
     Attributes:
-        tokens: that go through the model, both sequences of each pair in DPO.
+        tokens: that go through the model with gradients.
         forward: FLOPs.
         backward: FLOPs of gradients, of weights and of activations.
         recompute: FLOPs of what is computed a second time: checkpointed layers and the logits.
-        reference: FLOPs of DPO's reference model.
         layers: bytes that layers save which are not checkpointed.
         inputs: bytes of the inputs of checkpointed layers.
         ends: bytes that embeddings, the last norm and the loss save.
@@ -45,13 +44,13 @@ class StepCosts:
         recomputed: bytes that the largest checkpointed layer takes while its backward pass runs.
         tile: bytes of a tile of logits, in the forward pass.
         loss: bytes that the backward pass of the loss takes for the moment: a tile of logits, and gradients in fp32.
+        reference: FLOPs of what is computed without gradients, such as by a reference model.
     """
 
     tokens: int
     forward: int
     backward: int
     recompute: int
-    reference: int
     layers: int
     inputs: int
     ends: int
@@ -60,6 +59,7 @@ class StepCosts:
     recomputed: int
     tile: int
     loss: int
+    reference: int = 0
 
     @property
     def flops(self) -> int:
@@ -105,7 +105,6 @@ def costs_of(
     *,
     checkpointed: Collection[int] = (),
     precision: Precision = MIXED,
-    reference: bool = False,
     attention: str | None = None,
     padded: bool = False,
     fused_head: bool = True,
@@ -115,11 +114,10 @@ def costs_of(
     Args:
         model_config: the model's.
         selection: what trains.
-        rows: sequences, two for each pair of DPO.
+        rows: sequences.
         length: tokens of each.
         checkpointed: layers whose activations are recomputed.
         precision: of weights and matrix products.
-        reference: whether a reference model computes the same sequences.
         attention: transformers' name of an implementation; by default the model's own.
         padded: whether some rows are shorter than others, so that attention needs a mask.
         fused_head: TRL's head; otherwise the model's logits.
@@ -146,13 +144,11 @@ def costs_of(
         if layers[index].output.requires_grad:
             shared |= model.calls[index].shared_by_position
     logits = _head(ends.output, *model.head(outside)) if fused_head else Head()
-    forward = sum(part.forward for part in (*layers, ends, logits))
     return StepCosts(
         tokens=rows * length,
-        forward=forward,
+        forward=sum(part.forward for part in (*layers, ends, logits)),
         backward=sum(part.backward for part in (*layers, ends, logits)),
         recompute=sum(layer.recompute for layer in dropped) + logits.recompute,
-        reference=forward if reference else 0,
         layers=sum(layer.saved for layer in kept),
         inputs=sum(calls[index].x.nbytes for index in checkpointed if layers[index].output.requires_grad),
         ends=ends.saved + logits.saved + sum(shared.values()),
@@ -192,11 +188,6 @@ def _head(x: torch.Tensor, numel: int, trains: bool) -> Head:
     tile = 2 * (tokens * (words + width) + words * width)
     loss = tile + 4 * (positions * width * x.requires_grad + numel * trains)
     return Head(forward, forward * gradients, forward * bool(gradients), saved, tile, loss)
-
-
-def layers_to_checkpoint(count: int, *, every: int = 1) -> range:
-    """The layers that transformers checkpoints: each one whose index is a multiple of `every_n_layers`."""
-    return range(0, count, every)
 
 
 def fewest_checkpointed_layers(costs: Callable[[range], StepCosts], count: int, available: float) -> int | None:
