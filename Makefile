@@ -46,7 +46,7 @@ D := runs/$(MODEL)-dpo-fft-from-$(notdir $(S))
 
 help:
 	@echo "make sft-METHOD [MODEL=smollm2-135m] [ARGS='--key value ...'] [NUM_GPUS=n]"
-	@echo "make dpo-METHOD [MODEL=...] [FROM=runs/an-sft-run] [ARGS=...] [NUM_GPUS=n]"
+	@echo "make dpo-METHOD | kto-METHOD [MODEL=...] [FROM=runs/an-sft-run] [ARGS=...] [NUM_GPUS=n]"
 	@echo "make trace-METHOD [MODEL=...] [STRATEGY=seqft|replay|gem|agem|self-replay|lora] [ARGS=...] [NUM_GPUS=n]"
 	@echo "make trace-mini [ARGS=...]    what each method learns and forgets over six tasks, half an hour on a laptop"
 	@echo "make cpi | cpi-ARM [MODEL=...] [ARGS=...]    CPI-FT, and what it is compared with"
@@ -86,6 +86,9 @@ sft-%: $(INSTALLED) $(LOCAL_FILES)
 
 dpo-%: $(INSTALLED) $(LOCAL_FILES)
 	$(call train,dpo,$*) $(addprefix --model_name_or_path ,$(FROM)) $(ARGS)
+
+kto-%: $(INSTALLED) $(LOCAL_FILES)
+	$(call train,kto,$*) $(addprefix --model_name_or_path ,$(FROM)) $(ARGS)
 
 # A sequence of tasks: `hft continual` trains and scores all rounds. Rerun it to resume.
 trace-%: $(INSTALLED) $(LOCAL_FILES)
