@@ -131,7 +131,9 @@ def top_of_each_type(anatomy: Anatomy, config: SelectionConfig, results: Mapping
         names.sort(key=lambda name: results[name]["snr"], reverse=not config.invert)
         trained.update(names[: math.floor(len(names) * Fraction(str(config.fraction)))])
     units = [unit for unit in anatomy.units if trained.intersection(_modules_of(unit))]
-    return units, {name: None for name in anatomy.others if name.rpartition(".")[0] not in trained}
+    decoder = f"{anatomy.units[0].name.partition('.')[0]}."  # a head that the base lacks lies beside it, and trains
+    norms = {name: name.rpartition(".")[0] for name in anatomy.others if name.startswith(decoder)}
+    return units, {name: None for name, module in norms.items() if module not in trained}
 
 
 def type_of(module: str) -> str:

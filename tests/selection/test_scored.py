@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import hft
 from hft.cli import main
@@ -178,6 +178,9 @@ def test_a_file_of_spectrums_trains_what_its_script_unfreezes(tmp_path, tiny, fr
         hft.select(model, policy="importance", importance=str(file), score="wanda")
     file.write_text("{}")
     assert set(hft.select(model, policy="importance", importance=str(file)).trained_parameters) == ENDS
+    reward = AutoModelForSequenceClassification.from_config(model.config)
+    reward = hft.select(reward, policy="importance", importance=str(file))
+    assert {"score.weight", "model.norm.weight"} & {*reward.frozen_parameters} == {"model.norm.weight"}
     by_type = {kind: {name: snr for name, (snr, other) in SNR.items() if other == kind} for _, kind in SNR.values()}
     file.write_text(json.dumps(by_type))
     assert hft.select(model, policy="importance", importance=str(file), fraction=fraction) == selection
