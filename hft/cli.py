@@ -68,8 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         command, rest = parser.parse_args(words[:1]).command, words[1:]
-        run = _imported(COMMANDS[command][0])
-        run = functools.partial(run, command) if command in OBJECTIVES else run
+        run = functools.partial(_run, command)
         return _imported("hft.launch:run")(command, run, rest) if command in LAUNCHED else run(rest)
     except HFTError as error:
         failed = type(error)(*error.args)  # its frames keep progress bars open
@@ -81,6 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed = HFTError(sentence)
     print_error(failed)
     return failed.status
+
+
+def _run(command: str, words: Sequence[str]) -> int:
+    """Run a command in this process; whoever launches others imports none of it."""
+    function = _imported(COMMANDS[command][0])
+    return function(command, words) if command in OBJECTIVES else function(words)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,7 +22,7 @@ def test_two_processes_agree_with_one_at_the_same_global_batch(tmp_path, tiny, d
     run = subprocess.run(words, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("verify passed") == 1
-    assert run.stdout.startswith("launching 2 processes with ddp")
+    assert run.stdout.count("launching 2 processes with ddp") == 1
     assert "x 2 processes x 1 accumulation" in run.stdout
     assert "num_processes" not in (tmp_path / "two" / "config.yaml").read_text()
 
