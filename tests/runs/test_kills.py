@@ -14,14 +14,14 @@ from hft.record.checkpoints import last_checkpoint
 from tests import faults
 from tests.conftest import command, identical, tensors
 
-# Before the first checkpoint, in a save, in a step, in the cast of the final weights, and in verify.
+# Before the first checkpoint, in a save, in a step, in the write of the final weights, and in verify.
 MOMENTS = [
     "write config.tmp",
     "optimizer 1",
     "write checkpoint-2/optimizer.pt",
     "write checkpoint-2/trainer_state.json",
     "moved 3",
-    "rename model.tmp",
+    "write model.safetensors",
     "verify .",
 ]
 
