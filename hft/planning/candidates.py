@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from hft.errors import HFTError
 from hft.methods import Method
-from hft.objectives import find_objective
 from hft.planning.costs import StepCosts, costs_of, fewest_checkpointed_layers
 from hft.planning.engine import Engine, micro_batch
 from hft.planning.memory import GIB, Memory, memory_of
@@ -124,7 +123,7 @@ class Setup:
             )
             return replace(step, reference=step.forward * batch.forward_rows * self.args.max_length // step.tokens)
 
-        reference = find_objective(self.config.objective).has_reference(self.config.values)
+        reference = self.config.objective.has_reference(self.config.values)
         memory = memory_of(method, selection, self.engine, reference=reference, costs=costs(self.checkpointed))
         return Candidate(name, memory, costs, self.checkpointed, selection.anatomy.num_layers)
 

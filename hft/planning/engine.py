@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from hft.errors import HFTError
 from hft.machine import cpu_has_bfloat16, is_sharded, is_zero3, world_size
-from hft.objectives import find_objective
 from hft.planning.costs import BFLOAT16, FLOAT32, MIXED, Precision
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ def micro_batch(config: Config, args: TrainingArguments, examples: int | None = 
     kwargs = args.activation_checkpointing_kwargs or {}
     if named := [key for key in ("use_reentrant", "selective", "offload") if kwargs.get(key)]:
         raise HFTError(f"FLOPs and activations with {named[0]} checkpointing are not known")
-    objective = find_objective(config.objective)
+    objective = config.objective
     attention = (args.model_init_kwargs or {}).get("attn_implementation")
     flash = (attention or "").startswith("flash")
     examples = examples or args.per_device_train_batch_size

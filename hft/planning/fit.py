@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from hft.errors import DoesNotFit, HFTError
 from hft.machine import device_bytes
-from hft.objectives import find_objective
 from hft.planning.candidates import Setup
 from hft.planning.engine import MOMENTS, Engine, engine_of
 from hft.planning.memory import GIB, memory_of
@@ -67,7 +66,7 @@ def fewest_layers(setup: Setup, selection: Selection, available: float) -> int:
 def why_state_does_not_fit(config: Config, selection: Selection | AdapterFootprint, engine: Engine) -> str | None:
     """A sentence if this machine cannot hold a run's weights, gradients and optimizer state, else None."""
     method, use_cpu = config.method, config.values.get("use_cpu")
-    reference = find_objective(config.objective).has_reference(config.values)
+    reference = config.objective.has_reference(config.values)
     # An optimizer whose state is not known counts as if it had none.
     engine = replace(engine, moments_bytes=MOMENTS.get(config.values.get("optim") or "adamw_torch", 0))
 

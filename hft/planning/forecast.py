@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hft.config import Keys, fill, to_yaml
 from hft.errors import DoesNotFit, HFTError
 from hft.machine import device_bytes, indented, say
-from hft.objectives import OBJECTIVES, find_objective
+from hft.objectives import OBJECTIVES
 from hft.planning.candidates import Candidate, Setup
 from hft.planning.columns import fitting_block, flops_block, hours_block, in_columns, memory_block
 from hft.planning.engine import MOMENTS, Engine, engine_of, micro_batch
@@ -112,7 +112,7 @@ class Forecast:
 
     def report(self) -> str:
         """The forecast as text: selection, batch, costs, schedule, notes."""
-        batches = Batches(self.args, find_objective(self.config.objective), self.engine.processes)
+        batches = Batches(self.args, self.config.objective, self.engine.processes)
         steps, schedule = batches.steps(self.data), self.config.method.schedule
         layers = checkpointed_of(self.config, self.settings, self.args, self.selection)
         checkpointed = f"activations of {len(layers)} of {self.selection.anatomy.num_layers} layers checkpointed"
@@ -204,7 +204,7 @@ def forecast(config: Config, machine: Machine | None = None) -> Forecast:
         [],
         Setup(config, model_config, args, engine, checkpointed_of(config, settings, args, selection)),
     )
-    reference = find_objective(config.objective).has_reference(config.values)
+    reference = config.objective.has_reference(config.values)
     memory, candidates = memory_of(config.method, selection, engine, reference=reference), []
     try:
         candidates = setup.rivals(selection)

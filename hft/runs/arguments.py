@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from hft.config import fill
 from hft.errors import HFTError
 from hft.machine import cpu_has_bfloat16, is_zero3, world_size
-from hft.objectives import find_objective
 from hft.runs.config import Config, find_template
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ def trainer_class(config: Config) -> type[Trainer]:
     """TRL's trainer of a run's objective, half fine-tuned or with an adapter."""
     from hft import training
 
-    trainer = find_objective(config.objective).trainer
+    trainer = config.objective.trainer
     return training.with_adapter(trainer) if config.method.adapter else training.half(trainer)
 
 
@@ -46,7 +45,7 @@ def training_arguments(
     Raises:
         HFTError: TRL refuses a value, or the trainer cannot work with one.
     """
-    cls, values, method = find_objective(config.objective).config, dict(config.values), config.method
+    cls, values, method = config.objective.config, dict(config.values), config.method
     batch = accumulation_steps(values, cls.per_device_train_batch_size, processes or world_size())
     rate, notes = learning_rate(values, cls.learning_rate)
     if values.get("max_steps", -1) > 0 and "num_train_epochs" in values:

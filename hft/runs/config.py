@@ -13,7 +13,7 @@ from hft.config import Given, Keys, RunConfig, fill, read_arguments, read_files,
 from hft.errors import HFTError
 from hft.methods import Method, all_classes, classes_of, method_of, owners_of
 from hft.model.weights import check_whole
-from hft.objectives import OBJECTIVES, find_objective
+from hft.objectives import OBJECTIVES, Objective, find_objective
 from hft.record.manifest import rounds_so_far
 from hft.selection import SelectionConfig
 
@@ -37,13 +37,13 @@ class Config:
     """A resolved config.
 
     Attributes:
-        objective: its name, such as `sft`.
+        objective: what it trains on.
         values: every key that was given or has a default of ours, typed; what `config.yaml` holds.
         run: model, data, batch and names.
         method: how parameters change.
     """
 
-    objective: str
+    objective: Objective
     values: dict[str, Any]
     run: RunConfig
     method: Method
@@ -103,7 +103,8 @@ def resolve_config(objective: str, given: Given) -> Config:
     values["run_name"] = run_name(objective, values, flags, given.files)
     values = {"output_dir": f"runs/{values['run_name']}", **values}
     run = fill(RunConfig, values)
-    return Config(objective, {key: value for key, value in values.items() if key != "dry_run"}, run, method)
+    kept = {key: value for key, value in values.items() if key != "dry_run"}
+    return Config(find_objective(objective), kept, run, method)
 
 
 def keys_for(objective: str, given: Given) -> Keys:

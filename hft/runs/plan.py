@@ -13,7 +13,7 @@ from hft.config import to_yaml
 from hft.errors import HFTError, reason
 from hft.machine import broadcast, indented, is_main, world_size
 from hft.model.vocabulary import ids_beyond
-from hft.objectives import Objective, find_objective
+from hft.objectives import Objective
 from hft.record.manifest import identity_of
 from hft.runs.arguments import machine_settings, training_arguments
 from hft.runs.config import Config, find_template
@@ -64,7 +64,7 @@ class RunPlan:
 
     def report(self) -> str:
         """The plan as text: selection, batch, steps and tokens, schedule, notes."""
-        batches = Batches(self.args, find_objective(self.config.objective), world_size())
+        batches = Batches(self.args, self.config.objective, world_size())
         steps, schedule = batches.steps(self.data), self.config.method.schedule
         layers = f"activations of {len(self.checkpointed)} of {self.selection.anatomy.num_layers} layers checkpointed"
         blocks = {
@@ -185,7 +185,7 @@ def load_rows(config: Config, args: TrainingArguments) -> LoadedData:
     with args.main_process_first(desc="loading the data"):
         from hft.data import load_data
 
-        reader = find_objective(config.objective).read_rows
+        reader = config.objective.read_rows
         return load_data(config.run, reader, evaluate=args.eval_strategy != "no")
 
 

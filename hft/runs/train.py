@@ -10,7 +10,6 @@ from hft.config import to_yaml
 from hft.errors import HFTError, reason
 from hft.machine import broadcast, indented, is_main, say, world_size
 from hft.model.weights import MODEL_CONFIG
-from hft.objectives import find_objective
 from hft.record.card import CARD_NAME
 from hft.record.manifest import MANIFEST_NAME, write_text
 from hft.record.scores import SCORES_FOLDER
@@ -69,7 +68,7 @@ def train(plan: RunPlan) -> RunResult:
         result = None
         if is_main():
             draw_history(trainer, plan, on_wandb)
-            measured = measure(find_objective(plan.config.objective), trainer, plan.machine, final)
+            measured = measure(plan.config.objective, trainer, plan.machine, final)
             measured.wandb = tracking.current() if on_wandb else None
             result = conclude(measured, plan.out)
             if on_wandb:
@@ -116,7 +115,7 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
     trainer.manifest.data = plan.data.fingerprint
     trainer.resolved_config = card_settings(plan.config.values)
     trainer.manifest.strategy = method.strategy.record() if method.strategy else {}
-    say(*check_prepared(trainer, plan.data, find_objective(plan.config.objective).unit), *trainer.notes())
+    say(*check_prepared(trainer, plan.data, plan.config.objective.unit), *trainer.notes())
     say(*steps_of_packed(plan, len(trainer.train_dataset)), "")
     trainer.check_resumable(plan.start.resume_from)
     if plan.config.run.activation_checkpointing_layers is not None:
@@ -128,7 +127,7 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
 
 def steps_of_packed(plan: RunPlan, rows: int) -> list[str]:
     """What the plan could not say before rows were packed or dropped: steps, and the schedule over them."""
-    batches = Batches(plan.args, find_objective(plan.config.objective), world_size())
+    batches = Batches(plan.args, plan.config.objective, world_size())
     if plan.args.max_steps > 0 or batches.steps(plan.data) == (steps := batches.steps_over(rows)):
         return []
     schedule = plan.config.method.schedule
