@@ -7,6 +7,7 @@ from tqdm import tqdm
 from hft.planning.candidates import Candidate
 from hft.planning.fit import SPARE
 from hft.planning.memory import GIB, LABELS
+from hft.text import aligned
 
 Rows = list[tuple[str, list[str]]]
 
@@ -60,20 +61,13 @@ def hours_block(candidates: list[Candidate], tokens: int, tflops: float, mfu: fl
 
 
 def in_columns(heads: list[str], blocks: list[tuple[str, Rows]]) -> str:
-    """Blocks of rows, each below its title, in columns as wide as what is in them."""
-    rows = [row for _, block in blocks for row in block]
-    first = max(len(name) for name, _ in rows) + 2
-    widths = [max(map(len, column)) for column in zip(heads, *(cells for _, cells in rows), strict=True)]
-    lines = []
-    for number, (title, block) in enumerate(blocks):
-        lines.append(f"{title}:" if number else _line(f"{title}:", heads, max(first, len(title) - 1), widths))
-        lines += [_line(f"  {name}", cells, first, widths) for name, cells in block]
-    return "\n".join(line.rstrip() for line in lines)
+    """Blocks of rows, each below its title, in columns."""
+    lines: list[str | list[str]] = []
+    for title, rows in blocks:
+        lines.append(f"{title}:" if lines else [f"{title}:", *heads])
+        lines += [[f"  {name}", *cells] for name, cells in rows]
+    return aligned(lines, left=1)
 
 
 def _relative(values: list[float]) -> tuple[str, list[str]]:
     return "relative to fft", [f"{value / values[0]:.3f}" for value in values]
-
-
-def _line(name: str, cells: list[str], first: int, widths: list[int]) -> str:
-    return f"{name:{first + 2}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
