@@ -93,11 +93,7 @@ class Setup:
     checkpointed: range
 
     def candidate(self, name: str, method: Method, selection: Selection) -> Candidate:
-        """One way of training.
-
-        Raises:
-            HFTError: the costs are not known.
-        """
+        """One way of training."""
         if method.adapter:
             raise HFTError(
                 "FLOPs and activations of an adapter are not known; the forward pass and the gradients of activations "
@@ -128,11 +124,7 @@ class Setup:
         return Candidate(name, memory, costs, self.checkpointed, selection.anatomy.num_layers)
 
     def rivals(self, selection: Selection) -> list[Candidate]:
-        """Full fine-tuning, the run unless it is that, and the cheapest half.
-
-        Raises:
-            HFTError: the costs are not known.
-        """
+        """Full fine-tuning, the run unless it is that, and the cheapest half."""
         method = self.config.method
         run = self.candidate(self.config.values.get("method") or "hft", method, selection)
         everything, half = select(selection.anatomy, SelectionConfig(policy="all")), upper_half(selection.anatomy)

@@ -71,11 +71,7 @@ def engine_of(config: Config, model_config: PretrainedConfig, gpus: int | None =
 
 
 def asked_dtype(values: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype in `model_init_kwargs`, if it names one.
-
-    Raises:
-        HFTError: torch has no such dtype.
-    """
+    """The dtype in `model_init_kwargs`, if it names one."""
     import torch
 
     named = (values.get("model_init_kwargs") or {}).get("dtype")

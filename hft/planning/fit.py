@@ -48,11 +48,7 @@ def fit(
 
 
 def fewest_layers(setup: Setup, selection: Selection, available: float) -> int:
-    """The fewest layers that must be checkpointed to fit a run into so many bytes of a device.
-
-    Raises:
-        DoesNotFit: all of them are not enough; the sentence says what to change.
-    """
+    """The fewest layers that must be checkpointed to fit a run into so many bytes of a device."""
     try:
         run = setup.candidate("the run", setup.config.method, selection)
     except HFTError as error:

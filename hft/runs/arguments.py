@@ -35,16 +35,7 @@ def machine_settings(values: dict[str, Any]) -> dict[str, Any]:
 def training_arguments(
     config: Config, machine: dict[str, Any], processes: int | None = None
 ) -> tuple[TrainingArguments, list[str]]:
-    """TRL's config of a run, and notes about it.
-
-    Args:
-        config: of the run.
-        machine: settings that the machine decided.
-        processes: of the run; by default those that the launcher started.
-
-    Raises:
-        HFTError: TRL refuses a value, or the trainer cannot work with one.
-    """
+    """TRL's config of a run, and notes about it."""
     cls, values, method = config.objective.config, dict(config.values), config.method
     batch = accumulation_steps(values, cls.per_device_train_batch_size, processes or world_size())
     rate, notes = learning_rate(values, cls.learning_rate)
@@ -64,11 +55,7 @@ def training_arguments(
 
 
 def accumulation_steps(values: dict[str, Any], default: int, processes: int) -> dict[str, int]:
-    """Gradient accumulation that makes the global batch what the recipe says; `default` rows per device.
-
-    Raises:
-        HFTError: the rows per step are not a multiple of rows per device times processes.
-    """
+    """Gradient accumulation that makes the global batch what the recipe says; `default` rows per device."""
     total = values.get("global_batch_size")
     if total is None:
         return {}

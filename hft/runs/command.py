@@ -19,18 +19,7 @@ from hft.selection.selection import DRAWN
 
 
 def main(objective: str, arguments: Sequence[str]) -> int:
-    """Plan, print the plan, and train.
-
-    Args:
-        objective: its name, which is the command's.
-        arguments: `--config RECIPE.yaml [METHOD.yaml ...] [--key value ...]`.
-
-    Returns:
-        The exit status: 0, or 1 if a frozen tensor is not what it was.
-
-    Raises:
-        HFTError: the run cannot be made as asked.
-    """
+    """Plan, print the plan, and train."""
     config = parse_config(objective, arguments)
     say("resolved config", indented(to_yaml(config.values)))
     plan = make_plan(config)

@@ -25,11 +25,7 @@ RESTORED = ("learning_rate ", "weight_decay ", "adam_beta", "adam_epsilon ")
 
 
 def check_output(config: Config) -> None:
-    """Refuse an output folder that cannot be written to, or that holds the base.
-
-    Raises:
-        HFTError: it is such a folder, or the base does not match its own manifest.
-    """
+    """Refuse an output folder that cannot be written to, or that holds the base."""
     out, base = config.out, config.run.model_name_or_path
     if Path(base).is_dir() and Path(base).resolve().is_relative_to(out.resolve()):
         raise HFTError(f"output_dir {out} is the base itself, or holds it; choose another")

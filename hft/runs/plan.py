@@ -217,12 +217,7 @@ def load_model_config(config: Config) -> PretrainedConfig:
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with the recipe's padding token and chat template.
-
-    Raises:
-        HFTError: it cannot be loaded; neither it nor the recipe has a chat template; or the recipe's padding token is
-            not in the vocabulary, where adding one would resize the embeddings.
-    """
+    """The base's tokenizer, with the recipe's padding token and chat template."""
     from transformers import AutoTokenizer
 
     base, template = config.run.model_name_or_path, config.run.chat_template_path

@@ -81,14 +81,7 @@ class RunResult:
 def measure(
     objective: Objective, trainer: ManifestMixin, machine: dict[str, Any], final: dict[str, float]
 ) -> RunResult:
-    """What a trainer has measured.
-
-    Args:
-        objective: what it trained on.
-        trainer: after training.
-        machine: settings that the machine decided.
-        final: metrics of the saved weights, if they were evaluated.
-    """
+    """What a trainer has measured."""
     history = trainer.state.log_history
 
     def logged(key: str) -> list[float]:

@@ -29,15 +29,7 @@ FINISH_TIMEOUT = 60
 def tracked(
     on: bool, name: str, config: dict[str, Any], selection: Selection | AdapterFootprint, out: Path
 ) -> Iterator[None]:
-    """A wandb run around a training run; it ends as failed if the training raises.
-
-    Args:
-        on: whether there is one.
-        name: of the run.
-        config: the resolved config.
-        selection: what trains.
-        out: the run's folder, whose picture is logged.
-    """
+    """A wandb run around a training run; it ends as failed if the training raises."""
     if not on:
         yield
         return
@@ -57,9 +49,6 @@ def start(name: str, config: dict[str, Any], selection: Selection | AdapterFootp
     """Start a wandb run with the resolved config and the selection; offline if no API key is found.
 
     Trainer's `WandbCallback` uses the run that is already there.
-
-    Returns:
-        A sentence on where to find the run.
     """
     import wandb
 
@@ -73,14 +62,7 @@ def start(name: str, config: dict[str, Any], selection: Selection | AdapterFootp
 
 
 def open_run(**settings: Any) -> tuple[wandb.Run, str]:
-    """Start a wandb run; offline if no API key is found.
-
-    Args:
-        settings: of `wandb.init`.
-
-    Returns:
-        The run, and a sentence on where to find it.
-    """
+    """Start a wandb run, offline if no API key is found; returns it, and a sentence on where to find it."""
     import wandb
 
     mode, why = os.environ.get("WANDB_MODE"), "WANDB_MODE is set"
@@ -122,12 +104,7 @@ def current() -> dict[str, str]:
 
 
 def log_scores(run: dict[str, str], scores: dict[str, float]) -> None:
-    """Add scores to the summary of a wandb run that has ended.
-
-    Args:
-        run: what `current` returned.
-        scores: by name.
-    """
+    """Add scores to the summary of a wandb run that has ended."""
     import wandb
 
     again, _ = open_run(**run, resume="allow")

@@ -89,11 +89,7 @@ def push_to_hub(trainer: ManifestMixin, result: RunResult) -> None:
 
 
 def make_trainer(plan: RunPlan) -> ManifestMixin:
-    """The trainer of a plan, its rows prepared and checked, ready to train.
-
-    Raises:
-        HFTError: TRL or transformers refuse something, or the checkpoint to resume from is of another run.
-    """
+    """The trainer of a plan, its rows prepared and checked, ready to train."""
     from hft.data import check_prepared, refusals
     from hft.training.checkpointing import CheckpointedLayers
 
@@ -155,12 +151,7 @@ def cannot_write_to(out: Path, error: OSError) -> HFTError:
 
 
 def clear(out: Path, resumed: str | None) -> None:
-    """Remove an earlier run's checkpoints and model, so that they are not mistaken for this run's.
-
-    Args:
-        out: the run's folder.
-        resumed: the checkpoint that it resumes from. Those before it stay, if it is in the folder.
-    """
+    """Remove an earlier run's checkpoints and model, so that they are not mistaken for this run's."""
     for checkpoint in replaced(out, resumed):
         say(f"removing {checkpoint} of an earlier run")
         checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
