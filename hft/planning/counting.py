@@ -283,14 +283,15 @@ class CountedModel:
         )
 
     def _weights(self, module: nn.Module, trained: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
-        """Parameters of a module in the dtypes of a run."""
-        trained = set(trained)
+        """Parameters of a layer, or those outside the layers, in the dtypes of a run."""
+        trained, elsewhere = set(trained), set(layers_of(self.model).parameters()) if module is self.body else set()
         wide = trained.union(*(m.parameters() for m in module.modules() if isinstance(m, nn.Embedding)))
         return {
             name: nn.Parameter(
                 torch.empty(p.shape, dtype=self.precision.trained if p in wide else self.precision.frozen), p in trained
             )
             for name, p in module.named_parameters()
+            if p not in elsewhere
         }
 
     @functools.cached_property
