@@ -183,7 +183,7 @@ test-slow: $(INSTALLED)
 test-gpu: $(INSTALLED)
 	$(BIN)/pytest -m gpu $(ARGS)
 
-# Known vulnerabilities of the versions in constraints.txt. pip-audit has an environment of its own; it asks pypi.org.
+# Known vulnerabilities of the versions in constraints.txt. pip-audit runs in a separate environment and asks pypi.org.
 audit: $(INSTALLED)
 	$(PYTHON) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/pip install --quiet --disable-pip-version-check pip-audit

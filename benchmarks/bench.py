@@ -58,7 +58,7 @@ class Bench:
         model: folder of the base.
         data: folder with `sft.jsonl` and `dpo.jsonl`.
         rows, length: a batch; every row is cut to that length.
-        steps: measured ones, after one that is not.
+        steps: measured ones, after one warm-up.
         rounds: how often each arm is measured.
     """
 
@@ -111,7 +111,7 @@ class Bench:
         return SFTTrainer(model, plan.args, train_dataset=data, processing_class=plan.tokenizer)
 
     def full_reference(self) -> Trainer:
-        """DPO with HFT whose reference is a model of its own."""
+        """DPO with HFT and a full reference model."""
         plan = hft.make_plan(self.config("hft", "dpo"))
         reference = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto")
         return hft.HFTDPOTrainer(
@@ -194,7 +194,7 @@ def fewest_layers(budget: float, none: float, most: float, layers: int) -> int:
 
 
 def dpo(bench: Bench) -> str:
-    """HFT with a reference that shares the frozen half, against one of its own."""
+    """HFT with a reference that shares the frozen half, against a full one."""
     arms = {
         "hft, shared reference": bench.arm(bench.trainer, "hft", "dpo"),
         "hft, full reference": bench.arm(bench.full_reference),
@@ -297,7 +297,7 @@ def device_name() -> str:
 
 
 def not_run(parts: list[str]) -> str:
-    """Which parts were left out, and the commands that run them."""
+    """Which parts did not run, and the commands that run them."""
     missing = [part for part in PARTS if part not in parts]
     if not missing:
         return ""

@@ -1,7 +1,7 @@
 """What the default run takes under other settings: python benchmarks/default_run.py [--rounds 5 ...].
 
 Each arm is the recipe of `make sft-hft`, or of `make dpo-hft`, with a few keys changed. All follow each other in one
-process, once a round, every other round backwards; the first step of each is left out. `--profile` prints instead which
+process, once a round, every other round backwards; the first step of each does not count. `--profile` prints instead which
 operators a step spends its time in.
 """
 
@@ -30,7 +30,7 @@ ARMS = {
 
 
 class Clock(TrainerCallback):
-    """Seconds per 1,000 tokens, padding left out, over all steps but the first."""
+    """Seconds per 1,000 tokens, without padding, over all steps but the first."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 1:

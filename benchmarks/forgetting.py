@@ -1,8 +1,8 @@
 """What each method learns and what it forgets: `make forgetting`, or python benchmarks/forgetting.py.
 
 Trains SmolLM2-135M on grade-school word problems (reasoning_gym's gsm_symbolic, arXiv 2505.24760) with each method of
-forgetting.yaml, scores each model with `hft eval --suite quick`, and writes one report. Stopped anywhere, it goes on
-with the first run or score that is missing.
+forgetting.yaml, scores each model with `hft eval --suite quick`, and writes one report. Rerun
+it to resume at the first run or score that is missing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Times reset and merges beside mergekit's same merges and a plain copy: python merging_speed.py BASE [REPETITIONS].
 
-Whole commands, each a process of its own, in turn; what is read is in the page cache after the first round, which does
+Whole commands, each in a separate process, in turn; what is read is in the page cache after the first round, which does
 not count. Ratios are to the same round.
 """
 

@@ -1,7 +1,7 @@
 """What each method learns and forgets over six tasks: `make trace-mini`, or python benchmarks/trace_mini.py.
 
 Pretrains a small Llama on docstrings and on facts made here, takes it through the tasks of trace_mini.yaml with `hft
-continual`, once per arm, learning rate and seed, and writes a report. Stopped anywhere, it goes on where it was.
+continual`, once per arm, learning rate and seed, and writes a report. Rerun it to resume.
 """
 
 from __future__ import annotations
