@@ -13,8 +13,8 @@ from hft.errors import HFTError, reason
 from hft.objectives import OBJECTIVES, find_objective
 from hft.record.checkpoints import TRAINER_STATE, checkpoints
 from hft.record.manifest import MANIFEST_NAME, Manifest
-from hft.record.scores import Score, Scores, scores_of
-from hft.reporting.paper import Measured, mean_of, summarize
+from hft.record.scores import Scores, scores_of
+from hft.reporting.measure import Column, Measured, measure
 from hft.runs.config import NEUTRAL_KEYS, read_config, replaced_keys
 from hft.runs.result import CONFIG_NAME, RESULTS_NAME, RunResult
 
@@ -79,9 +79,7 @@ class Group:
     """Runs that differ only in their seeds."""
 
     runs: list[LoadedRun]
-    kind: (
-        str  # the method, after the objective where there are several, and what of its recipe most groups do otherwise
-    )
+    kind: str  # the method, after the objective if there are several, and what differs from most groups in its recipe
     arm: str  # the kind, and the method's own settings that tell it from other groups of it
     label: str  # the arm, with its learning rate where there are several
 
@@ -90,37 +88,8 @@ class Group:
         """One of the runs, for what they have in common."""
         return self.runs[0]
 
-
-@dataclass(frozen=True)
-class Column:
-    """A metric of one task, or the mean over several tasks of their first metrics."""
-
-    suite: str
-    tasks: tuple[tuple[str, str | None], ...]  # each with the name of its metric, None for the first
-    label: str  # in a table of its suite
-    unit: str = "%"
-    higher_is_better: bool = True
-
-    @property
-    def name(self) -> str:
-        """The label outside its suite's tables."""
-        return self.label if len(self.tasks) == 1 else f"{self.suite}, {self.label}"
-
-    def parts(self, scores: Mapping[str, Scores]) -> list[Score]:
-        """The scores that it is made of; empty unless all are there."""
-        suite = scores.get(self.suite)
-        found = [suite.find(*task) for task in self.tasks] if suite else []
-        return [] if None in found else found
-
-    def number(self, scores: Mapping[str, Scores]) -> tuple[float, float | None] | None:
-        """Its value among a model's scores, and the standard error if it is known; None unless all are there."""
-        parts = self.parts(scores)
-        return mean_of([(part.value, part.stderr) for part in parts]) if parts else None
-
-    def measured(self, group: Group) -> Measured | None:
-        """Its mean and spread over a group's runs; None if none has it."""
-        numbers = [number for run in group.runs if (number := self.number(run.scores))]
-        return summarize(numbers) if numbers else None
+    def measure(self, column: Column) -> Measured | None:
+        return measure(column.keys, [run.scores for run in self.runs])
 
 
 @dataclass(frozen=True)

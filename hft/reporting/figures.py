@@ -16,8 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from hft.config import fill
 from hft.objectives import OBJECTIVES, find_objective
-from hft.reporting.collect import Column, Group, LoadedRun, rate_text
-from hft.reporting.paper import Measured
+from hft.reporting.collect import Group, LoadedRun, rate_text
+from hft.reporting.measure import Column, Measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,7 +97,7 @@ def frontier(groups: Sequence[Group], x: Column, y: Column, styles: Styles) -> F
 
     None unless two groups have both scores.
     """
-    placed = [(group, a, b) for group in groups if (a := x.measured(group)) and (b := y.measured(group))]
+    placed = [(group, a, b) for group in groups if (a := group.measure(x)) and (b := group.measure(y))]
     if len(placed) < 2:
         return None
     figure, axes = canvas(f"{x.name}, {x.unit} → better", f"{y.name}, {y.unit} → better", 3.2)
@@ -122,10 +122,10 @@ def radar(groups: Sequence[Group], columns: Sequence[Column], styles: Styles) ->
     """Figure 1: a polygon per group; each axis runs from 0 to the best of the groups, which is printed at its end."""
     figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
     axes = figure.add_subplot(projection="polar", theta_offset=pi / 2, theta_direction=-1)
-    best = [max(column.measured(group).value for group in groups) or 1 for column in columns]
+    best = [max(group.measure(column).value for group in groups) or 1 for column in columns]
     angles = [2 * pi * index / len(columns) for index in range(len(columns) + 1)]
     for group in groups:
-        values = [column.measured(group).value / top for column, top in zip(columns, best, strict=True)]
+        values = [group.measure(column).value / top for column, top in zip(columns, best, strict=True)]
         style = plot_style(styles[group.kind], group.first.objective)
         axes.plot(angles, [*values, values[0]], label=group.label, **style)
     axes.set_xticks(angles[:-1], [f"{column.label}\n{top:.1f}" for column, top in zip(columns, best, strict=True)])
@@ -142,7 +142,7 @@ def ratio_curves(groups: Sequence[Group], column: Column, styles: Styles) -> Fig
     None unless three fractions of one learning rate were scored.
     """
     curves: dict[tuple[str, float | None], list[tuple[float, Measured]]] = {}
-    for run, number in ((group.first, column.measured(group)) for group in groups if group.first.is_ratio):
+    for run, number in ((group.first, group.measure(column)) for group in groups if group.first.is_ratio):
         if number:
             points = curves.setdefault((run.objective, run.learning_rate), [])
             points.append((100 * run.fractions["layers"], number))
@@ -234,11 +234,14 @@ def task_curves(matrix: Mapping[str, Any]) -> Figure:
     return with_legend(figure)
 
 
-def curves(series: Sequence[tuple[Group, Sequence[tuple[int, float]]]], ylabel: str, styles: Styles) -> Figure:
-    """Values over steps, a line per group; groups of one kind differ in their dashes.
+def curves(series: Sequence[tuple[Group, Sequence[tuple[int, float]]]], ylabel: str, styles: Styles) -> Figure | None:
+    """Values over steps, a line per group that has any; groups of one kind differ in their dashes.
 
     The steps and values of a group's runs are averaged; so are many steps, in bins.
     """
+    series = [(group, values) for group, values in series if values]
+    if not series:
+        return None
     figure, axes = canvas("step", ylabel)
     drawn: dict[str, int] = {}
     for group, values in series:

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cell:
-    """A text, and smaller notes below it, each with a class: better, worse or none."""
-
     text: str
-    notes: list[tuple[str, str]] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)  # smaller, below the text, with their classes: better or worse
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ class Drawing:
 class Section:
     title: str
     text: str
-    tables: list[ReportTable] = field(default_factory=list)
-    drawings: list[Drawing] = field(default_factory=list)
+    tables: list[ReportTable]
+    drawings: list[Drawing]
 
     @property
     def id(self) -> str:
@@ -53,10 +51,7 @@ class Section:
 
 
 def write_report(title: str, sections: Sequence[Section], out: Path) -> list[Path]:
-    """Write `report.html`, which needs no other file, and `report.md` with its figures; returns the two paths.
-
-    Sections without tables and figures do not appear.
-    """
+    """Write `report.html`, which needs no other file, and `report.md` with its figures; returns the two paths."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hft.reporting"),
         autoescape=jinja2.select_autoescape(["html.jinja"]),
@@ -64,7 +59,6 @@ def write_report(title: str, sections: Sequence[Section], out: Path) -> list[Pat
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    sections = [section for section in sections if section.tables or section.drawings]
     drawings = [drawing for section in sections for drawing in section.drawings]
     out.mkdir(parents=True, exist_ok=True)
     svgs, files = {}, {}
@@ -76,8 +70,7 @@ def write_report(title: str, sections: Sequence[Section], out: Path) -> list[Pat
     paths = [out / "report.html", out / "report.md"]
     for path in paths:
         template = environment.get_template(f"{path.name}.jinja")
-        text = template.render(title=title, sections=sections, svgs=svgs, files=files)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(template.render(title=title, sections=sections, svgs=svgs, files=files), encoding="utf-8")
     return paths
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hft.config import read_yaml
 from hft.errors import HFTError
-from hft.record.scores import Scores, scores_of
+from hft.record.scores import scores_of
+from hft.reporting.measure import Key, Measured, measure
 
 DATA = Path(__file__).with_name("paper")
 # A run that differs from another in its seed only, by what its name adds (`hft.runs.config.run_name`).
@@ -42,7 +42,7 @@ class PaperTable:
     columns: tuple[str, ...]
     rows: tuple[PaperRow, ...]
     means: Mapping[str, tuple[str, ...]]  # columns that are averages, with those that they average
-    scores: Mapping[str, tuple[str, str, str]]  # suite, task and metric of our score, by column
+    scores: Mapping[str, Key]  # where our score is, by column
     notes: tuple[str, ...]
 
     @property
@@ -50,10 +50,10 @@ class PaperTable:
         """The models of its rows, in order."""
         return list(dict.fromkeys(row.model for row in self.rows))
 
-    @property
-    def suites(self) -> list[str]:
-        """The suites of `hft eval` that hold its scores."""
-        return list(dict.fromkeys(suite for suite, _, _ in self.scores.values()))
+    def keys(self, column: str) -> tuple[Key, ...]:
+        """The scores that a column shows or averages; none if we have no counterpart."""
+        names = self.means.get(column, (column,))
+        return tuple(self.scores[name] for name in names) if self.scores.keys() >= set(names) else ()
 
     @property
     def heading(self) -> str:
@@ -63,16 +63,6 @@ class PaperTable:
         return f"{name} {number}: {self.title} ({'section ' if self.section[0].isdigit() else ''}{self.section})"
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What our runs scored in one column."""
-
-    value: float  # the mean over the runs
-    spread: float | None  # the sample standard deviation over the runs; of one run its standard error, if known
-    n: int  # number of runs
-    partial: bool = False  # whether any of them was scored with --limit
-
-
 @functools.cache
 def tables() -> dict[str, PaperTable]:
     """All tables by name: those with a number, then the figures and other papers'."""
@@ -80,10 +70,8 @@ def tables() -> dict[str, PaperTable]:
     entries: dict[str, Any] = {}
     for file in ("tables.yaml", "trace.yaml", "cpi.yaml"):
         entries |= read_yaml(DATA / file)
-    return {
-        name: _table(name, entries[name], runs, harnesses)
-        for name in sorted(entries, key=lambda name: not name.isdigit())
-    }
+    names = sorted(entries, key=lambda name: not name.isdigit())
+    return {name: _table(name, entries[name], runs, harnesses) for name in names}
 
 
 def read_runs() -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -143,22 +131,8 @@ def rows_of_run(run: str) -> list[tuple[PaperTable, PaperRow]]:
 def measure_row(table: PaperTable, row: PaperRow, runs: str | Path = "runs") -> dict[str, Measured]:
     """What we measured for a row, by column: over the row's run and those that differ from it in their seed only."""
     scores = [scores_of(folder) for folder in folders_of(table, row, Path(runs))]
-    found, partial = [numbers_of(table, each) for each in scores], set.union(set(), *map(limited_suites, scores))
-    return {
-        column: replace(summarize(numbers), partial=bool(partial & suites_of(table, column)))
-        for column in table.columns
-        if (numbers := [each[column] for each in found if column in each])
-    }
-
-
-def limited_suites(scores: Mapping[str, Scores]) -> set[str]:
-    """The suites that a run was scored on with --limit."""
-    return {suite for suite, each in scores.items() if each.settings.get("limit") is not None}
-
-
-def suites_of(table: PaperTable, column: str) -> set[str]:
-    """The suites that a column's numbers come from."""
-    return {table.scores[name][0] for name in table.means.get(column, [column]) if name in table.scores}
+    found = {column: measure(table.keys(column), scores) for column in table.columns}
+    return {column: measured for column, measured in found.items() if measured}
 
 
 def folders_of(table: PaperTable, row: PaperRow, runs: Path) -> list[Path]:
@@ -168,31 +142,4 @@ def folders_of(table: PaperTable, row: PaperRow, runs: Path) -> list[Path]:
     name, _, inside = row.run.partition("/")
     seeds = [path.name for path in sorted(runs.glob(f"{name}*")) if SEED_SUFFIX.fullmatch(path.name.removeprefix(name))]
     taken = {other.run for other in table.rows}
-    found = [row.run, *(run for seed in seeds if (run := str(Path(seed, inside))) not in taken)]
-    return [runs / run for run in found]
-
-
-def numbers_of(table: PaperTable, scores: Mapping[str, Scores]) -> dict[str, tuple[float, float | None]]:
-    """Value and standard error of a run in each column that it has scores for, averages included."""
-    numbers: dict[str, tuple[float, float | None]] = {}
-    for column, (suite, task, metric) in table.scores.items():
-        if suite in scores and (score := scores[suite].find(task, metric)):
-            numbers[column] = (score.value, score.stderr)
-    for column, members in table.means.items():
-        if numbers.keys() >= set(members):
-            numbers[column] = mean_of([numbers[member] for member in members])
-    return numbers
-
-
-def mean_of(numbers: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
-    """The mean of independent scores, each with its standard error, and that of the mean; None if one is not known."""
-    values, errors = zip(*numbers, strict=True)
-    error = None if None in errors else sum(error**2 for error in errors) ** 0.5 / len(errors)
-    return statistics.fmean(values), error
-
-
-def summarize(numbers: Sequence[tuple[float, float | None]]) -> Measured:
-    """Values and standard errors of some runs as one number."""
-    values = [value for value, _ in numbers]
-    spread = statistics.stdev(values) if len(values) > 1 else numbers[0][1]
-    return Measured(statistics.fmean(values), spread, len(values))
+    return [runs / row.run, *(runs / seed / inside for seed in seeds if str(Path(seed, inside)) not in taken)]

@@ -9,8 +9,8 @@ from itertools import groupby
 from pathlib import Path
 
 from hft.errors import HFTError
+from hft.reporting.measure import Measured
 from hft.reporting.paper import (
-    Measured,
     PaperRow,
     PaperTable,
     find_rows,
@@ -110,7 +110,8 @@ def remarks(table: PaperTable, measured: Sequence[dict[str, Measured]]) -> list[
             mine.append("* on some of the rows only (--limit)")
     else:
         code = {suite for suite, _, metric in table.scores.values() if metric.startswith("pass@")}
-        flags = [f"--suite {suite}{' --allow_code' if suite in code else ''}" for suite in table.suites]
+        suites = dict.fromkeys(suite for suite, *_ in table.scores.values())
+        flags = [f"--suite {suite}{' --allow_code' if suite in code else ''}" for suite in suites]
         score = " and ".join(f"`hft eval RUN {flag}`" for flag in flags)
         mine = [f"None of these runs is scored yet; to score one: {score}."] if score else []
     return [*table.notes, *mine]
