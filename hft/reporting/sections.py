@@ -50,18 +50,17 @@ Parts = Iterator[ReportTable | Drawing]  # of a section; those without rows or w
 
 
 def make_sections(found: Collection) -> list[Section]:
-    """The sections that have something to show."""
-    styles = figures.styles_of(group.kind for group in found.groups)
-    drawn = with_selection(found)
-    contents = [("What trains", opening(drawn[0]) if drawn else "", selections(drawn[:1]))]
-    contents += [(title, text, make(found, styles)) for title, text, make in SECTIONS]
-    sections = []
+    """The sections that have something to show; what a function that makes one says of itself is the section's text."""
+    styles, sections = figures.styles_of(group.kind for group in found.groups), []
     with rc_context(figures.RC):
-        for title, text, parts in contents:
-            made = list(parts)
-            tables = [part for part in made if isinstance(part, ReportTable) and part.rows]
-            drawings = [part for part in made if isinstance(part, Drawing) and part.figure]
-            sections += [Section(title, text, tables, drawings)] if tables or drawings else []
+        if drawn := with_selection(found)[:1]:
+            sections.append(Section("What trains", opening(drawn[0]), [], [selection_drawing(drawn[0])]))
+        for title, make in SECTIONS.items():
+            parts = list(make(found, styles))
+            tables = [part for part in parts if isinstance(part, ReportTable) and part.rows]
+            drawings = [part for part in parts if isinstance(part, Drawing) and part.figure]
+            if tables or drawings:
+                sections.append(Section(title, " ".join(make.__doc__.split()), tables, drawings))
     return sections
 
 
@@ -91,19 +90,31 @@ def opening(run: LoadedRun) -> str:
     return text
 
 
-def selections(runs: Iterable[LoadedRun]) -> Parts:
-    for run in runs:
-        yield Drawing(f"{run.folder.name}: what trained", figures.selection_picture(run))
+def selections(found: Collection, styles: Styles) -> Parts:
+    """What trained in the first run of each group."""
+    for run in with_selection(found)[1:13]:
+        yield selection_drawing(run)
+
+
+def selection_drawing(run: LoadedRun) -> Drawing:
+    return Drawing(f"{run.folder.name}: what trained", figures.selection_picture(run))
 
 
 def frontiers(found: Collection, styles: Styles) -> Parts:
+    """Further to the right a model learned more, further up it kept more: axes on which lower is better are turned
+    around. A curve per method over its learning rates, the higher the rate the larger the marker; bars are standard
+    deviations over seeds. Drift is the loss on general text. If the KL to the base alone decided what is forgotten, all
+    methods would lie on one curve against it.
+    """
     for model, groups in found.models.items():
         for x, y in FRONTIERS:
             yield Drawing(f"{model}: {y.name} against {x.name}", figures.frontier(groups, x, y, styles))
 
 
 def scores(found: Collection, styles: Styles) -> Parts:
-    """A table for each suite of each model."""
+    """Mean ± standard deviation over n runs that differ in their seeds; for a single run the standard error (se) over
+    its rows. Below, the difference to full fine-tuning with the same recipe, and the paper's number.
+    """
     for model, groups in found.models.items():
         for suite, columns in columns_of(groups).items():
             head = [Cell(column.label, dict.fromkeys(column_notes(column, groups), "")) for column in columns]
@@ -184,6 +195,7 @@ def rank(name: str, names: Iterable[str]) -> int:
 
 
 def radars(found: Collection, styles: Styles) -> Parts:
+    """As the paper's Figure 1. Each axis runs from 0 to the best score, which is printed at its end."""
     for model, groups in found.models.items():
         columns = [column for of_suite in columns_of(groups).values() for column in of_suite if len(column.keys) == 1]
         columns = [column for column in columns if column.keys[0] in (*GENERAL.keys, *KNOWLEDGE.keys)]
@@ -193,6 +205,7 @@ def radars(found: Collection, styles: Styles) -> Parts:
 
 
 def ratios(found: Collection, styles: Styles) -> Parts:
+    """As the paper's Figure 3: half fine-tuning at several trainable fractions; dotted, full fine-tuning."""
     for model, groups in found.models.items():
         for column in MEASURES:
             drawing = figures.ratio_curves(groups, column, styles)
@@ -200,6 +213,7 @@ def ratios(found: Collection, styles: Styles) -> Parts:
 
 
 def variations(found: Collection, styles: Styles) -> Parts:
+    """As the paper's Figure 4: the mean absolute change of the elements of a block, by hft diff."""
     known = {run.folder.name: (g.label, styles[g.kind]) for g in found.groups for run in g.runs}
     for diff in found.diffs.values():
         others = figures.styles_of(diff["layers"][0]["change"])
@@ -213,6 +227,9 @@ def variations(found: Collection, styles: Styles) -> Parts:
 
 
 def cost(found: Collection, styles: Styles) -> Parts:
+    """As the runs measured it; below, relative to full fine-tuning. FLOPs per token are counted, and bound what a run
+    can save in time. Speeds compare only on the same machine. The optimizer state is that in the last checkpoint.
+    """
     head = ["", "n", "trains, % of layers", "% of model", "FLOPs, of fft", "tokens/s", "peak memory, GB"]
     head += ["optimizer state, MB"]
     for model, groups in found.models.items():
@@ -248,7 +265,9 @@ def show(number: Measured | None, digits: int) -> str:
 
 
 def sequences(found: Collection, styles: Styles) -> Parts:
-    """OP and BWT of each sequence of tasks beside the paper's, and the scores behind them (section 4.2)."""
+    """The score of each task after each round, in %. OP is the mean over the tasks seen; BWT is the sum of what earlier
+    tasks gained or lost since they were learned, over the number of tasks (equation 5).
+    """
     rows = []
     for name, matrix in found.matrices.items():
         yield Drawing(f"{name}: scores by round", figures.heatmap(matrix))
@@ -265,7 +284,7 @@ def sequences(found: Collection, styles: Styles) -> Parts:
 
 
 def steps(found: Collection, styles: Styles) -> Parts:
-    """Training loss, and scores of checkpoints (Tables 20 and 21)."""
+    """Means over seeds."""
     for model, groups in found.models.items():
         losses = [(group, [point for run in group.runs for point in run.losses]) for group in groups]
         yield Drawing(f"{model}: training loss", figures.curves(losses, "training loss", styles))
@@ -286,7 +305,7 @@ def values_over_steps(run: LoadedRun, column: Column) -> list[tuple[int, float]]
 
 
 def runs(found: Collection, styles: Styles) -> Parts:
-    """Which folders the groups are made of, and whether each was verified."""
+    """The folders behind the numbers."""
     rows = []
     for group in found.groups:
         for run in group.runs:
@@ -299,55 +318,15 @@ def runs(found: Collection, styles: Styles) -> Parts:
     yield ReportTable("", plain("run", "group", "steps", "verify", "scores"), rows)
 
 
-# After what trains: title, text, and what makes tables and drawings.
-SECTIONS: list[tuple[str, str, Callable[[Collection, Styles], Parts]]] = [
-    (
-        "Learned and kept",
-        "Further to the right a model learned more, further up it kept more: axes on which lower is better are turned "
-        "around. A curve per method over its learning rates, the higher the rate the larger the marker; bars are "
-        "standard deviations over seeds. Drift is the loss on general text. If the KL to the base alone decided what "
-        "is forgotten, all methods would lie on one curve against it.",
-        frontiers,
-    ),
-    (
-        "Scores",
-        "Mean ± standard deviation over n runs that differ in their seeds; for a single run the standard error (se) "
-        "over its rows. Below, the difference to full fine-tuning with the same recipe, and the paper's number.",
-        scores,
-    ),
-    (
-        "Abilities",
-        "As the paper's Figure 1. Each axis runs from 0 to the best score, which is printed at its end.",
-        radars,
-    ),
-    (
-        "Trainable fraction",
-        "As the paper's Figure 3: half fine-tuning at several trainable fractions; dotted, full fine-tuning.",
-        ratios,
-    ),
-    (
-        "Change of the parameters",
-        "As the paper's Figure 4: the mean absolute change of the elements of a block, by hft diff.",
-        variations,
-    ),
-    (
-        "Selections",
-        "What trained in the first run of each group.",
-        lambda found, _: selections(with_selection(found)[1:13]),
-    ),
-    (
-        "Cost",
-        "As the runs measured it; below, relative to full fine-tuning. FLOPs per token are counted, and bound what a "
-        "run can save in time. Speeds compare only on the same machine. The optimizer state is that in the last "
-        "checkpoint.",
-        cost,
-    ),
-    (
-        "Sequences",
-        "The score of each task after each round, in %. OP is the mean over the tasks seen; BWT is the sum of what "
-        "earlier tasks gained or lost since they were learned, over the number of tasks (equation 5).",
-        sequences,
-    ),
-    ("Over the steps", "Means over seeds.", steps),
-    ("Runs", "The folders behind the numbers.", runs),
-]
+SECTIONS: dict[str, Callable[[Collection, Styles], Parts]] = {
+    "Learned and kept": frontiers,
+    "Scores": scores,
+    "Abilities": radars,
+    "Trainable fraction": ratios,
+    "Change of the parameters": variations,
+    "Selections": selections,
+    "Cost": cost,
+    "Sequences": sequences,
+    "Over the steps": steps,
+    "Runs": runs,
+}
