@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hft import __version__
 from hft.errors import HFTError, reason
 from hft.evaluation.local import GROUP, as_dataset, local_spec, on_rows
+from hft.evaluation.rows import answer_rows, general_texts, held_out_rows, text_rows
 from hft.evaluation.suites import LOSS, METRIC_UNITS, SUITES, Benchmark
 from hft.machine import is_main, say
 from hft.record.scores import SCORES_FOLDER, Score, Scores
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from transformers import PreTrainedTokenizerBase
 
+Spec = str | dict[str, Any]  # what lm-eval runs: the name of a task or group, or the config of one
 SEED = 1234  # lm-eval's default
 TASK_FOLDER = Path(__file__).with_name("tasks")
 SCORED_WITH = ("lm_eval", "torch", "transformers", "datasets")
@@ -40,29 +42,15 @@ class Settings:
     limit: int | None = field(default=None, metadata={"help": "Rows of each task; default: all."})
     paper_subsets: bool = field(default=False, metadata={"help": "GSM8K 200, BBH 40 a task, TyDiQA 100 a language."})
     tasks: list[str] = field(default_factory=list, metadata={"help": "Only these benchmarks of the suite."})
-    max_gen_toks: int | None = field(
-        default=None, metadata={"help": "Most tokens of an answer; default: each task's own number."}
-    )
-    chat: bool | None = field(
-        default=None, metadata={"help": "Use the chat template; default: if there is one, but not in quick."}
-    )
-    dtype: str | None = field(
-        default=None, metadata={"help": "Of the model; default: bfloat16 on a GPU, float32 elsewhere."}
-    )
+    max_gen_toks: int | None = field(default=None, metadata={"help": "Most tokens of an answer; default: the task's."})
+    chat: bool | None = field(default=None, metadata={"help": "Use the chat template; default: if any, not in quick."})
+    dtype: str | None = field(default=None, metadata={"help": "Of the model; default: bfloat16 on GPUs, else float32."})
     batch_size: int = field(default=8, metadata={"help": "Rows per forward pass."})
     backend: str = field(default="hf", metadata={"help": "lm-eval's engine, hf or vllm."})
-    backend_args: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "More arguments of the engine, as JSON."}
-    )
-    base: str | None = field(
-        default=None, metadata={"help": "What the models were tuned from; default: what their manifests say."}
-    )
-    task_data: str | None = field(
-        default=None, metadata={"help": "A run whose held-out rows a model that is not a run is scored on."}
-    )
-    data: str | None = field(
-        default=None, metadata={"help": "A folder of JSON Lines files of the benchmarks, instead of the Hub."}
-    )
+    backend_args: dict[str, Any] = field(default_factory=dict, metadata={"help": "Further engine arguments, as JSON."})
+    base: str | None = field(default=None, metadata={"help": "What the models were tuned from; default: by manifest."})
+    task_data: str | None = field(default=None, metadata={"help": "A run with held-out rows, for models without any."})
+    data: str | None = field(default=None, metadata={"help": "Folder of JSON Lines files to score on, not the Hub."})
     allow_code: bool = field(default=False, metadata={"help": "Run generated code (HumanEval, MBPP)."})
 
 
@@ -114,9 +102,9 @@ def evaluate(
     suite: str,
     settings: Settings | None = None,
     out: str | Path | None = None,
-    own: Sequence[tuple[Benchmark, dict[str, Any]]] = (),
+    own: Sequence[tuple[Benchmark, Spec]] = (),
 ) -> Scores:
-    """Score a model on a suite.
+    """Score a model on a suite; under `accelerate launch` the scores are complete in the first process only.
 
     Args:
         model: a model, a run's folder, an adapter, a checkpoint, or a Hub id.
@@ -125,18 +113,13 @@ def evaluate(
         out: folder whose `scores/SUITE.json` is written after each benchmark. Benchmarks that it already holds for the
             same weights and settings are not run again.
         own: benchmarks that replace those of `SUITES`, each with its config as lm-eval takes it.
-
-    Returns:
-        The scores; under `accelerate launch` they are complete in the first process only.
     """
-    settings = settings or Settings()
-    subject = subject_of(model, settings.base)
-    settings = _resolved(suite, subject, settings)
+    subject, settings = _resolved(model, suite, settings or Settings())
     if own:
         todo = [(benchmark, lambda spec=spec: spec, None) for benchmark, spec in own]
     else:
         chosen = _chosen(suite, settings)
-        todo = [(one, functools.partial(_spec, one, subject, settings), None) for one in chosen]
+        todo = [(benchmark, functools.partial(_spec, benchmark, subject, settings), None) for benchmark in chosen]
     return _score_all(suite, subject, settings, out, todo)
 
 
@@ -156,10 +139,7 @@ def losses_on(
         template: a run whose chat template renders them, since the model may have none.
         out: as in `evaluate`; only tasks whose rows have changed are scored again.
     """
-    from hft.evaluation.rows import answer_rows
-
-    subject = subject_of(model)
-    settings = _resolved("quick", subject, Settings())
+    subject, settings = _resolved(model, "quick", Settings())
     tokenizers = _tokenizer(Path(template)), _tokenizer(subject.tokenizer)
     todo = []
     for task, conversations in rows.items():
@@ -175,7 +155,7 @@ def _score_all(
     subject: Subject,
     settings: Settings,
     out: str | Path | None,
-    todo: Iterable[tuple[Benchmark, Callable[[], str | dict[str, Any] | None], str | None]],
+    todo: Iterable[tuple[Benchmark, Callable[[], Spec | None], str | None]],
 ) -> Scores:
     """Score a model on benchmarks, each with a function that makes what lm-eval runs (None: it cannot be run), and the
     SHA-256 of its rows where other rows are to be scored again.
@@ -184,9 +164,8 @@ def _score_all(
         raise HFTError("evaluation needs lm-evaluation-harness: pip install 'half-fine-tuning[eval]'")
     scores, lm = _earlier(suite, subject, settings, out), None
     for benchmark, make_spec, digest in todo:
-        if scores.data.get(benchmark.name) == digest if digest else scores.find(benchmark.name):
-            continue
-        if (spec := make_spec()) is None:
+        known = scores.data.get(benchmark.name) == digest if digest else scores.find(benchmark.name)
+        if known or (spec := make_spec()) is None:
             continue
         lm = lm or open_lm(subject, settings)
         results = _run(benchmark, spec, lm, subject, settings)
@@ -205,10 +184,10 @@ def _chosen(suite: str, settings: Settings) -> list[Benchmark]:
     if unknown := set(settings.tasks) - benchmarks.keys():
         raise HFTError(f"suite {suite} has no {', '.join(sorted(unknown))}, only {', '.join(benchmarks)}")
     chosen = [benchmarks[name] for name in settings.tasks or benchmarks]
-    for benchmark in chosen:
-        if benchmark.runs_code and not settings.allow_code:
-            say(f"{benchmark.name} is skipped: it runs generated code, which needs --allow_code")
-    return [benchmark for benchmark in chosen if settings.allow_code or not benchmark.runs_code]
+    refused = [benchmark for benchmark in chosen if benchmark.runs_code and not settings.allow_code]
+    for benchmark in refused:
+        say(f"{benchmark.name} is skipped: it runs generated code, which needs --allow_code")
+    return [benchmark for benchmark in chosen if benchmark not in refused]
 
 
 def _earlier(suite: str, subject: Subject, settings: Settings, out: str | Path | None) -> Scores:
@@ -223,16 +202,15 @@ def _earlier(suite: str, subject: Subject, settings: Settings, out: str | Path |
     return old if replace(old, scores=[], data={}) == new else new
 
 
-def _resolved(suite: str, subject: Subject, settings: Settings) -> Settings:
-    """Settings whose chat format and dtype are decided."""
+def _resolved(model: str, suite: str, settings: Settings) -> tuple[Subject, Settings]:
+    """The model, and settings whose chat format and dtype are decided."""
     import torch
 
-    chat = settings.chat
+    subject = subject_of(model, settings.base)
+    chat, dtype = settings.chat, settings.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     if chat is None:
         chat = suite != "quick" and bool(_tokenizer(subject.tokenizer).chat_template)
-    return replace(
-        settings, chat=chat, dtype=settings.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-    )
+    return subject, replace(settings, chat=chat, dtype=dtype)
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -245,29 +223,25 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def open_lm(subject: Subject, settings: Settings) -> LM:
-    return _open(settings, pretrained=subject.weights, peft=subject.adapter, tokenizer=subject.tokenizer)
-
-
-def _open(settings: Settings, **of_model: Path | None) -> LM:
     import torch
     from lm_eval.api.registry import get_model
 
-    arguments = {key: str(value) for key, value in of_model.items() if value is not None}
-    arguments |= {"dtype": settings.dtype, "batch_size": settings.batch_size}
+    arguments = {"pretrained": str(subject.weights), "tokenizer": str(subject.tokenizer), "dtype": settings.dtype}
+    arguments |= {"batch_size": settings.batch_size} | ({"peft": str(subject.adapter)} if subject.adapter else {})
     if settings.backend == "hf":
         arguments |= {"device": "cuda" if torch.cuda.is_available() else "cpu", "max_batch_size": settings.batch_size}
-    elif "peft" in arguments:
+    elif subject.adapter:
         raise HFTError(
             f"{settings.backend} takes no adapter here; make a plain model of it with `hft merge --method adapter`"
         )
     try:
         return get_model(settings.backend)(**arguments, **settings.backend_args)
     except (OSError, ValueError, KeyError, ModuleNotFoundError) as error:
-        raise HFTError(f"cannot open {of_model['pretrained']} with {settings.backend}: {reason(error)}") from error
+        raise HFTError(f"cannot open {subject.weights} with {settings.backend}: {reason(error)}") from error
 
 
-def _spec(benchmark: Benchmark, subject: Subject, settings: Settings) -> str | dict[str, Any] | None:
-    """What lm-eval is to run, with rows of our own where they are not the task's; None if there are no rows."""
+def _spec(benchmark: Benchmark, subject: Subject, settings: Settings) -> Spec | None:
+    """What lm-eval runs, on our rows where they are not the task's; None if there are none."""
     if benchmark.name in ("drift", "task", "kl"):
         made = _quick_rows(benchmark.name, subject, settings)
         return None if made is None else on_rows({benchmark.task: as_dataset(test=made)})
@@ -280,8 +254,6 @@ def _spec(benchmark: Benchmark, subject: Subject, settings: Settings) -> str | d
 
 
 def _quick_rows(name: str, subject: Subject, settings: Settings) -> list[dict[str, Any]] | None:
-    from hft.evaluation.rows import answer_rows, general_texts, held_out_rows, text_rows
-
     tokenizer = _tokenizer(subject.tokenizer)
     if name == "drift":
         return text_rows(general_texts(), tokenizer)
@@ -295,14 +267,14 @@ def _quick_rows(name: str, subject: Subject, settings: Settings) -> list[dict[st
     return answer_rows(held_out_rows(run), _tokenizer(run), tokenizer)
 
 
-def _run(
-    benchmark: Benchmark, spec: str | dict[str, Any], lm: LM, subject: Subject, settings: Settings
-) -> dict[str, Any]:
+def _run(benchmark: Benchmark, spec: Spec, lm: LM, subject: Subject, settings: Settings) -> dict[str, Any]:
     """lm-eval's results of one benchmark; empty in all processes but the first.
 
     These are the steps of `lm_eval.simple_evaluate`, which also runs `pip list` each time, for a second or two.
     """
     import lm_eval
+    import numpy as np
+    import torch
     from datasets.exceptions import DatasetsError
     from lm_eval.tasks import TaskManager
 
@@ -312,11 +284,13 @@ def _run(
     if benchmark.task == "hft_kl":
         from hft.evaluation.divergence import Divergence
 
-        lm = Divergence(lm, _open(settings, pretrained=Path(subject.base)))
+        lm = Divergence(lm, open_lm(replace(subject, weights=Path(subject.base), adapter=None), settings))
     limits = [n for n in (settings.limit, benchmark.paper_rows if settings.paper_subsets else None) if n is not None]
     say(f"{subject.name}: {benchmark.name}")
+    random.seed(0)
+    np.random.seed(SEED)  # noqa: NPY002  lm-eval's tasks draw from the global generator
+    torch.manual_seed(SEED)
     try:
-        _seed()
         loaded = manager.load([spec])
         for task in loaded["tasks"].values():
             if settings.max_gen_toks and task.get_config("output_type") == "generate_until":
@@ -338,15 +312,6 @@ def _run(
     return results or {}
 
 
-def _seed() -> None:
-    import numpy as np
-    import torch
-
-    random.seed(0)
-    np.random.seed(SEED)  # noqa: NPY002  lm-eval's tasks draw from the global generator
-    torch.manual_seed(SEED)
-
-
 def _scores_of(benchmark: Benchmark, results: dict[str, Any]) -> list[Score]:
     """lm-eval's numbers under our names, fractions as percentages."""
     scores = []
@@ -358,17 +323,9 @@ def _scores_of(benchmark: Benchmark, results: dict[str, Any]) -> list[Score]:
             base, _, kind = key.partition(",")
             unit, scale = (METRIC_UNITS[metric], 1) if metric in METRIC_UNITS else ("%", 100)
             error = values.get(f"{base}_stderr,{kind}")
-            scores.append(
-                Score(
-                    task=name,
-                    metric=metric,
-                    value=scale * values[key],
-                    stderr=None if error in (None, "N/A") else scale * error,
-                    n=sum(counts[leaf] for leaf in leaves),
-                    unit=unit,
-                    higher_is_better=metric not in METRIC_UNITS,
-                )
-            )
+            stderr = None if error in (None, "N/A") else scale * error
+            n = sum(counts[leaf] for leaf in leaves)
+            scores.append(Score(name, metric, scale * values[key], stderr, n, unit, metric not in METRIC_UNITS))
     return scores
 
 

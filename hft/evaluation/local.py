@@ -13,6 +13,7 @@ from hft.machine import say
 
 Rows = list[dict[str, Any]]
 MakesDataset = Callable[..., Any]  # takes lm-eval's keywords and returns a DatasetDict
+MakesSpec = Callable[..., dict[str, Any]]  # takes the name of a task and the rows of each file
 OUTER, INNER = "local", "rows"
 GROUP = f"{OUTER}::{INNER}"  # lm-eval's name of the inner one
 
@@ -47,42 +48,37 @@ def local_spec(benchmark: Benchmark, folder: Path) -> dict[str, Any] | None:
     if make is None or not all(path.exists() for path in paths if path.stem not in OPTIONAL):
         return None
     try:
-        return make(*(read_jsonl(path) if path.exists() else None for path in paths))
+        return make(benchmark.task, *(read_jsonl(path) if path.exists() else None for path in paths))
     except KeyError as error:
         raise HFTError(f"the rows of {benchmark.name} in {folder} lack the field {error}") from error
 
 
-def _closed_book(task: str, answer: Callable[[list[str]], Any]) -> Callable[[Rows], dict[str, Any]]:
+def _plain(split: str, convert: Callable[[dict[str, Any]], dict[str, Any]] = dict, **more: Any) -> MakesSpec:
+    """A task of one file, whose rows are those of a split once they are converted."""
+    return lambda task, rows: on_rows({task: as_dataset(**{split: [convert(row) for row in rows]})}, **more)
+
+
+def _closed_book(answer: Callable[[list[str]], Any]) -> MakesSpec:
     """A task of questions without a passage; `answer` brings the right answers into its form."""
-
-    def make(rows: Rows) -> dict[str, Any]:
-        rows = [{"question": row["question"], "answer": answer(row["answers"])} for row in rows]
-        return on_rows({task: as_dataset(validation=rows)})
-
-    return make
+    return _plain("validation", lambda row: {"question": row["question"], "answer": answer(row["answers"])})
 
 
-def _gsm8k(rows: Rows) -> dict[str, Any]:
-    rows = [{"question": row["question"], "answer": row["answer"]} for row in rows]
-    return on_rows({"gsm8k_cot": as_dataset(test=rows)})
-
-
-def _mbpp(test: Rows, prompt: Rows | None) -> dict[str, Any]:
+def _mbpp(task: str, test: Rows, prompt: Rows | None) -> dict[str, Any]:
     if prompt is not None:
-        return on_rows({"hft_mbpp": as_dataset(test=test, prompt=prompt)})
+        return on_rows({task: as_dataset(test=test, prompt=prompt)})
     say("mbpp runs without examples in its prompt: mbpp_prompt.jsonl not found")
     zero_shot = {"fewshot_split": None, "fewshot_config": None, "num_fewshot": 0}
-    return on_rows({"hft_mbpp": as_dataset(test=test)}, **zero_shot)
+    return on_rows({task: as_dataset(test=test)}, **zero_shot)
 
 
-def _mmlu(test: Rows, dev: Rows) -> dict[str, Any]:
+def _mmlu(task: str, test: Rows, dev: Rows) -> dict[str, Any]:
     shots = _by("subject", dev)
-    leaves = {f"mmlu_{s}": as_dataset(test=rows, dev=shots[s]) for s, rows in _by("subject", test).items()}
+    leaves = {f"{task}_{s}": as_dataset(test=rows, dev=shots[s]) for s, rows in _by("subject", test).items()}
     return on_rows(leaves, {"metric": "acc", "weight_by_size": True})
 
 
-def _bbh(rows: Rows) -> dict[str, Any]:
-    leaves = {f"bbh_cot_fewshot_{task}": as_dataset(test=own) for task, own in _by("task", rows).items()}
+def _bbh(task: str, rows: Rows) -> dict[str, Any]:
+    leaves = {f"{task}_{name}": as_dataset(test=own) for name, own in _by("task", rows).items()}
     return on_rows(leaves, {"metric": "exact_match", "weight_by_size": True, "filter_list": "get-answer"})
 
 
@@ -95,20 +91,16 @@ def _by(key: str, rows: Rows) -> dict[str, Rows]:
 
 OPTIONAL = ("mbpp_prompt",)
 # By lm-eval's name of the task: the files, and what makes a task of their rows.
-FORMS: dict[str, tuple[tuple[str, ...], Callable[..., dict[str, Any]]]] = {
+FORMS: dict[str, tuple[tuple[str, ...], MakesSpec]] = {
     "mmlu": (("mmlu_test", "mmlu_dev"), _mmlu),
-    "gsm8k_cot": (("gsm8k_test",), _gsm8k),
+    "gsm8k_cot": (("gsm8k_test",), _plain("test", lambda row: {key: row[key] for key in ("question", "answer")})),
     "bbh_cot_fewshot": (("bbh",), _bbh),
-    "truthfulqa_mc2": (("truthfulqa_mc",), lambda rows: on_rows({"truthfulqa_mc2": as_dataset(validation=rows)})),
-    "hft_humaneval": (("humaneval",), lambda rows: on_rows({"hft_humaneval": as_dataset(test=rows)})),
-    "nq_open": (("nq_open",), _closed_book("nq_open", list)),
-    "triviaqa": (("triviaqa",), _closed_book("triviaqa", lambda answers: {"aliases": answers})),
-    "hft_hotpotqa": (("hotpotqa",), _closed_book("hft_hotpotqa", lambda answers: answers[0])),
-    "ifeval": (("ifeval",), lambda rows: on_rows({"ifeval": as_dataset(train=rows)})),
+    "truthfulqa_mc2": (("truthfulqa_mc",), _plain("validation")),
+    "hft_humaneval": (("humaneval",), _plain("test")),
+    "nq_open": (("nq_open",), _closed_book(list)),
+    "triviaqa": (("triviaqa",), _closed_book(lambda answers: {"aliases": answers})),
+    "hft_hotpotqa": (("hotpotqa",), _closed_book(lambda answers: answers[0])),
+    "ifeval": (("ifeval",), _plain("train")),
     "hft_mbpp": (("mbpp_test", "mbpp_prompt"), _mbpp),
-    # The rows are as lm-eval's process_docs leaves them.
-    "hellaswag": (
-        ("hellaswag",),
-        lambda rows: on_rows({"hellaswag": as_dataset(validation=rows)}, process_docs=None),
-    ),
+    "hellaswag": (("hellaswag",), _plain("validation", process_docs=None)),  # as lm-eval's process_docs leaves them
 }
