@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         out = folder_of(model)
         scores = evaluate(model, suite, settings, out)
         say("", scores_text(scores), "", f"saved in {out}/scores/{suite}.json")
-        if is_main():
+        if is_main() and (out / RESULTS_NAME).exists():
             _record(scores, out)
     leave_process_group()
     return 0
@@ -51,8 +51,6 @@ def main(arguments: Sequence[str]) -> int:
 
 def _record(scores: Scores, out: Path) -> None:
     """Add the scores to the model card and the wandb run of a run."""
-    if not (out / RESULTS_NAME).exists():
-        return
     result = RunResult.load(out)
     write_run_card(result, out)
     if result.wandb and os.environ.get("WANDB_MODE") != "disabled":
@@ -69,15 +67,8 @@ def folder_of(model: str) -> Path:
 
 def scores_text(scores: Scores) -> str:
     """The scores in columns."""
-    rows = [
-        (
-            f"  {score.task}",
-            score.metric,
-            f"{score.value:.3f}",
-            "" if score.stderr is None else f"+- {score.stderr:.3f}",
-            score.unit,
-            f"n = {score.n:,}",
-        )
-        for score in scores.scores
-    ]
+    rows = []
+    for one in scores.scores:
+        error = "" if one.stderr is None else f"+- {one.stderr:.3f}"
+        rows.append((f"  {one.task}", one.metric, f"{one.value:.3f}", error, one.unit, f"n = {one.n:,}"))
     return aligned([f"{scores.model}, {scores.suite}, {scores.dtype}", *rows], left=2)

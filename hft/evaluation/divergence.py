@@ -15,9 +15,8 @@ from hft.errors import HFTError
 class Divergence(LM):
     """Minus the KL divergence of a tuned model from its base, instead of a log-likelihood.
 
-    For a context and an answer it is the sum over the answer's tokens of KL(base || tuned) between the two next-token
-    distributions, in nats, computed over the whole vocabulary. On the new task's prompts this predicts forgetting
-    better than how far the weights moved (RL's Razor, arXiv 2509.04259).
+    It is the sum over the answer's tokens of KL(base || tuned) in nats, over the whole vocabulary. On the new task's
+    prompts this predicts forgetting better than how far the weights moved (RL's Razor, arXiv 2509.04259).
     """
 
     def __init__(self, tuned: HFLM, base: HFLM) -> None:
@@ -34,12 +33,10 @@ class Divergence(LM):
             context, answer = request.args
             start = len(self.tuned.tok_encode(context)) if context else 0
             ids = torch.tensor([self.tuned.tok_encode(context + answer)])
-            of_base, of_tuned = (
-                self._log_probabilities(lm, ids)[max(start, 1) - 1 : -1] for lm in (self.base, self.tuned)
-            )
-            if of_base.shape != of_tuned.shape:
+            p, q = (self._log_probabilities(lm, ids)[max(start, 1) - 1 : -1] for lm in (self.base, self.tuned))
+            if p.shape != q.shape:
                 raise HFTError("the base has another vocabulary; KL needs the same one")
-            results.append((-kl_div(of_tuned, of_base, log_target=True, reduction="sum").item(), False))
+            results.append((-kl_div(q, p, log_target=True, reduction="sum").item(), False))
         return results
 
     @staticmethod

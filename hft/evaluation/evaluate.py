@@ -132,12 +132,8 @@ def losses_on(
 ) -> Scores:
     """Score a model by its loss on the last answer of conversations, task by task.
 
-    Args:
-        model: as in `evaluate`.
-        suite: name that the scores are saved under.
-        rows: of each task, conversations in the form that a trainer takes.
-        template: a run whose chat template renders them, since the model may have none.
-        out: as in `evaluate`; only tasks whose rows have changed are scored again.
+    `rows` has the conversations of each task as a trainer takes them; the run `template` has the chat template that
+    renders them. Only tasks whose rows have changed are scored again.
     """
     subject, settings = _resolved(model, "quick", Settings())
     tokenizers = _tokenizer(Path(template)), _tokenizer(subject.tokenizer)
@@ -157,8 +153,8 @@ def _score_all(
     out: str | Path | None,
     todo: Iterable[tuple[Benchmark, Callable[[], Spec | None], str | None]],
 ) -> Scores:
-    """Score a model on benchmarks, each with a function that makes what lm-eval runs (None: it cannot be run), and the
-    SHA-256 of its rows where other rows are to be scored again.
+    """Score a model on benchmarks, each with what makes its spec, or None where it cannot be run, and the SHA-256 of its
+    rows where other rows are to be scored again.
     """
     if find_spec("lm_eval") is None:
         raise HFTError("evaluation needs lm-evaluation-harness: pip install 'half-fine-tuning[eval]'")
@@ -191,7 +187,7 @@ def _chosen(suite: str, settings: Settings) -> list[Benchmark]:
 
 
 def _earlier(suite: str, subject: Subject, settings: Settings, out: str | Path | None) -> Scores:
-    """The scores that a folder already has for the same weights and settings, or none."""
+    """The scores that a folder has for the same weights and settings, or none."""
     same = {key: value for key, value in asdict(settings).items() if key not in NEUTRAL}
     versions = {package: version(package) for package in SCORED_WITH} | {"hft": __version__}
     new = Scores(suite, subject.name, subject.sha256, settings.dtype, same, {}, versions)

@@ -16,22 +16,18 @@ TEXTS_PER_TOPIC = 3
 HELD_OUT_ROWS = 64
 
 
-def general_texts() -> list[str]:
+def general_texts(first: int = 0) -> list[str]:
     """Prose that every machine has and no demo data holds: from every other of Python's reference topics."""
-    return _texts(slice(0, None, 2))
+    from pydoc_data.topics import topics
+
+    texts = [" ".join(text.split()) for _, text in sorted(topics.items())[first::2]]
+    starts = range(0, TEXTS_PER_TOPIC * CHARACTERS, CHARACTERS)
+    return [text[start:][:CHARACTERS] for text in texts for start in starts if len(text) >= start + CHARACTERS]
 
 
 def replay_texts() -> list[str]:
     """Prose of the same kind to train on: from the other topics."""
-    return _texts(slice(1, None, 2))
-
-
-def _texts(which: slice) -> list[str]:
-    from pydoc_data.topics import topics
-
-    texts = [" ".join(text.split()) for _, text in sorted(topics.items())[which]]
-    starts = range(0, TEXTS_PER_TOPIC * CHARACTERS, CHARACTERS)
-    return [text[start:][:CHARACTERS] for text in texts for start in starts if len(text) >= start + CHARACTERS]
+    return general_texts(first=1)
 
 
 def text_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -43,16 +39,14 @@ def answer_rows(
 ) -> list[dict[str, Any]]:
     """The last answer of each conversation or pair, up to its end token, after what comes before it.
 
-    The chat template is that of `template`, the run's tokenizer; `tokenizer` is that of the model that is scored.
+    `template` is the run's tokenizer, whose chat template is used; `tokenizer` that of the model that is scored.
     """
     made = []
     for prompt, answer in _prompts_and_answers(rows):
         context = template.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if prompt else ""
         whole = template.apply_chat_template([*prompt, answer], tokenize=False).rstrip()
         if not whole.startswith(context):
-            raise HFTError(
-                "the chat template renders a prompt differently once it is answered; quick cannot score that"
-            )
+            raise HFTError("the chat template renders an answered prompt differently; quick cannot score that")
         made.append(_row(tokenizer, context, whole[len(context) :]))
     return made
 
@@ -78,7 +72,7 @@ def _row(tokenizer: PreTrainedTokenizerBase, context: str, answer: str) -> dict[
 
 
 def held_out_rows(folder: Path) -> list[dict[str, Any]]:
-    """The first rows that a run's own evaluation reads, in the form that its trainer takes."""
+    """The first rows of a run's own evaluation, in the form that its trainer takes."""
     from hft.data import load_data
     from hft.objectives import find_objective
     from hft.runs.config import load_config

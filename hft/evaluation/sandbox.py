@@ -29,30 +29,19 @@ print(token)
 
 
 def passes(program: str, seconds: int = SECONDS, memory: int = MEMORY) -> bool:
-    """Whether a program runs to its end without an error.
+    """Whether a program, its tests included, runs to its end without an error; `sys.exit` and `os._exit` do not.
 
-    A program that leaves early, by `sys.exit` or `os._exit`, does not reach its end. Where Linux lets users make
-    namespaces, the process has no network interface; everywhere Python's audit hooks refuse sockets and further
-    processes. That stops what models write, not an attacker: run code that may be hostile in a container.
-
-    Args:
-        program: the source, with its tests at the end.
-        seconds: of processor time, and about as many of wall time.
-        memory: bytes of address space.
+    It may take `seconds` of processor time, about as many of wall time, and `memory` bytes of address space. Where
+    Linux lets users make namespaces, the process has no network interface; everywhere Python's audit hooks refuse
+    sockets and further processes. That stops what models write, not an attacker: run code that may be hostile in a
+    container.
     """
     token = secrets.token_hex()
     command = [*_no_network(), sys.executable, "-I", "-c", GUARD, str(seconds), str(memory), token]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            done = subprocess.run(
-                command,
-                input=program.encode(),
-                capture_output=True,
-                timeout=seconds + 2,
-                cwd=folder,
-                env={},
-                check=False,
-            )
+            limits = {"timeout": seconds + 2, "cwd": folder, "env": {}}
+            done = subprocess.run(command, input=program.encode(), capture_output=True, check=False, **limits)
         except subprocess.TimeoutExpired:
             return False
     return done.stdout.decode(errors="replace").rstrip("\n").endswith(token)

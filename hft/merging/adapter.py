@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,39 +11,33 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from hft.errors import HFTError, reason
-from hft.merging.checkpoint import Checkpoint, check_out, copy_companions, new_folder, write_model, written_in
+from hft.merging.checkpoint import Checkpoint, check_out, copy_companions, write_model
+from hft.merging.config import MergeConfig
 from hft.model.vocabulary import ids_beyond, vocabulary
 from hft.model.weights import local_folder, widest
 
 
-def merge_adapter(
-    adapter: str, base: str | None, out: Path, finish: Callable[[Path], None], *, max_shard_size: str = "5GB"
-) -> str:
-    """Merge an adapter into its base; unlike the other operators this holds the model in memory, in fp32.
+def merge_adapter(config: MergeConfig) -> Callable[[Path], str]:
+    """Read an adapter and its base, and return what writes them as one model.
 
-    Args:
-        adapter: folder or Hub id of the adapter.
-        base: the model it was trained on, if that is not the one that the adapter names.
-        out: folder for the result.
-        finish: called with the folder before it is renamed to `out`.
-        max_shard_size: bytes of a file, as `save_pretrained` takes it.
-
-    Returns:
-        How much was written, and how fast.
+    Unlike the other operators this holds the model in memory, in fp32.
     """
-    start, config = time.monotonic(), adapter_config(adapter)
-    model = base_of_adapter(config, adapter, base)
-    check_out(out, [model])
-    known = vocabulary(model.folder)
+    [adapter], found = config.models, adapter_config(config.models[0])
+    base = base_of_adapter(found, adapter, config.base)
+    check_out(Path(config.out), [base])
+    known = vocabulary(base.folder)
     new = {token: index for token, index in vocabulary(local_folder(adapter)).items() if token not in known}
-    if notes := ids_beyond(new, model.num_embeddings):  # such ids of the base itself are not this merge's matter
+    # Ids beyond the embeddings that the base itself has are not this merge's matter.
+    if notes := ids_beyond(new, base.config.get_text_config().vocab_size):
         raise HFTError(f"{adapter}: {notes[0]}")
-    state = merged_state(adapter, config, model)
-    with new_folder(out) as folder:
-        written = write_model(folder, model, state.__getitem__, max_shard_size=max_shard_size)
+    state = merged_state(adapter, found, base)
+
+    def write(folder: Path) -> str:
+        done = write_model(folder, base, state.__getitem__, max_shard_size=config.max_shard_size)
         copy_companions(local_folder(adapter), folder, but=("config.json", "generation_config.json"))
-        finish(folder)
-    return written_in(written, start)
+        return done
+
+    return write
 
 
 def adapter_config(adapter: str) -> PeftConfig:
@@ -59,7 +52,6 @@ def adapter_config(adapter: str) -> PeftConfig:
 
 
 def base_of_adapter(adapter: PeftConfig, name: str, base: str | None) -> Checkpoint:
-    """The base of an adapter: that given, or the one that the adapter names."""
     if base:
         return Checkpoint.open(base)
     hint = "name its base with --base"

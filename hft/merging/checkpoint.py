@@ -44,38 +44,31 @@ MUST_MATCH = re.compile(
 
 @dataclass
 class Checkpoint:
-    """A model folder that has been opened: its config and headers are known, its values are still on disk.
+    """A model folder that has been opened: its config and headers are known, its values are still on disk."""
 
-    Attributes:
-        name: the path or Hub id it was asked for by.
-        folder: where its files are.
-        config: its config.
-        weights: its tensors by name, read on demand.
-        specs: shape and dtype of each stored tensor, on `meta`: the model's parameters in model order, then what else
-            is stored, such as the `rotary_emb.inv_freq` of older Llamas; without a tied head.
-        parameters: names of the model's parameters, a tied head not listed twice.
-        tied: names of tied parameters, and the parameter that each is tied to.
-    """
-
-    name: str
+    name: str  # the path or Hub id it was asked for by
     folder: Path
     config: PretrainedConfig
     weights: Weights
+    # Shape and dtype of each stored tensor, on `meta`: the model's parameters in model order, then what else is stored,
+    # such as the `rotary_emb.inv_freq` of older Llamas; without a tied head.
     specs: dict[str, torch.Tensor]
-    parameters: list[str]
-    tied: dict[str, str]
+    parameters: list[str]  # of the model, a tied head not listed twice
+    tied: dict[str, str]  # the parameter that each tied parameter is tied to
 
     @classmethod
     def open(cls, name: str, revision: str | None = None) -> Checkpoint:
         """Open a folder, or a model of the Hub at some revision.
 
-        Raises:
-            HFTError: it is not a complete model: a missing config, a missing or truncated file, parameters that are
-                missing or of another shape than the config has them, or a stored head that differs from the embeddings
-                it is tied to; or it is an adapter or quantized.
+        It must be a whole model, neither an adapter nor quantized, in which every parameter has the shape that the
+        config gives and a tied head is what it is tied to.
         """
         folder = local_folder(name, revision)
-        config = model_config(name, folder)
+        if (folder / ADAPTER_CONFIG).exists():
+            raise HFTError(
+                f"{name} is an adapter; `hft merge --method adapter --models {name} --out MODEL` makes a model of it"
+            )
+        config = read_config(name, folder)
         model, weights = meta_model(config), Weights(folder)
         parameters, stored = dict(model.named_parameters()), weights.specs()
         check_stored(name, parameters, stored, set(model.state_dict()))
@@ -88,24 +81,10 @@ class Checkpoint:
         names = [*parameters, *(key for key in stored if key not in parameters and key not in tied)]
         return cls(str(name), folder, config, weights, {key: stored[key] for key in names}, list(parameters), tied)
 
-    @property
-    def num_embeddings(self) -> int:
-        """Rows of the embeddings."""
-        return self.config.get_text_config().vocab_size
-
     def fp32(self, name: str) -> torch.Tensor:
         """A tensor in fp32, or in fp64 where that is stored, to compute with."""
         tensor = self.weights[name]
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def model_config(name: str, folder: Path) -> PretrainedConfig:
-    """The config of a model folder; an adapter's and a quantized model's are refused."""
-    if (folder / ADAPTER_CONFIG).exists():
-        raise HFTError(
-            f"{name} is an adapter; `hft merge --method adapter --models {name} --out MODEL` makes a model of it"
-        )
-    return read_config(name, folder)
 
 
 def check_stored(
@@ -214,21 +193,18 @@ def write_model(
     *,
     specs: Mapping[str, torch.Tensor] | None = None,
     max_shard_size: str = "5GB",
-) -> int:
-    """Write a model in safetensors, with the companion files of another one; a shard at a time is in memory.
+) -> str:
+    """Write a model in safetensors, a shard at a time, and say how much it was and how long it took.
 
     Args:
         folder: an existing folder.
-        like: the model whose names, shapes, dtypes, tokenizer and config are written.
+        like: the model whose names, shapes, dtypes and other files are written.
         tensor_of: a parameter by its name, in any dtype. Tensors that are not parameters are `like`'s.
         specs: where dtypes are to be others than `like`'s.
         max_shard_size: bytes of a file, as `save_pretrained` takes it.
-
-    Returns:
-        Bytes of tensors written.
     """
-    specs = specs or like.specs
-    split, parameters = plan_files(folder, specs, like.parameters, max_shard_size), set(like.parameters)
+    start, specs, parameters = time.monotonic(), specs or like.specs, set(like.parameters)
+    split = plan_files(folder, specs, like.parameters, max_shard_size)
     copy_companions(like.folder, folder)
     with tqdm(total=len(specs), desc="merging", unit="tensor", leave=False) as bar:
 
@@ -243,7 +219,8 @@ def write_model(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / SAFE_INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return sum(spec.nbytes for spec in specs.values())
+    size = tqdm.format_sizeof(sum(spec.nbytes for spec in specs.values()), "B")
+    return f"wrote {size} in {time.monotonic() - start:.1f} s"
 
 
 def plan_files(
@@ -275,18 +252,10 @@ def finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copy_companions(source: Path, target: Path, but: Sequence[str] = ()) -> None:
-    """Copy what a model folder holds beside its weights: config, tokenizer, chat templates, license, code.
-
-    Not the files of the run that made the model, and those named in `but`.
-    """
+    """Copy what a model folder holds beside its weights, but not the files of the run that made it."""
     for path in source.iterdir():
         of_run = path.name in (*RUN_FILES, ADAPTER_CONFIG, *but) or path.name.startswith(".")
         if path.is_file() and not is_weights(path) and not of_run:
             shutil.copyfile(path, target / path.name)
         elif path.is_dir() and path.name == "additional_chat_templates":
             shutil.copytree(path, target / path.name, dirs_exist_ok=True)
-
-
-def written_in(size: int, start: float) -> str:
-    """How many bytes were written, and in which time since `start` on the monotonic clock."""
-    return f"wrote {tqdm.format_sizeof(size, 'B')} in {time.monotonic() - start:.1f} s"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -23,6 +23,7 @@ from hft.selection.selection import ELEMENTWISE
 from hft.text import aligned
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLORS = ("#4f6d7a", "#e4572e", "#2e86ab", "#f2a541", "#7b5ea7", "#3c9d6b")
@@ -45,10 +46,8 @@ class Comparison:
     start: str
     layers: list[Change]  # by layers and block
     outside: list[Change]
-    # For each model whose units were trained in different numbers of rounds, by that number; the other models' changes
-    # are those of the same units.
-    rounds: dict[str, list[Change]]
-    notes: list[str] = field(default_factory=list)  # which models have no such rows, and why
+    rounds: dict[str, list[Change]]  # of each model whose units trained in different numbers of rounds, by that number
+    notes: list[str]  # which models have no such rows, and why
 
     @property
     def models(self) -> list[str]:
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if options.out:
             Path(options.out).mkdir(parents=True, exist_ok=True)
-            plot_comparison(found).savefig(Path(options.out, "diff.png"))
+            plot_comparison(asdict(found)).savefig(Path(options.out, "diff.png"))
             Path(options.out, "diff.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
             say("", f"{options.out}/diff.png, diff.json")
     except OSError as error:
@@ -83,7 +82,9 @@ def main(arguments: Sequence[str]) -> int:
 def compare(start: Checkpoint, models: Sequence[Checkpoint], *, group: int = 1) -> Comparison:
     """Measure the change of every parameter; `group` neighboring layers make a row."""
     anatomy = anatomy_of(meta_model(start.config))
-    labels = labels_of(models)
+    labels = [Path(model.name).name for model in models]
+    if len(set(labels)) < len(labels):
+        labels = [model.name for model in models]
     wholes = {name: Part(name, tuple(start.specs[name].shape)) for name in start.parameters}
     parts = parts_of(anatomy.units)
     sums = total_changes(start, models, [*parts, *(wholes[name] for name in anatomy.outside_layers)])
@@ -115,7 +116,7 @@ def compare(start: Checkpoint, models: Sequence[Checkpoint], *, group: int = 1) 
 
 
 def parts_of(units: Iterable[Unit]) -> list[Part]:
-    """The parts of some units, each once, though units may share one."""
+    """The parts of some units, of which two may share one."""
     return list(dict.fromkeys(part for unit in units for part in unit.parts))
 
 
@@ -152,11 +153,8 @@ def part_holding(parts: Sequence[Part]) -> torch.Tensor:
 def rounds_trained(anatomy: Anatomy, start: Checkpoint, model: Checkpoint) -> tuple[dict[str, int], str]:
     """In how many rounds each unit trained between a start and a model, by the model's manifest; 0 without one.
 
-    The start's own rounds do not count where they are the model's first ones.
-
-    Returns:
-        The number of each unit, by name, and the policy that trained units in part, if one did: then no number of
-        rounds holds for a unit.
+    With it the policy that trained units in part, if one did: then no number of rounds holds for a unit. The start's
+    own rounds do not count where they are the model's first ones.
     """
     rounds, before = rounds_so_far(model.folder), rounds_so_far(start.folder)
     if rounds[: len(before)] == before:
@@ -168,14 +166,7 @@ def rounds_trained(anatomy: Anatomy, start: Checkpoint, model: Checkpoint) -> tu
     return counts, in_part[0] if in_part else ""
 
 
-def labels_of(models: Sequence[Checkpoint]) -> list[str]:
-    """The last part of each model's name; the whole where that is not enough to tell them apart."""
-    short = [Path(model.name).name for model in models]
-    return short if len(set(short)) == len(short) else [model.name for model in models]
-
-
 def comparison_text(found: Comparison) -> str:
-    """A line for some layers, in it the blocks, in them the models."""
     models, names = found.models, list(dict.fromkeys(row.block for row in found.layers))
 
     def lines(rows: Sequence[Change]) -> list[list[str]]:
@@ -191,31 +182,42 @@ def comparison_text(found: Comparison) -> str:
     return f"mean absolute change from {found.start}\n" + indented(aligned(text))
 
 
-def plot_comparison(found: Comparison) -> Figure:
+def plot_comparison(found: Mapping[str, Any]) -> Figure:
     """Attention and MLP over the layers, and units over the rounds in which they were trained."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     panels = [
-        (title, "layer", [row for row in found.layers if row.block == block])
+        (title, "layer", [row for row in found["layers"] if row["block"] == block])
         for block, title in (("attention", "attention"), ("mlp", "MLP"))
     ]
-    panels += [(f"units by how often {model} trained them", "rounds", rows) for model, rows in found.rounds.items()]
+    panels += [(f"units by how often {model} trained them", "rounds", rows) for model, rows in found["rounds"].items()]
+    models = found["layers"][0]["change"]
+    styles = {
+        name: {"color": color, "marker": "o", "markersize": 4, "label": name}
+        for name, color in zip(models, cycle(COLORS), strict=False)
+    }
     figure = Figure(figsize=(4.4 * len(panels), 3.6), dpi=120)
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, xlabel, rows) in zip(all_axes, panels, strict=True):
-        for model, color in zip(found.models, cycle(COLORS)):
-            x = [int(row.what.partition("-")[0]) for row in rows]
-            axes.plot(x, [row.change[model] for row in rows], "o-", color=color, markersize=4, label=model)
+        draw_changes(axes, rows, styles)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel(xlabel)
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6")
         axes.set_axisbelow(True)
-    all_axes[0].set_ylabel(f"mean |change| from {Path(found.start).name}")
-    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(found.models), frameon=False)
+    all_axes[0].set_ylabel(f"mean |change| from {Path(found['start']).name}")
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(models), frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     return figure
+
+
+def draw_changes(axes: Axes, rows: Sequence[Mapping[str, Any]], styles: Mapping[str, dict[str, Any]]) -> None:
+    """A line for each model over the layers or rounds of `rows`, as `diff.json` has them; `styles` are for `plot`."""
+    from matplotlib.ticker import MaxNLocator
+
+    x = [int(row["what"].partition("-")[0]) for row in rows]
+    for model, style in styles.items():
+        axes.plot(x, [row["change"][model] for row in rows], **style)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))

@@ -26,7 +26,6 @@ def blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 def weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """The sum of tensors times weights."""
     return sum(tensor * weight for tensor, weight in zip(tensors, weights, strict=True))
 
 
@@ -37,10 +36,7 @@ def generator_of(key: str) -> torch.Generator:
 
 
 def random_prune(delta: torch.Tensor, p: float, generator: torch.Generator) -> torch.Tensor:
-    """DARE: set each element to zero with probability p and divide the others by 1 - p (Yu et al. 2023).
-
-    peft's `random_pruning` with a generator.
-    """
+    """DARE: set each element to zero with probability p and divide the others by 1 - p (Yu et al. 2023)."""
     return delta * torch.bernoulli(torch.full_like(delta, 1 - p), generator=generator) / (1 - p)
 
 
@@ -57,19 +53,10 @@ def ties_merge(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
 class MagnitudePruner:
     """TIES' trim: keeps the fraction of a delta that is largest in magnitude, and sets the rest to zero.
 
-    The `int(density * elements)` largest are kept, and with them every element as large as the smallest of these, as
-    the authors' code does. Two passes find that magnitude, by histograms of the upper and the lower half of the
-    magnitudes' fp32 bits, which are ordered as the magnitudes are.
-
-    Args:
-        delta_of: a tensor of the delta, by its name; called twice.
-        names: the tensors that the delta consists of.
-        density: fraction to keep; a `Fraction` makes the count exact.
-
-    Attributes:
-        wanted: how many elements are to be kept.
-        smallest: the fp32 bits of the smallest magnitude among them.
-        ties: how many of them have this magnitude. More elements may have it, and `__call__` keeps those too.
+    The `int(density * elements)` largest, `wanted`, are kept, and with them every element as large as the smallest of
+    these, as the authors' code does; `ties` of the wanted are that small, and `smallest` is this magnitude's fp32 bits.
+    Two passes over `delta_of(name)` find it, by histograms of the upper and the lower half of the bits, which are
+    ordered as the magnitudes are.
     """
 
     def __init__(self, delta_of: Callable[[str], torch.Tensor], names: Sequence[str], density: float | Fraction):
@@ -93,7 +80,7 @@ class MagnitudePruner:
 
 
 def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
-    """The fp32 bits of magnitudes as int32, which are ordered as the magnitudes are."""
+    """The fp32 bits of magnitudes, as int32."""
     return delta.float().abs().view(torch.int32)
 
 
@@ -105,10 +92,8 @@ def _bin_of(histogram: torch.Tensor, wanted: int) -> tuple[int, int]:
 
 
 def slerp_factors(first: torch.Tensor, second: torch.Tensor, t: float) -> tuple[float, float, str]:
-    """Factors of two tensors in their spherical interpolation, and the branch.
-
-    The branch is `arc`, or `line` where |cos| > `COLINEAR_COS`: fine-tuned weights are so close to each other that
-    nearly all tensors are interpolated linearly.
+    """Factors of two tensors in their spherical interpolation, and the branch: `arc`, or `line` where |cos| >
+    `COLINEAR_COS`, as of nearly all tensors of fine-tuned models.
     """
     products = torch.zeros(3, dtype=torch.float64)
     for pair in blocks(first, second):
@@ -118,7 +103,7 @@ def slerp_factors(first: torch.Tensor, second: torch.Tensor, t: float) -> tuple[
 
 
 def arc_factors(dot: float, norm_a: float, norm_b: float, t: float) -> tuple[float, float, str]:
-    """`slerp_factors` of two tensors by their dot product and their squared norms."""
+    """`slerp_factors` by the dot product of two tensors and their squared norms."""
     cos = dot / math.sqrt(norm_a * norm_b) if norm_a and norm_b else 0.0
     if abs(cos) > COLINEAR_COS:
         return 1 - t, t, "line"

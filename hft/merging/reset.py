@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from hft.config import Keys, fill, read_arguments, to_yaml
 from hft.errors import HFTError
 from hft.machine import indented, say
-from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, write_model, written_in
+from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, write_model
 from hft.model.anatomy import anatomy_of, meta_model
 from hft.model.weights import checksum
 from hft.record.card import write_card
@@ -40,10 +38,13 @@ class ResetConfig:
 def main(arguments: Sequence[str]) -> int:
     """Reset what HFT would freeze to the base, after the tuning; 1 if a reset tensor is not the base's."""
     groups = {"reset": (ResetConfig,), "selection": (SelectionConfig,)}
-    given, flags = read_arguments(arguments, "hft reset", "Reset half of a tuned model to its base.", groups).resolve(
-        Keys((ResetConfig, SelectionConfig))
-    )
-    given = with_round(with_seed(given, flags))
+    keys = Keys((ResetConfig, SelectionConfig), aliases={"seed": "selection_seed"})
+    arguments = read_arguments(arguments, "hft reset", "Reset half of a tuned model to its base.", groups)
+    if len({str(arguments.flags[key]) for key in ("seed", "selection_seed") if key in arguments.flags}) > 1:
+        raise HFTError("seed is short for selection_seed, and here they differ; give one of them")
+    given, _ = arguments.resolve(keys)
+    if rounds := rounds_so_far(given.get("base") or ""):
+        given = {"round": rounds[-1]["selection"]["round"] + 1} | given
     config = fill(ResetConfig, given)
     if not (config.tuned and config.base and config.out):
         raise HFTError("tuned, base and out are needed: give --tuned T --base B --out O, or a recipe with --config")
@@ -96,23 +97,22 @@ def resetter(selection: Selection, tuned: Checkpoint, base: Checkpoint) -> Calla
 
 
 def write_reset(folder: Path, selection: Selection, tuned: Checkpoint, base: Checkpoint, max_shard_size: str) -> str:
-    """Write the model, its manifest, masks and picture; returns how much was written, and how fast."""
+    """Write the model, its manifest, masks and picture."""
     from hft.record.picture import plot_selection
 
-    start, frozen, masks = time.monotonic(), selection.frozen_parameters, selection.frozen_masks
+    frozen, masks = selection.frozen_parameters, selection.frozen_masks
     specs = tuned.specs | {name: base.specs[name] for name in frozen}
     reset = resetter(selection, tuned, base)
-    speed = written_in(write_model(folder, tuned, reset, specs=specs, max_shard_size=max_shard_size), start)
+    done = write_model(folder, tuned, reset, specs=specs, max_shard_size=max_shard_size)
     values = {name: frozen_values(base.weights[name], masks.get(name)) for name in (*frozen, *masks)}
     checksums = {name: checksum(value) for name, value in values.items()}
     Manifest.of(selection, base.name, checksums, tuned=tuned.name).save(folder)
     save_masks(folder, masks)
     plot_selection(selection, "Half-Reset", ("stay tuned", "go back")).savefig(folder / PICTURE_NAME)
-    return speed
+    return done
 
 
 def describe_reset(selection: Selection) -> str:
-    """For each block how many units stay tuned, and the fractions."""
     config = selection.config
     counts = ", ".join(f"{block} {kept}/{total}" for block, (kept, total) in selection.counts().items())
     ends = "go back" if config.freeze_embeddings else "stay tuned"
@@ -122,18 +122,3 @@ def describe_reset(selection: Selection) -> str:
         f"others go back; embeddings and head {ends}\n{parts}{selection.fraction_of_layers:.1%} of the layers and "
         f"{selection.fraction_of_model:.1%} of the whole model stay tuned"
     )
-
-
-def with_seed(given: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """The keys given, with `seed` under its long name; a flag wins over the files, whichever name each uses."""
-    if "seed" in flags and flags.get("selection_seed", flags["seed"]) != flags["seed"]:
-        raise HFTError("seed is short for selection_seed, and here they differ; give one of them")
-    seeds = [layer[key] for layer in (flags, given) for key in reversed(layer) if key in ("seed", "selection_seed")]
-    rest = {key: value for key, value in given.items() if key not in ("seed", "selection_seed")}
-    return rest | ({"selection_seed": seeds[0]} if seeds else {})
-
-
-def with_round(given: dict[str, Any]) -> dict[str, Any]:
-    """The keys given, and the round that follows the base's."""
-    rounds = rounds_so_far(given.get("base") or "")
-    return ({"round": rounds[-1]["selection"]["round"] + 1} if rounds else {}) | given

@@ -85,7 +85,6 @@ class Group:
 
     @property
     def first(self) -> LoadedRun:
-        """One of the runs, for what they have in common."""
         return self.runs[0]
 
     def measure(self, column: Column) -> Measured | None:
@@ -121,7 +120,7 @@ def collect(folders: Iterable[str | Path]) -> Collection:
 
 
 def read_run(folder: Path) -> LoadedRun | None:
-    """What a folder holds; None if it is neither a run nor a model that was scored."""
+    """None if the folder is neither a run nor a model that was scored."""
     config, manifest, scores = run_config(folder), run_manifest(folder), scores_of(folder)
     if not (config or manifest or scores):
         return None
@@ -153,7 +152,6 @@ def run_manifest(folder: Path) -> Manifest | None:
 
 
 def pretrained(model: str | Path) -> str:
-    """The name of the pretrained model that a model goes back to, without path or organization."""
     config, manifest = run_config(Path(model)), run_manifest(Path(model))
     if manifest:
         origin = manifest.earlier[0]["base"] if manifest.earlier else manifest.base
@@ -172,9 +170,8 @@ def run_method(config: Mapping[str, Any], manifest: Manifest | None) -> str:
 
 
 def run_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without seeds; models that it starts from by theirs, where they are here, else by name.
-
-    What was made from runs without training has their learning rate.
+    """A config without seeds; models that it starts from by theirs, where they are here, else by name, and without
+    training of its own their learning rate.
     """
     settings = {key: value for key, value in config.items() if key not in (*NEUTRAL_KEYS, *SEEDS, "out")}
     for key in settings.keys() & set(ORIGINS):
@@ -187,7 +184,6 @@ def run_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def origins_of(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The settings of the runs that a model was made from."""
     return [one for key in ("tuned", "models") for one in settings.get(key) or [] if isinstance(one, dict)]
 
 
@@ -198,7 +194,6 @@ def optimizer_size(checkpoint: Path) -> int | None:
 
 
 def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """Those keys of a JSON file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {key: content[key] for key in keys}
@@ -254,7 +249,6 @@ def differing(run: LoadedRun, peers: Sequence[LoadedRun], others: Sequence[Loade
 
 
 def rate_text(rate: float) -> str:
-    """A learning rate as `3e-4`."""
     mantissa, exponent = f"{rate:.2e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 

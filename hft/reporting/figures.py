@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite, pi
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from hft.config import fill
+from hft.merging.diff import draw_changes
 from hft.objectives import OBJECTIVES, find_objective
 from hft.reporting.collect import Group, LoadedRun, rate_text
 from hft.reporting.measure import Column, Measured
@@ -28,24 +30,8 @@ INK, FAINT = "#1f2328", "#d0d7de"
 OWN_STYLES = {"base": ("#59636e", "X"), "fft": ("#0072b2", "^"), "hft": ("#d55e00", "o")}
 OTHER_COLORS = ("#009e73", "#aa4499", "#b8860b", "#4b4fc4", "#117a8b", "#7a4b2a")
 OTHER_MARKERS, DASHES = "sDv^Pph<>", ("-", "--", ":", "-.")
-RC = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "hft",
-    "text.parse_math": False,
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.edgecolor": OWN_STYLES["base"][0],
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.3,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-}
+# For matplotlib's `rc_context`.
+RC = {"rc": {"svg.hashsalt": "hft"}, "fname": Path(__file__).with_name("templates") / "report.mplstyle"}
 
 # Color and marker of each kind of group, in every figure.
 Styles = Mapping[str, tuple[str, str]]
@@ -78,7 +64,7 @@ def canvas(xlabel: str, ylabel: str, height: float = 2.9) -> tuple[Figure, Axes]
 
 
 def with_legend(figure: Figure) -> Figure:
-    """The figure, grown by a legend below its axes."""
+    """The figure, grown by a legend."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     columns = max(1, min(len(labels), int(66 / (max(map(len, labels)) + 7))))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=1.8, columnspacing=1.2)
@@ -87,16 +73,12 @@ def with_legend(figure: Figure) -> Figure:
 
 
 def over_seeds(number: Measured) -> float:
-    """The length of an error bar: the standard deviation over seeds, 0 for a single run."""
+    """The length of an error bar."""
     return number.spread if number.n > 1 else 0
 
 
 def frontier(groups: Sequence[Group], x: Column, y: Column, styles: Styles) -> Figure | None:
-    """What was learned against what was kept: a curve per arm over learning rates, both axes turned so that up and to
-    the right is better; a larger marker is a higher learning rate. Error bars are standard deviations over seeds.
-
-    None unless two groups have both scores.
-    """
+    """What was learned against what was kept, a curve per arm over learning rates; None unless two groups have both."""
     placed = [(group, a, b) for group in groups if (a := group.measure(x)) and (b := group.measure(y))]
     if len(placed) < 2:
         return None
@@ -119,7 +101,7 @@ def frontier(groups: Sequence[Group], x: Column, y: Column, styles: Styles) -> F
 
 
 def radar(groups: Sequence[Group], columns: Sequence[Column], styles: Styles) -> Figure:
-    """Figure 1: a polygon per group; each axis runs from 0 to the best of the groups, which is printed at its end."""
+    """Figure 1: a polygon per group."""
     figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
     axes = figure.add_subplot(projection="polar", theta_offset=pi / 2, theta_direction=-1)
     best = [max(group.measure(column).value for group in groups) or 1 for column in columns]
@@ -137,10 +119,7 @@ def radar(groups: Sequence[Group], columns: Sequence[Column], styles: Styles) ->
 
 
 def ratio_curves(groups: Sequence[Group], column: Column, styles: Styles) -> Figure | None:
-    """Figure 3: a score against the trainable fraction of the layers, a curve per learning rate; dotted, that of FFT.
-
-    None unless three fractions of one learning rate were scored.
-    """
+    """Figure 3, a curve per learning rate; None unless three fractions of one learning rate were scored."""
     curves: dict[tuple[str, float | None], list[tuple[float, Measured]]] = {}
     for run, number in ((group.first, group.measure(column)) for group in groups if group.first.is_ratio):
         if number:
@@ -162,14 +141,9 @@ def ratio_curves(groups: Sequence[Group], column: Column, styles: Styles) -> Fig
 def variation(
     rows: Sequence[Mapping[str, Any]], xlabel: str, models: Mapping[str, tuple[str, tuple[str, str]]]
 ) -> Figure:
-    """Figure 4: mean absolute change of a block by layer, or of units by the rounds in which they were trained."""
+    """Figure 4: the change of a block by layer, or of units by the rounds in which they were trained."""
     figure, axes = canvas(xlabel, "mean |change|", 2.6)
-    x = [int(row["what"].partition("-")[0]) for row in rows]
-    for model, (label, style) in models.items():
-        axes.plot(x, [row["change"][model] for row in rows], label=label, **plot_style(style))
-    axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    draw_changes(axes, rows, {name: plot_style(style) | {"label": label} for name, (label, style) in models.items()})
     return with_legend(figure)
 
 
@@ -200,19 +174,17 @@ def selection_picture(run: LoadedRun) -> Figure:
 
 
 def heatmap(matrix: Mapping[str, Any]) -> Figure:
-    """Scores of a sequence of tasks: a row per round, a column per task; the stronger the color the higher.
+    """Scores of a sequence of tasks; the stronger the color the higher.
 
-    `matrix` has `tasks`, `rounds`, and `scores` of shape (rounds, tasks), in %, None where a task was not scored.
+    `scores` has shape (rounds, tasks), in %, None where a task was not scored.
     """
-    tasks, scores = matrix["tasks"], matrix["scores"]
-    rounds = matrix["rounds"]
+    tasks, rounds, scores = matrix["tasks"], matrix["rounds"], matrix["scores"]
     figure, axes = canvas("", "after round", 0.9 + 0.3 * len(scores))
     known = [(x, y, v) for y, row in enumerate(scores) for x, v in enumerate(row) if v is not None and isfinite(v)]
     top = max((value for *_, value in known), default=0) or 1
     for x, y, value in known:
-        axes.add_patch(
-            Rectangle((x, y), 1, 1, color=OWN_STYLES["hft"][0], alpha=0.75 * max(0, value / top), linewidth=0)
-        )
+        shade = {"color": OWN_STYLES["hft"][0], "alpha": 0.75 * max(0, value / top), "linewidth": 0}
+        axes.add_patch(Rectangle((x, y), 1, 1, **shade))
         axes.text(x + 0.5, y + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=8)
     axes.set(xlim=(0, len(tasks)), ylim=(len(scores), 0), frame_on=False)
     axes.grid(visible=False)
@@ -222,7 +194,7 @@ def heatmap(matrix: Mapping[str, Any]) -> Figure:
 
 
 def task_curves(matrix: Mapping[str, Any]) -> Figure:
-    """Learning and forgetting in a sequence of tasks: the score of each task over the rounds, and OP after each."""
+    """The score of each task of a sequence over the rounds, and OP after each."""
     figure, axes = canvas("after round", "score, %")
     for number, task in enumerate(matrix["tasks"]):
         known = [(x, row[number]) for x, row in enumerate(matrix["scores"]) if row[number] is not None]
@@ -235,10 +207,7 @@ def task_curves(matrix: Mapping[str, Any]) -> Figure:
 
 
 def curves(series: Sequence[tuple[Group, Sequence[tuple[int, float]]]], ylabel: str, styles: Styles) -> Figure | None:
-    """Values over steps, a line per group that has any; groups of one kind differ in their dashes.
-
-    The steps and values of a group's runs are averaged; so are many steps, in bins.
-    """
+    """Values over steps, averaged over a group's runs and in bins of many steps; dashes tell groups of one kind."""
     series = [(group, values) for group, values in series if values]
     if not series:
         return None
@@ -257,8 +226,8 @@ def curves(series: Sequence[tuple[Group, Sequence[tuple[int, float]]]], ylabel: 
 
 
 def to_svg(figure: Figure, name: str, title: str) -> str:
-    """A figure as SVG to stand in a page; `name` goes before its ids, which would clash with other figures'."""
-    with io.StringIO() as file, rc_context(RC):
+    """A figure as SVG for a page; `name` goes before its ids, which would clash with other figures'."""
+    with io.StringIO() as file, rc_context(**RC):
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{title}"', 1)

@@ -47,7 +47,6 @@ class PaperTable:
 
     @property
     def models(self) -> list[str]:
-        """The models of its rows, in order."""
         return list(dict.fromkeys(row.model for row in self.rows))
 
     def keys(self, column: str) -> tuple[Key, ...]:
@@ -57,7 +56,6 @@ class PaperTable:
 
     @property
     def heading(self) -> str:
-        """Name, title and section in a line."""
         kind, _, number = self.name.rpartition("-")
         name = {"": "Table", "figure": "Figure", "cpi": "CPI-FT's Table"}[kind]
         return f"{name} {number}: {self.title} ({'section ' if self.section[0].isdigit() else ''}{self.section})"
@@ -108,7 +106,6 @@ def _row(entry: dict[str, Any], runs: Mapping[str, tuple[str, tuple[str, ...]]])
 
 
 def find_table(name: str) -> PaperTable:
-    """The table of a name; the error for an unknown one names the nearest."""
     if name in tables():
         return tables()[name]
     near = difflib.get_close_matches(name.lower().removeprefix("table").strip(" -"), tables(), n=1, cutoff=0)
@@ -116,7 +113,6 @@ def find_table(name: str) -> PaperTable:
 
 
 def find_rows(table: PaperTable, model: str | None = None) -> list[PaperRow]:
-    """The rows of a model, or all of them."""
     if model is None or model in table.models:
         return [row for row in table.rows if model in (None, row.model)]
     [near] = difflib.get_close_matches(model, table.models, n=1, cutoff=0)

@@ -28,12 +28,9 @@ END_MARK = "<!-- end of what `hft paper --update` made -->"
 
 
 def paper(arguments: Sequence[str]) -> int:
-    """List the tables, or print one of them."""
     description = "Print a table of the paper: commands, the paper's numbers, and what your runs scored."
     parser = argparse.ArgumentParser(prog="hft paper", description=description)
-    parser.add_argument(
-        "table", metavar="TABLE", nargs="?", help="such as 5, figure-1 or cpi-1; without it all are listed"
-    )
+    parser.add_argument("table", metavar="TABLE", nargs="?", help="such as 5, figure-1 or cpi-1; without it, a list")
     parser.add_argument("--model", help="only the rows of this model, such as llama2-7b")
     parser.add_argument("--runs", default="runs", help="the folder with your runs (default: runs)")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
@@ -65,7 +62,6 @@ def as_text(table: PaperTable, rows: Sequence[PaperRow], measured: Sequence[dict
 
 
 def as_markdown(table: PaperTable, rows: Sequence[PaperRow], measured: Sequence[dict[str, Measured]]) -> str:
-    """The same as a Markdown table."""
     lines = [["", "command", *table.columns]]
     for row, mine in zip(rows, measured, strict=True):
         commands = [one_after_another(row.commands), ""]
@@ -96,14 +92,13 @@ def _measured(one: Measured, digits: int) -> str:
 
 
 def decimals(table: PaperTable, column: int) -> int:
-    """Decimals that the paper prints in a column."""
+    """How many the paper prints in a column."""
     return max(
         len(str(float(row.values[column])).partition(".")[2]) for row in table.rows if row.values[column] is not None
     )
 
 
 def remarks(table: PaperTable, measured: Sequence[dict[str, Measured]]) -> list[str]:
-    """What is to be said about a table as a whole."""
     if any(measured):
         mine = ["ours: mean ± standard deviation over n runs that differ in their seed; ± standard error where n = 1"]
         if any(one.partial for columns in measured for one in columns.values()):
@@ -130,7 +125,7 @@ def update(path: Path) -> None:
 
 
 def all_runs() -> str:
-    """For each model a Markdown table of its runs: commands, what the paper has for them, and in which tables."""
+    """For each model a Markdown table of its runs: commands, the paper's numbers, and in which tables."""
     runs, parts = read_runs(), []
     for model in dict.fromkeys(model for model, _ in runs.values()):
         rows = [["command", "the paper", "tables"]]

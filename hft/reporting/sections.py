@@ -52,7 +52,7 @@ Parts = Iterator[ReportTable | Drawing]  # of a section; those without rows or w
 def make_sections(found: Collection) -> list[Section]:
     """The sections that have something to show; what a function that makes one says of itself is the section's text."""
     styles, sections = figures.styles_of(group.kind for group in found.groups), []
-    with rc_context(figures.RC):
+    with rc_context(**figures.RC):
         if drawn := with_selection(found)[:1]:
             sections.append(Section("What trains", opening(drawn[0]), [], [selection_drawing(drawn[0])]))
         for title, make in SECTIONS.items():
@@ -79,7 +79,6 @@ def with_selection(found: Collection) -> list[LoadedRun]:
 
 
 def opening(run: LoadedRun) -> str:
-    """What the picture of a run's selection shows."""
     text = f"In color what {run.folder.name} trained, in gray what it left as it was."
     if run.manifest.tuned:
         text = f"In color what {run.folder.name} kept of the tuned model, in gray what it put back to the base."
@@ -157,7 +156,7 @@ def score_cell(group: Group, baseline: Group | None, column: Column) -> Cell:
 
 
 def papers_number(run: LoadedRun, column: Column) -> float | None:
-    """What the paper has for a run, known by the name of its folder; None if nothing."""
+    """What the paper has for a run, by the name of its folder."""
     for table, row in rows_of_run(SEED_IN_NAME.sub("", run.folder.name)):
         for name, value in zip(table.columns, row.values, strict=True):
             if table.keys(name) == column.keys and "/" not in row.run:  # not of something inside the folder
@@ -166,10 +165,7 @@ def papers_number(run: LoadedRun, column: Column) -> float | None:
 
 
 def columns_of(groups: Iterable[Group], *, steps: bool = False) -> dict[str, list[Column]]:
-    """The columns of each suite, in the order of their tables; last the paper's means, where their tasks are there.
-
-    With `steps` those of the checkpoints' scores.
-    """
+    """The columns of each suite, or with `steps` of its checkpoints; last the paper's means of tasks that are there."""
     runs = [run for group in groups for run in group.runs]
     scored = [one for run in runs for one in (run.steps.values() if steps else [run.scores])]
     found: dict[str, dict[tuple[str, str], Score]] = {}
@@ -190,7 +186,6 @@ def columns_of(groups: Iterable[Group], *, steps: bool = False) -> dict[str, lis
 
 
 def rank(name: str, names: Iterable[str]) -> int:
-    """The index of a name among others; after all of them if it is not there."""
     return next((index for index, other in enumerate(names) if other == name), 1000)
 
 

@@ -1,0 +1,93 @@
+"""What `hft merge` takes: its settings, and which of them each way of merging has."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hft.errors import HFTError
+
+
+@dataclass
+class MergeConfig:
+    """How `hft merge` merges what."""
+
+    method: Literal["average", "ties", "dare", "dare-ties", "slerp", "wise-ft", "adapter", "delta"] | None = field(
+        default=None,
+        metadata={
+            "help": "average: the mean of the weights; ties: the largest deltas, by the sign that wins; dare: random "
+            "deltas, rescaled; dare-ties: those, by the sign that wins; slerp: on the arc between two models; wise-ft: "
+            "on the line from base to model; adapter: an adapter of PEFT's added to its base; delta: what a run saved "
+            "with save_only_trained, put back into its base."
+        },
+    )
+    models: list[str] | None = field(default=None, metadata={"help": "Models to merge: folders or Hub ids."})
+    base: str | None = field(default=None, metadata={"help": "The model that they were all tuned from."})
+    out: str | None = field(default=None, metadata={"help": "Folder for the result."})
+    weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "One weight per model, by default equal ones that sum to 1; average divides them by their sum, "
+            "dare takes them as they are."
+        },
+    )
+    density: float = field(default=0.2, metadata={"help": "Fraction of each model's deltas to keep (ties)."})
+    trim: Literal["tensor", "global"] = field(
+        default="tensor", metadata={"help": "Take that fraction of each tensor, or of the whole model (ties)."}
+    )
+    drop: float = field(default=0.9, metadata={"help": "Probability to drop a delta (dare, dare-ties)."})
+    seed: int = field(default=0, metadata={"help": "Seed of what is dropped (dare, dare-ties)."})
+    scale: float = field(default=1.0, metadata={"help": "Factor of the merged deltas: TIES' lambda."})
+    t: float = field(default=0.5, metadata={"help": "From the first model, 0, to the second, 1 (slerp)."})
+    alpha: float = field(default=0.5, metadata={"help": "From the base, 0, to the model, 1 (wise-ft)."})
+    max_shard_size: str = field(default="5GB", metadata={"help": "Largest size of a file."})
+
+    def __post_init__(self):
+        for name in ("density", "drop", "t", "alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise HFTError(f"{name} must lie in 0..1, got {getattr(self, name)}")
+        if self.drop == 1:
+            raise HFTError("drop must be less than 1: with everything dropped there is nothing left to rescale")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What a way of merging takes."""
+
+    models: tuple[int, int | None]  # fewest and most; None for any number
+    base: Literal[True] | None  # whether it needs one; None where one may be given, which average and slerp ignore
+    keys: tuple[str, ...]  # which of `MergeConfig`'s settings it has
+
+
+OPERATORS = {
+    "average": Operator((2, None), None, ("weights",)),
+    "ties": Operator((1, None), True, ("density", "trim", "scale")),
+    "dare": Operator((1, None), True, ("drop", "seed", "weights", "scale")),
+    "dare-ties": Operator((1, None), True, ("drop", "seed", "scale")),
+    "slerp": Operator((2, 2), None, ("t",)),
+    "wise-ft": Operator((1, 1), True, ("alpha",)),
+    "adapter": Operator((1, 1), None, ()),
+    "delta": Operator((1, 1), None, ()),
+}
+
+
+def check_config(config: MergeConfig, given: dict[str, Any]) -> None:
+    """Refuse a missing argument, a wrong number of models or weights, and settings of another operator."""
+    if not (config.method and config.models and config.out):
+        raise HFTError("method, models and out are needed: give them as flags, or a recipe with --config")
+    operator, count = OPERATORS[config.method], len(config.models)
+    fewest, most = operator.models
+    if count < fewest or (most and count > most):
+        wanted = f"{fewest} model{'s' if fewest > 1 else ''}" + ("" if most else " or more")
+        raise HFTError(f"{config.method} takes {wanted}, got {count}")
+    if operator.base and not config.base:
+        raise HFTError(f"{config.method} needs --base, the model that they were tuned from")
+    settings = {key for other in OPERATORS.values() for key in other.keys}
+    if wrong := [key for key in given if key in settings and key not in operator.keys]:
+        takes = f"takes only {', '.join(operator.keys)}" if operator.keys else "takes no settings"
+        raise HFTError(f"{wrong[0]} is not a setting of {config.method}, which {takes}")
+    if config.weights and (len(config.weights) != count or not all(map(math.isfinite, config.weights))):
+        raise HFTError(f"weights must be {count} numbers, one per model, got {config.weights}")
+    if config.weights and config.method == "average" and not sum(config.weights):
+        raise HFTError(f"average divides weights by their sum, which must not be 0, got {config.weights}")
