@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from hft.continual.metrics import METRICS
 from hft.evaluation.evaluate import Settings, evaluate
@@ -30,14 +29,13 @@ def score_tasks(
     Returns:
         The scores; complete in the first process only.
     """
-    pairs = [task_pair(task, rows, metrics[task], longest_answer) for task, rows in tests.items()]
-    return evaluate(model, SUITE, Settings(chat=False, batch_size=batch_size), out, pairs)
+    benchmarks = [benchmark_of(task, rows, metrics[task], longest_answer) for task, rows in tests.items()]
+    return evaluate(model, SUITE, Settings(chat=False, batch_size=batch_size), out, benchmarks)
 
 
-def task_pair(task: str, rows: list[Row], metric: str, longest_answer: int) -> tuple[Benchmark, dict[str, Any]]:
-    """A task as `hft.evaluation` knows it, whose first metric is its score, and as lm-eval does."""
-    benchmark = Benchmark(task, f"{SUITE}_{task}", {name: f"{name},none" for name in METRICS[metric]})
-    return benchmark, {
+def benchmark_of(task: str, rows: list[Row], metric: str, longest_answer: int) -> Benchmark:
+    """A task of a sequence, whose first metric is its score."""
+    spec = {
         "task": f"{SUITE}_{task}",
         "custom_dataset": as_dataset(test=rows),
         "test_split": "test",
@@ -49,6 +47,7 @@ def task_pair(task: str, rows: list[Row], metric: str, longest_answer: int) -> t
         "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in METRICS[metric]],
         "metadata": {"version": 1.0},
     }
+    return Benchmark(task, f"{SUITE}_{task}", {name: f"{name},none" for name in METRICS[metric]}, spec=spec)
 
 
 def _results_of(metric: str) -> Callable[[dict[str, str], list[str]], dict[str, float]]:

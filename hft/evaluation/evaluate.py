@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -102,25 +101,38 @@ def evaluate(
     suite: str,
     settings: Settings | None = None,
     out: str | Path | None = None,
-    own: Sequence[tuple[Benchmark, Spec]] = (),
+    benchmarks: Sequence[Benchmark] | None = None,
 ) -> Scores:
     """Score a model on a suite; under `accelerate launch` the scores are complete in the first process only.
 
     Args:
         model: a model, a run's folder, an adapter, a checkpoint, or a Hub id.
-        suite: a key of `SUITES`, or a name for the benchmarks in `own`.
+        suite: a key of `SUITES`, or a name for the benchmarks that are given.
         settings: how.
         out: folder whose `scores/SUITE.json` is written after each benchmark. Benchmarks that it already holds for the
             same weights and settings are not run again.
-        own: benchmarks that replace those of `SUITES`, each with its config as lm-eval takes it.
+        benchmarks: others than those of `SUITES`.
     """
-    subject, settings = _resolved(model, suite, settings or Settings())
-    if own:
-        todo = [(benchmark, lambda spec=spec: spec, None) for benchmark, spec in own]
-    else:
-        chosen = _chosen(suite, settings)
-        todo = [(benchmark, functools.partial(_spec, benchmark, subject, settings), None) for benchmark in chosen]
-    return _score_all(suite, subject, settings, out, todo)
+    if find_spec("lm_eval") is None:
+        raise HFTError("evaluation needs lm-evaluation-harness: pip install 'half-fine-tuning[eval]'")
+    settings = settings or Settings()
+    subject = subject_of(model, settings.base)
+    settings = _resolved(suite, subject, settings)
+    scores, lm = _earlier(suite, subject, settings, out), None
+    for benchmark in _chosen(suite, settings) if benchmarks is None else benchmarks:
+        name, digest = benchmark.name, benchmark.digest
+        known = scores.data.get(name) == digest if digest else scores.find(name)
+        if known or (spec := benchmark.spec or _spec(benchmark, subject, settings)) is None:
+            continue
+        lm = lm or open_lm(subject, settings)
+        results = _run(benchmark, spec, lm, subject, settings)
+        if not is_main():
+            continue
+        scores.scores = [score for score in scores.scores if score.task != name] + _scores_of(benchmark, results)
+        scores.data[name] = digest or _rows_sha256(results)
+        if out is not None:
+            scores.save(out)
+    return scores
 
 
 def losses_on(
@@ -135,44 +147,15 @@ def losses_on(
     `rows` has the conversations of each task as a trainer takes them; the run `template` has the chat template that
     renders them. Only tasks whose rows have changed are scored again.
     """
-    subject, settings = _resolved(model, "quick", Settings())
-    tokenizers = _tokenizer(Path(template)), _tokenizer(subject.tokenizer)
-    todo = []
+    from hft.model.weights import local_folder
+
+    tokenizers, benchmarks = (_tokenizer(Path(template)), _tokenizer(local_folder(model))), []
     for task, conversations in rows.items():
         made = answer_rows(conversations, *tokenizers)
         digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()
-        spec = functools.partial(on_rows, {"hft_task": as_dataset(test=made)})
-        todo.append((Benchmark(task, "hft_task", LOSS), spec, digest))
-    return _score_all(suite, subject, settings, out, todo)
-
-
-def _score_all(
-    suite: str,
-    subject: Subject,
-    settings: Settings,
-    out: str | Path | None,
-    todo: Iterable[tuple[Benchmark, Callable[[], Spec | None], str | None]],
-) -> Scores:
-    """Score a model on benchmarks, each with what makes its spec, or None where it cannot be run, and the SHA-256 of its
-    rows where other rows are to be scored again.
-    """
-    if find_spec("lm_eval") is None:
-        raise HFTError("evaluation needs lm-evaluation-harness: pip install 'half-fine-tuning[eval]'")
-    scores, lm = _earlier(suite, subject, settings, out), None
-    for benchmark, make_spec, digest in todo:
-        known = scores.data.get(benchmark.name) == digest if digest else scores.find(benchmark.name)
-        if known or (spec := make_spec()) is None:
-            continue
-        lm = lm or open_lm(subject, settings)
-        results = _run(benchmark, spec, lm, subject, settings)
-        if not is_main():
-            continue
-        scores.scores = [score for score in scores.scores if score.task != benchmark.name]
-        scores.scores += _scores_of(benchmark, results)
-        scores.data[benchmark.name] = digest or _rows_sha256(results)
-        if out is not None:
-            scores.save(out)
-    return scores
+        spec = on_rows({"hft_task": as_dataset(test=made)})
+        benchmarks.append(Benchmark(task, "hft_task", LOSS, spec=spec, digest=digest))
+    return evaluate(model, suite, Settings(chat=False), out, benchmarks)
 
 
 def _chosen(suite: str, settings: Settings) -> list[Benchmark]:
@@ -198,15 +181,14 @@ def _earlier(suite: str, subject: Subject, settings: Settings, out: str | Path |
     return old if replace(old, scores=[], data={}) == new else new
 
 
-def _resolved(model: str, suite: str, settings: Settings) -> tuple[Subject, Settings]:
-    """The model, and settings whose chat format and dtype are decided."""
+def _resolved(suite: str, subject: Subject, settings: Settings) -> Settings:
+    """Settings whose chat format and dtype are decided."""
     import torch
 
-    subject = subject_of(model, settings.base)
     chat, dtype = settings.chat, settings.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     if chat is None:
         chat = suite != "quick" and bool(_tokenizer(subject.tokenizer).chat_template)
-    return subject, replace(settings, chat=chat, dtype=dtype)
+    return replace(settings, chat=chat, dtype=dtype)
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:

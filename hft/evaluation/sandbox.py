@@ -50,9 +50,6 @@ def passes(program: str, seconds: int = SECONDS, memory: int = MEMORY) -> bool:
 @functools.cache
 def _no_network() -> tuple[str, ...]:
     """The prefix that takes a command's network away; empty where that is not possible."""
-    command = (shutil.which("unshare") or "unshare", "--map-root-user", "--net")
-    try:
-        works = subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        works = False
+    command = (shutil.which("unshare"), "--map-root-user", "--net")
+    works = command[0] and subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
     return command if works else ()

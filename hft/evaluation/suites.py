@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 # Metrics that are not percentages; of these, less is better.
 METRIC_UNITS = {"loss": "nats/token", "kl": "nats/token", "choice_loss": "nats/question"}
@@ -21,6 +22,8 @@ class Benchmark:
     paper_rows: int | None = None  # rows of each subtask where the HFT paper's evaluation takes a subset
     parts: Mapping[str, str] = field(default_factory=dict)  # subtasks whose scores are saved too, by our name
     runs_code: bool = False
+    spec: dict[str, Any] | None = None  # its config as lm-eval takes it, where that is not the task's
+    digest: str | None = None  # SHA-256 of its rows, where a change of them means to score again
 
 
 LOSS = {"loss": "loss,none"}

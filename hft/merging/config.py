@@ -26,11 +26,7 @@ class MergeConfig:
     base: str | None = field(default=None, metadata={"help": "The model that they were all tuned from."})
     out: str | None = field(default=None, metadata={"help": "Folder for the result."})
     weights: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "One weight per model, by default equal ones that sum to 1; average divides them by their sum, "
-            "dare takes them as they are."
-        },
+        default=None, metadata={"help": "One per model, by default equal; average divides by their sum, dare does not."}
     )
     density: float = field(default=0.2, metadata={"help": "Fraction of each model's deltas to keep (ties)."})
     trim: Literal["tensor", "global"] = field(

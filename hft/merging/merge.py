@@ -73,16 +73,15 @@ def interpolated(config: MergeConfig, models: Sequence[Checkpoint], branches: Co
     """Operators that merge the weights themselves, average and slerp; `branches` counts the way slerp takes."""
     weights = config.weights or [1.0] * len(models)
 
-    def average(name: str) -> torch.Tensor:
-        return weighted_sum([model.fp32(name) for model in models], [weight / sum(weights) for weight in weights])
-
-    def slerp(name: str) -> torch.Tensor:
+    def merged(name: str) -> torch.Tensor:
         tensors = [model.fp32(name) for model in models]
+        if config.method == "average":
+            return weighted_sum(tensors, [weight / sum(weights) for weight in weights])
         *factors, branch = slerp_factors(*tensors, config.t)
         branches[branch] += 1
         return weighted_sum(tensors, factors)
 
-    return {"average": average, "slerp": slerp}[config.method]
+    return merged
 
 
 def with_deltas(config: MergeConfig, models: Sequence[Checkpoint], base: Checkpoint) -> TensorOf:
@@ -94,25 +93,25 @@ def with_deltas(config: MergeConfig, models: Sequence[Checkpoint], base: Checkpo
     weights = [config.alpha] if config.method == "wise-ft" else config.weights or [1 / len(models)] * len(models)
     combine = ties_merge if "ties" in config.method else lambda deltas: weighted_sum(deltas, weights)
 
-    def delta(model: Checkpoint, name: str) -> torch.Tensor:
+    def delta_of(model: Checkpoint, name: str) -> torch.Tensor:
         return model.fp32(name) - base.fp32(name)
 
-    def pruners(names: Sequence[str]) -> list[MagnitudePruner]:
-        return [MagnitudePruner(functools.partial(delta, model), names, config.density) for model in models]
+    def pruner(model: Checkpoint, names: Sequence[str]) -> MagnitudePruner:
+        return MagnitudePruner(functools.partial(delta_of, model), names, config.density)
 
-    by_model = pruners(base.parameters) if config.method == "ties" and config.trim == "global" else None
+    of_whole = config.method == "ties" and config.trim == "global"
+    pruners = [pruner(model, base.parameters) for model in models] if of_whole else None
 
-    def changes(name: str) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-        """What is done to each model's deltas before they are combined."""
+    def pruned(index: int, name: str) -> torch.Tensor:
+        """The delta of a model, without what is dropped before the deltas are combined."""
+        delta = delta_of(models[index], name)
         if config.method == "ties":
-            return by_model or pruners([name])
+            return (pruners[index] if pruners else pruner(models[index], [name]))(delta)
         if config.method in ("dare", "dare-ties"):
-            generators = [generator_of(f"{config.seed}/{index}/{name}") for index in range(len(models))]
-            return [functools.partial(random_prune, p=config.drop, generator=one) for one in generators]
-        return [lambda delta: delta] * len(models)
+            return random_prune(delta, config.drop, generator_of(f"{config.seed}/{index}/{name}"))
+        return delta
 
     def merged(name: str) -> torch.Tensor:
-        deltas = [change(delta(model, name)) for change, model in zip(changes(name), models, strict=True)]
-        return base.fp32(name) + config.scale * combine(deltas)
+        return base.fp32(name) + config.scale * combine([pruned(index, name) for index in range(len(models))])
 
     return merged
