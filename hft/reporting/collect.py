@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +14,11 @@ from hft.record.checkpoints import TRAINER_STATE, checkpoints
 from hft.record.manifest import MANIFEST_NAME, Manifest
 from hft.record.scores import Scores, scores_of
 from hft.reporting.measure import Column, Measured, measure
+from hft.reporting.paper import SEED_IN_NAME
 from hft.runs.config import NEUTRAL_KEYS, read_config, replaced_keys
 from hft.runs.result import CONFIG_NAME, RESULTS_NAME, RunResult
 
 SEEDS = ("selection_seed", "seed", "data_seed")
-SEED_IN_NAME = re.compile(r"-(selection_|data_)?seed=\d+")
 ORIGINS = ("base", "model_name_or_path", "tuned", "models")  # settings that name other models
 FIRST = ("base", "fft", "hft")  # the order of methods; others follow by name
 # What `hft diff` and a sequence of runs write, and the keys that a report takes from it.

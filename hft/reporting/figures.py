@@ -138,12 +138,10 @@ def ratio_curves(groups: Sequence[Group], column: Column, styles: Styles) -> Fig
     return with_legend(figure)
 
 
-def variation(
-    rows: Sequence[Mapping[str, Any]], xlabel: str, models: Mapping[str, tuple[str, tuple[str, str]]]
-) -> Figure:
+def variation(rows: Sequence[Mapping[str, Any]], xlabel: str, lines: Mapping[str, dict[str, Any]]) -> Figure:
     """Figure 4: the change of a block by layer, or of units by the rounds in which they were trained."""
     figure, axes = canvas(xlabel, "mean |change|", 2.6)
-    draw_changes(axes, rows, {name: plot_style(style) | {"label": label} for name, (label, style) in models.items()})
+    draw_changes(axes, rows, lines)
     return with_legend(figure)
 
 

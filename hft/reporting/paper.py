@@ -16,8 +16,8 @@ from hft.record.scores import scores_of
 from hft.reporting.measure import Key, Measured, measure
 
 DATA = Path(__file__).with_name("paper")
-# A run that differs from another in its seed only, by what its name adds (`hft.runs.config.run_name`).
-SEED_SUFFIX = re.compile(r"(-(selection_)?seed=\d+)+")
+# What `hft.runs.config.run_name` adds to the name of a run with other seeds.
+SEED_IN_NAME = re.compile(r"-(selection_|data_)?seed=\d+")
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ def folders_of(table: PaperTable, row: PaperRow, runs: Path) -> list[Path]:
     if row.run is None:
         return []
     name, _, inside = row.run.partition("/")
-    seeds = [path.name for path in sorted(runs.glob(f"{name}*")) if SEED_SUFFIX.fullmatch(path.name.removeprefix(name))]
+    near = [path.name for path in sorted(runs.glob(f"{name}*"))]
+    seeds = [other for other in near if not SEED_IN_NAME.sub("", other.removeprefix(name))]
     taken = {other.run for other in table.rows}
     return [runs / row.run, *(runs / seed / inside for seed in seeds if str(Path(seed, inside)) not in taken)]

@@ -9,11 +9,11 @@ from matplotlib import rc_context
 from hft.planning.forecast import flops_to_fft
 from hft.record.scores import Score
 from hft.reporting import figures
-from hft.reporting.collect import SEED_IN_NAME, Collection, Group, LoadedRun, baseline_of
+from hft.reporting.collect import Collection, Group, LoadedRun, baseline_of
 from hft.reporting.figures import Styles
 from hft.reporting.measure import Column, Measured, mean_of, parts_of, summarize
 from hft.reporting.page import Cell, Drawing, ReportTable, Section
-from hft.reporting.paper import find_table, rows_of_run
+from hft.reporting.paper import SEED_IN_NAME, find_table, rows_of_run
 
 # Suites and tasks in the order of their tables, by the names that people know; others follow under their own.
 SUITE_LABELS = {"quick": "task, drift and facts", "general": "general ability", "knowledge": "basic knowledge"}
@@ -211,14 +211,16 @@ def variations(found: Collection, styles: Styles) -> Parts:
     """As the paper's Figure 4: the mean absolute change of the elements of a block, by hft diff."""
     known = {run.folder.name: (g.label, styles[g.kind]) for g in found.groups for run in g.runs}
     for diff in found.diffs.values():
-        others = figures.styles_of(diff["layers"][0]["change"])
-        models = {name: known.get(name, (name, others[name])) for name in diff["layers"][0]["change"]}
+        names = list(diff["layers"][0]["change"])
+        own = figures.styles_of(names)
+        models = {name: known.get(name, (name, own[name])) for name in names}
+        lines = {name: {"label": label} | figures.plot_style(style) for name, (label, style) in models.items()}
         for block in DRAWN_BLOCKS:
             if rows := [row for row in diff["layers"] if row["block"] == block]:
-                yield Drawing(f"change of {block} by layer", figures.variation(rows, "layer", models))
+                yield Drawing(f"change of {block} by layer", figures.variation(rows, "layer", lines))
         for name, rows in diff["rounds"].items():
             title = f"change of units by the rounds in which {models[name][0]} trained them"
-            yield Drawing(title, figures.variation(rows, "rounds", models))
+            yield Drawing(title, figures.variation(rows, "rounds", lines))
 
 
 def cost(found: Collection, styles: Styles) -> Parts:
