@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from hft.errors import HFTError, reason
-from hft.merging.checkpoint import Checkpoint, check_out, copy_companions, write_model
+from hft.merging.checkpoint import Checkpoint, check_out, copy_companions, open_base, write_model
 from hft.merging.config import MergeConfig
 from hft.model.vocabulary import ids_beyond, vocabulary
 from hft.model.weights import local_folder, widest
@@ -23,7 +23,7 @@ def merge_adapter(config: MergeConfig) -> Callable[[Path], str]:
     Unlike the other operators this holds the model in memory, in fp32.
     """
     [adapter], found = config.models, adapter_config(config.models[0])
-    base = base_of_adapter(found, adapter, config.base)
+    base = open_base(adapter, config.base, found.base_model_name_or_path, found.revision)
     check_out(Path(config.out), [base])
     known = vocabulary(base.folder)
     new = {token: index for token, index in vocabulary(local_folder(adapter)).items() if token not in known}
@@ -49,18 +49,6 @@ def adapter_config(adapter: str) -> PeftConfig:
     if config.is_prompt_learning:
         raise HFTError(f"{adapter} is {config.peft_type.value}: learned prompts are not weights and cannot be merged")
     return config
-
-
-def base_of_adapter(adapter: PeftConfig, name: str, base: str | None) -> Checkpoint:
-    if base:
-        return Checkpoint.open(base)
-    hint = "name its base with --base"
-    if not adapter.base_model_name_or_path:
-        raise HFTError(f"{name} does not say what it was trained on; {hint}")
-    try:
-        return Checkpoint.open(adapter.base_model_name_or_path, adapter.revision)
-    except HFTError as error:
-        raise HFTError(f"the base of {name} cannot be read: {error}; {hint}") from error
 
 
 def merged_state(adapter: str, config: PeftConfig, base: Checkpoint) -> dict[str, torch.Tensor]:

@@ -87,6 +87,18 @@ class Checkpoint:
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def open_base(of: str, given: str | None, named: str | None, revision: str | None) -> Checkpoint:
+    """What an adapter or a run was trained on: the model that is given, or that it names itself."""
+    if given:
+        return Checkpoint.open(given)
+    if not named:
+        raise HFTError(f"{of} does not say what it was trained on; name its base with --base")
+    try:
+        return Checkpoint.open(named, revision)
+    except HFTError as error:
+        raise HFTError(f"the base of {of} cannot be read: {error}; name it with --base") from error
+
+
 def check_stored(
     name: str, parameters: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], known: set[str]
 ) -> None:

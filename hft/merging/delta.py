@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hft.errors import HFTError
-from hft.merging.checkpoint import Checkpoint, check_out, copy_companions, write_model
+from hft.merging.checkpoint import check_out, copy_companions, open_base, write_model
 from hft.merging.config import MergeConfig
 from hft.model.weights import MODEL_CONFIG, Weights, downloaded
 from hft.record.manifest import Manifest
@@ -26,10 +26,7 @@ def merge_delta(config: MergeConfig) -> Callable[[Path], str]:
     manifest = Manifest.load(folder)
     if not manifest.only_trained:
         raise HFTError(f"{run} holds the whole model already")
-    try:
-        whole = Checkpoint.open(config.base or manifest.base, None if config.base else manifest.revision)
-    except HFTError as error:
-        raise HFTError(f"the base of {run} cannot be read: {error}; name it with --base") from error
+    whole = open_base(run, config.base, manifest.base, manifest.revision)
     check_out(Path(config.out), [replace(whole, name=run, folder=folder), whole])
     if not (found := verify_folder(folder, str(whole.folder))).ok:
         wrong = [*found.broken, *found.lost, *found.unlisted][0]
