@@ -87,16 +87,16 @@ class Checkpoint:
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def open_base(of: str, given: str | None, named: str | None, revision: str | None) -> Checkpoint:
+def open_base(tuned: str, given: str | None, named: str | None, revision: str | None) -> Checkpoint:
     """What an adapter or a run was trained on: the model that is given, or that it names itself."""
     if given:
         return Checkpoint.open(given)
     if not named:
-        raise HFTError(f"{of} does not say what it was trained on; name its base with --base")
+        raise HFTError(f"{tuned} does not say what it was trained on; name its base with --base")
     try:
         return Checkpoint.open(named, revision)
     except HFTError as error:
-        raise HFTError(f"the base of {of} cannot be read: {error}; name it with --base") from error
+        raise HFTError(f"the base of {tuned} cannot be read: {error}; name it with --base") from error
 
 
 def check_stored(

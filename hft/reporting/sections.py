@@ -212,8 +212,8 @@ def variations(found: Collection, styles: Styles) -> Parts:
     known = {run.folder.name: (g.label, styles[g.kind]) for g in found.groups for run in g.runs}
     for diff in found.diffs.values():
         names = list(diff["layers"][0]["change"])
-        own = figures.styles_of(names)
-        models = {name: known.get(name, (name, own[name])) for name in names}
+        unknown = figures.styles_of(names)
+        models = {name: known.get(name, (name, unknown[name])) for name in names}
         lines = {name: {"label": label} | figures.plot_style(style) for name, (label, style) in models.items()}
         for block in DRAWN_BLOCKS:
             if rows := [row for row in diff["layers"] if row["block"] == block]:
@@ -295,7 +295,7 @@ def steps(found: Collection, styles: Styles) -> Parts:
 
 def values_over_steps(run: LoadedRun, column: Column) -> list[tuple[int, float]]:
     """Steps and values of a run's checkpoints and of its end; none if only the end was scored."""
-    values = {step: mean_of(parts)[0] for step, of in run.steps.items() if (parts := parts_of(column.keys, of))}
+    values = {step: mean_of(parts)[0] for step, found in run.steps.items() if (parts := parts_of(column.keys, found))}
     if values and run.result and (parts := parts_of(column.keys, run.scores)):
         values[run.result.steps] = mean_of(parts)[0]
     return sorted(values.items())

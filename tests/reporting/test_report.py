@@ -189,6 +189,15 @@ def test_the_papers_number_stands_beside_ours(tmp_path):
     assert "paper 12.0" not in text
 
 
+def test_the_papers_number_is_of_the_same_metric(tmp_path):
+    scores = [Score("gsm8k", metric, 12.5, 1.0, 200) for metric in ("exact_match", "exact_match_strict")]
+    Scores("general", "x/Llama-2-7b-hf", "0" * 64, "bfloat16", scores=scores).save(tmp_path / "Llama-2-7b-hf")
+    _, text = report(tmp_path / "out", tmp_path / "Llama-2-7b-hf")
+    row = table(text, "Llama-2-7b-hf: general ability")["base"]
+    assert row["GSM8K, exact match"] == "12.5 (se 1.0, paper 12.0)"
+    assert row["GSM8K, exact match strict"] == "12.5 (se 1.0)"
+
+
 def test_a_learning_rate_is_compared_with_fft_at_the_same_one(runs, tmp_path):
     folders = [runs["fft"], runs["hft-a"]]
     folders += [copied(runs[name], tmp_path / f"{name}-hot", learning_rate=0.01) for name in ("fft", "hft-a")]
