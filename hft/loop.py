@@ -21,7 +21,7 @@ from hft.selection.masks import frozen_values
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hft.record.verification import ResetVerification, Verification
+    from hft.record.verification import Verification
     from hft.selection import Selection, SelectionConfig
 
 
@@ -85,9 +85,7 @@ def freeze(model: PreTrainedModel, selection: Selection) -> Frozen:
     return Frozen(selection, checksums, dtypes, freezing.PartFreezer(model, masks, dtypes) if masks else None)
 
 
-def verify(
-    out: str | Path | nn.Module | Mapping[str, torch.Tensor], base: str | Frozen | None = None
-) -> Verification | ResetVerification:
+def verify(out: str | Path | nn.Module | Mapping[str, torch.Tensor], base: str | Frozen | None = None) -> Verification:
     """Prove that what was frozen is bit-identical to what it was.
 
     Args:

@@ -27,26 +27,18 @@ def write_card(
     verified: Mapping[str, int] | None = None,
     model_id: str | None = None,
 ) -> Path:
-    """Write the model card of a folder.
+    """Write the model card of a folder, in which local paths are reduced to their last part.
 
-    Local paths are reduced to their last part, so that none of this machine gets into it.
-
-    Args:
-        folder: where the model is, or will be.
-        manifest: what trained.
-        config: the settings.
-        tags: of the model on the Hub, such as `trl`, `sft`, `hft`.
-        verified: for each finding of `hft verify` how many tensors it concerns; None before it has run.
-        model_id: the model's id on the Hub; by default the folder's name.
+    `config` holds the settings, and `verified` how many tensors each finding of `hft verify` concerns, once it has run.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    folder, dataset = Path(folder), manifest.data.get("id")
+    folder = Path(folder)
     name = folder.resolve().name
     starts = [manifest.tuned, manifest.base, *(one["base"] for one in reversed(manifest.earlier))]
     data = ModelCardData(
         base_model=next((start for start in starts if start and not is_local(start)), None),
-        datasets=dataset,
+        datasets=manifest.data.get("id"),
         library_name="peft" if manifest.is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(tags)),
@@ -92,14 +84,14 @@ def card_facts(
     manifest: Manifest, config: Mapping[str, Any], verified: Mapping[str, int] | None
 ) -> list[tuple[str, str]]:
     """Names and values: method, selection, data, verify's result."""
-    named = [("method", portable(config["method"]))] if config.get("method") else []
-    rows = [*named, *part_facts(manifest), *size_facts(manifest)]
+    rows = [("method", portable(config["method"]))] if config.get("method") else []
+    rows += [*part_facts(manifest), *size_facts(manifest)]
     if "id" in manifest.data:
         revision = manifest.data.get("revision")
         rows.append(("data", linked(manifest.data["id"], "datasets/") + (f" at {revision}" if revision else "")))
     elif files := manifest.data.get("files"):
         rows.append(("data", shorten([f"`{file}`" for file in files])))
-    result = verify_fact(verified, "reset" if manifest.tuned else "frozen") if verified else "has not run yet"
+    result = verify_fact(Counter(verified), "reset" if manifest.tuned else "frozen") if verified else "has not run yet"
     return [*rows, ("verify", result)]
 
 
@@ -111,9 +103,9 @@ def part_facts(manifest: Manifest) -> list[tuple[str, str]]:
     rows = []
     for kind, name in named.items():
         if name not in (None, "plain"):
-            is_file = ":" in name  # FILE.py:NAME, which may not be there any more
-            what = "" if is_file else POLICIES[name] if kind == "policy" else find_method(kind, name).description
-            rows.append((kind, f"{portable(name)}{': ' if what else ''}{what}"))
+            if ":" not in name:  # FILE.py:NAME may not be there any more
+                name += f": {POLICIES[name] if kind == 'policy' else find_method(kind, name).description}"
+            rows.append((kind, portable(name)))
     return rows
 
 
@@ -135,10 +127,10 @@ def size_facts(manifest: Manifest) -> list[tuple[str, str]]:
     ]
 
 
-def verify_fact(verified: Mapping[str, int], kind: str) -> str:
+def verify_fact(count: Counter[str], kind: str) -> str:
     """What verify found, in a line; `kind` is how the tensors are called that must equal the base's."""
-    count = Counter(verified)
     total, trained = count["identical"] + count["broken"], count["changed"] + count["unchanged"]
     verdict = "FAILED" if count["broken"] + count["lost"] + count["unlisted"] else "passed"
     moved = f", {count['changed']} of {trained} trained tensors changed" if trained else ""
-    return f"{verdict}: {count['identical']} of {total} {kind} tensors bit-identical to the base{moved}"
+    new = f", {count['new']} are new" if count["new"] else ""
+    return f"{verdict}: {count['identical']} of {total} {kind} tensors bit-identical to the base{moved}{new}"

@@ -8,6 +8,20 @@ from typing import Any
 from hft.errors import HFTError
 
 
+def identity_of(
+    selection: Mapping[str, Any],
+    update: Mapping[str, Any] | None,
+    schedule: Mapping[str, Any] | None,
+    data: Mapping[str, Any] | None,
+    strategy: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What makes two runs the same, as far as it is known before anything is loaded: the `record()` of each part."""
+    kind = "adapter" if "adapter" in selection else "selection"
+    record = {"selection": None, "adapter": None, kind: selection, "schedule": schedule or None}
+    record |= {"strategy": strategy or None, "update": update or {"update": "plain"}}
+    return record | ({"data": data} if data else {})
+
+
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """The keys in which two nested records differ, as `key theirs there, ours here`; None counts as absent."""
     found = []

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from hft import __version__
 from hft.errors import HFTError, reason
 from hft.machine import world_size
-from hft.record.identity import check_same_run
+from hft.record.identity import check_same_run, identity_of
 
 if TYPE_CHECKING:
     from hft.methods.adapter import AdapterFootprint
+    from hft.model.anatomy import Unit
     from hft.selection import Selection
 
 MANIFEST_NAME = "hft_manifest.json"
@@ -30,9 +32,8 @@ class Manifest:
     Attributes:
         base: the model that the round started from, an absolute path or a Hub id.
         selection: the config that the selection was made from, with seed and round; or the adapter's settings.
-        trained_units: names of the trained units, in model order.
-        frozen_units: names of the frozen units, in model order.
-        trained_parameters: names of the trained parameters, those outside the layers included.
+        trained_units, frozen_units: their names, in model order.
+        trained_parameters: their names, those outside the layers included.
         frozen_checksums: SHA-256 of each frozen parameter, by name (`hft.model.weights.checksum`). A partly frozen one
             is among the trained parameters too; its checksum is that of its frozen elements.
         trainable_fraction: that of the layers and of the whole model.
@@ -40,15 +41,14 @@ class Manifest:
         earlier: base, selection and frozen units of the rounds that led to the base, oldest first.
         revision: the Hub revision of the base, if one was asked for.
         masks: SHA-256 of the mask of each partly frozen parameter; the masks are in `hft_masks.safetensors`.
-        update: how the trained weights moved (`hft.methods.update.Update.record`).
-        strategy: what each step did beside its rows in a sequence of tasks (`hft.methods.strategy.Strategy.record`).
+        update, strategy: how the trained weights moved, and what each step did beside its rows (their `record()`).
         moved: parameters that training changed in memory, of those that the base alone holds on disk: an adapter's own
             and none of the base, or none of the frozen ones.
         only_trained: whether the folder holds only the tensors that train, wholly or in part (`save_only_trained`).
         tuned: of a Half-Reset, the model that was reset: its tensors are the trained ones, unchanged.
         schedule: how the trained units changed within the round, if they did: `config`, and once it has started
             `steps`, `fractions` and `history`. Units that trained at any step count as trained; those that never did
-            count as frozen once the round is over.
+            count as frozen once the round is over (`finished`).
         data: what identifies the data files (`hft.data.fingerprint`).
         processes: how many trained, each with a random state in a checkpoint; 0 if that is not known.
         versions: the packages that made it.
@@ -83,13 +83,9 @@ class Manifest:
     def of(
         cls, selection: Selection | AdapterFootprint, base: str, checksums: dict[str, str], **record: Any
     ) -> Manifest:
-        """The manifest of a selection.
+        """The manifest of a selection; where the base has one too, this is one more round of its sequence.
 
-        Args:
-            selection: which units train.
-            base: the model that it starts from. If it has a manifest, this is one more round of its sequence.
-            checksums: of the frozen parameters.
-            record: other attributes, as they are.
+        `checksums` are those of the frozen parameters, and `record` other attributes.
         """
         units = selection.anatomy.units
         if tuned := record.get("tuned"):
@@ -111,16 +107,15 @@ class Manifest:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether an adapter trained, so that what trained is not among the base's weights."""
+        """Whether an adapter trained: it is not among the base's weights."""
         return "adapter" in self.selection
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `identity_of`."""
+        """What makes two runs the same."""
         return identity_of(self.selection, self.update, self.schedule.get("config"), self.data, self.strategy)
 
     def save(self, folder: str | Path) -> Path:
-        """Write it into a folder, in one step."""
         return write_json(Path(folder) / MANIFEST_NAME, asdict(self))
 
     @classmethod
@@ -136,6 +131,24 @@ class Manifest:
             ) from None
         except (TypeError, ValueError, AttributeError) as error:
             raise HFTError(f"{path} is not a valid manifest: {reason(error)}") from error
+
+    def finished(self, units: Sequence[Unit], trained: frozenset[str], checksums: Mapping[str, str]) -> Manifest:
+        """The manifest once a schedule is over, which counts what it never trained as frozen.
+
+        `trained` names units, and parameters outside the layers, that have trained at some step; `checksums` are the
+        base's, of the trained parameters.
+        """
+        touched = {name for unit in units if unit.name in trained for name in unit.parameters} | trained
+        never = [name for name in self.trained_parameters if name not in touched]
+        in_blocks = Counter(unit.block for unit in units if unit.name in trained)
+        return replace(
+            self,
+            trained_units=[unit.name for unit in units if unit.name in trained],
+            frozen_units=[unit.name for unit in units if unit.name not in trained],
+            counts={block: [in_blocks[block], total] for block, (_, total) in self.counts.items()},
+            trained_parameters=[name for name in self.trained_parameters if name in touched],
+            frozen_checksums=self.frozen_checksums | {name: checksums[name] for name in never},
+        )
 
     def check_resumable(self, checkpoint: str | Path) -> None:
         """Refuse to resume from a checkpoint of another run or with another base; for once the base is loaded."""
@@ -167,20 +180,6 @@ def write_text(path: Path, text: str) -> Path:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     return temporary.replace(path)
-
-
-def identity_of(
-    selection: Mapping[str, Any],
-    update: Mapping[str, Any] | None,
-    schedule: Mapping[str, Any] | None,
-    data: Mapping[str, Any] | None,
-    strategy: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """What makes two runs the same, as far as it is known before anything is loaded: the `record()` of each part."""
-    kind = "adapter" if "adapter" in selection else "selection"
-    record = {"selection": None, "adapter": None, kind: selection, "schedule": schedule or None}
-    record["strategy"] = strategy or None
-    return record | {"update": update or {"update": "plain"}} | ({"data": data} if data else {})
 
 
 def rounds_so_far(base: str | Path) -> list[dict]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,10 +29,13 @@ class Verification:
         broken: frozen, yet different from the base, or missing, with the reason.
         changed: trained and different from the base.
         unchanged: trained, yet bit-identical to the base: nothing wrong, but worth a look.
+        new: trained, and not in the base, such as the head of a reward model.
         lost: parameters that the base has, or that trained, and that are missing from the checkpoint.
         parts: those among `identical` that are frozen in part and were compared there.
         unlisted: parameters of the checkpoint that the manifest lists neither as frozen nor as trained.
         not_finite: trained tensors that hold NaN or infinity.
+        tuned: of a Half-Reset, in which nothing has trained, the model that was reset.
+        kept: what stayed of it, compared with it; None if it was not found.
     """
 
     against: str
@@ -40,91 +43,66 @@ class Verification:
     broken: dict[str, str] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
     unlisted: list[str] = field(default_factory=list)
     not_finite: list[str] = field(default_factory=list)
+    tuned: str | None = None
+    kept: Verification | None = None
 
     @property
     def ok(self) -> bool:
-        return not (self.broken or self.lost or self.unlisted)
+        return self.num_wrong == 0
 
     @property
     def num_wrong(self) -> int:
-        return len(self.broken) + len(self.lost) + len(self.unlisted)
+        return len(self.broken) + len(self.lost) + len(self.unlisted) + (self.kept.num_wrong if self.kept else 0)
 
     def counts(self) -> dict[str, int]:
-        """The number of tensors by finding."""
-        return {name: len(value) for name, value in asdict(self).items() if isinstance(value, list | dict)}
-
-    def count(self, part: str = "part") -> str:
-        """How many of the frozen tensors are identical, for people."""
-        parts = f", {len(self.parts)} of them {part} of a tensor" if self.parts else ""
-        total = len(self.identical) + len(self.broken)
-        return f"{len(self.identical)} of {total} tensors bit-identical to {self.against}{parts}"
-
-    def findings(self) -> list[str]:
-        """One line for each of the first tensors that something is wrong with."""
-        broken = [f"  MISMATCH {name}: {why}" for name, why in list(self.broken.items())[:10]]
-        lost = [f"  MISSING {name}" for name in self.lost[:10]]
-        unlisted = [f"  UNLISTED {name}: the manifest says neither frozen nor trained" for name in self.unlisted[:10]]
-        return [*broken, *lost, *unlisted]
+        """The number of tensors by finding; what should have stayed tuned and did not counts as lost."""
+        counts = {name: len(value) for name, value in vars(self).items() if isinstance(value, list | dict)}
+        return counts | {"lost": counts["lost"] + (self.kept.num_wrong if self.kept else 0)}
 
     def report(self) -> str:
         """The result for people, one finding per line."""
+        lines = self._lines_of_reset() if self.tuned else self._lines_of_run()
+        wrong = f"FAILED: {self.num_wrong} tensors differ, are missing or are not listed"
+        return "\n".join([*lines, f"verify {'passed' if self.ok else wrong}"])
+
+    def _lines_of_run(self) -> list[str]:
         trained = len(self.changed) + len(self.unchanged)
+        of_trained = f"{len(self.changed)} of {trained} tensors changed"
         lines = [
-            "frozen:  " + self.count("the frozen part"),
-            f"trained: {len(self.changed)} of {trained} tensors changed"
-            if trained
-            else "trained: not compared, the base was not found",
+            f"frozen:  {self._identical('the frozen part')}",
+            f"trained: {of_trained if trained else 'not compared, the base was not found'}",
         ]
+        if self.new:
+            lines.append(f"  new, the base has none: {shorten(self.new, most=3)}")
         if self.unchanged:
             lines.append(f"  bit-identical to the base though trained: {shorten(self.unchanged, most=3)}")
         if self.unchanged and not self.changed:
             lines.append("  WARNING: nothing has moved; is the learning rate too low for the dtype?")
         if self.not_finite:
             lines.append(f"  WARNING: NaN or infinity in {shorten(self.not_finite, most=3)}")
-        return "\n".join([*lines, *self.findings(), _verdict(self.num_wrong)])
+        return [*lines, *self._wrong()]
 
+    def _lines_of_reset(self) -> list[str]:
+        kept = self.kept._identical("part") if self.kept else f"not compared, {self.tuned} was not found"
+        lines = [f"reset: {self._identical('part')}", f"tuned: {kept}", *self._wrong()]
+        return [*lines, *(self.kept._wrong() if self.kept else [])]
 
-@dataclass
-class ResetVerification:
-    """What `verify` found of a Half-Reset, in which nothing has trained.
+    def _identical(self, part: str) -> str:
+        parts = f", {len(self.parts)} of them {part} of a tensor" if self.parts else ""
+        total = len(self.identical) + len(self.broken)
+        return f"{len(self.identical)} of {total} tensors bit-identical to {self.against}{parts}"
 
-    Attributes:
-        back: what went back to the base, compared with it.
-        kept: what stayed, compared with the tuned model; None if that was not found.
-        tuned: the tuned model's name.
-    """
-
-    back: Verification
-    kept: Verification | None
-    tuned: str
-
-    @property
-    def ok(self) -> bool:
-        return self.back.ok and (self.kept is None or self.kept.ok)
-
-    def counts(self) -> dict[str, int]:
-        """The number of tensors by finding; what should have stayed and did not counts as lost."""
-        counts = self.back.counts()
-        return counts | {"lost": counts["lost"] + (self.kept.num_wrong if self.kept else 0)}
-
-    def report(self) -> str:
-        """The result for people, one finding per line."""
-        halves = [self.back, *([self.kept] if self.kept else [])]
-        lines = [
-            "reset: " + self.back.count(),
-            f"tuned: {self.kept.count()}" if self.kept else f"tuned: not compared, {self.tuned} was not found",
-            *(line for half in halves for line in half.findings()),
-            _verdict(sum(half.num_wrong for half in halves)),
-        ]
-        return "\n".join(lines)
-
-
-def _verdict(wrong: int) -> str:
-    return f"verify FAILED: {wrong} tensors differ, are missing or are not listed" if wrong else "verify passed"
+    def _wrong(self) -> list[str]:
+        """One line for each of the first tensors that something is wrong with."""
+        broken = [f"  MISMATCH {name}: {why}" for name, why in list(self.broken.items())[:10]]
+        lost = [f"  MISSING {name}" for name in self.lost[:10]]
+        unlisted = [f"  UNLISTED {name}: the manifest says neither frozen nor trained" for name in self.unlisted[:10]]
+        return [*broken, *lost, *unlisted]
 
 
 def verify_tensors(
@@ -148,23 +126,25 @@ def verify_tensors(
         against: how the base is called in the result.
     """
     masks = masks or {}
-    result = Verification(against=against if base is not None else "the manifest's checksums")
+    found = Verification(against if base is not None else "the manifest's checksums")
     for name in tqdm(frozen, desc="verifying what is frozen", unit="tensor", leave=False):
         if why := _why_broken(name, frozen[name], out, base, masks.get(name)):
-            result.broken[name] = why
+            found.broken[name] = why
         else:
-            result.identical.append(name)
-            result.parts += [name] if name in masks else []
+            found.identical.append(name)
+            found.parts += [name] if name in masks else []
     for name in tqdm(trained, desc="verifying what trained", unit="tensor", leave=False):
         if name not in out:
-            result.lost.append(name)
+            found.lost.append(name)
             continue
-        ours = out[name]
-        if ours.is_floating_point() and not ours.isfinite().all():
-            result.not_finite.append(name)
-        if base is not None and name in base:
-            (result.unchanged if _same(ours, base[name]) else result.changed).append(name)
-    return result
+        tensor = out[name]
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            found.not_finite.append(name)
+        if base is not None and name not in base:
+            found.new.append(name)
+        elif base is not None:
+            (found.unchanged if _same(tensor, base[name]) else found.changed).append(name)
+    return found
 
 
 def _why_broken(
@@ -176,86 +156,74 @@ def _why_broken(
 ) -> str | None:
     if name not in out:
         return "missing from the checkpoint"
-    ours = frozen_values(out[name], mask)
+    tensor = frozen_values(out[name], mask)
     if base is None:
-        return None if checksum(ours) == digest else "its checksum is not the manifest's"
+        return None if checksum(tensor) == digest else "its checksum is not the manifest's"
     if name not in base:
         return "missing from the base"
-    theirs = frozen_values(base[name], mask)
-    if digest and checksum(theirs) != digest:
+    expected = frozen_values(base[name], mask)
+    if digest and checksum(expected) != digest:
         return "the base's tensor is not the one that the manifest was written for"
-    return None if _same(ours, theirs) else _difference(ours, theirs)
+    if _same(tensor, expected):
+        return None
+    if (tensor.dtype, tensor.shape) != (expected.dtype, expected.shape):
+        return f"{tensor.dtype} {tuple(tensor.shape)}, in the base {expected.dtype} {tuple(expected.shape)}"
+    count = int((as_bytes(tensor) != as_bytes(expected)).sum())
+    largest = (tensor.double() - expected.double()).abs().max()
+    return f"{count} of {as_bytes(tensor).numel()} bytes differ, by at most {largest:.3g}"
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bytes(a), as_bytes(b))
 
 
-def _difference(a: torch.Tensor, b: torch.Tensor) -> str:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return f"{a.dtype} {tuple(a.shape)}, in the base {b.dtype} {tuple(b.shape)}"
-    count = int((as_bytes(a) != as_bytes(b)).sum())
-    return f"{count} of {as_bytes(a).numel()} bytes differ, by at most {(a.double() - b.double()).abs().max():.3g}"
-
-
-def verify_folder(out: str | Path, base: str | None = None) -> Verification | ResetVerification:
+def verify_folder(out: str | Path, base: str | None = None) -> Verification:
     """Compare an output folder's frozen half with its base, or with the manifest's checksums if the base is gone.
 
     The other half of a Half-Reset is compared with the tuned model, if that is found. A base that is given must exist.
     """
     out, manifest = Path(out), Manifest.load(out)
-    compared = manifest.frozen_checksums if manifest.is_adapter else _listed(manifest)
+    frozen, trained = manifest.frozen_checksums, manifest.trained_parameters
     try:
         folder = local_folder(base) if base else local_folder(manifest.base, manifest.revision)
-        base_weights = weights_of(folder, compared)
+        base_weights = weights_of(folder, frozen if manifest.is_adapter else _listed(manifest))
+        against = _short_path(folder)
     except HFTError:
         if base:
             raise
-        folder, base_weights = out, None
+        if manifest.is_adapter or manifest.only_trained:
+            raise HFTError(f"{manifest.base}, the base of {out}, was not found; name it with --base") from None
+        base_weights, against = None, ""
     if manifest.is_adapter:
         return verify_adapter(out, manifest, base_weights)
+    masks = masks_of(out, manifest)
     if manifest.only_trained:
-        return verify_only_trained(out, manifest, base_weights, _short_path(folder))
-    masks, ours = masks_of(out, manifest), weights_of(out, _listed(manifest))
-    frozen, trained = manifest.frozen_checksums, manifest.trained_parameters
+        return verify_only_trained(out, manifest, base_weights, masks, against)
+    weights = weights_of(out, _listed(manifest))
     found = verify_tensors(
-        ours, frozen, () if manifest.tuned else trained, base_weights, masks=masks, against=_short_path(folder)
+        weights, frozen, () if manifest.tuned else trained, base_weights, masks=masks, against=against
     )
-    found.unlisted, missing = not_listed(out, manifest, ours, base_weights or {})
-    found.lost += [name for name in missing if name not in found.lost]
-    if not manifest.tuned:
-        return found
+    note_unlisted(found, out, manifest, weights, base_weights or {})
+    if manifest.tuned:
+        found.tuned, found.kept = manifest.tuned, verify_kept(manifest, weights, masks)
+    return found
+
+
+def verify_kept(
+    manifest: Manifest, weights: Mapping[str, torch.Tensor], masks: Mapping[str, Mask]
+) -> Verification | None:
+    """Compare what a Half-Reset kept with the tuned model, if that is found."""
     try:
         folder = local_folder(manifest.tuned)
-        tuned = weights_of(folder, trained)
+        tuned = weights_of(folder, manifest.trained_parameters)
     except HFTError:
-        return ResetVerification(found, None, manifest.tuned)
-    others = {name: ~mask for name, mask in masks.items()}
-    kept = verify_tensors(ours, dict.fromkeys(trained, ""), (), tuned, masks=others, against=_short_path(folder))
-    return ResetVerification(found, kept, manifest.tuned)
+        return None
+    kept, masks = dict.fromkeys(manifest.trained_parameters, ""), {name: ~mask for name, mask in masks.items()}
+    return verify_tensors(weights, kept, (), tuned, masks=masks, against=_short_path(folder))
 
 
-def not_listed(
-    out: Path, manifest: Manifest, ours: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor]
-) -> tuple[list[str], list[str]]:
-    """Parameters that the manifest does not list: those in the checkpoint, and those only in the base.
-
-    Buffers, which some checkpoints store, and a tied head do not count.
-    """
-    listed = set(_listed(manifest))
-    if not (unknown := (ours.keys() | base.keys()) - listed):
-        return [], []
-    from hft.model.load import read_config
-
-    parameters = {name for name, _ in meta_model(read_config(str(out), out)).named_parameters()}
-    unknown = sorted(unknown & parameters)
-    return [name for name in unknown if name in ours], [name for name in unknown if name not in ours]
-
-
-def verify_adapter(out: Path, manifest: Manifest, base: Mapping[str, torch.Tensor] | None) -> Verification:
+def verify_adapter(out: Path, manifest: Manifest, base: Mapping[str, torch.Tensor]) -> Verification:
     """Compare an adapter's base, which is not in the folder, with the checksums it was trained with."""
-    if base is None:
-        raise HFTError(f"{manifest.base}, the base of {out}, was not found; name it with --base")
     found = verify_tensors(base, manifest.frozen_checksums, (), None)
     moved, trained = set(manifest.moved), set(manifest.trained_parameters)
     found.changed, found.unchanged = sorted(moved & trained), sorted(trained - moved)
@@ -265,24 +233,41 @@ def verify_adapter(out: Path, manifest: Manifest, base: Mapping[str, torch.Tenso
 
 
 def verify_only_trained(
-    out: Path, manifest: Manifest, base: Mapping[str, torch.Tensor] | None, against: str
+    out: Path, manifest: Manifest, base: Mapping[str, torch.Tensor], masks: Mapping[str, Mask], against: str
 ) -> Verification:
     """Compare what trained with the base, and the base's frozen tensors with the checksums they were trained with.
 
     The folder does not hold those; that they had not moved in memory was found when it was written.
     """
-    if base is None:
-        raise HFTError(f"{manifest.base}, the base of {out}, was not found; name it with --base")
-    ours, masks, checksums = Weights(out), masks_of(out, manifest), manifest.frozen_checksums
-    saved = {name: digest for name, digest in checksums.items() if name in masks or name in ours}
+    weights, checksums = Weights(out), manifest.frozen_checksums
+    saved = {name: digest for name, digest in checksums.items() if name in masks or name in weights}
     not_saved = {name: digest for name, digest in checksums.items() if name not in saved}
-    found = verify_tensors(ours, saved, manifest.trained_parameters, base, masks=masks, against=against)
+    found = verify_tensors(weights, saved, manifest.trained_parameters, base, masks=masks, against=against)
     frozen = verify_tensors(base, not_saved, (), None)
     found.identical += [name for name in frozen.identical if name not in manifest.moved]
     found.broken |= frozen.broken | dict.fromkeys(manifest.moved, "changed in memory while the others trained")
-    found.unlisted, missing = not_listed(out, manifest, ours, base)
-    found.lost += [name for name in missing if name not in found.lost]
+    note_unlisted(found, out, manifest, weights, base)
     return found
+
+
+def note_unlisted(
+    found: Verification,
+    out: Path,
+    manifest: Manifest,
+    weights: Mapping[str, torch.Tensor],
+    base: Mapping[str, torch.Tensor],
+) -> None:
+    """Add the parameters that the manifest does not list: unlisted in the checkpoint, lost if only the base has them.
+
+    Buffers, which some checkpoints store, and a tied head do not count.
+    """
+    if not (unknown := (weights.keys() | base.keys()) - set(_listed(manifest))):
+        return
+    from hft.model.load import read_config
+
+    parameters = {name for name, _ in meta_model(read_config(str(out), out)).named_parameters()}
+    for name in sorted(unknown & parameters):
+        (found.unlisted if name in weights else found.lost).append(name)
 
 
 def check_base(base: str) -> None:

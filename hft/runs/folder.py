@@ -55,7 +55,7 @@ def find_start(config: Config, identity: dict[str, Any], args: TrainingArguments
 
     Args:
         config: of the run.
-        identity: what makes another run the same (`hft.record.manifest.identity_of`).
+        identity: what makes another run the same (`hft.record.identity.identity_of`).
         args: the trainer's config.
 
     Raises:

@@ -14,7 +14,7 @@ from hft.errors import HFTError, reason
 from hft.machine import broadcast, indented, is_main, world_size
 from hft.model.vocabulary import ids_beyond
 from hft.objectives import Objective
-from hft.record.manifest import identity_of
+from hft.record.identity import identity_of
 from hft.runs.arguments import machine_settings, training_arguments
 from hft.runs.config import Config, find_template
 from hft.runs.folder import Start, check_output, find_start

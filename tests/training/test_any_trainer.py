@@ -101,6 +101,8 @@ def test_the_frozen_half_stays_and_a_resume_is_exact(tmp_path, build, tiny, cls)
     assert found.ok
     assert len(found.identical) == 18
     assert len(found.changed) > 10
+    assert found.new == (["score.weight"] if cls is trl.RewardTrainer else [])
+    assert ("new, the base has none: score.weight" in found.report()) == bool(found.new)
     assert sorted([*manifest.frozen_checksums, *manifest.trained_parameters]) == sorted(saved)
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
     assert AutoConfig.from_pretrained(tmp_path).dtype == torch.bfloat16
