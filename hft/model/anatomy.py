@@ -22,19 +22,8 @@ BLOCKS = ("attention", "mlp", "experts", "router", "norm")
 
 # Roles of matrices, by the names that Llama gave them, and the block that each belongs to. DeepSeek's attention has
 # low-rank pairs instead of some.
-ROLES = {
-    "q_proj": "attention",
-    "k_proj": "attention",
-    "v_proj": "attention",
-    "o_proj": "attention",
-    "q_a_proj": "attention",
-    "q_b_proj": "attention",
-    "kv_a_proj_with_mqa": "attention",
-    "kv_b_proj": "attention",
-    "gate_proj": "mlp",
-    "up_proj": "mlp",
-    "down_proj": "mlp",
-}
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+ROLES = dict.fromkeys(ATTENTION, "attention") | dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
 
 # What other families call a role. GPT-2's `c_proj` closes the attention or the MLP, whichever it stands in.
 OTHER_NAMES = {
@@ -51,13 +40,10 @@ OTHER_NAMES = {
 }
 # Of Mixtral, Qwen, OLMo and Hunyuan; a gate of an MLP is a `gate_proj`.
 ROUTERS = ("gate", "router", "shared_expert_gate", "wg")
-
 # Per-head logits that compete with the keys' (GPT-OSS). They belong to the queries as a bias does.
 SINKS = "sinks"
-
 # Attention to an encoder's output. Without an encoder it never gets a gradient.
 CROSS_ATTENTION = ("encoder_attn", "cross_attn", "crossattention")
-
 # What may stand outside the layers besides embeddings, the head and norms: OPT-350M's embeddings are narrower.
 OUTSIDE = ("project_in", "project_out")
 
@@ -111,12 +97,10 @@ class Unit:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters that it touches."""
         return tuple(part.parameter for part in self.parts)
 
     @property
     def numel(self) -> int:
-        """Number of parameters."""
         return sum(part.numel for part in self.parts)
 
 
@@ -126,13 +110,11 @@ class Anatomy:
 
     Attributes:
         units: every unit, layer by layer.
-        num_layers: number of layers.
-        embeddings: elements of each embedding, of learned positions too, and of the head; a tied one is
-            not listed twice.
+        num_layers: how many layers there are.
+        embeddings: elements of each embedding, of learned positions too, and of the head; a tied one counts once.
         others: elements of the other parameters outside the layers: the final norm, and heads such as a reward
             model's `score`; they train.
-        towers: elements of each parameter of a vision or audio tower and what joins it to the text; they
-            never train.
+        towers: elements of each parameter of a vision or audio tower and what joins it to the text; they never train.
     """
 
     units: tuple[Unit, ...]
@@ -147,7 +129,6 @@ class Anatomy:
 
     @functools.cached_property
     def layers(self) -> list[list[Unit]]:
-        """The units of each layer."""
         layers: list[list[Unit]] = [[] for _ in range(self.num_layers)]
         for unit in self.units:
             layers[unit.layer].append(unit)
@@ -202,16 +183,11 @@ class Anatomy:
     @property
     def numel(self) -> int:
         """Number of parameters in the whole model, tied ones counted once."""
-        return self.numel_in_layers + sum(
-            itertools.chain(*(d.values() for d in (self.embeddings, self.others, self.towers)))
-        )
+        return sum(self.numels.values())
 
 
 def architecture_of(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class of a config's language model, or of the reward model that it was saved as.
-
-    Of a vision-language model it is the whole one, whose text tower is trained.
-    """
+    """The class of a config's language model, whole if it is multimodal, or of the reward model that was saved."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -231,9 +207,7 @@ def architecture_of(config: PretrainedConfig) -> type[PreTrainedModel]:
 def meta_model(config: PretrainedConfig, auto_class: type | None = None) -> PreTrainedModel:
     """The model of a config on the `meta` device: a module tree with shapes and no storage.
 
-    Args:
-        config: the model's.
-        auto_class: such as `AutoModelForSequenceClassification`; by default `architecture_of` the config.
+    `auto_class`, such as `AutoModelForSequenceClassification`, replaces `architecture_of` the config.
     """
     with torch.device("meta"):
         return auto_class.from_config(config) if auto_class else architecture_of(config)(config)
@@ -246,8 +220,8 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
         model: a decoder-only model, or one with a text decoder beside other towers, on any device, `meta` included.
 
     Raises:
-        HFTError: the model is not decoder-only, two layers share a parameter, or a parameter belongs to no known unit;
-            it is named, since freezing only what is recognized would silently train the rest.
+        HFTError: the model is not decoder-only, two layers share a parameter, or a parameter belongs to no known unit:
+            freezing only what is recognized would silently train the rest.
     """
     prefix, layers = _find_layers(model)
     config = model.config.get_text_config()
@@ -350,7 +324,6 @@ def _outside(model: PreTrainedModel, prefix: str, inside: set[str]) -> tuple[dic
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of a decoder-only model."""
     return _find_layers(model)[1]
 
 

@@ -116,41 +116,16 @@ def _stacked(
         yield f".{expert}.down_proj", "down_proj", dict.fromkeys(down, ((one,),))
 
 
+# fmt: off
+STACKED = (
+    "axk1", "cohere2_moe", "deepseek_v2", "deepseek_v3", "dots1", "exaone_moe", "flex_olmo", "glm4_moe",
+    "glm4_moe_lite", "glm4v_moe_text", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared",
+    "hunyuan_v1_moe", "hy_v3", "kolibri1", "mellum", "minimax_m2", "minimax_m3_vl_text", "mistral4", "mixtral",
+    "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_omni_moe_text", "qwen3_vl_moe_text", "solar_open",
+)
+# fmt: on
 # By model type: how a module named `experts` stacks them.
-EXPERTS = {
+EXPERTS = dict.fromkeys(STACKED, _stacked) | {
     "gpt_oss": functools.partial(_stacked, transposed=True, interleaved=True),
     "llama4_text": functools.partial(_stacked, transposed=True),
-} | dict.fromkeys(
-    [
-        "axk1",
-        "cohere2_moe",
-        "deepseek_v2",
-        "deepseek_v3",
-        "dots1",
-        "exaone_moe",
-        "flex_olmo",
-        "glm4_moe",
-        "glm4_moe_lite",
-        "glm4v_moe_text",
-        "granitemoe",
-        "granitemoe_swa",
-        "granitemoehybrid",
-        "granitemoeshared",
-        "hunyuan_v1_moe",
-        "hy_v3",
-        "kolibri1",
-        "mellum",
-        "minimax_m2",
-        "minimax_m3_vl_text",
-        "mistral4",
-        "mixtral",
-        "olmoe",
-        "phimoe",
-        "qwen2_moe",
-        "qwen3_moe",
-        "qwen3_omni_moe_text",
-        "qwen3_vl_moe_text",
-        "solar_open",
-    ],
-    _stacked,
-)
+}

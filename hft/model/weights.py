@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,34 +40,52 @@ class Weights(Mapping):
     """Tensor names of a checkpoint folder, safetensors or .bin, each read from disk when it is asked for."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self._files: dict[str, SafetensorsFile | TorchFile] = {}
-        for path in weight_files(self.folder):
+        self._files: dict[str, Any] = {}  # of each tensor the safetensors file that has it
+        self._mapped: dict[str, torch.Tensor] = {}  # tensors of .bin files
+        for path in weight_files(Path(folder)):
             try:
-                file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+                if path.suffix == ".safetensors":
+                    file = safe_open(path, framework="pt")
+                    self._files |= dict.fromkeys(file.keys(), file)
+                else:
+                    self._mapped |= mapped_tensors(path)
             except (SafetensorError, OSError, RuntimeError, EOFError, UnpicklingError) as error:
                 raise HFTError(
                     f"{path} is not a complete weights file ({reason(error)}); fetch or save it again"
                 ) from error
-            self._files.update(dict.fromkeys(file.names(), file))
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._files[name].tensor(name)
+        return self._files[name].get_tensor(name) if name in self._files else self._mapped[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files or name in self._mapped  # without reading it
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._files or self._mapped)
 
     def __len__(self) -> int:
-        return len(self._files)
-
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """The dtype of every tensor on disk, from the headers."""
-        return {name: file.dtype(name) for name, file in self._files.items()}
+        return len(self._files or self._mapped)
 
     def specs(self) -> dict[str, torch.Tensor]:
         """Every tensor on the `meta` device: its shape and dtype on disk, without its values."""
-        dtypes = self.dtypes()
-        return {name: torch.empty(f.shape(name), dtype=dtypes[name], device="meta") for name, f in self._files.items()}
+        return {name: self._spec(name) for name in self}
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype of every tensor on disk."""
+        return {name: spec.dtype for name, spec in self.specs().items()}
+
+    def _spec(self, name: str) -> torch.Tensor:
+        header = self._files[name].get_slice(name) if name in self._files else None
+        if header is None or header.get_dtype() not in DTYPES:
+            return self[name].to("meta")
+        return torch.empty(header.get_shape(), dtype=DTYPES[header.get_dtype()], device="meta")
+
+
+def mapped_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .bin file, mapped into memory; models such as allenai/tulu-2-7b come in no other form."""
+    mmap = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, which can only be read whole
+    content = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
 
 
 def weights_of(folder: str | Path, names: Iterable[str]) -> Mapping[str, torch.Tensor]:
@@ -103,50 +122,8 @@ def weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-class SafetensorsFile:
-    """One safetensors file."""
-
-    def __init__(self, path: Path):
-        self._file = safe_open(path, framework="pt")
-
-    def names(self) -> Iterable[str]:
-        return self._file.keys()
-
-    def dtype(self, name: str) -> torch.dtype:
-        return DTYPES.get(self._file.get_slice(name).get_dtype()) or self.tensor(name).dtype
-
-    def shape(self, name: str) -> list[int]:
-        return self._file.get_slice(name).get_shape()
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._file.get_tensor(name)
-
-
-class TorchFile:
-    """One .bin file, mapped into memory: some older models, such as allenai/tulu-2-7b, come in no other form."""
-
-    def __init__(self, path: Path):
-        mmap = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, which can only be read whole
-        content = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
-        self._tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
-
-    def names(self) -> Iterable[str]:
-        return self._tensors.keys()
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
-
-    def shape(self, name: str) -> torch.Size:
-        return self._tensors[name].shape
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
-
-
 def weight_files(folder: Path) -> list[Path]:
-    """The weights files of a checkpoint folder, found as transformers does: safetensors before .bin, one file before
-    those that an index names.
-    """
+    """The weights files of a folder, as transformers finds them: safetensors before .bin, one before an index's."""
     for single, index in ((SAFE_FILE, SAFE_INDEX), (TORCH_FILE, TORCH_INDEX)):
         if (folder / single).exists():
             return [folder / single]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hft.config import SECRETS, to_yaml
 from hft.errors import shorten
@@ -13,6 +15,9 @@ from hft.methods import find_method
 from hft.record.manifest import Manifest
 from hft.record.scores import scores_of
 from hft.selection.selection import POLICIES
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -61,6 +66,17 @@ def write_card(
     return folder / CARD_NAME
 
 
+def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The plain values of a trainer's config that are not its defaults, but for names and folders."""
+    changed = {}
+    for f in fields(args):
+        value = getattr(args, f.name)
+        value = value.value if isinstance(value, Enum) else value
+        if isinstance(value, bool | int | float | str) and value != f.default:
+            changed[f.name] = value
+    return {key: value for key, value in changed.items() if key not in ("output_dir", "run_name")}
+
+
 def is_local(name: str) -> bool:
     """Whether a name is a path that holds on this machine only, or leaves the folder it is read in."""
     return Path(name).is_absolute() or name.startswith(("~", "../"))
@@ -100,12 +116,13 @@ def part_facts(manifest: Manifest) -> list[tuple[str, str]]:
     selection, schedule = manifest.selection, manifest.schedule.get("config", {})
     named = {"policy": selection.get("policy"), "schedule": schedule.get("schedule")}
     named |= {"update": manifest.update.get("update"), "adapter": selection.get("adapter")}
+    named = {kind: name for kind, name in named.items() if name not in (None, "plain")}
     rows = []
     for kind, name in named.items():
-        if name not in (None, "plain"):
-            if ":" not in name:  # FILE.py:NAME may not be there any more
-                name += f": {POLICIES[name] if kind == 'policy' else find_method(kind, name).description}"
-            rows.append((kind, portable(name)))
+        what = None
+        if ":" not in name:  # FILE.py:NAME may not be there any more
+            what = POLICIES[name] if kind == "policy" else find_method(kind, name).description
+        rows.append((kind, f"{portable(name)}: {what}" if what else portable(name)))
     return rows
 
 

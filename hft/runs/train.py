@@ -113,7 +113,8 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
     trainer.manifest.strategy = method.strategy.record() if method.strategy else {}
     say(*check_prepared(trainer, plan.data, plan.config.objective.unit), *trainer.notes())
     say(*steps_of_packed(plan, len(trainer.train_dataset)), "")
-    trainer.check_resumable(plan.start.resume_from)
+    if plan.start.resume_from and is_main():  # before the folder is cleared
+        trainer.manifest.check_resumable(plan.start.resume_from)
     if plan.config.run.activation_checkpointing_layers is not None:
         trainer.add_callback(CheckpointedLayers(len(plan.checkpointed)))
     for callback in method.strategy.callbacks(trainer) if method.strategy else []:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from trl import SFTConfig
 from hft.errors import HFTError
 from hft.machine import peak_memory
 from hft.methods import check_parts
-from hft.record.card import write_card
+from hft.record.card import changed_arguments, write_card
 from hft.record.checkpoints import TRAINER_STATE, last_checkpoint
 from hft.record.manifest import MANIFEST_NAME, Manifest
 from hft.training.checkpointing import check_checkpointing
@@ -54,15 +53,12 @@ class ManifestMixin:
         return self.manifest
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """Train, from a checkpoint if one is given; `True` takes the last complete one of the output folder.
-
-        Raises:
-            HFTError: the checkpoint was trained with another selection or base (`Manifest.check_resumable`).
-        """
+        """Train, from a checkpoint of this selection and base if one is given; `True` takes the last complete one."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        self.check_resumable(resume_from_checkpoint)
         self.resumed_from = resume_from_checkpoint or None
+        if self.resumed_from and self.is_world_process_zero():
+            self.manifest.check_resumable(self.resumed_from)
         # It would hide what `log` looks for, and wait for the device at every batch.
         self.args.logging_nan_inf_filter = False
         return super().train(resume_from_checkpoint=self.resumed_from, **kwargs)
@@ -74,11 +70,6 @@ class ManifestMixin:
             state = json.loads((Path(self.resumed_from) / TRAINER_STATE).read_text())
             epochs = 0 if state["global_step"] >= max_steps else epochs
         return (epochs, *others, max_steps)
-
-    def check_resumable(self, checkpoint: str | None) -> None:
-        """Refuse a checkpoint that was trained with another selection or base (`Manifest.check_resumable`)."""
-        if checkpoint and self.is_world_process_zero():
-            self.manifest.check_resumable(checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the peak memory so far, and stop a run whose loss or gradient is not finite."""
@@ -115,19 +106,9 @@ class ManifestMixin:
 
 
 def diverged(name: str, value: float, step: int, out: str) -> HFTError:
-    """The error about a number that should be finite after a step."""
     last = last_checkpoint(out)
     kept = f"{last} is the last good checkpoint" if last else "no checkpoint was saved"
     return HFTError(
         f"the {name} is {value} at step {step}; {kept}; a resume keeps its learning rates, so train again with a lower "
         "--learning_rate or --max_grad_norm, or more --warmup_steps, and --resume_from_checkpoint none"
     )
-
-
-def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """The plain values of a trainer's config that are not its defaults, but for names and folders."""
-    values = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in ("output_dir", "run_name")}
-    values = {key: getattr(value, "value", value) for key, value in values.items()}  # of an enum its value
-    defaults = {f.name: f.default for f in fields(args)}
-    plain = {key: value for key, value in values.items() if isinstance(value, bool | int | float | str)}
-    return {key: value for key, value in plain.items() if value != defaults[key]}

@@ -1,4 +1,4 @@
-"""Callbacks that keep and check what is frozen while a run trains."""
+"""Keeps and checks what is frozen while a run trains."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from hft.freezing import PartFreezer, check_frozen
 from hft.selection import Selection
 
 
-class PartFreezing(TrainerCallback):
-    """Keeps the frozen elements of partly frozen parameters in place while a run trains."""
+class KeepFrozen(TrainerCallback):
+    """Keeps frozen elements of partly frozen parameters in place, and checks that the others are frozen as they should.
 
-    def __init__(self, selection: Selection, dtypes: dict[str, torch.dtype]):
-        self.selection, self.dtypes = selection, dtypes
+    It does both once the engine has prepared the model. A schedule changes what is frozen, and needs no check.
+    """
+
+    def __init__(self, selection: Selection, dtypes: dict[str, torch.dtype], *, check: bool):
+        self.selection, self.dtypes, self.check = selection, dtypes, check
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.check:
+            check_frozen(model, self.selection)
         self.freezer = PartFreezer(model, self.selection.frozen_masks, self.dtypes)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -23,13 +28,3 @@ class PartFreezing(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.freezer.remove()
-
-
-class FreezeCheck(TrainerCallback):
-    """Checks, once the engine has prepared the model, that what should be frozen is, and that the rest trains."""
-
-    def __init__(self, selection: Selection):
-        self.selection = selection
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        check_frozen(model, self.selection)

@@ -24,7 +24,7 @@ from hft.record.manifest import Manifest
 from hft.selection import Selection, SelectionConfig, select
 from hft.selection.masks import frozen_values, save_masks
 from hft.training.base import ManifestMixin
-from hft.training.callbacks import FreezeCheck, PartFreezing
+from hft.training.callbacks import KeepFrozen
 from hft.training.checkpointing import CheckpointedLayers
 from hft.training.engines import (
     EngineQuirks,
@@ -35,7 +35,7 @@ from hft.training.engines import (
     upcast_for,
 )
 from hft.training.reference import check_reference, note_on_reference, share_frozen, shared_reference
-from hft.training.saving import cast, check_stored_as_computed, finished_manifest, state_keys
+from hft.training.saving import cast, check_stored_as_computed, state_keys
 
 if TYPE_CHECKING:
     from hft.methods.schedule import Schedule
@@ -109,9 +109,9 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         if not takes_reference and not sharded and getattr(self, "ref_model", None) is not None:
             share_frozen(self.ref_model, self.model, self._stored_dtypes, autocast=autocast)
         autocast_decoder(self.model, args)
-        callbacks += [CheckpointedLayers(), *([] if schedule else [FreezeCheck(selection)])]
-        callbacks += [PartFreezing(selection, self._stored_dtypes)] if selection.frozen_masks else []
-        for callback in callbacks:  # parts last: they put back what any other callback has moved
+        # KeepFrozen last: it puts back what any other callback has moved.
+        callbacks += [CheckpointedLayers(), KeepFrozen(selection, self._stored_dtypes, check=schedule is None)]
+        for callback in callbacks:
             self.add_callback(callback)
         check_engine(self)
         if selection.config.freeze_embeddings and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -180,7 +180,7 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         manifest = self.manifest_so_far()
         if is_final and self.schedule is not None:
             trained = self.schedule.ever_trained(self._steps_of_weights())
-            manifest = finished_manifest(manifest, self.selection.anatomy.units, trained, self._base_checksums)
+            manifest = manifest.finished(self.selection.anatomy.units, trained, self._base_checksums)
         config = copy.deepcopy(self.model.config)
         config.dtype = self._config_dtype  # not that of the master weights
         config.save_pretrained(folder)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +12,6 @@ from hft.model.weights import Weights, local_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from hft.model.anatomy import Unit
-    from hft.record.manifest import Manifest
 
 
 def cast(
@@ -47,30 +43,3 @@ def state_keys(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
     parameters = dict(model.named_parameters())
     meant = {id(parameters[name]) for name in names}
     return {key for key, p in model.named_parameters(remove_duplicate=False) if id(p) in meant}
-
-
-def finished_manifest(
-    manifest: Manifest, units: Sequence[Unit], trained: frozenset[str], checksums: dict[str, str]
-) -> Manifest:
-    """A manifest that counts what a schedule never trained as frozen.
-
-    Args:
-        manifest: of the run, in which all that was scheduled trains.
-        units: of the model.
-        trained: names of units, and of parameters outside the layers, that have trained at some step.
-        checksums: the base's, of the trained parameters.
-    """
-    touched = {name for unit in units if unit.name in trained for name in unit.parameters} | trained
-    never = [name for name in manifest.trained_parameters if name not in touched]
-    names = [unit.name for unit in units]
-    return replace(
-        manifest,
-        trained_units=[name for name in names if name in trained],
-        frozen_units=[name for name in names if name not in trained],
-        counts={
-            block: [sum(unit.name in trained for unit in units if unit.block == block), total]
-            for block, (_, total) in manifest.counts.items()
-        },
-        trained_parameters=[name for name in manifest.trained_parameters if name in touched],
-        frozen_checksums=manifest.frozen_checksums | {name: checksums[name] for name in never},
-    )
