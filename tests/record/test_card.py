@@ -154,7 +154,7 @@ def test_a_model_that_fails_verify_is_not_pushed(tmp_path, sft, uploads, monkeyp
 
 def test_a_token_in_a_config_is_refused(tmp_path, sft, capsys):
     assert sft(tmp_path / "out", "--hub_token", "secret") == 2
-    assert "hub_token would be saved with the config; leave it out, and set HF_TOKEN" in error_of(capsys)
+    assert "hub_token would be saved with the config; remove it, and set HF_TOKEN" in error_of(capsys)
     assert not (tmp_path / "out").exists()
 
 
