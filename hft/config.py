@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
@@ -23,73 +23,51 @@ T = TypeVar("T")
 
 # Keys of TRL's configs and of `from_pretrained` that hold a secret.
 SECRETS = ("hub_token", "token", "use_auth_token", "api_key")
+# transformers is renaming these; under either name the later value wins.
+ALIASES = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
+
+
+def option(help: str, default: Any = None, **more: Any) -> Any:
+    """A dataclass's field with the help that `--help` prints."""
+    return field(default=default, metadata={"help": help}, **more)
 
 
 @dataclass
 class RunConfig:
     """What a run needs beyond TRL's config and the method's keys: model, data, batch and names."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The base: a folder or a Hub id."})
-    architecture: str | None = field(
-        default=None,
-        metadata={"help": "A folder with the base's config.json, to plan a run before the Hub is asked for it."},
+    model_name_or_path: str | None = option("The base: a folder or a Hub id.")
+    architecture: str | None = option(
+        "A folder with the base's config.json, to plan a run before the Hub is asked for it."
     )
-    chat_template_path: str | None = field(
-        default=None,
-        metadata={"help": "Chat template: a .jinja file, or tulu.jinja or smollm2.jinja, which come with hft."},
+    chat_template_path: str | None = option(
+        "Chat template: a .jinja file, or tulu.jinja or smollm2.jinja, which come with hft."
     )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "A .jsonl, .json or .parquet file, a folder with one file per split, or a Hub id."},
+    dataset_name: str | None = option(
+        "A .jsonl, .json or .parquet file, a folder with one file per split, or a Hub id."
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of a Hub dataset; by default its main branch."}
+    dataset_config: str | None = option("Configuration of a Hub dataset.")
+    dataset_revision: str | None = option("Branch, tag or commit of a Hub dataset; by default its main branch.")
+    dataset_train_split: str = option("Split to train on.", "train")
+    dataset_test_split: str | None = option(
+        "Split to evaluate on; none: hold rows out of the training split, as where there is no other.", "test"
     )
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str | None = field(
-        default="test",
-        metadata={
-            "help": "Split to evaluate on; none: hold rows out of the training split, as where there is no other."
-        },
+    tokenizer_pad_token: str | None = option("Token to pad with, from the vocabulary, if the tokenizer has none.")
+    global_batch_size: int | None = option("Rows per step over all devices; gradient accumulation follows from it.")
+    eval_rows: int | None = option("Rows to evaluate on: the first of the test split, or as many held out.")
+    activation_checkpointing_layers: int | Literal["auto"] | None = option(
+        "Checkpoint the activations of this many layers, the first ones, whatever activation_checkpointing says; auto: "
+        "as few as fit into the GPU. By default of all layers or of none."
     )
-    tokenizer_pad_token: str | None = field(
-        default=None, metadata={"help": "Token to pad with, from the vocabulary, if the tokenizer has none."}
+    save_only_trained: bool = option(
+        "Save only the tensors that train; hft merge --method delta makes the whole model of them.", False
     )
-    global_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows per step over all devices; gradient accumulation follows from it."}
-    )
-    eval_rows: int | None = field(
-        default=None,
-        metadata={"help": "Rows to evaluate on: the first of the test split, or as many held out."},
-    )
-    activation_checkpointing_layers: int | Literal["auto"] | None = field(
-        default=None,
-        metadata={
-            "help": "Checkpoint the activations of this many layers, the first ones, whatever activation_checkpointing "
-            "says; auto: as few as fit into the GPU. By default of all layers or of none."
-        },
-    )
-    save_only_trained: bool = field(
-        default=False,
-        metadata={"help": "Save only the tensors that train; hft merge --method delta makes the whole model of them."},
-    )
-    method: str | None = field(default=None, metadata={"help": "Name of the method, for the run's name."})
-    schedule: str | None = field(
-        default=None, metadata={"help": "Change what trains during the run: lisa, badam, ... or FILE.py:CLASS."}
-    )
-    update: str | None = field(
-        default=None,
-        metadata={"help": "Change weights around each step: mixout, l2sp, mofo, gmt or FILE.py:CLASS."},
-    )
-    adapter: str | None = field(
-        default=None, metadata={"help": "Train an adapter instead: lora, qlora, adalora, p-tuning-v2, osf."}
-    )
-    strategy: str | None = field(
-        default=None,
-        metadata={"help": "Continual-learning strategy of a sequence of tasks; see hft continual."},
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop before anything is loaded."})
+    method: str | None = option("Name of the method, for the run's name.")
+    schedule: str | None = option("Change what trains during the run: lisa, badam, ... or FILE.py:CLASS.")
+    update: str | None = option("Change weights around each step: mixout, l2sp, mofo, gmt or FILE.py:CLASS.")
+    adapter: str | None = option("Train an adapter instead: lora, qlora, adalora, p-tuning-v2, osf.")
+    strategy: str | None = option("Continual-learning strategy of a sequence of tasks; see hft continual.")
+    dry_run: bool = option("Print the plan and stop before anything is loaded.", False)
 
 
 @dataclass(frozen=True)
@@ -99,32 +77,24 @@ class Keys:
     Attributes:
         explain: a sentence about a key that is not among them, or None.
         replaced: of the keys so far, which a file that names a `method` resets.
-        aliases: other names of keys; under either name the later value wins.
     """
 
     classes: tuple[type, ...]
     explain: Callable[[str], str | None] = lambda key: None
     replaced: Callable[[Mapping[str, Any]], Container[str]] = lambda config: ()
-    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def types(self) -> dict[str, Any]:
-        """The type of each key."""
         hints = ((cls, get_type_hints(cls)) for cls in self.classes)
         return {f.name: types[f.name] for cls, types in hints for f in fields(cls) if f.init}
 
-    def unknown(self, key: str) -> HFTError:
-        """The error about a key that is not among them, with a suggestion."""
-        if sentence := self.explain(key):
-            return HFTError(sentence)
-        near = difflib.get_close_matches(key, self.types, n=1)
-        return HFTError(f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
-
     def convert(self, key: str, value: Any) -> Any:
         """A value from YAML, or the words of a flag, as the type of its key."""
-        if key not in self.types:
-            raise self.unknown(key)
-        return convert(key, value, self.types[key])
+        if key in self.types:
+            return convert(key, value, self.types[key])
+        near = difflib.get_close_matches(key, self.types, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise HFTError(self.explain(key) or f"unknown key {key!r}{hint}")
 
 
 def convert(key: str, value: Any, annotation: Any) -> Any:
@@ -218,12 +188,8 @@ class Given:
     contents: list[dict[str, Any]]
     flags: dict[str, Any]
 
-    @staticmethod
-    def _named(content: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
-        return {aliases.get(str(key), str(key)): value for key, value in content.items()}
-
     def merge(
-        self, replaced: Callable[[Mapping[str, Any]], Container[str]], aliases: Mapping[str, str]
+        self, replaced: Callable[[Mapping[str, Any]], Container[str]] = lambda config: ()
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Layer files and flags, later ones winning: untyped values, and the file of those that are from one."""
         merged: dict[str, Any] = {}
@@ -232,10 +198,9 @@ class Given:
             if "method" in content:
                 reset = replaced(merged)
                 merged = {key: value for key, value in merged.items() if key not in reset}
-            named = self._named(content, aliases)
-            merged |= named
-            sources |= dict.fromkeys(named, path)
-        flags = self._named(self.flags, aliases)
+            merged |= renamed(content)
+            sources |= dict.fromkeys(renamed(content), path)
+        flags = renamed(self.flags)
         return merged | flags, {key: path for key, path in sources.items() if key not in flags}
 
     def split(self, cls: type) -> tuple[Given, Given]:
@@ -251,7 +216,7 @@ class Given:
 
     def resolve(self, keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
         """Layer files and flags, and type them: all values that were given, and those among them that were flags."""
-        merged, sources = self.merge(keys.replaced, keys.aliases)
+        merged, sources = self.merge(keys.replaced)
         values = {}
         for key, value in merged.items():
             try:
@@ -259,7 +224,12 @@ class Given:
             except HFTError as error:
                 raise (HFTError(f"{sources[key]}: {error}") if key in sources else error) from error
         refuse_secrets(values)
-        return values, {key: values[key] for key in self._named(self.flags, keys.aliases)}
+        return values, {key: values[key] for key in renamed(self.flags)}
+
+
+def renamed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a file or of flags under the newest names of their keys."""
+    return {ALIASES.get(str(key), str(key)): value for key, value in content.items()}
 
 
 def refuse_secrets(values: Mapping[str, Any]) -> None:
@@ -269,13 +239,6 @@ def refuse_secrets(values: Mapping[str, Any]) -> None:
             raise HFTError(f"{key} would be saved with the config; remove it, and set HF_TOKEN or run `hf auth login`")
         if isinstance(value, Mapping):
             refuse_secrets(value)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose errors are `HFTError`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise HFTError(message)
 
 
 def read_arguments(
@@ -313,23 +276,19 @@ def read_files(files: Sequence[str | Path], flags: dict[str, Any]) -> Given:
 
 
 def _help(prog: str, description: str, groups: Mapping[str, Iterable[type]]) -> argparse.ArgumentParser:
-    parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config",
-        nargs="+",
-        metavar="FILE",
-        help="files, or names from `hft recipes`; later ones win, then flags",
+    parser = argparse.ArgumentParser(
+        prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    text = "files, or names from `hft recipes`; later ones win, then flags"
+    parser.add_argument("--config", nargs="+", metavar="FILE", help=text)
     shown: set[str] = set()
     for heading, classes in groups.items():
         group = parser.add_argument_group(heading)
-        for cls in classes:
-            for f in fields(cls):
-                if f.init and f.name not in shown:
-                    shown.add(f.name)
-                    default = "" if f.default in (None, MISSING) else f" (default: {f.default})"
-                    text = re.sub(r"\s+", " ", f"{f.metadata.get('help', '')}{default}".replace("%", "%%"))
-                    group.add_argument(f"--{f.name}", metavar="VALUE", help=text)
+        for f in (f for cls in classes for f in fields(cls) if f.init and f.name not in shown):
+            shown.add(f.name)
+            default = "" if f.default in (None, MISSING) else f" (default: {f.default})"
+            text = " ".join(f"{f.metadata.get('help', '')}{default}".replace("%", "%%").split())
+            group.add_argument(f"--{f.name}", metavar="VALUE", help=text)
     return parser
 
 

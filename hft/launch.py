@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from hft.config import Parser, read_arguments
+from hft.config import read_arguments
 from hft.errors import HFTError
 from hft.methods import classes_of
 
@@ -34,7 +34,10 @@ def run(name: str, command: Command, words: Sequence[str]) -> int:
             parser.print_help()
     if "LOCAL_RANK" in os.environ:  # started by torchrun, by `accelerate launch` or by the lines below
         return command(words)
-    options, rest = parser.parse_known_args(words)
+    try:
+        options, rest = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise HFTError(str(error)) from error
     gpus = torch.cuda.device_count()
     processes = options.num_processes
     if processes is None:
@@ -52,9 +55,9 @@ def run(name: str, command: Command, words: Sequence[str]) -> int:
     return status
 
 
-def launcher_flags(name: str) -> Parser:
+def launcher_flags(name: str) -> argparse.ArgumentParser:
     """The flags of the launcher, which are no part of a run's config: they say where it runs, not what it computes."""
-    parser = Parser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False, exit_on_error=False)
     group = parser.add_argument_group("several processes")
 
     def add(flag: str, **more) -> None:
@@ -88,7 +91,7 @@ def default_engine(words: Sequence[str], gpus: int) -> str:
     """`fsdp2`, or `ddp` if a part of the method cannot be sharded or there is nothing to shard over."""
     flags = words[next((i for i, word in enumerate(words) if word.startswith("--")), len(words)) :]
     kinds = {"schedule", "update", "adapter"}  # which a method's file replaces
-    values, _ = read_arguments(flags, "hft", "", {}).merge(lambda values: kinds, {})
+    values, _ = read_arguments(flags, "hft", "", {}).merge(lambda values: kinds)
     return "fsdp2" if gpus and all(cls.shardable for cls in classes_of(values)) else "ddp"
 
 

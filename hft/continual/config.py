@@ -163,7 +163,7 @@ def resolve_sequence(given: Given) -> SequencePlan:
     if "tasks" in flags and "metrics" not in flags:  # the recipe's metrics are of the recipe's tasks
         values["metrics"] = {task: name for task, name in values.get("metrics", {}).items() if task in values["tasks"]}
     settings = fill(SequenceConfig, values)
-    merged, _ = rest.merge(lambda config: (), {})
+    merged, _ = rest.merge()
     if set_by_us := [key for key in ("dataset_name", "strategy_data", "previous_run") if key in merged]:
         raise HFTError(f"{set_by_us[0]} is set by hft continual for each run; remove it, and name tasks and trace_dir")
     placeholders = {"strategy": settings.strategy, "dataset_name": "-", "output_dir": "-", "run_name": "-"}

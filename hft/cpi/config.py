@@ -13,7 +13,7 @@ from hft.errors import HFTError
 from hft.evaluation.evaluate import Settings
 from hft.evaluation.suites import SUITES
 from hft.objectives import find_objective
-from hft.runs.config import ALIASES, check_base_is_a_model, name_of
+from hft.runs.config import check_base_is_a_model, name_of
 
 # Keys of a single run that the stages set themselves.
 SET_BY_STAGES = ("schedule", "update", "adapter", "run_name", "resume_from_checkpoint")
@@ -171,7 +171,7 @@ def parse_stages(arguments: Sequence[str]) -> CPIPlan:
 
 def plan_stages(given: Given) -> CPIPlan:
     """Type and check all keys, and name the folders."""
-    values, flags = given.resolve(Keys((CPIConfig, RunConfig, find_objective("sft").config), aliases=ALIASES))
+    values, flags = given.resolve(Keys((CPIConfig, RunConfig, find_objective("sft").config)))
     if wrong := [key for key in values if key in SET_BY_STAGES or key.startswith("dataset_")]:
         raise HFTError(f"{wrong[0]} is not for hft cpi, whose stages set it; a dataset belongs in tasks")
     if not values.get("model_name_or_path"):
@@ -217,7 +217,7 @@ def make_task(name: str, keys: Mapping[str, Any]) -> Task:
 def typed(where: str, keys: Mapping[str, Any] | None, *classes: type) -> dict[str, Any]:
     """A mapping inside the config with its values as the types of some dataclasses' fields."""
     try:
-        return Given([], [], dict(keys or {})).resolve(Keys(classes, aliases=ALIASES))[0]
+        return Given([], [], dict(keys or {})).resolve(Keys(classes))[0]
     except HFTError as error:
         raise HFTError(f"{where}: {error}") from error
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hft.config import Given, Keys, RunConfig, fill, read_arguments, read_files, read_yaml
+from hft.config import ALIASES, Given, Keys, RunConfig, fill, read_arguments, read_files, read_yaml, renamed
 from hft.errors import HFTError
 from hft.methods import Method, all_classes, classes_of, method_of, owners_of
 from hft.model.weights import check_whole
@@ -23,8 +23,6 @@ DEFAULTS = {
     "resume_from_checkpoint": "auto",  # rerunning a command resumes a killed run
     "include_num_input_tokens_seen": "non_padding",  # so that Trainer logs tokens per second
 }
-# transformers is renaming these; a recipe may have the one name and a flag the other.
-ALIASES = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
 # Keys that say where and how to run, not what: they neither name a run nor make it a different one. Whatever is
 # checkpointed, a run computes the same bits.
 NEUTRAL_KEYS = ("output_dir", "run_name", "report_to", "resume_from_checkpoint", "dry_run", "use_cpu", "bf16")
@@ -109,7 +107,7 @@ def resolve_config(objective: str, given: Given) -> Config:
 
 def keys_for(objective: str, given: Given) -> Keys:
     """The keys of an objective's config, with those of the methods that are named in the end."""
-    methods = classes_of(given.merge(replaced_keys, ALIASES)[0])
+    methods = classes_of(given.merge(replaced_keys)[0])
     own = (RunConfig, SelectionConfig, *methods, find_objective(objective).config)
 
     def explain(key: str) -> str | None:
@@ -118,7 +116,7 @@ def keys_for(objective: str, given: Given) -> Keys:
         others = [other for other in OBJECTIVES if key in {f.name for f in fields(find_objective(other).config)}]
         return f"{key!r} is a key of {others[0]}, not of {objective}" if others else None
 
-    return Keys(own, explain, replaced_keys, ALIASES)
+    return Keys(own, explain, replaced_keys)
 
 
 def replaced_keys(config: Mapping[str, Any]) -> set[str]:
@@ -179,7 +177,7 @@ def find_template(name: str) -> str:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The values that a run saved, under the names that transformers has for its keys now."""
-    return {ALIASES.get(key, key): value for key, value in read_yaml(path).items()}
+    return renamed(read_yaml(path))
 
 
 def comparable(values: dict[str, Any]) -> dict[str, Any]:
