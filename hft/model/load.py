@@ -18,12 +18,7 @@ if TYPE_CHECKING:  # the trainer's arguments import peft
 
 
 def read_config(name: str, source: str | Path) -> PretrainedConfig:
-    """The config of a model, unless it is quantized.
-
-    Args:
-        name: of the model, for messages.
-        source: folder or Hub id to read it from.
-    """
+    """The config of a model, unless it is quantized, from a folder or Hub id; `name` is for messages."""
     part = Path(source) / MODEL_CONFIG
     try:
         # transformers would ask on the terminal whether to run code that comes with a model.
@@ -47,15 +42,14 @@ def load_base(
 
     Args:
         name: path or Hub id.
-        args: its `model_init_kwargs` go to `from_pretrained`; a `dtype` among them wins.
+        args: its `model_init_kwargs` go to `from_pretrained`, as `more` do; a `dtype` among them wins.
         auto_class: transformers' class of the model, such as `AutoModelForSequenceClassification`; by default that of
             a language model. A head that the base lacks is made in fp32, from the seed of `args`, as TRL makes it.
-        more: goes to `from_pretrained` too.
 
     Returns:
-        The model, and the dtype on disk of each of its parameters. Stored tensors that are not parameters, such as the
-        fp32 `rotary_emb.inv_freq` in Llama-2's files, do not count. Parameters that are stored in another form, such
-        as experts one by one, and new heads have the widest dtype on disk.
+        The model, and the dtype on disk of each of its parameters. Those that are stored in another form, such as
+        experts one by one, and new heads have the widest one. Stored tensors that are not parameters, such as the fp32
+        `rotary_emb.inv_freq` in Llama-2's files, do not count.
     """
     init_kwargs = (getattr(args, "model_init_kwargs", None) or {}) | more
     folder = local_folder(name, init_kwargs.get("revision"))

@@ -22,18 +22,14 @@ def vocabulary(folder: Path) -> dict[str, int]:
 
 
 def ids_beyond(tokens: dict[str, int], rows: int) -> list[str]:
-    """A sentence if a tokenizer has ids that the embeddings have no row for, as Gemma 3 1B's has for images.
-
-    Args:
-        tokens: the id of each token.
-        rows: of the embeddings.
-    """
+    """A sentence if tokens have ids beyond the rows of the embeddings, as Gemma 3 1B's has for images."""
     beyond = sorted((index, token) for token, index in tokens.items() if index >= rows)
     if not beyond:
         return []
+    index, token = beyond[0]
     return [
         f"the tokenizer has {len(beyond)} ids without a row in the embeddings, which have {rows}, the first is "
-        f"{beyond[0][0]}, {beyond[0][1]!r}: text that holds one cannot be used"
+        f"{index}, {token!r}: text that holds one cannot be used"
     ]
 
 

@@ -66,17 +66,15 @@ class Verification:
 
     def report(self) -> str:
         """The result for people, one finding per line."""
-        lines = self._lines_of_reset() if self.tuned else self._lines_of_run()
-        wrong = f"FAILED: {self.num_wrong} tensors differ, are missing or are not listed"
-        return "\n".join([*lines, f"verify {'passed' if self.ok else wrong}"])
-
-    def _lines_of_run(self) -> list[str]:
         trained = len(self.changed) + len(self.unchanged)
-        of_trained = f"{len(self.changed)} of {trained} tensors changed"
+        changed = f"{len(self.changed)} of {trained} tensors changed"
         lines = [
-            f"frozen:  {self._identical('the frozen part')}",
-            f"trained: {of_trained if trained else 'not compared, the base was not found'}",
+            f"frozen:  {self._identical()}",
+            f"trained: {changed if trained else 'not compared, the base was not found'}",
         ]
+        if self.tuned:
+            kept = self.kept._identical() if self.kept else f"not compared, {self.tuned} was not found"
+            lines = [f"reset: {self._identical()}", f"tuned: {kept}"]
         if self.new:
             lines.append(f"  new, the base has none: {shorten(self.new, most=3)}")
         if self.unchanged:
@@ -85,16 +83,12 @@ class Verification:
             lines.append("  WARNING: nothing has moved; is the learning rate too low for the dtype?")
         if self.not_finite:
             lines.append(f"  WARNING: NaN or infinity in {shorten(self.not_finite, most=3)}")
-        return [*lines, *self._wrong()]
+        verdict = "passed" if self.ok else f"FAILED: {self.num_wrong} tensors differ, are missing or are not listed"
+        return "\n".join([*lines, *self._wrong(), f"verify {verdict}"])
 
-    def _lines_of_reset(self) -> list[str]:
-        kept = self.kept._identical("part") if self.kept else f"not compared, {self.tuned} was not found"
-        lines = [f"reset: {self._identical('part')}", f"tuned: {kept}", *self._wrong()]
-        return [*lines, *(self.kept._wrong() if self.kept else [])]
-
-    def _identical(self, part: str) -> str:
-        parts = f", {len(self.parts)} of them {part} of a tensor" if self.parts else ""
+    def _identical(self) -> str:
         total = len(self.identical) + len(self.broken)
+        parts = f", {len(self.parts)} of them part of a tensor" if self.parts else ""
         return f"{len(self.identical)} of {total} tensors bit-identical to {self.against}{parts}"
 
     def _wrong(self) -> list[str]:
@@ -102,7 +96,7 @@ class Verification:
         broken = [f"  MISMATCH {name}: {why}" for name, why in list(self.broken.items())[:10]]
         lost = [f"  MISSING {name}" for name in self.lost[:10]]
         unlisted = [f"  UNLISTED {name}: the manifest says neither frozen nor trained" for name in self.unlisted[:10]]
-        return [*broken, *lost, *unlisted]
+        return [*broken, *lost, *unlisted, *(self.kept._wrong() if self.kept else [])]
 
 
 def verify_tensors(

@@ -66,7 +66,6 @@ class AdapterTuning(ManifestMixin):
             self.add_callback(callback)
 
     def notes(self) -> list[str]:
-        """What differs from the recipe, and which reference there is."""
         notes = ["reference: the base itself, its adapter switched off"] if has_reference(self.args) else []
         if self._checkpointing_off:
             notes.append("activation checkpointing is off: it would drop the prefix, which reaches layers as a cache")
@@ -98,10 +97,7 @@ class AdapterTuning(ManifestMixin):
         self.write_card(folder, self._tag_names)  # instead of PEFT's, which names the base by its path
 
     def restore(self, checkpoint: str) -> None:
-        """Restore everything that trained, bit for bit.
-
-        PEFT's own files do not hold all of it, such as AdaLoRA's scores.
-        """
+        """Restore everything that trained, bit for bit; PEFT's own files do not hold AdaLoRA's scores."""
         saved = load_file(Path(checkpoint) / STATE_NAME)
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from trl import SFTConfig
 
 from hft.errors import HFTError
+from hft.freezing import whole
 from hft.machine import peak_memory
 from hft.methods import check_parts
 from hft.record.card import changed_arguments, write_card
@@ -64,7 +64,7 @@ class ManifestMixin:
         return super().train(resume_from_checkpoint=self.resumed_from, **kwargs)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
-        """Leave no epoch to a run that resumes from its last step, where Trainer would take one step more."""
+        """Leave no epoch to a run that resumes from its last step, where Trainer would take another."""
         epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
         if self.resumed_from:
             state = json.loads((Path(self.resumed_from) / TRAINER_STATE).read_text())
@@ -83,8 +83,7 @@ class ManifestMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, unless a trained weight is not finite: the last good checkpoint stays the last one."""
-        norm = get_total_norm([p.detach() for p in self.model.parameters() if p.requires_grad])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = whole(get_total_norm([p.detach() for p in self.model.parameters() if p.requires_grad]))
         if not norm.isfinite():
             raise diverged("norm of the weights", norm.item(), self.state.global_step, self.args.output_dir)
         super().save_model(output_dir, _internal_call)

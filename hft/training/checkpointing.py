@@ -25,9 +25,7 @@ TORCH_KEYS.append("preserve_rng_state")  # one of its **kwargs
 def check_checkpointing(args: TrainingArguments, *, selective: bool) -> None:
     """Refuse settings of activation checkpointing that would only fail in the first step.
 
-    Args:
-        args: the trainer's config.
-        selective: whether the trainer can save attention alone, as TRL's SFTTrainer can.
+    A `selective` trainer can save attention alone, as TRL's SFTTrainer can.
     """
     given = args.activation_checkpointing_kwargs or {}
     known = [*TRANSFORMERS_KEYS, *TORCH_KEYS, *(["selective"] if selective else [])]

@@ -125,7 +125,6 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         check_reference(args)
 
     def notes(self) -> list[str]:
-        """Which reference there is, and what it takes."""
         return note_on_reference(self)
 
     def _record(self, model, args, update: Update | None, schedule: Schedule | None) -> None:
@@ -151,17 +150,13 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         Not public in transformers, where nothing public lies between gathering the tensors and writing them.
         """
         state = self.model.state_dict() if state_dict is None else state_dict
-        folder = Path(output_dir or self.args.output_dir)
+        folder, dtypes = Path(output_dir or self.args.output_dir), self._stored_dtypes
+        if is_checkpoint(folder, self.args.output_dir):  # what trains, wholly or in part, stays fp32 masters
+            frozen = self.manifest.frozen_checksums.keys() - self.manifest.masks.keys()
+            dtypes = {name: dtype for name, dtype in dtypes.items() if name in frozen}
         if self.args.should_save:
-            state = cast(state, self.model, self._dtypes_on_disk(folder))
+            state = cast(state, self.model, dtypes)
         super()._save(str(folder), state)
-
-    def _dtypes_on_disk(self, folder: Path) -> dict[str, torch.dtype]:
-        """The base's dtypes; in a checkpoint of wholly frozen parameters only, the others stay fp32 masters."""
-        if not is_checkpoint(folder, self.args.output_dir):
-            return self._stored_dtypes
-        frozen = self.manifest_so_far().frozen_checksums.keys() - self.manifest.masks.keys()
-        return {name: dtype for name, dtype in self._stored_dtypes.items() if name in frozen}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model with its manifest, the frozen tensors bit for bit those of the base.
@@ -173,7 +168,11 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         folder = Path(output_dir or self.args.output_dir)
         is_final = not is_checkpoint(folder, self.args.output_dir)
         if self.manifest.only_trained and is_final:
-            self.manifest.moved = self._moved()
+            checksums, now = (
+                self.manifest.frozen_checksums,
+                self._checksums(self.model, self.selection.frozen_parameters),
+            )
+            self.manifest.moved = [name for name in now if now[name] != checksums[name]]
         super().save_model(str(folder), _internal_call)
         if not self.args.should_save:
             return
@@ -201,22 +200,18 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         is_best = self.args.load_best_model_at_end and not self.is_in_train and state.best_model_checkpoint
         return state.best_global_step if is_best else state.global_step
 
-    def _moved(self) -> list[str]:
-        """The frozen parameters that differ, in memory, from the base; every process takes part under FSDP2."""
-        parameters, dtypes, moved = dict(self.model.named_parameters()), self._stored_dtypes, []
-        for name in self.selection.frozen_parameters:
-            value = whole(parameters[name].detach()).to(dtypes.get(name, self._config_dtype))
-            if is_main() and checksum(value) != self.manifest.frozen_checksums[name]:
-                moved.append(name)
-        return moved
-
     def _checksums(self, model: PreTrainedModel, names: list[str]) -> dict[str, str]:
-        """Checksums of parameters, or of their frozen elements, in the dtypes they are stored in."""
-        if not is_main():
-            return {}
-        parameters, masks, dtypes = dict(model.named_parameters()), self.selection.frozen_masks, self._stored_dtypes
-        values = {name: frozen_values(parameters[name], masks.get(name)) for name in names}
-        return {name: checksum(value.to(dtypes.get(name, model.dtype))) for name, value in values.items()}
+        """Checksums of parameters, or of their frozen elements, in the dtypes they are stored in; of the first process.
+
+        Every process takes part, since FSDP2 gathers each parameter from all of them.
+        """
+        parameters, masks, checksums = dict(model.named_parameters()), self.selection.frozen_masks, {}
+        for name in names:
+            value = whole(parameters[name].detach())
+            if is_main():
+                dtype = self._stored_dtypes.get(name, self._config_dtype)
+                checksums[name] = checksum(frozen_values(value, masks.get(name)).to(dtype))
+        return checksums
 
 
 def head_of(trainer: type) -> dict[str, Any]:

@@ -28,14 +28,9 @@ def check_reference(args: TrainingArguments) -> None:
 
 
 def shared_reference(policy: PreTrainedModel, *, autocast: bool) -> PreTrainedModel:
-    """A copy of a policy that shares storage with it for frozen parameters.
+    """A copy of a policy that shares its frozen parameters; for Llama-2-7B under HFT 7.3 GB instead of 13.5 GB.
 
-    Args:
-        policy: frozen, and still in the checkpoint's dtype.
-        autocast: whether both will run under autocast.
-
-    Returns:
-        The reference. For Llama-2-7B under HFT it takes 7.3 GB instead of 13.5 GB.
+    The policy is frozen, and still in the checkpoint's dtype; `autocast` says whether both will run under it.
     """
     frozen = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
     reference = copy.deepcopy(policy, memo=dict(frozen))
@@ -49,13 +44,9 @@ def shared_reference(policy: PreTrainedModel, *, autocast: bool) -> PreTrainedMo
 def share_frozen(
     reference: PreTrainedModel, policy: PreTrainedModel, stored: Mapping[str, torch.dtype], *, autocast: bool
 ) -> None:
-    """Let a reference that a trainer has made itself, whole and in fp32, share the policy's frozen parameters.
+    """Let a reference that a trainer has made itself, whole and in fp32, share the frozen parameters of a policy.
 
-    Args:
-        reference: has the base's weights.
-        policy: frozen, and on its device.
-        stored: the checkpoint's dtype of each parameter.
-        autocast: whether both run under autocast.
+    The policy is frozen, and on its device; `stored` has the checkpoint's dtype of each parameter.
     """
     narrow = matrices(reference) if autocast else set()
     for name, parameter in reference.named_parameters():
