@@ -168,11 +168,8 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         folder = Path(output_dir or self.args.output_dir)
         is_final = not is_checkpoint(folder, self.args.output_dir)
         if self.manifest.only_trained and is_final:
-            checksums, now = (
-                self.manifest.frozen_checksums,
-                self._checksums(self.model, self.selection.frozen_parameters),
-            )
-            self.manifest.moved = [name for name in now if now[name] != checksums[name]]
+            now = self._checksums(self.model, self.selection.frozen_parameters)
+            self.manifest.moved = [name for name in now if now[name] != self.manifest.frozen_checksums[name]]
         super().save_model(str(folder), _internal_call)
         if not self.args.should_save:
             return

@@ -505,7 +505,7 @@ def test_all_stages_under_fsdp2(tmp_path, tiny, tasks):
     """Cores reach the embeddings and the head, which FSDP2 shards too; verify fails the command if one moves."""
     flags = ["--bf16", "true", "--per_device_train_batch_size", "4"]
     printed = launch(2, *words(tiny, tasks, tmp_path / "out", *flags, names=NAMES[:2]))
-    assert printed.count("of them the frozen part of a tensor") == 2  # once in the backbone, once after the fusion
+    assert printed.count("of them part of a tensor") == 2  # once in the backbone, once after the fusion
     assert "now in one process: hft cpi score --config" in printed
 
 
