@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import importlib
 import logging
 import os
+import pkgutil
 import sys
 import time
 import warnings
@@ -107,12 +107,11 @@ def _imported(target: str) -> Callable[[Sequence[str]], int]:
     Imports make a million objects that stay. Looking for garbage among them, then and at the end, would take a third of
     the time that a short command takes.
     """
-    module, _, function = target.partition(":")
-    if module in sys.modules:
-        return getattr(sys.modules[module], function)
+    if target.partition(":")[0] in sys.modules:
+        return pkgutil.resolve_name(target)
     gc.disable()
     try:
-        return getattr(importlib.import_module(module), function)
+        return pkgutil.resolve_name(target)
     finally:
         gc.freeze()
         gc.enable()

@@ -205,11 +205,11 @@ class Given:
 
     def split(self, cls: type) -> tuple[Given, Given]:
         """What was given of the keys of a dataclass, and of all others."""
-        own = {f.name for f in fields(cls)}
+        names = {f.name for f in fields(cls)}
 
         def part(*, inside: bool) -> Given:
-            every = [*self.contents, self.flags]
-            *contents, flags = ({k: v for k, v in one.items() if (k in own) is inside} for one in every)
+            layers = ({k: v for k, v in one.items() if (k in names) is inside} for one in (*self.contents, self.flags))
+            *contents, flags = layers
             return Given(self.files, contents, flags)
 
         return part(inside=True), part(inside=False)

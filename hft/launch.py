@@ -21,10 +21,8 @@ ENGINES = ("fsdp2", "ddp", "zero3")
 CONFIGS = Path(__file__).parent / "accelerate"
 GRACE = 600  # seconds for the step and the save of a run that is asked to stop
 
-Command = Callable[[Sequence[str]], int]
 
-
-def run(name: str, command: Command, words: Sequence[str]) -> int:
+def run(name: str, command: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
     """Run a command in this process, or on the processes that the flags ask for: by default one per visible GPU."""
     parser = launcher_flags(name)
     if {"-h", "--help"} & set(words):
@@ -38,8 +36,7 @@ def run(name: str, command: Command, words: Sequence[str]) -> int:
         options, rest = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
         raise HFTError(str(error)) from error
-    gpus = torch.cuda.device_count()
-    processes = options.num_processes
+    gpus, processes = torch.cuda.device_count(), options.num_processes
     if processes is None:
         processes = 1 if in_one_process(name, rest) else max(1, gpus) * options.num_machines
     if processes == 1:
@@ -75,15 +72,14 @@ def launcher_flags(name: str) -> argparse.ArgumentParser:
 
 
 def in_one_process(name: str, words: Sequence[str]) -> bool:
-    """Whether a command takes one process by default: stages of CPI-FT that do not train, and vLLM, which starts its
-    own."""
+    """Whether a command takes one process by default: a stage of CPI-FT without training, or vLLM, which starts its."""
     if name == "cpi":
         return words[:1] in (["group"], ["score"])
     return name == "eval" and any(word.partition("=")[0] == "--backend" for word in words)
 
 
 def is_whole(words: Sequence[str]) -> bool:
-    """Whether `hft cpi` runs all of its stages; the last one scores, in one process."""
+    """Whether `hft cpi` runs all stages; the last one scores, in one process."""
     return words[:1] != [] and words[0].startswith("--") and "--dry_run" not in words
 
 
@@ -111,15 +107,12 @@ def check(processes: int, engine: str, gpus: int, options: argparse.Namespace) -
 
 
 def launch(processes: int, engine: str, options: argparse.Namespace, words: Sequence[str]) -> int:
-    """Run `hft WORDS` on several processes with accelerate's launcher, and return the first failed one's status.
-
-    SIGTERM and SIGINT reach every process.
-    """
+    """Run `hft WORDS` with accelerate's launcher, which passes signals on; return the first failed process's status."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    port = options.main_process_port
+    several, port = options.num_machines > 1, options.main_process_port
     flags = {
         "config_file": CONFIGS / f"{engine}.yaml",
         "deepspeed_config_file": CONFIGS / "zero3.json" if engine == "zero3" else None,
@@ -127,7 +120,7 @@ def launch(processes: int, engine: str, options: argparse.Namespace, words: Sequ
         "num_machines": options.num_machines,
         "machine_rank": options.machine_rank,
         "main_process_ip": options.main_process_ip,
-        "main_process_port": port if port is not None else 29500 if options.num_machines > 1 else 0,
+        "main_process_port": (29500 if several else 0) if port is None else port,
     }
     given = [word for key, value in flags.items() if value is not None for word in (f"--{key}", str(value))]
     arguments = launch_command_parser().parse_args([*given, "--module", "hft", *words])

@@ -15,16 +15,12 @@ SCORES_FOLDER = "scores"
 
 @dataclass(frozen=True)
 class Score:
-    """One number of one task.
+    """One number of one task, such as `exact_match` of `gsm8k`.
 
     Attributes:
-        task: its name in the suite, e.g. `gsm8k` or `facts_capitals`.
-        metric: e.g. `exact_match`, `acc`, `acc_centered`, `loss`.
-        value: in `unit`.
-        stderr: standard error of the mean over the rows, in `unit`; None if the metric has none.
-        n: rows that it is a mean over.
-        unit: `%`, or `nats/token` for a loss or a divergence.
-        higher_is_better: whether more is better.
+        value: the mean over `n` rows.
+        stderr: its standard error; None if the metric has none.
+        unit: of both, `%` or `nats/token`.
     """
 
     task: str
@@ -41,14 +37,11 @@ class Scores:
     """The scores of one model on one suite, with what they depend on.
 
     Attributes:
-        suite: `quick`, `general`, `knowledge` or `recent`.
         model: folder or Hub id.
         model_sha256: of the weights' tensors; for a Hub id the commit.
         dtype: in which the model ran.
         settings: limit, subsets, chat template, backend, batch size, seeds.
         data: for each task the SHA-256 of its rows.
-        versions: packages.
-        scores: the numbers.
     """
 
     suite: str
@@ -61,7 +54,7 @@ class Scores:
     scores: list[Score] = field(default_factory=list)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `FOLDER/scores/SUITE.json`, in one step."""
+        """Write `FOLDER/scores/SUITE.json`."""
         path = Path(folder) / SCORES_FOLDER / f"{self.suite}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         return write_json(path, asdict(self))
@@ -76,8 +69,8 @@ class Scores:
 
     def find(self, task: str, metric: str | None = None) -> Score | None:
         """The score of a task, by default that of its first metric."""
-        found = [score for score in self.scores if score.task == task and metric in (None, score.metric)]
-        return found[0] if found else None
+        found = (score for score in self.scores if score.task == task and metric in (None, score.metric))
+        return next(found, None)
 
 
 def scores_of(folder: str | Path) -> dict[str, Scores]:
