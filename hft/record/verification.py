@@ -16,6 +16,7 @@ from hft.model.weights import Weights, as_bytes, checksum, local_folder, weights
 from hft.record.manifest import MANIFEST_NAME, Manifest
 from hft.selection.masks import MASKS_NAME, Mask, frozen_values, load_masks
 
+Tensors = Mapping[str, torch.Tensor]
 ADAPTER_NAME = "adapter_model.safetensors"  # peft.utils.SAFETENSORS_WEIGHTS_NAME, without importing peft
 
 
@@ -100,10 +101,10 @@ class Verification:
 
 
 def verify_tensors(
-    out: Mapping[str, torch.Tensor],
+    out: Tensors,
     frozen: Mapping[str, str],
     trained: Iterable[str],
-    base: Mapping[str, torch.Tensor] | None,
+    base: Tensors | None,
     *,
     masks: Mapping[str, Mask] | None = None,
     against: str = "the base",
@@ -141,13 +142,7 @@ def verify_tensors(
     return found
 
 
-def _why_broken(
-    name: str,
-    digest: str,
-    out: Mapping[str, torch.Tensor],
-    base: Mapping[str, torch.Tensor] | None,
-    mask: Mask | None,
-) -> str | None:
+def _why_broken(name: str, digest: str, out: Tensors, base: Tensors | None, mask: Mask | None) -> str | None:
     if name not in out:
         return "missing from the checkpoint"
     tensor = frozen_values(out[name], mask)
@@ -191,21 +186,24 @@ def verify_folder(out: str | Path, base: str | None = None) -> Verification:
     if manifest.is_adapter:
         return verify_adapter(out, manifest, base_weights)
     masks = masks_of(out, manifest)
+    weights = Weights(out) if manifest.only_trained else weights_of(out, _listed(manifest))
+    left_out = {}  # to the base, by save_only_trained
     if manifest.only_trained:
-        return verify_only_trained(out, manifest, base_weights, masks, against)
-    weights = weights_of(out, _listed(manifest))
-    found = verify_tensors(
-        weights, frozen, () if manifest.tuned else trained, base_weights, masks=masks, against=against
-    )
+        left_out = {name: digest for name, digest in frozen.items() if name not in masks and name not in weights}
+    saved = {name: digest for name, digest in frozen.items() if name not in left_out}
+    changing = () if manifest.tuned else trained
+    found = verify_tensors(weights, saved, changing, base_weights, masks=masks, against=against)
+    if left_out:  # that they had not moved in memory was found when the folder was written
+        in_base = verify_tensors(base_weights, left_out, (), None)
+        found.identical += [name for name in in_base.identical if name not in manifest.moved]
+        found.broken |= in_base.broken | dict.fromkeys(manifest.moved, "changed in memory while the others trained")
     note_unlisted(found, out, manifest, weights, base_weights or {})
     if manifest.tuned:
         found.tuned, found.kept = manifest.tuned, verify_kept(manifest, weights, masks)
     return found
 
 
-def verify_kept(
-    manifest: Manifest, weights: Mapping[str, torch.Tensor], masks: Mapping[str, Mask]
-) -> Verification | None:
+def verify_kept(manifest: Manifest, weights: Tensors, masks: Mapping[str, Mask]) -> Verification | None:
     """Compare what a Half-Reset kept with the tuned model, if that is found."""
     try:
         folder = local_folder(manifest.tuned)
@@ -216,7 +214,7 @@ def verify_kept(
     return verify_tensors(weights, kept, (), tuned, masks=masks, against=_short_path(folder))
 
 
-def verify_adapter(out: Path, manifest: Manifest, base: Mapping[str, torch.Tensor]) -> Verification:
+def verify_adapter(out: Path, manifest: Manifest, base: Tensors) -> Verification:
     """Compare an adapter's base, which is not in the folder, with the checksums it was trained with."""
     found = verify_tensors(base, manifest.frozen_checksums, (), None)
     moved, trained = set(manifest.moved), set(manifest.trained_parameters)
@@ -226,31 +224,7 @@ def verify_adapter(out: Path, manifest: Manifest, base: Mapping[str, torch.Tenso
     return found
 
 
-def verify_only_trained(
-    out: Path, manifest: Manifest, base: Mapping[str, torch.Tensor], masks: Mapping[str, Mask], against: str
-) -> Verification:
-    """Compare what trained with the base, and the base's frozen tensors with the checksums they were trained with.
-
-    The folder does not hold those; that they had not moved in memory was found when it was written.
-    """
-    weights, checksums = Weights(out), manifest.frozen_checksums
-    saved = {name: digest for name, digest in checksums.items() if name in masks or name in weights}
-    not_saved = {name: digest for name, digest in checksums.items() if name not in saved}
-    found = verify_tensors(weights, saved, manifest.trained_parameters, base, masks=masks, against=against)
-    frozen = verify_tensors(base, not_saved, (), None)
-    found.identical += [name for name in frozen.identical if name not in manifest.moved]
-    found.broken |= frozen.broken | dict.fromkeys(manifest.moved, "changed in memory while the others trained")
-    note_unlisted(found, out, manifest, weights, base)
-    return found
-
-
-def note_unlisted(
-    found: Verification,
-    out: Path,
-    manifest: Manifest,
-    weights: Mapping[str, torch.Tensor],
-    base: Mapping[str, torch.Tensor],
-) -> None:
+def note_unlisted(found: Verification, out: Path, manifest: Manifest, weights: Tensors, base: Tensors) -> None:
     """Add the parameters that the manifest does not list: unlisted in the checkpoint, lost if only the base has them.
 
     Buffers, which some checkpoints store, and a tied head do not count.
