@@ -15,12 +15,11 @@ from hft.errors import HFTError
 HERE = Path(__file__).parent
 RECIPES = HERE / "recipes" if (HERE / "recipes").is_dir() else HERE.parent / "recipes"  # of a wheel, or a checkout
 METHODS = RECIPES / "methods"
-NOT_RECIPES = ("launch",)
 
 
 def names() -> list[str]:
     """What `--config` takes without a file of that name: `llama2-7b/sft`, ..., and methods by their bare names."""
-    paths = [path for path in RECIPES.glob("*/*.yaml") if path.parent.name not in NOT_RECIPES]
+    paths = [path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "launch"]
     return sorted(path.stem if path.parent == METHODS else f"{path.parent.name}/{path.stem}" for path in paths)
 
 

@@ -82,7 +82,7 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
             args.ddp_find_unused_parameters = True
         source = model
         before_loading(args)
-        model, self._stored_dtypes = loaded(model, args, head_of(type(self)))
+        model, self._stored_dtypes = loaded(model, args, rewards=isinstance(self, RewardTrainer))
         self._config_dtype = model.dtype
         if not isinstance(selection, Selection):
             selection = select(anatomy_of(model), selection or SelectionConfig())
@@ -211,17 +211,12 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         return checksums
 
 
-def head_of(trainer: type) -> dict[str, Any]:
-    """What `load_base` takes to give a model another head than a language model's, where a trainer needs one."""
-    classifies = issubclass(trainer, RewardTrainer)
-    return {"auto_class": AutoModelForSequenceClassification, "num_labels": 1} if classifies else {}
-
-
 def loaded(
-    model: PreTrainedModel | str, args: TrainingArguments, head: dict[str, Any]
+    model: PreTrainedModel | str, args: TrainingArguments, *, rewards: bool
 ) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
-    """A model, and the dtype in which each of its parameters is stored."""
+    """A model, with the head of one that rewards if asked for, and the dtype in which each parameter is stored."""
     if isinstance(model, str):
+        head = {"auto_class": AutoModelForSequenceClassification, "num_labels": 1} if rewards else {}
         model, stored = load_base(model, args, **head)
     else:
         stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
