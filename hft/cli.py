@@ -28,7 +28,7 @@ COMMANDS = {name: ("hft.runs.command:main", find_objective(name).description) fo
         "hft.runs.scoring:main",
         "score what matters to a base, for runs that freeze it: --config RECIPE.yaml --score NAME --out FOLDER",
     ),
-    "verify": ("hft.record.command:main", "compare a model's frozen half with its base, bit by bit"),
+    "verify": ("hft.record.verification:main", "compare a model's frozen half with its base, bit by bit"),
     "reset": ("hft.merging.reset:main", "Half-Reset: put what would be frozen back to the base"),
     "merge": ("hft.merging.merge:main", "merge models, or an adapter into its base"),
     "diff": ("hft.merging.diff:main", "how far models have moved from where they started, by layer and block"),

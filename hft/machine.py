@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import textwrap
 import time
 from typing import TYPE_CHECKING, TypeVar
 
@@ -42,7 +43,7 @@ def say(*lines: object) -> None:
 
 def indented(text: str) -> str:
     """A text indented below its heading."""
-    return "\n".join(f"  {line}" if line else "" for line in text.split("\n"))
+    return textwrap.indent(text, "  ")
 
 
 def broadcast(value: T) -> T:

@@ -78,7 +78,7 @@ def test_importing_hft_loads_no_torch():
     ("modules", "absent"),
     [
         ("hft.reporting.paper_command", {"torch", "transformers", "trl", "datasets", "matplotlib", "jinja2"}),
-        ("hft.record.command", {"trl", "datasets", "matplotlib", "peft"}),
+        ("hft.record.verification", {"trl", "datasets", "matplotlib", "peft"}),
         ("hft.merging.reset, hft.merging.merge, hft.merging.diff", {"trl", "datasets", "matplotlib"}),
     ],
 )

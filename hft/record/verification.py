@@ -1,9 +1,10 @@
-"""Proof that what a manifest calls frozen is bit-identical to the base, and that it lists every parameter."""
+"""`hft verify`: proof that what a manifest calls frozen is bit-identical to the base, and all parameters are listed."""
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,17 @@ from hft.selection.masks import MASKS_NAME, Mask, frozen_values, load_masks
 
 Tensors = Mapping[str, torch.Tensor]
 ADAPTER_NAME = "adapter_model.safetensors"  # peft.utils.SAFETENSORS_WEIGHTS_NAME, without importing peft
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compare an output folder with its base; 1 if something differs that should not."""
+    parser = argparse.ArgumentParser(prog="hft verify", description="Compare a model's frozen half with its base.")
+    parser.add_argument("out", metavar="OUT", help="folder of a run, a checkpoint or a reset")
+    parser.add_argument("--base", help="the base, if it is not where the manifest says: a folder or a Hub id")
+    options = parser.parse_args(arguments)
+    found = verify_folder(options.out, options.base)
+    print(found.report())
+    return 0 if found.ok else 1
 
 
 @dataclass

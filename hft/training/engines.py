@@ -109,16 +109,14 @@ def check_zero3(args: TrainingArguments, selection: Selection, *, save_only_trai
 
 
 def check_engine(trainer: Trainer) -> None:
-    """Refuse an engine that cannot hold a half-frozen layer."""
-    if trainer.is_deepspeed_enabled:
-        check_deepspeed(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
-    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+    """Refuse an engine that cannot hold a half-frozen layer, would round it, or could not write the model."""
+    engine = trainer.accelerator.state
+    if trainer.is_fsdp_enabled and engine.fsdp_plugin.fsdp_version != 2:
         raise HFTError("FSDP1 cannot mix frozen and trained parameters in a layer; set fsdp_version: 2")
-
-
-def check_deepspeed(config: dict[str, Any]) -> None:
-    """Refuse a DeepSpeed config that would round the frozen half or could not write the model."""
-    zero, advice = config.get("zero_optimization", {}), "launch with hft's own config, --engine zero3"
+    if not trainer.is_deepspeed_enabled:
+        return
+    config, advice = engine.deepspeed_plugin.deepspeed_config, "launch with hft's own config, --engine zero3"
+    zero = config.get("zero_optimization", {})
     if zero.get("stage") != 3:
         raise HFTError(f"of DeepSpeed only ZeRO-3 is supported, which shards the frozen half too; {advice}")
     if any(config.get(key, {}).get("enabled") for key in ("bf16", "fp16")):
