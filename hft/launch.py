@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import signal
@@ -85,7 +86,7 @@ def is_whole(words: Sequence[str]) -> bool:
 
 def default_engine(words: Sequence[str], gpus: int) -> str:
     """`fsdp2`, or `ddp` if a part of the method cannot be sharded or there is nothing to shard over."""
-    flags = words[next((i for i, word in enumerate(words) if word.startswith("--")), len(words)) :]
+    flags = list(itertools.dropwhile(lambda word: not word.startswith("--"), words))
     kinds = {"schedule", "update", "adapter"}  # which a method's file replaces
     values, _ = read_arguments(flags, "hft", "", {}).merge(lambda values: kinds)
     return "fsdp2" if gpus and all(cls.shardable for cls in classes_of(values)) else "ddp"

@@ -299,26 +299,27 @@ def _outside(model: PreTrainedModel, prefix: str, inside: set[str]) -> tuple[dic
     embedding = {id(parameter) for module in (*learned, *ends) for parameter in module.parameters(recurse=False)}
     in_base = {id(parameter) for parameter in model.base_model.parameters()}
     is_multimodal = model.config.get_text_config() is not model.config
-    numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    if shared := inside - numels.keys():
+    parameters = dict(model.named_parameters())
+    if shared := inside - parameters.keys():
         raise HFTError(f"{type(model).__name__} has layers that share parameters: {shorten(sorted(shared))}")
-    embeddings, others, towers, unknown = {}, {}, {}, []
-    for name in (name for name in numels if name not in inside):
-        path, key = name.rpartition(".")[0], id(model.get_parameter(name))
+    embeddings, others, towers, unknown = {}, {}, {}, {}
+    for name in (name for name in parameters if name not in inside):
+        path, key = name.rpartition(".")[0], id(parameters[name])
         module = model.get_submodule(path)
         is_norm = "Norm" in type(module).__name__ or path.rpartition(".")[2] in OUTSIDE
         if key in embedding:
-            embeddings[name] = numels[name]
+            kind = embeddings
         elif is_multimodal and key in in_base and not name.startswith(text):
-            towers[name] = numels[name]
+            kind = towers
         elif (is_norm and name.startswith(text)) or (isinstance(module, nn.Linear) and key not in in_base):
-            others[name] = numels[name]
+            kind = others
         else:
-            unknown.append(name)
+            kind = unknown
+        kind[name] = parameters[name].numel()
     if unknown:
         raise HFTError(
             f"{type(model).__name__} cannot be divided: these parameters outside its layers are not embeddings, heads "
-            f"or norms: {shorten(unknown)}"
+            f"or norms: {shorten(list(unknown))}"
         )
     return embeddings, others, towers
 
