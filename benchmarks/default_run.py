@@ -1,8 +1,8 @@
 """What the default run takes under other settings: python benchmarks/default_run.py [--rounds 5 ...].
 
 Each arm is the recipe of `make sft-hft`, or of `make dpo-hft`, with a few keys changed. All follow each other in one
-process, once a round, every other round backwards; the first step of each does not count. `--profile` prints instead which
-operators a step spends its time in.
+process, once a round, every other round backwards; the first step of each does not count. `--profile` prints instead
+which operators a step spends its time in.
 """
 
 import argparse
