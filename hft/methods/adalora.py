@@ -25,6 +25,7 @@ class AdaLoRA(LoRA):
 
     name: ClassVar[str] = "adalora"
     description: ClassVar[str] = "LoRA whose ranks are pruned by importance"
+    peft_class: ClassVar[str] = "AdaLoraConfig"
     reloads: ClassVar[bool] = False  # the ranks at the end would cut it
     peft_names: ClassVar[dict[str, str | None]] = {
         "rank": "target_r",
@@ -51,11 +52,6 @@ class AdaLoRA(LoRA):
         if not (0 <= self.pruning_from < self.pruning_until <= 1 and 0 < self.rank < self.start_rank):
             raise HFTError("adalora needs 0 <= pruning_from < pruning_until <= 1 and rank below start_rank")
 
-    def peft_class(self):
-        from peft import AdaLoraConfig
-
-        return AdaLoraConfig
-
     def peft_config(self, **more: Any) -> PeftConfig:
         return super().peft_config(total_step=2**62, **more)  # until the trainer knows it
 
@@ -68,8 +64,7 @@ class AdaLoRA(LoRA):
     @contextmanager
     def saving_checkpoint(self, model: PeftModel) -> Iterator[None]:
         config = _peft_config(model)
-        pattern = config.rank_pattern
-        config.rank_pattern = None  # PEFT would cut the pruned rows off, and the optimizer state would not fit
+        pattern, config.rank_pattern = config.rank_pattern, None  # or PEFT cuts off rows that have optimizer state
         yield
         config.rank_pattern = pattern
 
@@ -92,13 +87,19 @@ class AdaLoRA(LoRA):
 
 
 class Pruning(TrainerCallback):
-    """Plans the pruning over the steps of the run, and prunes after each."""
+    """Plans the pruning over the steps of the run, which only the trainer knows, and prunes after each."""
 
     def __init__(self, adapter: AdaLoRA, model: PeftModel):
         self.adapter, self.model = adapter, model
 
     def on_train_begin(self, args, state, control, **kwargs):
-        set_schedule(self.model, self.adapter, state.max_steps)
+        config, steps = _peft_config(self.model), state.max_steps
+        if steps < 2:
+            raise HFTError("adalora needs 2 steps or more, to score ranks and then prune them; raise --max_steps")
+        end = max(2, int(self.adapter.pruning_until * steps))
+        start = min(int(self.adapter.pruning_from * steps), end - 1)
+        config.total_step, config.tinit, config.tfinal = steps, start, steps - end
+        config.deltaT = max(1, steps // 500)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         # The gradients, by which ranks are scored, are still there.
@@ -117,14 +118,3 @@ def orthogonality(model: PeftModel) -> torch.Tensor:
             gram = p @ p.T if "lora_A" in name else p.T @ p
             norms.append(torch.linalg.norm(gram - torch.eye(len(gram), device=p.device)))
     return torch.stack(norms).mean()
-
-
-def set_schedule(model: PeftModel, adapter: AdaLoRA, steps: int) -> None:
-    """Plan AdaLoRA's pruning over the steps of the run, which only the trainer knows."""
-    if steps < 2:
-        raise HFTError("adalora needs 2 steps or more, to score ranks and then prune them; raise --max_steps")
-    config = _peft_config(model)
-    end = max(2, int(adapter.pruning_until * steps))
-    start = min(int(adapter.pruning_from * steps), end - 1)
-    config.total_step, config.tinit, config.tfinal = steps, start, steps - end
-    config.deltaT = max(1, steps // 500)

@@ -12,7 +12,8 @@ from torch import nn
 
 from hft.errors import HFTError, reason
 from hft.methods.part import MethodPart
-from hft.model.anatomy import BLOCKS, Anatomy, Unit, anatomy_of, meta_model
+from hft.model.anatomy import anatomy_of, meta_model
+from hft.selection import Selection, SelectionConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -24,20 +25,24 @@ class Adapter(MethodPart):
     """An adapter of PEFT's. A key that is not given has PEFT's default.
 
     Attributes:
+        peft_class: name of PEFT's config class.
+        peft_names: PEFT's names for keys that it calls otherwise, or None for what it does not have.
         learns_prompt: whether it puts a learned prompt before each row.
         keeps_checkpointing: whether it works with activation checkpointing.
         upcasts_base: whether the base may be upcast before the adapter is made.
         reloads: whether PEFT can load one of its checkpoints back into the model that trained it.
-        peft_names: PEFT's names for keys that it calls otherwise, or None for what it does not have.
+        matrix_bytes: bytes per element of the layers' matrices, if the base is quantized.
     """
 
     kind: ClassVar[str] = "adapter"
     shardable: ClassVar[bool] = False
+    peft_class: ClassVar[str]
+    peft_names: ClassVar[dict[str, str | None]] = {}
     learns_prompt: ClassVar[bool] = False
     keeps_checkpointing: ClassVar[bool] = True
     upcasts_base: ClassVar[bool] = True
     reloads: ClassVar[bool] = True
-    peft_names: ClassVar[dict[str, str | None]] = {}
+    matrix_bytes: ClassVar[float | None] = None
 
     learning_rate_factor: float = field(
         default=1.0,
@@ -45,19 +50,14 @@ class Adapter(MethodPart):
         metadata={"help": "The adapter's learning rate as a multiple of the recipe's; --learning_rate wins over both."},
     )
 
-    def peft_class(self) -> type[PeftConfig]:
-        """PEFT's config class."""
-        raise NotImplementedError(f"{type(self).__name__} must define peft_class")
-
     def peft_config(self, **more: Any) -> PeftConfig:
         """PEFT's config of this adapter."""
+        import peft
+
         names = {f.name: f.name for f in fields(self)} | {"learning_rate_factor": None} | self.peft_names
         values = {peft_name: getattr(self, name) for name, peft_name in names.items() if peft_name}
         given = {name: value for name, value in values.items() if value is not None}
-        try:
-            return self.peft_class()(task_type="CAUSAL_LM", **given, **more)
-        except (ValueError, TypeError) as error:
-            raise HFTError(f"{self.name}: {reason(error)}") from error
+        return getattr(peft, self.peft_class)(task_type="CAUSAL_LM", **given, **more)
 
     def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:
         if args.load_best_model_at_end and not self.reloads:
@@ -94,58 +94,44 @@ class Adapter(MethodPart):
     def restore(self, model: PeftModel, saved: Mapping[str, torch.Tensor]) -> None:
         """Take back what `state` gave."""
 
-    def num_held(self, model: PeftModel) -> int:
-        """Elements that the adapter holds without training them, in fp32."""
-        return 0
-
-    def base_bytes(self, anatomy: Anatomy, held: int, bytes_per_element: float) -> float:
-        """Bytes of everything that is frozen; `held` elements are the adapter's own."""
-        return anatomy.numel * bytes_per_element + 4 * held
-
     def footprint(self, model_config: PretrainedConfig) -> AdapterFootprint:
-        """Count what it adds, on a model without storage."""
+        """What it adds to a model, counted on one without storage; refuses settings that PEFT refuses."""
         from peft import get_peft_model
 
-        model = meta_model(model_config)
-        anatomy = anatomy_of(model)
+        base = meta_model(model_config)
+        anatomy, buffers = anatomy_of(base), sum(buffer.numel() for buffer in base.buffers())
         try:
-            model = get_peft_model(model, self.peft_config())
+            model = get_peft_model(base, self.peft_config())
         except (ValueError, TypeError) as error:
             raise HFTError(f"{self.name}: {reason(error)}") from error
         freeze_ranknum(model)
         return AdapterFootprint(
-            anatomy=anatomy,
+            anatomy,
+            SelectionConfig(policy="explicit", freeze=["*"], freeze_embeddings=True),
+            trained_units=frozenset(),
+            frozen_outside=frozenset(anatomy.others),
             adapter=self,
             added={name: p.numel() for name, p in model.named_parameters() if p.requires_grad},
-            held=self.num_held(model),
+            held=sum(buffer.numel() for buffer in model.buffers()) - buffers,
         )
 
 
-@dataclass(frozen=True)
-class AdapterFootprint:
-    """What an adapter adds to a model that is frozen whole: the sibling of `Selection`.
+@dataclass(frozen=True, kw_only=True)
+class AdapterFootprint(Selection):
+    """The selection that freezes a model whole, and what an adapter adds to it.
 
     Attributes:
-        anatomy: the base's.
         adapter: which one.
         added: elements of each trained parameter, by its name in the model that has the adapter.
         held: elements that the adapter holds without training them, in fp32.
     """
 
-    anatomy: Anatomy
     adapter: Adapter
     added: dict[str, int]
     held: int
-    frozen_masks: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def frozen_parameters(self) -> list[str]:
-        """Names of the base's parameters."""
-        return list(self.anatomy.parameters)
 
     @property
     def trained_parameters(self) -> list[str]:
-        """Names of the adapter's parameters."""
         return list(self.added)
 
     @property
@@ -156,38 +142,22 @@ class AdapterFootprint:
     def num_with_optimizer_state(self) -> int:
         return self.num_trained
 
-    @property
-    def fraction_of_layers(self) -> float:
-        """Of the base's own layers nothing trains."""
-        return 0.0
-
-    @property
-    def fraction_of_model(self) -> float:
-        """Trained parameters / the base's parameters."""
-        return self.num_trained / self.anatomy.numel
-
-    def trains(self, unit: Unit) -> bool:
-        return False
-
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """For each block, that none of its units trains, and how many there are."""
-        sizes = {block: sum(unit.block == block for unit in self.anatomy.units) for block in BLOCKS}
-        return {block: (0, count) for block, count in sizes.items() if count}
-
     def base_bytes(self, bytes_per_element: float) -> float:
         """Bytes of everything that is frozen, with that many per element where it is not quantized.
 
         The input's embeddings are held in fp32 (`hft.freezing.upcast`).
         """
-        upcast = (4 - bytes_per_element) * next(iter(self.anatomy.embeddings.values()))
-        return self.adapter.base_bytes(self.anatomy, self.held, bytes_per_element) + upcast
+        anatomy, matrix_bytes = self.anatomy, self.adapter.matrix_bytes
+        size = anatomy.numel * bytes_per_element
+        if matrix_bytes is not None:
+            quantized = sum(unit.numel for unit in anatomy.units if unit.block != "norm")
+            size += quantized * (matrix_bytes - bytes_per_element)
+        return size + 4 * self.held + (4 - bytes_per_element) * next(iter(anatomy.embeddings.values()))
 
     def record(self) -> dict[str, Any]:
-        """What a manifest keeps of it."""
         return self.adapter.record()
 
     def summary(self) -> str:
-        """A few lines for people: the adapter, its keys, and how much of the model trains."""
         keys = {f.name: getattr(self.adapter, f.name) for f in fields(self.adapter) if f.name != "learning_rate_factor"}
         settings = ", ".join(f"{key} {value}" for key, value in keys.items() if value is not None)
         return (

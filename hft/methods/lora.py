@@ -14,6 +14,7 @@ class LoRA(Adapter):
 
     name: ClassVar[str] = "lora"
     description: ClassVar[str] = "a low-rank update of each targeted matrix"
+    peft_class: ClassVar[str] = "LoraConfig"
     peft_names: ClassVar[dict[str, str | None]] = {"rank": "r"}
 
     rank: int | None = field(default=None, metadata={"help": "Rank of LoRA; the mean rank that AdaLoRA ends with."})
@@ -22,8 +23,3 @@ class LoRA(Adapter):
     target_modules: Literal["all-linear"] | list[str] | None = field(
         default=None, metadata={"help": "Modules with an adapter: kinds such as q_proj v_proj, or all-linear."}
     )
-
-    def peft_class(self):
-        from peft import LoraConfig
-
-        return LoraConfig

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from hft.methods.adapter import Adapter
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 @dataclass
@@ -17,8 +14,9 @@ class OSF(Adapter):
 
     name: ClassVar[str] = "osf"
     description: ClassVar[str] = "the smaller half of each matrix's singular directions trains"
-    upcasts_base: ClassVar[bool] = False
+    peft_class: ClassVar[str] = "OSFConfig"
     peft_names: ClassVar[dict[str, str | None]] = {"preserved_fraction": "effective_rank"}
+    upcasts_base: ClassVar[bool] = False
 
     preserved_fraction: float | None = field(
         default=None, metadata={"help": "Fraction of each matrix's singular directions, the largest, that OSF keeps."}
@@ -26,11 +24,3 @@ class OSF(Adapter):
     target_modules: Literal["all-linear"] | list[str] | None = field(
         default=None, metadata={"help": "Modules with an adapter: kinds such as q_proj v_proj, or all-linear."}
     )
-
-    def num_held(self, model: PeftModel) -> int:
-        return sum(factor.numel() for name, factor in model.named_buffers() if "osf" in name)
-
-    def peft_class(self):
-        from peft import OSFConfig
-
-        return OSFConfig

@@ -14,12 +14,8 @@ class PTuningV2(Adapter):
 
     name: ClassVar[str] = "p-tuning-v2"
     description: ClassVar[str] = "trained keys and values before those of each layer; SFT only"
+    peft_class: ClassVar[str] = "PrefixTuningConfig"
     learns_prompt: ClassVar[bool] = True
     keeps_checkpointing: ClassVar[bool] = False
 
     num_virtual_tokens: int | None = field(default=None, metadata={"help": "Length of the prompt or prefix."})
-
-    def peft_class(self):
-        from peft import PrefixTuningConfig
-
-        return PrefixTuningConfig

@@ -9,10 +9,6 @@ from transformers import TrainingArguments
 
 from hft.errors import HFTError
 from hft.methods.lora import LoRA
-from hft.model.anatomy import Anatomy
-
-# Bytes per element in nf4 with double quantization: 4 bits, and 8 bits per block of 64 with fp32 per 256 blocks.
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass
@@ -21,6 +17,8 @@ class QLoRA(LoRA):
 
     name: ClassVar[str] = "qlora"
     description: ClassVar[str] = "LoRA on a base in 4 bits"
+    # 4 bits per element, 8 bits per block of 64, and fp32 per 256 blocks.
+    matrix_bytes: ClassVar[float] = 0.5 + 1 / 64 + 4 / (64 * 256)
 
     def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:
         from transformers.utils import is_bitsandbytes_available
@@ -33,15 +31,10 @@ class QLoRA(LoRA):
         import torch
         from transformers import BitsAndBytesConfig
 
-        compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        config = BitsAndBytesConfig(
+        quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
+            bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
         )
-        return {"quantization_config": config, "device_map": {"": args.device}}
-
-    def base_bytes(self, anatomy: Anatomy, held: int, bytes_per_element: float) -> float:
-        quantized = sum(unit.numel for unit in anatomy.units if unit.block != "norm")
-        return quantized * NF4_BYTES + (anatomy.numel - quantized) * bytes_per_element + 4 * held
+        return {"quantization_config": quantization, "device_map": {"": args.device}}

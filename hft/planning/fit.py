@@ -14,7 +14,6 @@ from hft.planning.memory import GIB, memory_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, TrainingArguments
 
-    from hft.methods.adapter import AdapterFootprint
     from hft.runs.config import Config
     from hft.selection import Selection
 
@@ -27,7 +26,7 @@ SPARE = 0.05
 def fit(
     config: Config,
     model_config: PretrainedConfig,
-    selection: Selection | AdapterFootprint,
+    selection: Selection,
     args: TrainingArguments,
 ) -> int | None:
     """Check that this machine holds a run's state, and for `activation_checkpointing_layers: auto` the whole run.
@@ -59,7 +58,7 @@ def fewest_layers(setup: Setup, selection: Selection, available: float) -> int:
     return fewest
 
 
-def why_state_does_not_fit(config: Config, selection: Selection | AdapterFootprint, engine: Engine) -> str | None:
+def why_state_does_not_fit(config: Config, selection: Selection, engine: Engine) -> str | None:
     """A sentence if this machine cannot hold a run's weights, gradients and optimizer state, else None."""
     method, use_cpu = config.method, config.values.get("use_cpu")
     reference = config.objective.has_reference(config.values)

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from hft.data import LoadedData
-    from hft.methods.adapter import AdapterFootprint
 
 UNITS = {"tib": 2**40, "gib": 2**30, "mib": 2**20, "gb": 10**9, "mb": 10**6, "g": 2**30}
 
@@ -97,7 +96,7 @@ class Forecast:
     config: Config
     machine: Machine
     engine: Engine
-    selection: Selection | AdapterFootprint
+    selection: Selection
     args: TrainingArguments
     settings: dict[str, Any]
     data: LoadedData | None

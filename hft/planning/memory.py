@@ -11,7 +11,6 @@ from hft.planning.engine import Engine
 from hft.selection import Selection
 
 if TYPE_CHECKING:
-    from hft.methods.adapter import AdapterFootprint
     from hft.planning.costs import StepCosts
 
 GIB = 2**30
@@ -80,7 +79,7 @@ class Memory:
 
 def memory_of(
     method: Method,
-    selection: Selection | AdapterFootprint,
+    selection: Selection,
     engine: Engine | None = None,
     *,
     reference: bool = False,

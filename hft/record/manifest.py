@@ -17,7 +17,6 @@ from hft.machine import world_size
 from hft.record.identity import check_same_run, identity_of
 
 if TYPE_CHECKING:
-    from hft.methods.adapter import AdapterFootprint
     from hft.model.anatomy import Unit
     from hft.selection import Selection
 
@@ -80,9 +79,7 @@ class Manifest:
     )
 
     @classmethod
-    def of(
-        cls, selection: Selection | AdapterFootprint, base: str, checksums: dict[str, str], **record: Any
-    ) -> Manifest:
+    def of(cls, selection: Selection, base: str, checksums: dict[str, str], **record: Any) -> Manifest:
         """The manifest of a selection; where the base has one too, this is one more round of its sequence.
 
         `checksums` are those of the frozen parameters, and `record` other attributes.

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
     from hft.data import LoadedData
-    from hft.methods.adapter import AdapterFootprint
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class RunPlan:
     """
 
     config: Config
-    selection: Selection | AdapterFootprint
+    selection: Selection
     args: TrainingArguments
     machine: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
@@ -169,9 +168,7 @@ def make_plan(config: Config) -> RunPlan:
     return RunPlan(config, selection, args, machine, tokenizer, data, start, [*notes, *start.notes])
 
 
-def checkpointed_of(
-    config: Config, machine: dict[str, Any], args: TrainingArguments, selection: Selection | AdapterFootprint
-) -> range:
+def checkpointed_of(config: Config, machine: dict[str, Any], args: TrainingArguments, selection: Selection) -> range:
     """The indices of the layers whose activations are checkpointed."""
     count, first = selection.anatomy.num_layers, config.run.activation_checkpointing_layers
     first = machine.get("activation_checkpointing_layers", count) if first == "auto" else first
@@ -189,7 +186,7 @@ def load_rows(config: Config, args: TrainingArguments) -> LoadedData:
         return load_data(config.run, reader, evaluate=args.eval_strategy != "no")
 
 
-def plan_selection(config: Config, model_config: PretrainedConfig) -> Selection | AdapterFootprint:
+def plan_selection(config: Config, model_config: PretrainedConfig) -> Selection:
     """What will train; refuses a method that does not go with it or with the model."""
     from hft.model.anatomy import meta_model
     from hft.selection.importance import planned_selection

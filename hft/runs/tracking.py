@@ -17,7 +17,6 @@ from hft.runs.result import PICTURE_NAME, RunResult
 if TYPE_CHECKING:
     import wandb
 
-    from hft.methods.adapter import AdapterFootprint
     from hft.selection import Selection
 
 PROJECT = "hft"
@@ -26,9 +25,7 @@ FINISH_TIMEOUT = 60
 
 
 @contextmanager
-def tracked(
-    on: bool, name: str, config: dict[str, Any], selection: Selection | AdapterFootprint, out: Path
-) -> Iterator[None]:
+def tracked(on: bool, name: str, config: dict[str, Any], selection: Selection, out: Path) -> Iterator[None]:
     """A wandb run around a training run; it ends as failed if the training raises."""
     if not on:
         yield
@@ -45,7 +42,7 @@ def tracked(
     wandb.teardown()  # another run in this process reads its settings again
 
 
-def start(name: str, config: dict[str, Any], selection: Selection | AdapterFootprint, picture: Path) -> str:
+def start(name: str, config: dict[str, Any], selection: Selection, picture: Path) -> str:
     """Start a wandb run with the resolved config and the selection; offline if no API key is found.
 
     Trainer's `WandbCallback` uses the run that is already there.
