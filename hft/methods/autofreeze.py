@@ -13,7 +13,7 @@ from torch import nn
 from hft.errors import HFTError
 from hft.freezing import whole
 from hft.machine import broadcast
-from hft.methods.schedule import Schedule, check_at_least_one, outside_layers, units_of_layers, without_embeddings
+from hft.methods.schedule import Schedule, outside_layers, units_of_layers, without_embeddings
 from hft.selection import Selection
 
 
@@ -21,10 +21,9 @@ from hft.selection import Selection
 class AutoFreeze(Schedule):
     """A prefix of the layers freezes, and with it the input embeddings: only then does the backward pass end early.
 
-    The original takes the L1 norm of the gradient summed over an interval, which needs a second gradient in memory and
-    in every checkpoint. Ours averages the L1 norms of the steps, which needs one number per layer. The original builds
-    a new optimizer at each switch; here the layers that still train keep their moments. A head that is tied to the
-    embeddings freezes with them.
+    The original takes the L1 norm of the gradient summed over an interval, a second gradient in memory; ours averages
+    the L1 norms of the steps. The original builds a new optimizer at each switch; here the layers that still train keep
+    their moments. A head that is tied to the embeddings freezes with them.
     """
 
     name: ClassVar[str] = "autofreeze"
@@ -38,7 +37,7 @@ class AutoFreeze(Schedule):
     )
 
     def __post_init__(self):
-        check_at_least_one(intervals=self.intervals)
+        super().__post_init__()
         if not 0 <= self.percentile <= 100:
             raise HFTError(f"percentile must lie in 0..100, got {self.percentile}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from hft.methods.schedule import Schedule, check_at_least_one, layer_sizes, outside_layers, units_of_layers
+from hft.methods.schedule import Schedule, layer_sizes, outside_layers, units_of_layers
 from hft.selection import Selection
 from hft.selection.policies import sample_names
 
@@ -28,17 +28,13 @@ class BAdam(Schedule):
     )
     schedule_seed: int = field(default=0, metadata={"help": "Seed of the draw, apart from the training seed."})
 
-    def __post_init__(self):
-        check_at_least_one(switch_every=self.switch_every)
-
     def trained_at(self, selection: Selection, step: int, steps: int) -> frozenset[str]:
         blocks = selection.anatomy.num_layers + (not selection.config.freeze_embeddings)
         turn, position = divmod(self.interval_at(steps, step), blocks)
+        order = range(blocks)
         if self.block_order == "random":
-            key = ("badam", self.schedule_seed, selection.config.round, turn)
-            block = int(sample_names(map(str, range(blocks)), blocks, *key)[position])
-        else:
-            block = position if self.block_order == "ascending" else blocks - 1 - position
+            order = sample_names(map(str, order), blocks, "badam", self.schedule_seed, selection.config.round, turn)
+        block = int(order[blocks - 1 - position if self.block_order == "descending" else position])
         return units_of_layers(selection, [block]) or frozenset(outside_layers(selection))
 
     def peak_numel(self, selection: Selection) -> int:

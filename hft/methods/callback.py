@@ -11,16 +11,25 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from hft.errors import HFTError
-from hft.methods import schedule as pure
+from hft.methods.schedule import (
+    Phase,
+    Schedule,
+    fractions_of,
+    from_row,
+    outside_layers,
+    parameters_of,
+    to_row,
+    trained_in,
+)
 from hft.selection import Selection
 
 
 class ScheduleCallback(TrainerCallback, ExportableState):
     """Freezes and unfreezes parameters at the steps where a schedule switches.
 
-    The first freeze comes with the first step, when the optimizer already holds every parameter: an optimizer built
-    after it would leave the frozen ones out for good. A parameter that freezes loses its gradient, since optimizers
-    skip only parameters without one, whatever `requires_grad` says, and by default its optimizer state.
+    The first freeze comes with the first step, when the optimizer already holds every parameter: one built after it
+    would never hold the frozen ones. A parameter that freezes loses its gradient, since optimizers skip only parameters
+    without one, whatever `requires_grad` says, and by default its optimizer state.
 
     Attributes:
         history: the phases so far, as `hft.methods.schedule.to_row` writes them.
@@ -28,13 +37,13 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         steps: steps of the whole run, once it has started.
     """
 
-    def __init__(self, selection: Selection, schedule: pure.Schedule):
+    def __init__(self, selection: Selection, schedule: Schedule):
         self.selection = selection
         self.schedule = schedule
         self.steps = 0
         self.history: list[dict[str, Any]] = []
         self.measured: dict[str, Any] = {}
-        self._scheduled = {*selection.anatomy.in_layers, *pure.outside_layers(selection)}
+        self._scheduled = {*selection.anatomy.in_layers, *outside_layers(selection)}
         self._trained: frozenset[str] | None = None
 
     def state(self) -> dict[str, Any]:
@@ -46,31 +55,29 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         history = self._until(step)
         if not history:
             return {}
-        phases = [pure.from_row(self.selection, row) for row in history]
-        first, last = (pure.trained_fraction(self.selection.anatomy.units, phases[index][1]) for index in (0, -1))
-        fractions = {"first": first, "last": last, "mean": pure.mean_fraction(self.selection, phases, step)}
+        fractions = fractions_of(self.selection, self._phases(history), step)
         return {"steps": self.steps, "fractions": fractions, "history": history}
 
     def ever_trained(self, step: int) -> frozenset[str]:
         """Names of the units, and of parameters outside the layers, that have trained in the first `step` steps."""
-        return frozenset().union(*(pure.from_row(self.selection, row)[1] for row in self._until(step)))
+        return trained_in(self._phases(self._until(step)))
 
     def have_state(self, history: list[dict[str, Any]]) -> set[str]:
         """Names of the parameters whose optimizer state a checkpoint holds, given the phases until then."""
-        phases = history[-1:] if self.schedule.optimizer_state == "reset" else history
-        trained = frozenset().union(*(pure.from_row(self.selection, row)[1] for row in phases))
-        return pure.parameters_of(self.selection, trained)
+        kept = history[-1:] if self.schedule.optimizer_state == "reset" else history
+        return parameters_of(self.selection, trained_in(self._phases(kept)))
 
     def _until(self, step: int) -> list[dict[str, Any]]:
         return [row for row in self.history if row["step"] < step]
+
+    def _phases(self, history: list[dict[str, Any]]) -> list[Phase]:
+        return [from_row(self.selection, row) for row in history]
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Let all that is scheduled require a gradient; restore what a checkpoint holds of the schedule."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad or name in self._scheduled)
-        saved = {}
-        if state.global_step:
-            saved = state.stateful_callbacks[type(self).__name__]["attributes"]
+        saved = state.stateful_callbacks[type(self).__name__]["attributes"] if state.global_step else {}
         if saved and hasattr(self.schedule, "intervals") and saved["steps"] != state.max_steps:
             raise HFTError(
                 f"cannot resume: schedule {self.schedule.name} was planned for {saved['steps']} steps; this run has "
@@ -81,18 +88,17 @@ class ScheduleCallback(TrainerCallback, ExportableState):
 
     def on_step_begin(self, args, state, control, *, model, optimizer, **kwargs):
         """Freeze and unfreeze what the schedule says for the coming step."""
-        step = state.global_step
+        schedule, steps, step = self.schedule, self.steps, state.global_step
         reshard(model)
-        trained = self.schedule.decide(self.selection, step, self.steps, model, self.measured)
-        if not self.history or trained != pure.from_row(self.selection, self.history[-1])[1]:
-            self.history.append(pure.to_row(self.selection, step, trained))
-        every = getattr(self.schedule, "switch_every", None)
-        switches = every is not None and step % every == 0
-        if switches or trained != self._trained:
+        trained = schedule.decide(self.selection, step, steps, model, self.measured)
+        if not self.history or trained != from_row(self.selection, self.history[-1])[1]:
+            self.history.append(to_row(self.selection, step, trained))
+        clear = schedule.clears_state and schedule.interval_at(steps, step) != schedule.interval_at(steps, step - 1)
+        if clear or trained != self._trained:
             if self._trained is None:
                 note_dtypes(model)
             self._trained = trained
-            self.enforce(model, optimizer, clear=switches and self.schedule.clears_state)
+            self.enforce(model, optimizer, clear=clear)
 
     def on_pre_optimizer_step(self, args, state, control, *, model, **kwargs):
         """Let the schedule measure the gradient."""
@@ -103,7 +109,7 @@ class ScheduleCallback(TrainerCallback, ExportableState):
 
         `clear` deletes the state of every parameter, that of the trained ones too.
         """
-        names, keep = pure.parameters_of(self.selection, self._trained), self.schedule.optimizer_state
+        names, keep = parameters_of(self.selection, self._trained), self.schedule.optimizer_state
         for name, parameter in model.named_parameters():
             if name not in self._scheduled:
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from hft.methods.schedule import Schedule, check_at_least_one, outside_layers
+from hft.methods.schedule import Schedule, outside_layers
 from hft.model.anatomy import Unit
 from hft.selection import Selection
 from hft.selection.policies import sample_names
@@ -24,9 +24,6 @@ class Dynamic(Schedule):
 
     intervals: int = field(default=10, metadata={"help": "Parts of the run, of equal length; units freeze in between."})
     schedule_seed: int = field(default=0, metadata={"help": "Seed of the draw, apart from the training seed."})
-
-    def __post_init__(self):
-        check_at_least_one(intervals=self.intervals)
 
     def trained_at(self, selection: Selection, step: int, steps: int) -> frozenset[str]:
         groups: dict[tuple[str, ...], list[Unit]] = {}

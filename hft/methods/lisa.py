@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from hft.errors import HFTError
-from hft.methods.schedule import Schedule, check_at_least_one, layer_sizes, outside_layers, units_of_layers
+from hft.methods.schedule import Schedule, layer_sizes, outside_layers, units_of_layers
 from hft.selection import Selection
 from hft.selection.policies import sample_names
 
@@ -29,13 +29,11 @@ class Lisa(Schedule):
     )
     schedule_seed: int = field(default=0, metadata={"help": "Seed of the draw, apart from the training seed."})
 
-    def __post_init__(self):
-        check_at_least_one(switch_every=self.switch_every, active_layers=self.active_layers)
-
     def check(self, selection: Selection) -> None:
         super().check(selection)
-        if self.active_layers > (layers := selection.anatomy.num_layers):
-            raise HFTError(f"active_layers is {self.active_layers}, but the model has {layers} layers")
+        layers = selection.anatomy.num_layers
+        if not 1 <= self.active_layers <= layers:
+            raise HFTError(f"active_layers is {self.active_layers}, but the model has {layers} layers; give 1 or more")
 
     def trained_at(self, selection: Selection, step: int, steps: int) -> frozenset[str]:
         names = map(str, range(selection.anatomy.num_layers))

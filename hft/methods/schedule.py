@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from hft.model.anatomy import Unit
     from hft.selection import Selection
 
+# The first step of a phase, and the names of the units and of the parameters outside the layers that train in it.
+Phase = tuple[int, frozenset[str]]
+
 
 @dataclass
 class Schedule(MethodPart):
@@ -34,6 +37,11 @@ class Schedule(MethodPart):
     known_before_run: ClassVar[bool] = True
     clears_state: ClassVar[bool] = False
     optimizer_state: ClassVar[str] = "reset"
+
+    def __post_init__(self):
+        for key in ("switch_every", "intervals"):
+            if getattr(self, key, 1) < 1:
+                raise HFTError(f"{key} must be at least 1, got {getattr(self, key)}")
 
     def interval_at(self, steps: int, step: int) -> int:
         """The number of the interval that a step lies in, both counted from 0; units switch between intervals."""
@@ -60,7 +68,7 @@ class Schedule(MethodPart):
                 f"{selection.config.policy}"
             )
         if selection.config.freeze_router:
-            raise HFTError(f"schedule {self.name} switches whole layers, with their routers; leave freeze_router out")
+            raise HFTError(f"schedule {self.name} switches whole layers, with their routers; remove freeze_router")
 
     def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:
         if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -74,14 +82,14 @@ class Schedule(MethodPart):
         """The most parameters that have a gradient or optimizer state at once."""
         return selection.num_trained
 
-    def phases(self, selection: Selection, steps: int) -> list[tuple[int, frozenset[str]]]:
-        """First step and trained names of each interval."""
+    def phases(self, selection: Selection, steps: int) -> list[Phase]:
+        """A phase for each interval of a run."""
         first = {self.interval_at(steps, step): step for step in reversed(range(steps))}
         return [(step, self.trained_at(selection, step, steps)) for step in sorted(first.values())]
 
     def describe(self, selection: Selection, steps: int) -> str:
         """Two lines for people: what trains in which phase, and the trainable fractions."""
-        units, layers = selection.anatomy.units, range(selection.anatomy.num_layers)
+        units, num_layers = selection.anatomy.units, selection.anatomy.num_layers
         if not self.known_before_run:
             return (
                 f"{self.name} schedule: all {len(units)} units train at first; what freezes is decided after each of "
@@ -90,23 +98,16 @@ class Schedule(MethodPart):
         phases = self.phases(selection, steps)
         counts = [sum(unit.name in trained for unit in units) for _, trained in phases]
         counts = counts if len(set(counts)) > 1 and len(counts) <= 20 else counts[:1]
-        ever = frozenset().union(*(trained for _, trained in phases))
-        ever_layers = sum(any(unit.name in ever for unit in selection.anatomy.layer(layer)) for layer in layers)
-        first, last = (trained_fraction(units, phases[index][1]) for index in (0, -1))
+        ever = trained_in(phases)
+        ever_layers = len({unit.layer for unit in units if unit.name in ever})
+        fractions = fractions_of(selection, phases, steps)
         seed = f", seed {self.schedule_seed}" if hasattr(self, "schedule_seed") else ""
         return (
             f"{self.name} schedule{seed}: {len(phases)} phases, in which {', '.join(map(str, counts))} of {len(units)} "
-            f"units train; {ever_layers} of {len(layers)} layers train in some phase\n"
-            f"trainable fraction of the layers {first:.1%} at first, {last:.1%} at last, "
-            f"{mean_fraction(selection, phases, steps):.1%} on average"
+            f"units train; {ever_layers} of {num_layers} layers train in some phase\n"
+            f"trainable fraction of the layers {fractions['first']:.1%} at first, {fractions['last']:.1%} at last, "
+            f"{fractions['mean']:.1%} on average"
         )
-
-
-def check_at_least_one(**values: int) -> None:
-    """Refuse a count below 1, given by its key."""
-    for key, value in values.items():
-        if value < 1:
-            raise HFTError(f"{key} must be at least 1, got {value}")
 
 
 def outside_layers(selection: Selection) -> list[str]:
@@ -134,33 +135,37 @@ def parameters_of(selection: Selection, trained: frozenset[str]) -> set[str]:
 
 def layer_sizes(selection: Selection) -> list[int]:
     """Parameters in each layer."""
-    anatomy = selection.anatomy
-    return [sum(unit.numel for unit in anatomy.layer(layer)) for layer in range(anatomy.num_layers)]
+    return [sum(unit.numel for unit in layer) for layer in selection.anatomy.layers]
 
 
-def trained_fraction(units: Iterable[Unit], trained: frozenset[str]) -> float:
+def trained_in(phases: Iterable[Phase]) -> frozenset[str]:
+    """The names that train in some phase."""
+    return frozenset().union(*(trained for _, trained in phases))
+
+
+def trained_fraction(units: Sequence[Unit], trained: frozenset[str]) -> float:
     """Parameters in the units that train / parameters in all of them."""
-    units = list(units)
     return sum(unit.numel for unit in units if unit.name in trained) / sum(unit.numel for unit in units)
 
 
-def mean_fraction(selection: Selection, phases: Sequence[tuple[int, frozenset[str]]], steps: int) -> float:
-    """Trainable fraction of the layers, averaged over the steps, given the phases by their first steps."""
-    ends = [step for step, _ in phases[1:]] + [steps]
-    units = selection.anatomy.units
-    total = sum(trained_fraction(units, n) * (end - step) for (step, n), end in zip(phases, ends, strict=True))
-    return total / steps
+def fractions_of(selection: Selection, phases: Sequence[Phase], steps: int) -> dict[str, float]:
+    """Trainable fraction of the layers in the first and the last phase, and its mean over the steps."""
+    fractions = [trained_fraction(selection.anatomy.units, trained) for _, trained in phases]
+    starts = [step for step, _ in phases]
+    lengths = (end - start for start, end in zip(starts, [*starts[1:], steps], strict=True))
+    mean = sum(fraction * length for fraction, length in zip(fractions, lengths, strict=True)) / steps
+    return {"first": fractions[0], "last": fractions[-1], "mean": mean}
 
 
 def to_row(selection: Selection, step: int, trained: frozenset[str]) -> dict[str, Any]:
     """A phase as JSON: its first step, the layers that train whole, the units of other layers, and what is outside."""
     anatomy = selection.anatomy
-    layers = [index for index in range(anatomy.num_layers) if units_of_layers(selection, [index]) <= trained]
+    layers = [index for index, layer in enumerate(anatomy.layers) if all(unit.name in trained for unit in layer)]
     units = [unit.name for unit in anatomy.units if unit.name in trained and unit.layer not in layers]
     outside = [name for name in outside_layers(selection) if name in trained]
     return {"step": step, "layers": layers, "units": units, "outside": outside}
 
 
-def from_row(selection: Selection, row: Mapping[str, Any]) -> tuple[int, frozenset[str]]:
-    """First step and trained names of a phase that `to_row` wrote."""
+def from_row(selection: Selection, row: Mapping[str, Any]) -> Phase:
+    """The phase that `to_row` wrote."""
     return row["step"], units_of_layers(selection, row["layers"]).union(row["units"], row["outside"])

@@ -8,7 +8,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from hft.methods.schedule import from_row, mean_fraction, trained_fraction
+from hft.methods.schedule import fractions_of, from_row, trained_fraction
 from hft.selection import Selection
 
 FROZEN, TRAINED = "#cfd8dc", "#e4572e"
@@ -56,7 +56,8 @@ def plot_schedule(selection: Selection, history: Sequence[dict[str, Any]], steps
     first, *last = [[float(name in trained) for _, trained in phases] for name in anatomy.embeddings]
     grid = [first, *layers, *last]
 
-    summary = f"{mean_fraction(selection, phases, steps):.1%} of the layers trains on average"
+    mean = fractions_of(selection, phases, steps)["mean"]
+    summary = f"{mean:.1%} of the layers trains on average"
     axes = _axes(8, 0.2 * len(grid) + 1.6, title, summary)
     edges = [step for step, _ in phases] + [steps]
     drawn = axes.pcolormesh(edges, range(len(grid) + 1), grid, cmap=SHADES, vmin=0, vmax=1)

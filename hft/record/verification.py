@@ -15,7 +15,7 @@ from hft.errors import HFTError, shorten
 from hft.model.anatomy import meta_model
 from hft.model.weights import Weights, as_bytes, checksum, local_folder, weights_of
 from hft.record.manifest import MANIFEST_NAME, Manifest
-from hft.selection.masks import MASKS_NAME, Mask, frozen_values, load_masks
+from hft.selection.masks import MASKS_NAME, Mask, Masks, frozen_values
 
 Tensors = Mapping[str, torch.Tensor]
 ADAPTER_NAME = "adapter_model.safetensors"  # peft.utils.SAFETENSORS_WEIGHTS_NAME, without importing peft
@@ -265,9 +265,9 @@ def check_base(base: str) -> None:
         )
 
 
-def masks_of(folder: Path, manifest: Manifest) -> dict[str, Mask]:
+def masks_of(folder: Path, manifest: Manifest) -> Mapping[str, Mask]:
     """The masks of a folder's partly frozen tensors, which must be those that its manifest was written with."""
-    masks = load_masks(folder) if manifest.masks else {}
+    masks = Masks(folder) if manifest.masks else {}
     for name, digest in manifest.masks.items():
         if name not in masks or masks[name].digest() != digest:
             raise HFTError(f"{folder / MASKS_NAME} is not the one that the manifest was written with: {name} differs")

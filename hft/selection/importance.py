@@ -6,6 +6,7 @@ Only the matrices of the layers are scored, those with weights of shape (out, in
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,30 +39,24 @@ Reduction = Callable[[torch.Tensor], torch.Tensor]
 def select_by_importance(
     model: PreTrainedModel, anatomy: Anatomy, config: SelectionConfig, texts: Texts = ()
 ) -> Selection:
-    """Make the selection of the importance policy: freeze what matters most to the base, or least with `invert`.
+    """The selection of the importance policy: freeze what matters most to the base, or least with `invert`.
 
     At unit granularity the budget and the pools are the category policy's, so that it differs from HFT in nothing but
     which units of a pool are frozen; by `snr` they are Spectrum's. Columns and elements are ranked within each matrix,
     rounded, and of equal scores the first is frozen first. Norms are drawn as in HFT; biases train, as at unit
     granularity they do with their matrix.
 
-    Args:
-        model: the base, with its weights, not sharded; afterwards it is set to evaluate, and by Fisher only what was
-            scored requires gradients.
-        anatomy: the model's.
-        config: with granularity and score.
-        texts: general text, as `token_ids` gives it; SSU takes 500 rows of the base's own kind of data. Only
-            `READ_TEXT` need it.
+    The model is whole, not sharded. Afterwards it is set to evaluate, and by Fisher only what was scored requires
+    gradients. Only `READ_TEXT` need texts; SSU takes 500 rows of the base's own kind of data.
     """
     check_linear(model, anatomy)
     scores = scores_of(model, anatomy, texts, score=config.score, granularity=config.granularity)
     if config.granularity == "unit":
-        units = {name: unit.name for unit in anatomy.units for name in unit.parameters}
-        return by_unit(anatomy, config, {units[name]: float(value) for name, value in scores})
+        return by_unit(anatomy, config, {name.rpartition(".")[0]: float(value) for name, value in scores})
     masks = {}
     for name, values in scores:
         frozen = values.numel() - round(config.fraction * values.numel())
-        masks[name] = ~largest(-values if config.invert else values, frozen).cpu()
+        masks[name] = Mask.of(~largest(-values if config.invert else values, frozen).cpu())
     return build_selection(anatomy, config, (half_of_the_norms(anatomy, config), masks))
 
 
@@ -77,10 +72,7 @@ def by_unit(anatomy: Anatomy, config: SelectionConfig, scores: Mapping[str, floa
 def planned_selection(model: nn.Module, config: SelectionConfig, base: str) -> Selection:
     """The selection of a run, or one with its exact counts where the run has yet to score its base.
 
-    Args:
-        model: the base on any device, `meta` included.
-        config: of the selection.
-        base: path or Hub id of the base.
+    The model may be on `meta`; `base` is its path or Hub id.
     """
     anatomy = anatomy_of(model)
     check_scored_base(config, base)
@@ -165,14 +157,11 @@ def input_norms(model: PreTrainedModel, names: Iterable[str], texts: Texts) -> d
     """
     squares: dict[str, torch.Tensor] = {}
 
-    def hook(name: str) -> Callable:
-        def add(module: nn.Module, inputs: tuple) -> None:
-            squares[name] = squares.get(name, 0) + inputs[0].detach().float().square().flatten(0, -2).sum(dim=0)
-
-        return add
+    def add(name: str, module: nn.Module, inputs: tuple) -> None:
+        squares[name] = squares.get(name, 0) + inputs[0].detach().float().square().flatten(0, -2).sum(dim=0)
 
     modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    handles = [module.register_forward_pre_hook(functools.partial(add, name)) for name, module in modules.items()]
     with torch.no_grad():
         for ids in _rows(model, texts, "measuring activations"):
             model(input_ids=ids, use_cache=False)
@@ -182,27 +171,22 @@ def input_norms(model: PreTrainedModel, names: Iterable[str], texts: Texts) -> d
 
 
 def fisher(model: PreTrainedModel, names: Iterable[str], texts: Texts, reduction: Reduction) -> dict[str, torch.Tensor]:
-    """The diagonal of the empirical Fisher information: the mean over samples of the squared gradient of the loss.
+    """The diagonal of the empirical Fisher information: the mean over rows of text of the squared gradient of the loss.
 
-    A sample is one row of text and its loss the mean over its tokens. Squared is the gradient of each sample by itself,
-    as the Fisher information of EWC (1612.00796, section 2) asks, not that of a batch, in which signs cancel.
-
-    One gradient is held at a time, and the squares are reduced before they are summed, so that only the elements
-    themselves take an fp32 sum as large as the weights: 26 GB for Llama-2-7B.
+    Squared is the gradient of each row by itself, as the Fisher information of EWC (1612.00796, section 2) asks, not
+    that of a batch, in which signs cancel. One gradient is held at a time, and the squares are reduced before they are
+    summed, so that only the elements themselves take an fp32 sum as large as the weights: 26 GB for Llama-2-7B.
     """
     sums: dict[str, torch.Tensor] = {}
 
-    def hook(name: str) -> Callable:
-        def add(parameter: nn.Parameter) -> None:
-            value = reduction(parameter.grad.float().square())
-            sums[name] = sums[name].add_(value) if name in sums else value
-            parameter.grad = None
-
-        return add
+    def add(name: str, parameter: nn.Parameter) -> None:
+        value = reduction(parameter.grad.float().square())
+        sums[name] = sums[name].add_(value) if name in sums else value
+        parameter.grad = None
 
     model.requires_grad_(False)
     wanted = {name: model.get_parameter(name).requires_grad_(True) for name in names}
-    handles = [p.register_post_accumulate_grad_hook(hook(name)) for name, p in wanted.items()]
+    handles = [p.register_post_accumulate_grad_hook(functools.partial(add, name)) for name, p in wanted.items()]
     for ids in _rows(model, texts, "measuring gradients"):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     for handle in handles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -15,8 +16,6 @@ from safetensors.torch import save_file
 from hft.errors import HFTError, reason
 
 MASKS_NAME = "hft_masks.safetensors"
-# How many bits are set in each byte.
-BITS_SET = torch.tensor([byte.bit_count() for byte in range(256)])
 
 
 class Mask:
@@ -48,7 +47,6 @@ class Mask:
 
     @property
     def numel(self) -> int:
-        """Number of its elements."""
         return math.prod(self.shape)
 
     def tensor(self) -> torch.Tensor:
@@ -70,7 +68,7 @@ class Mask:
     def count(self) -> int:
         """How many of its elements are True."""
         if self._count is None:
-            self._count = int(torch.bincount(self.bits.cpu(), minlength=256) @ BITS_SET)
+            self._count = int.from_bytes(self.bits.cpu().numpy(), "little").bit_count()
         return self._count
 
     def to(self, device: torch.device) -> Mask:
@@ -92,9 +90,6 @@ def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Mark the `count` largest scores; of equal ones those with the lowest flat index.
 
     `torch.topk` leaves open which of equal scores it takes, and sorts what need not be sorted.
-
-    Returns:
-        A bool tensor of the shape of `scores`, with exactly `count` entries True.
     """
     flat = scores.reshape(-1)
     if count <= 0 or count >= flat.numel():
@@ -116,17 +111,12 @@ def save_masks(folder: str | Path, masks: Mapping[str, Mask]) -> None:
     path = Path(folder) / MASKS_NAME
     path.unlink(missing_ok=True)
     if masks:
-        metadata = metadata_of({name: mask.shape for name, mask in masks.items()})
+        metadata = {name: json.dumps(list(mask.shape)) for name, mask in masks.items()}
         save_file({name: mask.bits.cpu() for name, mask in masks.items()}, path, metadata=metadata)
 
 
-def metadata_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """What a file of masks holds of their shapes."""
-    return {name: json.dumps(list(shape)) for name, shape in shapes.items()}
-
-
 class Masks(Mapping):
-    """The masks of a folder by parameter name, each read from disk when it is asked for."""
+    """The masks of a folder by parameter name; the bits of each are read from disk when they are asked for."""
 
     def __init__(self, folder: str | Path):
         path = Path(folder) / MASKS_NAME
@@ -139,18 +129,13 @@ class Masks(Mapping):
         self.shapes = {name: tuple(json.loads(shape)) for name, shape in (self._file.metadata() or {}).items()}
 
     def __getitem__(self, name: str) -> Mask:
-        return Mask(self._file.get_tensor(name), self.shapes[name])
+        return Mask(functools.partial(self._file.get_tensor, name), self.shapes[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
     def __len__(self) -> int:
         return len(self.shapes)
-
-
-def load_masks(folder: str | Path) -> dict[str, Mask]:
-    """Read all that `save_masks` wrote (`Masks`)."""
-    return dict(Masks(folder))
 
 
 def frozen_values(tensor: torch.Tensor, mask: Mask | None) -> torch.Tensor:

@@ -21,12 +21,7 @@ from hft.userfile import load_from_file
 
 
 def select(anatomy: Anatomy, config: SelectionConfig) -> Selection:
-    """Make the selection of one round.
-
-    Raises:
-        HFTError: a `freeze` pattern matches no unit; a folder or file of masks or scores is missing or of another
-            model; or your own policy cannot be loaded or returns something else.
-    """
+    """Make the selection of one round."""
     policies: dict[str, Callable[[Anatomy, SelectionConfig], Choice]] = {
         "category": category,
         "layer": _layer,
@@ -140,10 +135,7 @@ def category(anatomy: Anatomy, config: SelectionConfig, importance: Mapping[str,
     layer stays as in a dense model whichever experts a token is sent to; routers train, since they are a small part of
     the layer and have to follow experts that change.
 
-    Args:
-        anatomy: of the model.
-        config: fractions, seed and round.
-        importance: by unit name. Where every unit of a pool has one, the least important ones train.
+    Where every unit of a pool has an importance, by unit name, the least important ones train.
     """
     key = ("category", config.selection_seed, config.round)
     frozen_first = {unit.name for unit in _named(anatomy, config.freeze or ())}
@@ -216,11 +208,7 @@ def _named(anatomy: Anatomy, patterns: Iterable[str]) -> list[Unit]:
 
 
 def _random_element(anatomy: Anatomy, config: SelectionConfig) -> Choice:
-    """Random elements of every matrix train, at the budget that whole matrices would have (SpaRTA, 2502.15975).
-
-    Of each matrix exactly that fraction, rounded, drawn when it is asked for. Biases and norms, a small part, train
-    whole.
-    """
+    """A fraction of each matrix's elements trains, drawn at random (SpaRTA, 2502.15975); biases and norms whole."""
 
     def draw(name: str, count: int) -> torch.Tensor:
         size = math.prod(shapes[name])

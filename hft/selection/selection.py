@@ -35,17 +35,11 @@ class SelectionConfig:
 
     policy: str = field(
         default="category",
-        metadata={
-            "help": "; ".join(f"{name}: {what}" for name, what in POLICIES.items())
-            + "; FILE.py:FUNCTION: your own (docs/new-policy.md)."
-        },
+        metadata={"help": "; ".join([*map(": ".join, POLICIES.items()), "FILE.py:FUNCTION: your own."])},
     )
     fraction: float = field(
         default=0.5,
-        metadata={
-            "help": "Fraction that trains (in a reset: stays tuned), of each block's units, of the layers or of all "
-            "units."
-        },
+        metadata={"help": "Fraction of each block's units, the layers or all units that trains; in a reset, stays."},
     )
     attention_fraction: float | None = field(
         default=None, metadata={"help": "Fraction of the attention units, where it differs (category policy)."}
@@ -63,7 +57,7 @@ class SelectionConfig:
         default=None,
         metadata={
             "help": "Unit names or kinds to freeze, with * and ?, e.g. q_proj k_proj: only these (explicit policy), or "
-            "first among the units that are drawn to freeze (category policy)."
+            "these before others (category policy)."
         },
     )
     freeze_embeddings: bool = field(
@@ -76,7 +70,7 @@ class SelectionConfig:
         default=None,
         metadata={
             "help": "Folder that `hft importance` wrote, or a file of Spectrum's (snr_results_*.json); by default the "
-            "run scores its base first, into OUT/importance (importance policy)."
+            "run scores its base first (importance policy)."
         },
     )
     granularity: str | None = field(
@@ -86,8 +80,8 @@ class SelectionConfig:
     score: str | None = field(
         default=None,
         metadata={
-            "help": f"What the importance policy scores by: {', '.join(SCORES)} (Spectrum: the "
-            "matrices of each type with the highest signal-to-noise ratio train, nothing else in the layers does)."
+            "help": f"What the importance policy scores by: {', '.join(SCORES)} (Spectrum: of the matrices of each "
+            "type those with the highest signal-to-noise ratio train, and nothing else in the layers)."
         },
     )
     invert: bool = field(default=False, metadata={"help": "The other way around (importance policy)."})
@@ -124,9 +118,8 @@ class SelectionConfig:
                 value = getattr(self, name)
                 if self.policy != policy and value is not None and value is not False:
                     raise HFTError(f"{name} belongs to the {policy} policy, not to {self.policy!r}; remove it")
-        if (self.policy == "explicit" and not self.freeze) or (
-            self.freeze and self.policy not in ("explicit", "category")
-        ):
+        needs_freeze, takes_freeze = self.policy == "explicit", self.policy in ("explicit", "category")
+        if (needs_freeze and not self.freeze) or (self.freeze and not takes_freeze):
             raise HFTError("the explicit policy needs `freeze`, and only it and the category policy take it")
         if self.policy_options and ":" not in self.policy:
             raise HFTError("policy_options are for a policy of your own, policy: FILE.py:FUNCTION")
@@ -138,10 +131,9 @@ class SelectionConfig:
             raise HFTError(f"round counts from 1, got {self.round}")
 
     def _check_importance(self) -> None:
-        missing = () if self.importance else (None,)  # a folder says how it was made
         for name, known in {"granularity": GRANULARITIES, "score": SCORES}.items():
-            value = getattr(self, name)
-            if value in missing or (value is not None and value not in known):
+            missing = (None,) if self.importance else ()  # a folder says how it was made
+            if getattr(self, name) not in (*known, *missing):
                 raise HFTError(f"the importance policy needs a {name}: {', '.join(known)}")
         if self.score == "snr" and self.granularity not in (None, "unit"):
             raise HFTError("snr scores whole matrices; give --granularity unit")
@@ -154,10 +146,8 @@ OWN_KEYS = {
     "importance": ("importance", "granularity", "score", "invert", "importance_data", "importance_rows"),
     "core": ("cores", "train_core"),
 }
-
 # Policies that may freeze some elements of a unit and train the others.
 ELEMENTWISE = ("random-element", "importance", "core")
-
 # Policies that another seed makes another selection of.
 DRAWN = ("category", "layer", "model", "random-element")
 
@@ -187,7 +177,7 @@ class Selection:
         return unit.name in self.trained_units
 
     def record(self) -> dict[str, Any]:
-        """What a manifest keeps of it: the config, with seed and round."""
+        """What a manifest keeps of it."""
         return asdict(self.config)
 
     def trained_fraction(self, unit: Unit) -> float:
@@ -238,7 +228,7 @@ class Selection:
     @functools.cached_property
     def num_trained_in_layers(self) -> int:
         """Trained parameters in the layers."""
-        return sum(map(self._num_trained_of, filter(self.anatomy.shapes.__contains__, self.trained_parameters)))
+        return sum(self._num_trained_of(name) for name in self.trained_parameters if name in self.anatomy.in_layers)
 
     @functools.cached_property
     def num_trained(self) -> int:

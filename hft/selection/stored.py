@@ -23,7 +23,7 @@ SCORED = ("fraction", "granularity", "score", "invert", "importance_data", "impo
 
 
 def load_scores(folder: str | Path) -> dict[str, Any]:
-    """What `hft importance` made a folder from: `base` and `weights`, `selection`, `data`, `max_length`, `versions`."""
+    """What `hft importance` made a folder from."""
     path = Path(folder) / IMPORTANCE_NAME
     try:
         return json.loads(path.read_text())
@@ -84,12 +84,11 @@ def core(anatomy: Anatomy, config: SelectionConfig) -> Choice:
     if not config.cores:
         raise HFTError("the core policy needs --cores FOLDER [FOLDER ...], which `hft cpi probe` makes")
     first, *others = map(Masks, config.cores)
-    if wrong := [n for n, size in anatomy.numels.items() if n not in first or math.prod(first.shapes[n]) != size]:
+    if wrong := [n for n, size in anatomy.numels.items() if math.prod(first.shapes.get(n, (0,))) != size]:
         raise HFTError(f"core {config.cores[0]} is of another model: it has no {wrong[0]} of that size")
-    if different := [
-        folder for folder, core in zip(config.cores[1:], others, strict=True) if core.shapes != first.shapes
-    ]:
-        raise HFTError(f"cores {config.cores[0]} and {different[0]} are of different models")
+    for folder, core in zip(config.cores[1:], others, strict=True):
+        if core.shapes != first.shapes:
+            raise HFTError(f"cores {config.cores[0]} and {folder} are of different models")
     union = {name: functools.reduce(Mask.__or__, (core[name] for core in others), mask) for name, mask in first.items()}
     union = {name: mask for name, mask in union.items() if name not in anatomy.towers}
     holding = {name for name, mask in union.items() if mask.count()}

@@ -25,7 +25,7 @@ from hft.errors import HFTError
 from hft.merging.checkpoint import Checkpoint
 from hft.record.manifest import Manifest
 from hft.record.scores import Score
-from hft.selection.masks import MASKS_NAME, Masks, load_masks
+from hft.selection.masks import MASKS_NAME, Masks
 from tests import faults
 from tests.conftest import command, error_of, identical, losses, tensors, write_jsonl
 from tests.training.test_fsdp2 import launch
@@ -78,7 +78,7 @@ def test_a_core_is_the_exact_share_that_moved_furthest(tmp_path, models, name, p
     # A stable sort keeps equal changes in model order, so the first of them are taken.
     expected = torch.zeros(len(change), dtype=torch.bool)
     expected[change.sort(descending=True, stable=True).indices[:count]] = True
-    masks = load_masks(tmp_path / "core")
+    masks = Masks(tmp_path / "core")
     assert torch.equal(flat({key: mask.tensor() for key, mask in masks.items()}, order), expected)
     assert core.smallest == (change[expected].min() if count else 0)
     assert core.unmoved == (change[expected] == 0).sum()
@@ -173,7 +173,7 @@ def test_the_core_of_the_first_group_stays_while_the_second_trains(finished, tin
     for stages in ("backbone", "groups"):
         before, after = (tensors(finished.out / stages / name) for name in (f"1-{first}", f"2-{second}"))
         manifest = Manifest.load(finished.out / stages / f"2-{second}")
-        masks = load_masks(finished.core_of(first))
+        masks = Masks(finished.core_of(first))
         assert sum(mask.count() for mask in masks.values()) == 13_282
         assert {"model.embed_tokens.weight", "lm_head.weight"} <= manifest.masks.keys()
         for name, mask in masks.items():
@@ -242,7 +242,7 @@ def fused(models, cores, out, backbone="base") -> dict[str, torch.Tensor]:
 def test_elements_in_one_core_are_exactly_its_probes(tmp_path, models, cores):
     chosen = {name: cores[name] for name in ("a", "b", "c")}
     found = fused(models, chosen, tmp_path / "fused")
-    masks = {name: load_masks(core) for name, core in chosen.items()}
+    masks = {name: Masks(core) for name, core in chosen.items()}
     for key, tensor in found.items():
         claims = sum(masks[name][key].tensor().int() for name in masks)
         for name in masks:
@@ -298,7 +298,7 @@ def test_elements_in_several_cores_are_the_mean_of_their_probes(tmp_path, models
     found = fused(models, cores, tmp_path / "out")
     a, b = (tensors(models[name]) for name in ("a", "b"))
     for key, tensor in found.items():
-        of_a, of_b = (load_masks(cores[name])[key].tensor() for name in ("a", "b"))
+        of_a, of_b = (Masks(cores[name])[key].tensor() for name in ("a", "b"))
         both = of_a & of_b
         assert both.any()
         assert identical(tensor[of_a & ~of_b], a[key][of_a & ~of_b])
@@ -320,7 +320,7 @@ def test_a_resume_inside_a_stage_keeps_the_mask(tmp_path, tiny, data, cores, sft
     assert all(identical(tensor, tensors(straight)[name]) for name, tensor in tensors(cut).items())
     assert losses(cut / "checkpoint-4") == losses(straight / "checkpoint-4")
     before = tensors(tiny)
-    for name, mask in load_masks(cores["a"]).items():
+    for name, mask in Masks(cores["a"]).items():
         assert identical(tensors(cut)[name][mask.tensor()], before[name][mask.tensor()])
 
 
@@ -329,8 +329,8 @@ def test_lota_trains_nothing_but_the_core(tmp_path, tiny, data, cores, capsys):
     flags = ["--cores", str(cores["a"]), str(cores["b"]), "--weight_decay", "0.1", "--learning_rate", "0.1"]
     assert main(command("sft", out, *flags, method="lota", model=tiny, data=data)) == 0
     before, after = tensors(tiny), tensors(out)
-    masks = {name: mask.tensor() for name, mask in load_masks(cores["a"]).items()}
-    masks = {name: mask | load_masks(cores["b"])[name].tensor() for name, mask in masks.items()}
+    masks = {name: mask.tensor() for name, mask in Masks(cores["a"]).items()}
+    masks = {name: mask | Masks(cores["b"])[name].tensor() for name, mask in masks.items()}
     for name, core in masks.items():
         assert identical(after[name][~core], before[name][~core])
     moved = sum((after[name] != before[name]).sum().item() for name in masks)

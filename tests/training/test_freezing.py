@@ -17,7 +17,7 @@ from hft.model.weights import checksum
 from hft.record.manifest import Manifest
 from hft.record.verification import verify_tensors
 from hft.selection import Mask, SelectionConfig, select
-from hft.selection.masks import load_masks
+from hft.selection.masks import Masks
 from tests.conftest import error_of, identical, losses, tensors
 from tests.model.test_architectures import config_of
 
@@ -81,7 +81,7 @@ def test_random_elements_train_and_the_others_do_not(tmp_path, tiny, sft, capsys
     printed = capsys.readouterr().out
     assert "28 tensors train in part" in printed
     assert "28 of 28 tensors bit-identical" in printed
-    base, ours, masks = tensors(tiny), tensors(out / "checkpoint-4"), load_masks(out)
+    base, ours, masks = tensors(tiny), tensors(out / "checkpoint-4"), Masks(out)
     assert masks.keys() == {name for name in base if "proj" in name}
     for name, mask in masks.items():
         frozen = mask.tensor()
@@ -94,7 +94,7 @@ def test_random_elements_train_and_the_others_do_not(tmp_path, tiny, sft, capsys
 def test_verify_finds_a_frozen_scalar_that_moved_and_a_mask_that_was_changed(tmp_path, sft, capsys):
     out = tmp_path / "out"
     assert sft(out, method="random-element") == 0
-    name, mask = next(iter(load_masks(out).items()))
+    name, mask = next(iter(Masks(out).items()))
     for where, status in ((mask.tensor(), 1), (~mask.tensor(), 0)):
         content = tensors(out)
         broken = {key: tensor.clone() for key, tensor in content.items()}

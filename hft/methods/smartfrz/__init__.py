@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hft.machine import broadcast
-from hft.methods.schedule import Schedule, check_at_least_one, outside_layers, units_of_layers, without_embeddings
-from hft.methods.smartfrz import predictor
+from hft.methods.schedule import Schedule, outside_layers, units_of_layers, without_embeddings
+from hft.methods.smartfrz.predictor import RECORDINGS, WINDOW, layers_to_freeze, sample, step_norms
 from hft.selection import Selection
 
 
@@ -27,35 +27,33 @@ class SmartFRZ(Schedule):
 
     intervals: int = field(default=10, metadata={"help": "Parts of the run, of equal length; layers freeze between."})
 
-    def __post_init__(self):
-        check_at_least_one(intervals=self.intervals)
-
     def decide(
         self, selection: Selection, step: int, steps: int, model: nn.Module, measured: dict[str, Any]
     ) -> frozenset[str]:
         layers = range(selection.anatomy.num_layers)
         if not measured:
             measured.update(interval=0, frozen=[], windows=[[] for _ in layers], largest=[0.0 for _ in layers])
-        recordings = self.intervals * predictor.RECORDINGS
-        if step == 0 or step * recordings // steps != (step - 1) * recordings // steps:
-            self._sample(selection, model, measured)
+        recordings = self.intervals * RECORDINGS
+        if step * recordings // steps != (step - 1) * recordings // steps:
+            self._record(selection, model, measured)
+        active = [layer for layer in layers if layer not in measured["frozen"]]
         if (interval := self.interval_at(steps, step)) != measured["interval"]:
             measured["interval"] = interval
-            windows = {layer: measured["windows"][layer] for layer in layers if layer not in measured["frozen"]}
-            found = broadcast(predictor.layers_to_freeze(windows, dict(enumerate(measured["largest"]))))
-            measured["frozen"] = sorted([*measured["frozen"], *found])
-            measured["windows"] = [
-                [] if layer in measured["frozen"] else measured["windows"][layer] for layer in layers
-            ]
-        active = set(layers).difference(measured["frozen"])
+            windows = {layer: measured["windows"][layer] for layer in active}
+            for layer in broadcast(layers_to_freeze(windows, measured["largest"])):
+                measured["frozen"] = sorted([*measured["frozen"], layer])
+                measured["windows"][layer] = []
+                active.remove(layer)
         outside = outside_layers(selection) if 0 in active else without_embeddings(selection)
         return units_of_layers(selection, active).union(outside)
 
-    def _sample(self, selection: Selection, model: nn.Module, measured: dict[str, Any]) -> None:
+    def _record(self, selection: Selection, model: nn.Module, measured: dict[str, Any]) -> None:
+        """Append a recording to the window of each layer that trains, and note the largest move so far."""
         parameters = dict(model.named_parameters())
-        for layer in sorted(set(range(selection.anatomy.num_layers)).difference(measured["frozen"])):
-            window = measured["windows"][layer]
-            window.append(predictor.sample(parameters, selection.anatomy.layer(layer)))
-            del window[: -predictor.WINDOW]
-            moved = predictor.step_norms(torch.tensor(window[-2:])).tolist()
-            measured["largest"][layer] = max([measured["largest"][layer], *moved])
+        for layer, units in enumerate(selection.anatomy.layers):
+            if layer not in measured["frozen"]:
+                window = measured["windows"][layer]
+                window.append(sample(parameters, units))
+                del window[:-WINDOW]
+                moved = step_norms(torch.tensor(window[-2:])).tolist()
+                measured["largest"][layer] = max([measured["largest"][layer], *moved])

@@ -1,10 +1,9 @@
 """The predictor of the smartfrz schedule: attention over a layer's recent weights says whether it may freeze.
 
-SmartFRZ (arXiv 2401.16720) records weights of every layer, cut to one length for layers of any size, and gives the
-recent ones to a small attention network that was trained beforehand, on labels from the similarity of representations.
-No code was released. That much of the idea is theirs. Ours are the description of a window that does not depend on the
-model (`describe_window`), the network's size, and the labels and runs that it was trained on: small models on the demo
-data (`benchmarks/train_smartfrz.py` made `smartfrz.safetensors`), so at scale it is a starting point, not a result.
+SmartFRZ (arXiv 2401.16720) records weights of every layer, as many of each, and gives the recent ones to a small
+attention network that was trained beforehand, on labels from the similarity of representations. No code was released.
+Ours are the description of a window that does not depend on the model (`describe_window`), the network's size, and the
+runs that it was trained on, of small models on the demo data: at scale it is a starting point, not a result.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ def sample(parameters: Mapping[str, torch.Tensor], units: Sequence[Unit]) -> lis
     tensors = [parameters[name].detach() for name in dict.fromkeys(name for unit in units for name in unit.parameters)]
     size, golden = sum(tensor.numel() for tensor in tensors), 0.6180339887498949
     places = torch.tensor(sorted(int(size * (index * golden % 1)) for index in range(SAMPLES)))
-    found = []
+    weights = []
     for tensor in tensors:
-        here = places[(places >= 0) & (places < tensor.numel())].to(tensor.device)
-        found += whole(tensor).reshape(-1)[here].float().tolist()
+        inside = places[(places >= 0) & (places < tensor.numel())].to(tensor.device)
+        weights += whole(tensor).reshape(-1)[inside].float().tolist()
         places = places - tensor.numel()
-    return found
+    return weights
 
 
 def step_norms(windows: torch.Tensor) -> torch.Tensor:
@@ -87,10 +86,10 @@ def trained_predictor() -> Predictor:
 
 
 @torch.no_grad()
-def layers_to_freeze(windows: Mapping[int, Sequence[Sequence[float]]], largest: Mapping[int, float]) -> list[int]:
-    """The layers that may freeze, given the recordings of those that train, oldest first; one always still trains.
+def layers_to_freeze(windows: Mapping[int, Sequence[Sequence[float]]], largest: Sequence[float]) -> list[int]:
+    """The layers that may freeze, given the windows of those that train and the largest move of each; one stays.
 
-    One whose largest move so far is 0, such as in a warmup from 0, never freezes.
+    A layer that has not moved so far, such as in a warmup from 0, never freezes.
     """
     layers = [layer for layer, window in windows.items() if len(window) == WINDOW and largest[layer] > 0]
     if not layers:
