@@ -11,15 +11,7 @@ from hft.errors import HFTError
 
 
 def load_from_file(spec: str, kind: str) -> Any:
-    """The object that FILE.py:NAME names, or None if the file has no such name.
-
-    Args:
-        spec: FILE.py:NAME.
-        kind: the key that names it, for the message.
-
-    Raises:
-        HFTError: there is no such file.
-    """
+    """The object that FILE.py:NAME names, or None if the file has no such name; `kind` is the key that names it."""
     path, _, name = spec.rpartition(":")
     if not (Path(path).is_file() and path.endswith(".py")):
         raise HFTError(f"{kind} {spec}: {path} is not a Python file")

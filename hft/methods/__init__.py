@@ -10,7 +10,8 @@ from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hft.errors import HFTError, reason
+from hft.config import fill
+from hft.errors import HFTError
 from hft.machine import is_sharded, is_zero3
 from hft.methods.adapter import Adapter
 from hft.methods.part import MethodPart
@@ -78,16 +79,11 @@ def method_of(config: Mapping[str, Any]) -> Method:
 
 
 def _fill(cls: type, config: Mapping[str, Any], name: str) -> Any:
-    given = {f.name: config[f.name] for f in fields(cls) if f.init and config.get(f.name) is not None}
-    needed = [f.name for f in fields(cls) if f.init and f.default is MISSING and f.default_factory is MISSING]
+    given = {key: value for key, value in config.items() if value is not None}
+    needed = [f.name for f in fields(cls) if f.init and f.default is f.default_factory is MISSING]
     if missing := [key for key in needed if key not in given]:
         raise HFTError(f"{name} needs {missing[0]}; give it")
-    try:
-        return cls(**given)
-    except HFTError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise HFTError(f"{name}: {reason(error)}") from error
+    return fill(cls, given)
 
 
 def classes_of(config: Mapping[str, Any]) -> tuple[type[MethodPart], ...]:

@@ -16,8 +16,6 @@ from hft.methods.lora import LoRA
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-PEFT_SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # PEFT's importance scores, which a resume needs
-
 
 @dataclass
 class AdaLoRA(LoRA):
@@ -69,7 +67,7 @@ class AdaLoRA(LoRA):
         config.rank_pattern = pattern
 
     def state(self, model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
-        for kind in PEFT_SCORES:
+        for kind in ("ipt", "exp_avg_ipt", "exp_avg_unc"):  # PEFT's importance scores
             for name, scores in getattr(model.base_model.rankallocator, kind).items():
                 yield f"{kind}|{name}", scores
         for name, kept in (_peft_config(model).rank_pattern or {}).items():

@@ -13,7 +13,7 @@ from torch import nn
 from hft.errors import HFTError
 from hft.freezing import whole
 from hft.machine import broadcast
-from hft.methods.schedule import Schedule, outside_layers, units_of_layers, without_embeddings
+from hft.methods.schedule import Schedule, layers_and_ends
 from hft.selection import Selection
 
 
@@ -44,7 +44,7 @@ class AutoFreeze(Schedule):
     def decide(
         self, selection: Selection, step: int, steps: int, model: nn.Module, measured: dict[str, Any]
     ) -> frozenset[str]:
-        layers, interval = selection.anatomy.num_layers, self.interval_at(steps, step)
+        num_layers, interval = selection.anatomy.num_layers, self.interval_at(steps, step)
         if not measured:
             measured.update(start=0, means=None)
         elif interval != measured["interval"]:
@@ -53,14 +53,13 @@ class AutoFreeze(Schedule):
                 measured["start"] = broadcast(next_start(measured["means"], means, measured["start"], self.percentile))
             measured["means"] = means
         if interval != measured.get("interval"):
-            measured.update(interval=interval, steps=0, sums=[0.0] * layers)
-        trained = units_of_layers(selection, range(measured["start"], layers))
-        return trained.union(without_embeddings(selection) if measured["start"] > 0 else outside_layers(selection))
+            measured.update(interval=interval, steps=0, sums=[0.0] * num_layers)
+        return layers_and_ends(selection, range(measured["start"], num_layers))
 
     def on_gradients(self, selection: Selection, model: nn.Module, measured: dict[str, Any]) -> None:
         parameters = dict(model.named_parameters())
         for layer in range(measured["start"], selection.anatomy.num_layers):
-            names = {name: None for unit in selection.anatomy.layer(layer) for name in unit.parameters}
+            names = dict.fromkeys(name for unit in selection.anatomy.layers[layer] for name in unit.parameters)
             gradients = [parameters[name].grad for name in names]
             norms = [whole(torch.linalg.vector_norm(gradient, 1)) for gradient in gradients if gradient is not None]
             measured["sums"][layer] += float(torch.stack(norms).sum()) if norms else 0.0

@@ -11,16 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from hft.errors import HFTError
-from hft.methods.schedule import (
-    Phase,
-    Schedule,
-    fractions_of,
-    from_row,
-    outside_layers,
-    parameters_of,
-    to_row,
-    trained_in,
-)
+from hft.methods import schedule as pure
 from hft.selection import Selection
 
 
@@ -37,13 +28,13 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         steps: steps of the whole run, once it has started.
     """
 
-    def __init__(self, selection: Selection, schedule: Schedule):
+    def __init__(self, selection: Selection, schedule: pure.Schedule):
         self.selection = selection
         self.schedule = schedule
         self.steps = 0
         self.history: list[dict[str, Any]] = []
         self.measured: dict[str, Any] = {}
-        self._scheduled = {*selection.anatomy.in_layers, *outside_layers(selection)}
+        self._scheduled = {*selection.anatomy.in_layers, *pure.outside_layers(selection)}
         self._trained: frozenset[str] | None = None
 
     def state(self) -> dict[str, Any]:
@@ -55,23 +46,23 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         history = self._until(step)
         if not history:
             return {}
-        fractions = fractions_of(self.selection, self._phases(history), step)
+        fractions = pure.fractions_of(self.selection, self._phases(history), step)
         return {"steps": self.steps, "fractions": fractions, "history": history}
 
     def ever_trained(self, step: int) -> frozenset[str]:
         """Names of the units, and of parameters outside the layers, that have trained in the first `step` steps."""
-        return trained_in(self._phases(self._until(step)))
+        return pure.trained_in(self._phases(self._until(step)))
 
     def have_state(self, history: list[dict[str, Any]]) -> set[str]:
         """Names of the parameters whose optimizer state a checkpoint holds, given the phases until then."""
         kept = history[-1:] if self.schedule.optimizer_state == "reset" else history
-        return parameters_of(self.selection, trained_in(self._phases(kept)))
+        return pure.parameters_of(self.selection, pure.trained_in(self._phases(kept)))
 
     def _until(self, step: int) -> list[dict[str, Any]]:
         return [row for row in self.history if row["step"] < step]
 
-    def _phases(self, history: list[dict[str, Any]]) -> list[Phase]:
-        return [from_row(self.selection, row) for row in history]
+    def _phases(self, history: list[dict[str, Any]]) -> list[pure.Phase]:
+        return [pure.from_row(self.selection, row) for row in history]
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Let all that is scheduled require a gradient; restore what a checkpoint holds of the schedule."""
@@ -91,8 +82,8 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         schedule, steps, step = self.schedule, self.steps, state.global_step
         reshard(model)
         trained = schedule.decide(self.selection, step, steps, model, self.measured)
-        if not self.history or trained != from_row(self.selection, self.history[-1])[1]:
-            self.history.append(to_row(self.selection, step, trained))
+        if not self.history or trained != pure.from_row(self.selection, self.history[-1])[1]:
+            self.history.append(pure.to_row(self.selection, step, trained))
         clear = schedule.clears_state and schedule.interval_at(steps, step) != schedule.interval_at(steps, step - 1)
         if clear or trained != self._trained:
             if self._trained is None:
@@ -109,7 +100,7 @@ class ScheduleCallback(TrainerCallback, ExportableState):
 
         `clear` deletes the state of every parameter, that of the trained ones too.
         """
-        names, keep = parameters_of(self.selection, self._trained), self.schedule.optimizer_state
+        names, keep = pure.parameters_of(self.selection, self._trained), self.schedule.optimizer_state
         for name, parameter in model.named_parameters():
             if name not in self._scheduled:
                 continue

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hft.errors import HFTError
-from hft.methods.update import Update, copies, place_like, was_skipped
+from hft.freezing import sharded_like
+from hft.methods.update import Update, copies, was_skipped
 from hft.model.anatomy import Anatomy
 from hft.selection import Selection
 
@@ -19,8 +20,7 @@ from hft.selection import Selection
 class L2SP(Update):
     """W <- W - lr * strength * (W - W0), decoupled from the gradient as AdamW decouples weight decay.
 
-    The starting weights are those of this run's base, in the dtype they were loaded in: 13.5 GB for Llama-2-7B, about
-    half of that where half is frozen.
+    W0 is this run's base, in the dtype it was loaded in: 13.5 GB for Llama-2-7B, half of that where half is frozen.
     """
 
     name: ClassVar[str] = "l2sp"
@@ -46,7 +46,9 @@ class Pull(TrainerCallback):
         self.start, self.strength = start, strength
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        place_like(self.start, model)
+        for name, parameter in model.named_parameters():
+            if name in self.start:
+                self.start[name] = sharded_like(self.start[name], parameter)
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -55,7 +57,5 @@ class Pull(TrainerCallback):
         names = {parameter: name for name, parameter in model.named_parameters()}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:  # a schedule has frozen it for now
-                    continue
-                start = self.start[names[parameter]]
-                parameter.sub_(group["lr"] * self.strength * (parameter - start))
+                if parameter.grad is not None:  # otherwise a schedule has frozen it for now
+                    parameter.sub_(group["lr"] * self.strength * (parameter - self.start[names[parameter]]))

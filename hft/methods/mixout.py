@@ -53,12 +53,10 @@ class Mixout(Update):
 
 
 class MixColumns(TrainerCallback):
-    """Replaces the forward of the mixed linear layers while a run trains.
+    """Replaces the forward of the mixed linear layers while a run trains; evaluation uses the weights as they are.
 
-    Names and `state_dict` of the model stay what they are, and evaluation uses the weights as they are. Processes of
-    one run draw different columns, as they do for dropout. Embeddings, head, norms, biases and frozen matrices are not
-    mixed. The mixed matrices are kept for the backward pass: another copy of the weights in the dtype that matmuls
-    compute in, or of one layer's under activation checkpointing.
+    Processes of one run draw different columns, as they do for dropout. The mixed matrices are kept for the backward
+    pass: another copy of the weights in the dtype of matmuls, or of one layer's under activation checkpointing.
     """
 
     def __init__(self, start: dict[str, torch.Tensor], p: float):
@@ -77,25 +75,19 @@ class MixColumns(TrainerCallback):
 
 
 def mixed_forward(module: nn.Linear, start: torch.Tensor, p: float, x: torch.Tensor) -> torch.Tensor:
-    """A linear layer's output, in training with mixed weights. The mask comes from torch's global generator."""
+    """A linear layer's output, in training with mixed weights."""
     weight = module.weight
     if module.training:
-        kept = torch.rand(weight.shape[1], device=weight.device) >= p
-        weight = mix(weight, start, p, kept)
+        weight = mix(weight, start, p, kept=torch.rand(weight.shape[1], device=weight.device) >= p)
     return functional.linear(x, weight, module.bias)
 
 
 def mix(weight: torch.Tensor, start: torch.Tensor, p: float, kept: torch.Tensor) -> torch.Tensor:
     """Mixout's weight, [(1-m) W0 + m W - p W0] / (1-p), which is W0 + m (W - W0) / (1-p) and on average W.
 
-    Its gradient is what autograd finds, m / (1-p). The official code leaves the constant 1 / (1-p) out of it, against
-    its own comment; AdamW's step depends on it only through epsilon and clipping.
-
-    Args:
-        weight: W, (out, in).
-        start: W0, (out, in), in any dtype.
-        p: probability of W0.
-        kept: m, (in,), bool: the input columns that stay W.
+    W and W0 are (out, in), W0 in any dtype; m is (in,), the input columns that stay W. The gradient is what autograd
+    finds, m / (1-p). The official code drops the constant 1 / (1-p), against its own comment; AdamW's step depends on
+    it only through epsilon and clipping.
     """
     start = start.to(weight.dtype)
     return start + (weight - start) * (kept / (1 - p)).to(weight.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -115,16 +115,17 @@ def outside_layers(selection: Selection) -> list[str]:
     return [name for name in selection.trained_parameters if name in selection.anatomy.outside_layers]
 
 
-def without_embeddings(selection: Selection) -> list[str]:
-    """What trains outside the layers, without the input embeddings."""
-    first = next(iter(selection.anatomy.embeddings))  # in model order, so that of the input
-    return [name for name in outside_layers(selection) if name != first]
-
-
 def units_of_layers(selection: Selection, layers: Iterable[int]) -> frozenset[str]:
     """Names of all units of the given layers."""
     layers = set(layers)
     return frozenset(unit.name for unit in selection.anatomy.units if unit.layer in layers)
+
+
+def layers_and_ends(selection: Selection, layers: Collection[int]) -> frozenset[str]:
+    """The units of given layers and what is outside, but the input embeddings only together with the first layer."""
+    first = next(iter(selection.anatomy.embeddings))  # in model order, so that of the input
+    outside = [name for name in outside_layers(selection) if 0 in layers or name != first]
+    return units_of_layers(selection, layers).union(outside)
 
 
 def parameters_of(selection: Selection, trained: frozenset[str]) -> set[str]:

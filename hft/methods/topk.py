@@ -58,13 +58,15 @@ class MoveLargest(TrainerCallback):
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-            if parameter.grad is not None and self.update.ranked(parameter):
-                self._before[parameter] = parameter.clone(), self.update.before_step(parameter)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and self.update.ranked(parameter):
+                    self._before[parameter] = parameter.clone(), self.update.before_step(parameter)
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        for parameter, (before, moving) in () if was_skipped(optimizer) else self._before.items():
-            moving = self.update.after_step(parameter, optimizer) if moving is None else moving  # noqa: PLW2901
-            parameter.copy_(torch.where(moving, parameter, before))
+        if not was_skipped(optimizer):
+            for parameter, (before, known) in self._before.items():
+                moving = self.update.after_step(parameter, optimizer) if known is None else known
+                parameter.copy_(torch.where(moving, parameter, before))
         self._before.clear()

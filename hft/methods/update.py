@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from hft.freezing import sharded_like
 from hft.methods.part import MethodPart
 
 if TYPE_CHECKING:
@@ -38,16 +37,9 @@ class Update(MethodPart):
 
 
 def copies(model: nn.Module, names: set[str] | None = None) -> dict[str, torch.Tensor]:
-    """Copies of the trained parameters, or of those among given names, in the dtype they have now."""
+    """Copies of the trained parameters, or of those among some names, in the dtype they have now."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and (names is None or name in names)}
     return {name: parameter.detach().clone() for name, parameter in trained.items()}
-
-
-def place_like(start: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Move each starting weight to the device that the parameter of its name is on by now, and shard it likewise."""
-    for name, parameter in model.named_parameters():
-        if name in start:
-            start[name] = sharded_like(start[name], parameter)
 
 
 def was_skipped(optimizer: torch.optim.Optimizer) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hft.machine import broadcast
-from hft.methods.schedule import Schedule, outside_layers, units_of_layers, without_embeddings
+from hft.methods.schedule import Schedule, layers_and_ends
 from hft.methods.smartfrz.predictor import RECORDINGS, WINDOW, layers_to_freeze, sample, step_norms
 from hft.selection import Selection
 
@@ -44,8 +44,7 @@ class SmartFRZ(Schedule):
                 measured["frozen"] = sorted([*measured["frozen"], layer])
                 measured["windows"][layer] = []
                 active.remove(layer)
-        outside = outside_layers(selection) if 0 in active else without_embeddings(selection)
-        return units_of_layers(selection, active).union(outside)
+        return layers_and_ends(selection, active)
 
     def _record(self, selection: Selection, model: nn.Module, measured: dict[str, Any]) -> None:
         """Append a recording to the window of each layer that trains, and note the largest move so far."""
