@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
+from hft.config import option
 from hft.methods.strategy import Row, Strategy
 
 
@@ -14,7 +15,7 @@ from hft.methods.strategy import Row, Strategy
 class BalancedReplay(Strategy):
     description: ClassVar[str] = "half of the rows of each round are of earlier tasks"
 
-    replay_seed: int = field(default=0, metadata={"help": "Seed of their choice."})
+    replay_seed: int = option("Seed of their choice.", 0)
 
     def training_rows(self, tasks: Sequence[list[Row]], alignment: list[Row]) -> list[Row]:
         earlier = [row for rows in tasks[:-1] for row in rows]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
+from hft.config import option
 from hft.methods.schedule import Schedule, outside_layers, units_of_layers
 from hft.selection import Selection
 
@@ -13,7 +14,7 @@ from hft.selection import Selection
 class GradualUnfreezing(Schedule):
     description: ClassVar[str] = "layers start to train one after the other, the last one first"
 
-    switch_every: int = field(default=20, metadata={"help": "Steps after which one more layer trains."})
+    switch_every: int = option("Steps after which one more layer trains.", 20)
 
     def trained_at(self, selection: Selection, step: int, steps: int) -> frozenset[str]:
         last = selection.anatomy.num_layers - 1

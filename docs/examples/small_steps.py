@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from transformers import TrainerCallback
 
+from hft.config import option
 from hft.methods.update import Update
 from hft.selection import Selection
 
@@ -16,7 +17,7 @@ from hft.selection import Selection
 class SmallSteps(Update):
     description: ClassVar[str] = "no step moves a tensor by more than a fraction of its norm"
 
-    trust_ratio: float = field(default=0.001, metadata={"help": "Largest norm of a step / norm of the tensor."})
+    trust_ratio: float = option("Largest norm of a step / norm of the tensor.", 0.001)
 
     def callbacks(self, model, anatomy) -> list[TrainerCallback]:
         return [ScaleSteps(self.trust_ratio)]
