@@ -1,7 +1,5 @@
 """Makes a model obey a selection."""
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 from collections.abc import Mapping
@@ -78,12 +76,7 @@ class PartFreezer:
     too. (The hook is `register_post_accumulate_grad_hook`: a plain tensor hook never fires on what FSDP2 shards.)
 
     Make it once the model is on its device and sharded. It holds the masks, at most a bit per element, and the frozen
-    values.
-
-    Args:
-        model: the model that trains.
-        masks: of each partly frozen parameter, which elements are frozen.
-        dtypes: dtypes that hold the frozen values exactly, by name; elsewhere they are held in the parameter's.
+    values, in the dtypes given by name, which must hold them exactly, or else in the parameter's.
     """
 
     def __init__(

@@ -1,7 +1,5 @@
 """Classes and functions of a user's own, named FILE.py:NAME in a config."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from pathlib import Path

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers import TrainerCallback
 
+from hft.config import option
 from hft.errors import HFTError
 from hft.methods.lora import LoRA
 
@@ -33,16 +34,10 @@ class AdaLoRA(LoRA):
         "pruning_until": None,
     }
 
-    start_rank: int | None = field(default=None, metadata={"help": "Rank that AdaLoRA starts with."})
-    orthogonality_weight: float | None = field(
-        default=None, metadata={"help": "Weight of AdaLoRA's orthogonality loss."}
-    )
-    pruning_from: float | None = field(
-        default=None, metadata={"help": "Fraction of the steps after which AdaLoRA starts to prune ranks."}
-    )
-    pruning_until: float | None = field(
-        default=None, metadata={"help": "Fraction of the steps after which AdaLoRA's ranks are final."}
-    )
+    start_rank: int | None = option("Rank that AdaLoRA starts with.")
+    orthogonality_weight: float | None = option("Weight of AdaLoRA's orthogonality loss.")
+    pruning_from: float | None = option("Fraction of the steps after which AdaLoRA starts to prune ranks.")
+    pruning_until: float | None = option("Fraction of the steps after which AdaLoRA's ranks are final.")
 
     def __post_init__(self):
         if None in (self.rank, self.start_rank, self.pruning_from, self.pruning_until):

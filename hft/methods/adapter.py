@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
+from hft.config import option
 from hft.errors import HFTError, reason
 from hft.methods.part import MethodPart
 from hft.model.anatomy import anatomy_of, meta_model
@@ -44,10 +45,8 @@ class Adapter(MethodPart):
     reloads: ClassVar[bool] = True
     matrix_bytes: ClassVar[float | None] = None
 
-    learning_rate_factor: float = field(
-        default=1.0,
-        kw_only=True,
-        metadata={"help": "The adapter's learning rate as a multiple of the recipe's; --learning_rate wins over both."},
+    learning_rate_factor: float = option(
+        "The adapter's learning rate as a multiple of the recipe's; --learning_rate wins over both.", 1.0, kw_only=True
     )
 
     def peft_config(self, **more: Any) -> PeftConfig:

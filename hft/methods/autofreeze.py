@@ -1,15 +1,14 @@
 """AutoFreeze (arXiv 2102.01386; paper Table 5): the first layers freeze for good as their gradients settle."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
+from hft.config import option
 from hft.errors import HFTError
 from hft.freezing import whole
 from hft.machine import broadcast
@@ -30,11 +29,8 @@ class AutoFreeze(Schedule):
     description: ClassVar[str] = "everything trains at first; the first layers freeze as their gradients settle"
     known_before_run: ClassVar[bool] = False
 
-    intervals: int = field(default=10, metadata={"help": "Parts of the run, of equal length; layers freeze between."})
-    percentile: float = field(
-        default=50.0,
-        metadata={"help": "Layers before the first whose gradient norm changes by more than this percentile freeze."},
-    )
+    intervals: int = option("Parts of the run, of equal length; layers freeze between.", 10)
+    percentile: float = option("Layers before the first whose norm changes by more than this percentile freeze.", 50.0)
 
     def __post_init__(self):
         super().__post_init__()

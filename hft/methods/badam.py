@@ -1,10 +1,9 @@
 """BAdam (arXiv 2404.02827): one block of parameters trains at a time, each with fresh optimizer state."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from hft.config import option
 from hft.methods.schedule import Schedule, layer_sizes, outside_layers, units_of_layers
 from hft.selection import Selection
 from hft.selection.policies import sample_names
@@ -22,11 +21,11 @@ class BAdam(Schedule):
     description: ClassVar[str] = "one layer trains at a time, with fresh optimizer state"
     clears_state: ClassVar[bool] = True
 
-    switch_every: int = field(default=50, metadata={"help": "Steps after which the next layer trains."})
-    block_order: Literal["random", "ascending", "descending"] = field(
-        default="random", metadata={"help": "Order of the layers; random draws it again for each pass."}
+    switch_every: int = option("Steps after which the next layer trains.", 50)
+    block_order: Literal["random", "ascending", "descending"] = option(
+        "Order of the layers; random draws it for each pass.", "random"
     )
-    schedule_seed: int = field(default=0, metadata={"help": "Seed of the draw, apart from the training seed."})
+    schedule_seed: int = option("Seed of the draw, apart from the training seed.", 0)
 
     def trained_at(self, selection: Selection, step: int, steps: int) -> frozenset[str]:
         blocks = selection.anatomy.num_layers + (not selection.config.freeze_embeddings)

@@ -1,7 +1,5 @@
 """Makes a run obey a schedule: freezes and unfreezes between steps, and keeps its state through a resume."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,10 +1,9 @@
 """Dynamic freezing (paper A.4.11, Table 22): everything trains at first, and less after each part of the run."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
+from hft.config import option
 from hft.methods.schedule import Schedule, outside_layers
 from hft.model.anatomy import Unit
 from hft.selection import Selection
@@ -22,8 +21,8 @@ class Dynamic(Schedule):
     name: ClassVar[str] = "dynamic"
     description: ClassVar[str] = "everything trains at first; more and more units freeze"
 
-    intervals: int = field(default=10, metadata={"help": "Parts of the run, of equal length; units freeze in between."})
-    schedule_seed: int = field(default=0, metadata={"help": "Seed of the draw, apart from the training seed."})
+    intervals: int = option("Parts of the run, of equal length; units freeze in between.", 10)
+    schedule_seed: int = option("Seed of the draw, apart from the training seed.", 0)
 
     def trained_at(self, selection: Selection, step: int, steps: int) -> frozenset[str]:
         groups: dict[tuple[str, ...], list[Unit]] = {}

@@ -1,7 +1,5 @@
 """GMT (arXiv 2406.15330): in each step only the entries of each tensor with the largest gradient move."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

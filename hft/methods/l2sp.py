@@ -1,14 +1,13 @@
 """L2-SP (arXiv 1802.01483): after each step every trained weight is pulled toward where it started."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from hft.config import option
 from hft.errors import HFTError
 from hft.freezing import sharded_like
 from hft.methods.update import Update, copies, was_skipped
@@ -26,7 +25,7 @@ class L2SP(Update):
     name: ClassVar[str] = "l2sp"
     description: ClassVar[str] = "trained weights are pulled toward the base after each step"
 
-    l2sp_strength: float = field(metadata={"help": "Each step takes learning rate x this of the way to the start."})
+    l2sp_strength: float = option("Each step takes learning rate x this of the way to the start.", MISSING)
 
     def __post_init__(self):
         if self.l2sp_strength <= 0:

@@ -1,10 +1,9 @@
 """LISA (arXiv 2403.17919): a few layers train at a time, drawn uniformly every few steps."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from hft.config import option
 from hft.errors import HFTError
 from hft.methods.schedule import Schedule, layer_sizes, outside_layers, units_of_layers
 from hft.selection import Selection
@@ -18,16 +17,14 @@ class Lisa(Schedule):
     name: ClassVar[str] = "lisa"
     description: ClassVar[str] = "a few layers train, drawn again every few steps"
 
-    switch_every: int = field(default=20, metadata={"help": "Steps after which other layers train."})
-    active_layers: int = field(default=2, metadata={"help": "Layers that train at a time."})
-    optimizer_state: Literal["reset", "keep", "offload"] = field(
-        default="reset",
-        metadata={
-            "help": "What becomes of the optimizer state of a layer that freezes: reset deletes it, keep keeps it, "
-            "offload keeps it in host memory."
-        },
+    switch_every: int = option("Steps after which other layers train.", 20)
+    active_layers: int = option("Layers that train at a time.", 2)
+    optimizer_state: Literal["reset", "keep", "offload"] = option(
+        "What becomes of the optimizer state of a layer that freezes: reset deletes it, keep keeps it, "
+        "offload keeps it in host memory.",
+        "reset",
     )
-    schedule_seed: int = field(default=0, metadata={"help": "Seed of the draw, apart from the training seed."})
+    schedule_seed: int = option("Seed of the draw, apart from the training seed.", 0)
 
     def check(self, selection: Selection) -> None:
         super().check(selection)

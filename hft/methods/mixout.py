@@ -1,10 +1,8 @@
 """Mixout (arXiv 1909.11299; paper Table 5): random input columns go back to the base in each forward pass."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from typing import ClassVar
 
 import torch
@@ -12,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import TrainerCallback, TrainingArguments
 
+from hft.config import option
 from hft.errors import HFTError
 from hft.methods.update import Update, copies
 from hft.model.anatomy import Anatomy
@@ -30,7 +29,7 @@ class Mixout(Update):
     description: ClassVar[str] = "random input columns go back to the base in each forward pass"
     replicated: ClassVar[bool] = True  # FSDP2 gathers a layer's weights for its forward pass, not ours
 
-    mixout_p: float = field(metadata={"help": "Probability that an input column is put back to the start."})
+    mixout_p: float = option("Probability that an input column is put back to the start.", MISSING)
 
     def __post_init__(self):
         if not 0 < self.mixout_p < 1:

@@ -1,7 +1,5 @@
 """MoFO (arXiv 2407.20999): in each step only the entries of each tensor with the largest momentum move."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Carries the state of an optimizer from one run to the next, by parameter name."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -33,13 +31,13 @@ class CarryMoments(TrainerCallback):
         if state.global_step:  # the checkpoint has them
             return
         counts_on_device = optimizer.param_groups[0].get("fused")
-        for name, parameter in trained_parameters(model):
+        for name, parameter in _trained(model):
             for key, value in self.states.get(name, {}).items():
                 count = value.to(parameter.device if counts_on_device else "cpu", copy=True)
                 optimizer.state[parameter][key] = sharded_like(value, parameter) if value.dim() else count
 
     def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        for name, parameter in trained_parameters(model):
+        for name, parameter in _trained(model):
             now = {key: value for key, value in optimizer.state.get(parameter, {}).items() if torch.is_tensor(value)}
             self.states[name] = {key: whole(value.detach()).cpu().contiguous() for key, value in now.items()}
         if is_main():
@@ -47,5 +45,5 @@ class CarryMoments(TrainerCallback):
             save_file(flat, Path(args.output_dir) / MOMENTS_NAME)
 
 
-def trained_parameters(model) -> list[tuple[str, torch.nn.Parameter]]:
+def _trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

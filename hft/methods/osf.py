@@ -1,10 +1,9 @@
 """OSF (arXiv 2504.07097): the smaller singular directions of each matrix train, orthogonally to the larger ones."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from hft.config import option
 from hft.methods.adapter import Adapter
 
 
@@ -18,9 +17,7 @@ class OSF(Adapter):
     peft_names: ClassVar[dict[str, str | None]] = {"preserved_fraction": "effective_rank"}
     upcasts_base: ClassVar[bool] = False
 
-    preserved_fraction: float | None = field(
-        default=None, metadata={"help": "Fraction of each matrix's singular directions, the largest, that OSF keeps."}
-    )
-    target_modules: Literal["all-linear"] | list[str] | None = field(
-        default=None, metadata={"help": "Modules with an adapter: kinds such as q_proj v_proj, or all-linear."}
+    preserved_fraction: float | None = option("Fraction of each matrix's singular directions that OSF keeps.")
+    target_modules: Literal["all-linear"] | list[str] | None = option(
+        "Modules with an adapter: kinds such as q_proj v_proj, or all-linear."
     )

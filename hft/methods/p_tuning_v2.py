@@ -1,10 +1,9 @@
 """P-tuning v2 (arXiv 2110.07602; paper Table 5): trained keys and values before those of each layer."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
+from hft.config import option
 from hft.methods.adapter import Adapter
 
 
@@ -18,4 +17,4 @@ class PTuningV2(Adapter):
     learns_prompt: ClassVar[bool] = True
     keeps_checkpointing: ClassVar[bool] = False
 
-    num_virtual_tokens: int | None = field(default=None, metadata={"help": "Length of the prompt or prefix."})
+    num_virtual_tokens: int | None = option("Length of the prompt or prefix.")

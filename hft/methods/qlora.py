@@ -1,7 +1,5 @@
 """QLoRA (arXiv 2305.14314; paper Table 5): LoRA on a base in 4 bits, nf4 with double quantization."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

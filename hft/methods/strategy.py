@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hft.config import option
 from hft.methods.part import MethodPart
 
 if TYPE_CHECKING:
@@ -35,17 +36,11 @@ class Strategy(MethodPart):
     takes_adapter: ClassVar[bool] = False
     takes_alignment: ClassVar[bool] = False
 
-    carry_moments: bool = field(
-        default=False,
-        kw_only=True,
-        metadata={"help": "Start each round with AdamW's moments of the round before, as TRACE does."},
+    carry_moments: bool = option(
+        "Start each round with AdamW's moments of the round before, as TRACE does.", False, kw_only=True
     )
-    strategy_data: str | None = field(
-        default=None, kw_only=True, metadata={"help": "Rows of earlier tasks, written by hft continual."}
-    )
-    previous_run: str | None = field(
-        default=None, kw_only=True, metadata={"help": "The run whose adapter is trained on, given by hft continual."}
-    )
+    strategy_data: str | None = option("Rows of earlier tasks, written by hft continual.", kw_only=True)
+    previous_run: str | None = option("The run whose adapter is trained on, given by hft continual.", kw_only=True)
 
     def training_rows(self, tasks: Sequence[list[Row]], alignment: list[Row]) -> list[Row]:
         """The rows that a round trains on, by default those of its task.

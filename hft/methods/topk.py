@@ -1,13 +1,12 @@
 """Updates in which only the largest entries of each tensor move in a step: the base of MoFO and GMT."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from hft.config import option
 from hft.errors import HFTError
 from hft.freezing import sharded_like, whole
 from hft.methods.update import Update, was_skipped
@@ -19,7 +18,7 @@ from hft.selection.masks import largest
 class TopK(Update):
     """Only a fraction of the entries of each tensor moves in a step."""
 
-    top_fraction: float = field(metadata={"help": "Fraction of the entries of each tensor that move in a step."})
+    top_fraction: float = option("Fraction of the entries of each tensor that move in a step.", MISSING)
 
     def __post_init__(self):
         if not 0 < self.top_fraction <= 1:

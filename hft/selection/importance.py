@@ -4,8 +4,6 @@ The family of SSU (2512.04844): by magnitude, by Wanda, or by Fisher information
 Only the matrices of the layers are scored, those with weights of shape (out, in).
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import math
@@ -24,7 +22,7 @@ from hft.model.anatomy import Anatomy, anatomy_of
 from hft.selection.masks import Mask, largest, save_masks
 from hft.selection.policies import build_selection, category, half_of_the_norms, select
 from hft.selection.selection import READ_TEXT, Selection, SelectionConfig
-from hft.selection.stored import IMPORTANCE_NAME, check_scored_base, top_of_each_type, type_of
+from hft.selection.stored import IMPORTANCE_NAME, check_scored_base, top_of_each_type
 
 REDUCTIONS = {
     "unit": torch.mean,
@@ -63,8 +61,7 @@ def select_by_importance(
 def by_unit(anatomy: Anatomy, config: SelectionConfig, scores: Mapping[str, float]) -> Selection:
     """The selection of whole units by the scores of all matrices, by unit name."""
     if config.score == "snr":
-        results = {name: {"snr": value, "type": type_of(name)} for name, value in scores.items()}
-        return build_selection(anatomy, config, top_of_each_type(anatomy, config, results))
+        return build_selection(anatomy, config, top_of_each_type(anatomy, config, scores))
     ranks = {name: -score if config.invert else score for name, score in scores.items()}
     return build_selection(anatomy, config, category(anatomy, config, ranks))
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -80,10 +81,7 @@ class Mask:
 
 
 def _packed(mask: torch.Tensor) -> torch.Tensor:
-    flat = mask.reshape(-1).to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=flat.device)
-    return (flat * weights).sum(-1, dtype=torch.uint8)
+    return torch.from_numpy(np.packbits(mask.cpu().numpy(), bitorder="little")).to(mask.device)
 
 
 def largest(scores: torch.Tensor, count: int) -> torch.Tensor:

@@ -1,7 +1,5 @@
 """Rules that make a selection. Pure: the same anatomy and config give the same selection on any machine."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import inspect
@@ -34,19 +32,19 @@ def select(anatomy: Anatomy, config: SelectionConfig) -> Selection:
     }
     if config.policy == "importance":
         config = stored.with_scored_settings(config)
-    return build_selection(anatomy, config, (policies.get(config.policy) or _load(config.policy))(anatomy, config))
+    return build_selection(anatomy, config, policies.get(config.policy, _own)(anatomy, config))
 
 
 def build_selection(anatomy: Anatomy, config: SelectionConfig, choice: Choice) -> Selection:
     """The selection that a policy's choice amounts to; refuses one that names what the model does not have."""
     units, masks = choice if isinstance(choice, tuple) and isinstance(choice[-1], Mapping) else (choice, {})
-    known = {unit.name: unit for unit in anatomy.units}
+    known = {unit.name for unit in anatomy.units}
     shapes, outside = anatomy.shapes, anatomy.embeddings | anatomy.others
     try:
         trained = frozenset(unit.name for unit in units)
     except (TypeError, AttributeError) as error:
         raise HFTError(f"policy {config.policy} must return units of the anatomy: {error}") from error
-    if strange := [*(trained - known.keys()), *(masks.keys() - shapes.keys() - outside.keys())]:
+    if strange := [*(trained - known), *(masks.keys() - shapes.keys() - outside.keys())]:
         raise HFTError(f"policy {config.policy} chose {strange[0]}, which the model does not have")
     whole = frozenset(name for name, mask in masks.items() if mask is None and name in outside)
     masks = {n: m if isinstance(m, Mask) else _packed(config, n, m) for n, m in masks.items() if n not in whole}
@@ -79,21 +77,17 @@ def half_of_the_norms(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
     return [unit for unit in anatomy.units if unit.block != "norm" or unit.name in norms]
 
 
-def _load(policy: str) -> Callable[[Anatomy, SelectionConfig], Choice]:
-    """A policy of the user's own, `FILE.py:FUNCTION`, with `policy_options` as its further arguments."""
-    path, _, name = policy.rpartition(":")
-    if not callable(function := load_from_file(policy, "policy")):
-        raise HFTError(f"policy {policy}: {path} has no function {name}")
-
-    def choose(anatomy: Anatomy, config: SelectionConfig) -> Choice:
-        options = config.policy_options or {}
-        try:
-            inspect.signature(function).bind(anatomy, config, **options)
-        except TypeError as error:
-            raise HFTError(f"policy {policy}: policy_options do not fit {name}: {error}") from error
-        return function(anatomy, config, **options)
-
-    return choose
+def _own(anatomy: Anatomy, config: SelectionConfig) -> Choice:
+    """The choice of a user's policy, `FILE.py:FUNCTION`, with `policy_options` as its further arguments."""
+    path, _, name = config.policy.rpartition(":")
+    function, options = load_from_file(config.policy, "policy"), config.policy_options or {}
+    if not callable(function):
+        raise HFTError(f"policy {config.policy}: {path} has no function {name}")
+    try:
+        inspect.signature(function).bind(anatomy, config, **options)
+    except TypeError as error:
+        raise HFTError(f"policy {config.policy}: policy_options do not fit {name}: {error}") from error
+    return function(anatomy, config, **options)
 
 
 def sample_names(names: Iterable[str], count: int, *key: object) -> list[str]:
@@ -106,24 +100,29 @@ def sample_names(names: Iterable[str], count: int, *key: object) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(f"{prefix}/{name}".encode()).digest())[:count]
 
 
-def pools(anatomy: Anatomy, layer: int) -> dict[str, list[Unit]]:
-    """The sets of like units of one layer that the category policy draws from.
+def _pools(anatomy: Anatomy) -> Iterable[tuple[str, list[list[Unit]]]]:
+    """The sets of like units that the category policy draws from: a name, and one set for each layer of a kind.
 
+    Layers need not be alike (DeepSeek's first ones have no experts); those with as many units in a set are of a kind.
     Attention is one pool; with grouped queries it is two, {q, o} and {k, v}, whose members have the same shape, so
     that half of the units is half of the parameters (A.4.12; A.4.1 groups them otherwise). Norms of queries and
     keys, which are as long as a head, are kept apart from the norms of the hidden state. The matrices of all experts
     of a layer are one pool, apart from an MLP that every token takes.
     """
     grouped = anatomy.grouped_query
-    found: dict[str, list[Unit]] = {}
-    for unit in anatomy.layer(layer):
-        pool = unit.block
-        if unit.block == "attention" and grouped:
-            pool += ".kv" if unit.kind in ("k_proj", "v_proj") else ".qo"
-        elif unit.kind in ("q_norm", "k_norm"):
-            pool += ".qk"
-        found.setdefault(pool, []).append(unit)
-    return found
+    alike: dict[tuple[str, int], list[list[Unit]]] = {}
+    for layer in anatomy.layers:
+        pools: dict[str, list[Unit]] = {}
+        for unit in layer:
+            pool = unit.block
+            if unit.block == "attention" and grouped:
+                pool += ".kv" if unit.kind in ("k_proj", "v_proj") else ".qo"
+            elif unit.kind in ("q_norm", "k_norm"):
+                pool += ".qk"
+            pools.setdefault(pool, []).append(unit)
+        for pool, units in pools.items():
+            alike.setdefault((pool, len(units)), []).append(units)
+    return [(pool, units) for (pool, _), units in alike.items()]
 
 
 def category(anatomy: Anatomy, config: SelectionConfig, importance: Mapping[str, float] | None = None) -> list[Unit]:
@@ -139,14 +138,8 @@ def category(anatomy: Anatomy, config: SelectionConfig, importance: Mapping[str,
     """
     key = ("category", config.selection_seed, config.round)
     frozen_first = {unit.name for unit in _named(anatomy, config.freeze or ())}
-    layers = [pools(anatomy, layer) for layer in range(anatomy.num_layers)]
     trained = []
-    # Layers need not be alike (DeepSeek's first ones have no experts): those of one kind are rounded together.
-    alike: dict[tuple[str, int], list[list[Unit]]] = {}
-    for layer in layers:
-        for pool, units in layer.items():
-            alike.setdefault((pool, len(units)), []).append(units)
-    for (pool, _), units in alike.items():
+    for pool, units in _pools(anatomy):
         block = pool.partition(".")[0]
         block_fraction = 1.0 if block == "router" else getattr(config, FRACTIONS[block])
         fraction = config.fraction if block_fraction is None else block_fraction
@@ -157,10 +150,10 @@ def category(anatomy: Anatomy, config: SelectionConfig, importance: Mapping[str,
                 names.sort(key=importance.get)
             drawn = set(sorted(names, key=frozen_first.__contains__)[:count])
             trained += [unit for unit in members if unit.name in drawn]
-    if left := [unit.name for unit in trained if unit.name in frozen_first]:
-        routers = any(unit.name == left[0] and unit.block == "router" for unit in trained)
-        hint = "freeze_router freezes routers" if routers else "lower the fraction, or take the explicit policy"
-        raise HFTError(f"freeze names {left[0]}, but more is named there than its fraction leaves frozen; {hint}")
+    if left := next((unit for unit in trained if unit.name in frozen_first), None):
+        is_router = left.block == "router"
+        hint = "freeze_router freezes routers" if is_router else "lower the fraction, or take the explicit policy"
+        raise HFTError(f"freeze names {left.name}, but more is named there than its fraction leaves frozen; {hint}")
     return trained
 
 

@@ -1,7 +1,5 @@
 """Which units train in a round: the config that asks for them, and the selection that names them."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 from collections.abc import Iterable, Mapping
@@ -10,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hft.config import option
 from hft.errors import HFTError
 from hft.model.anatomy import BLOCKS, Anatomy, Part, Unit
 from hft.selection.masks import Mask
@@ -33,75 +32,35 @@ READ_TEXT = ("wanda", "fisher")
 class SelectionConfig:
     """Which units train in a round, as a method YAML or the command line gives it."""
 
-    policy: str = field(
-        default="category",
-        metadata={"help": "; ".join([*map(": ".join, POLICIES.items()), "FILE.py:FUNCTION: your own."])},
+    policy: str = option("; ".join([*map(": ".join, POLICIES.items()), "FILE.py:FUNCTION: your own."]), "category")
+    fraction: float = option("Fraction of each block's units, of layers or all units that trains (reset: stays).", 0.5)
+    attention_fraction: float | None = option("Fraction of attention units, where it differs (category policy).")
+    mlp_fraction: float | None = option("Fraction of MLP units, where it differs (category policy).")
+    experts_fraction: float | None = option("Fraction of expert matrices, where it differs (category policy).")
+    norm_fraction: float | None = option("Fraction of norms, where it differs (category policy).")
+    freeze: list[str] | None = option(
+        "Names or kinds of units to freeze, with * and ?, e.g. q_proj k_proj: only these (explicit policy), or these "
+        "before others (category policy)."
     )
-    fraction: float = field(
-        default=0.5,
-        metadata={"help": "Fraction of each block's units, the layers or all units that trains; in a reset, stays."},
+    freeze_embeddings: bool = option("Freeze the embeddings and the head too (Tables 6 and 7).", False)
+    freeze_router: bool = option("Freeze the routers of a mixture of experts; else all of them train.", False)
+    importance: str | None = option(
+        "Folder that `hft importance` wrote, or a file of Spectrum's (snr_results_*.json); by default the "
+        "run scores its base first (importance policy)."
     )
-    attention_fraction: float | None = field(
-        default=None, metadata={"help": "Fraction of the attention units, where it differs (category policy)."}
+    granularity: str | None = option(f"What importance freezes as a whole: {', '.join(GRANULARITIES)}.")
+    score: str | None = option(
+        f"What importance scores by: {', '.join(SCORES)} (Spectrum: of the matrices of each type those with the "
+        "highest signal-to-noise ratio train, and nothing else in the layers)."
     )
-    mlp_fraction: float | None = field(
-        default=None, metadata={"help": "Fraction of the MLP units, where it differs (category policy)."}
-    )
-    experts_fraction: float | None = field(
-        default=None, metadata={"help": "Fraction of the experts' matrices, where it differs (category policy)."}
-    )
-    norm_fraction: float | None = field(
-        default=None, metadata={"help": "Fraction of the norms, where it differs (category policy)."}
-    )
-    freeze: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Unit names or kinds to freeze, with * and ?, e.g. q_proj k_proj: only these (explicit policy), or "
-            "these before others (category policy)."
-        },
-    )
-    freeze_embeddings: bool = field(
-        default=False, metadata={"help": "Freeze the embeddings and the head too (Tables 6 and 7)."}
-    )
-    freeze_router: bool = field(
-        default=False, metadata={"help": "Freeze the routers of a mixture of experts; else all of them train."}
-    )
-    importance: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder that `hft importance` wrote, or a file of Spectrum's (snr_results_*.json); by default the "
-            "run scores its base first (importance policy)."
-        },
-    )
-    granularity: str | None = field(
-        default=None,
-        metadata={"help": f"What the importance policy freezes as a whole: {', '.join(GRANULARITIES)}."},
-    )
-    score: str | None = field(
-        default=None,
-        metadata={
-            "help": f"What the importance policy scores by: {', '.join(SCORES)} (Spectrum: of the matrices of each "
-            "type those with the highest signal-to-noise ratio train, and nothing else in the layers)."
-        },
-    )
-    invert: bool = field(default=False, metadata={"help": "The other way around (importance policy)."})
-    importance_data: str | None = field(
-        default=None,
-        metadata={"help": f"General text that {' and '.join(READ_TEXT)} score on; given as dataset_name is."},
-    )
-    importance_rows: int | None = field(default=None, metadata={"help": "Rows of it that are used."})
-    cores: list[str] | None = field(
-        default=None,
-        metadata={"help": "Folders of cores, as `hft cpi probe` makes them, whose elements to freeze (core policy)."},
-    )
-    train_core: bool | None = field(
-        default=None, metadata={"help": "Train only the elements of the cores, and freeze all others (core policy)."}
-    )
-    policy_options: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Arguments of your own policy, by name."}
-    )
-    selection_seed: int = field(default=0, metadata={"help": "Seed of the selection, apart from the training seed."})
-    round: int = field(default=1, metadata={"help": "Number of this run in a sequence; each draws another half."})
+    invert: bool = option("The other way around (importance policy).", False)
+    importance_data: str | None = option(f"Text that {' and '.join(READ_TEXT)} score on; given as dataset_name is.")
+    importance_rows: int | None = option("Rows of it that are used.")
+    cores: list[str] | None = option("Folders that `hft cpi probe` made, whose cores to freeze (core policy).")
+    train_core: bool | None = option("Train only the elements of the cores, and freeze all others (core policy).")
+    policy_options: dict[str, Any] | None = option("Arguments of your own policy, by name.")
+    selection_seed: int = option("Seed of the selection, apart from the training seed.", 0)
+    round: int = option("Number of this run in a sequence; each draws another half.", 1)
 
     def __post_init__(self):
         if self.policy not in POLICIES and ":" not in self.policy:

@@ -1,7 +1,5 @@
 """Policies that read files: folders of `hft importance`, cores of CPI-FT, and Spectrum's results."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math
@@ -98,36 +96,36 @@ def core(anatomy: Anatomy, config: SelectionConfig) -> Choice:
     return [unit for unit in anatomy.units if holding & set(unit.parameters)], union
 
 
-def read_snr(path: Path) -> dict[str, dict[str, Any]]:
-    """The `snr` and `type` of each module, from Spectrum's results; some that it publishes are sorted by type."""
-    results: dict[str, dict[str, Any]] = {}
+def read_snr(path: Path) -> dict[str, float]:
+    """The signal-to-noise ratio of each module, from Spectrum's results; some that it publishes are sorted by type."""
+    ratios: dict[str, float] = {}
     try:
         for name, found in json.loads(path.read_text()).items():
-            modules = {name: found} if "snr" in found else {m: {"snr": s, "type": name} for m, s in found.items()}
-            results |= {module: {"snr": float(one["snr"]), "type": str(one["type"])} for module, one in modules.items()}
+            modules = {name: found["snr"]} if "snr" in found else found
+            ratios |= {module: float(snr) for module, snr in modules.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise HFTError(f"{path} is not a file of Spectrum's, MODULE: {{snr, type}}: {reason(error)}") from error
-    return results
+    return ratios
 
 
-def top_of_each_type(anatomy: Anatomy, config: SelectionConfig, results: Mapping[str, Mapping[str, Any]]) -> Choice:
+def top_of_each_type(anatomy: Anatomy, config: SelectionConfig, ratios: Mapping[str, float]) -> Choice:
     """Of the modules of each type those with the highest signal-to-noise ratio train (Spectrum, 2406.06623).
 
-    A type is a module's path in its layer. Rounded down, and of equal ratios the first come first, as in the authors'
-    script, which lists the embeddings and the head in any case. Nothing else trains, the final norm included.
+    Rounded down, and of equal ratios the first come first, as in the authors' script, which lists the embeddings and
+    the head in any case. Nothing else trains, the final norm included.
     """
     by_type: dict[str, list[str]] = {}
-    for name, found in results.items():
-        by_type.setdefault(found["type"], []).append(name)
+    for name in ratios:
+        by_type.setdefault(_type_of(name), []).append(name)
     modules: dict[str, set[str]] = {}
     for module in (module for unit in anatomy.units for module in _modules_of(unit)):
-        modules.setdefault(type_of(module), set()).add(module)
+        modules.setdefault(_type_of(module), set()).add(module)
     trained: set[str] = set()
     for kind, names in by_type.items():
         # Embeddings, head and final norm are types of their own.
         if kind not in names and set(names) != modules.get(kind):
             raise HFTError(f"importance {config.importance} is of another model: it has other layers with {kind}")
-        names.sort(key=lambda name: results[name]["snr"], reverse=not config.invert)
+        names.sort(key=ratios.get, reverse=not config.invert)
         trained.update(names[: math.floor(len(names) * Fraction(str(config.fraction)))])
     units = [unit for unit in anatomy.units if trained.intersection(_modules_of(unit))]
     decoder = f"{anatomy.units[0].name.partition('.')[0]}."  # a head that the base lacks lies beside it, and trains
@@ -135,10 +133,11 @@ def top_of_each_type(anatomy: Anatomy, config: SelectionConfig, results: Mapping
     return units, {name: None for name, module in norms.items() if module not in trained}
 
 
-def type_of(module: str) -> str:
-    """A module's path in its layer: `self_attn.q_proj` of `model.layers.3.self_attn.q_proj`."""
+def _type_of(module: str) -> str:
+    """A module's path in its layer: `mlp.up_proj` of `model.layers.3.mlp.up_proj`; outside the layers its name."""
     parts = module.split(".")
-    return ".".join(parts[next(index for index, part in enumerate(parts) if part.isdigit()) + 1 :])
+    layer = next((index for index, part in enumerate(parts) if part.isdigit()), -1)
+    return ".".join(parts[layer + 1 :])
 
 
 def _modules_of(unit: Unit) -> Iterable[str]:

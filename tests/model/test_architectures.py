@@ -307,7 +307,7 @@ def test_learned_positions_are_embeddings():
 
 def test_a_schedule_refuses_frozen_routers():
     selection = select(anatomy("mixtral"), SelectionConfig(policy="all", freeze_router=True))
-    with pytest.raises(HFTError, match="leave freeze_router out"):
+    with pytest.raises(HFTError, match="remove freeze_router"):
         Lisa().check(selection)
     with pytest.raises(HFTError, match="freeze_router freezes routers"):
         select(selection.anatomy, SelectionConfig(freeze=["gate"]))

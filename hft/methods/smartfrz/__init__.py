@@ -1,13 +1,12 @@
 """SmartFRZ (arXiv 2401.16720; paper Table 5): a trained predictor freezes layers by their recent weights."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from hft.config import option
 from hft.machine import broadcast
 from hft.methods.schedule import Schedule, layers_and_ends
 from hft.methods.smartfrz.predictor import RECORDINGS, WINDOW, layers_to_freeze, sample, step_norms
@@ -25,7 +24,7 @@ class SmartFRZ(Schedule):
     description: ClassVar[str] = "everything trains at first; a trained predictor freezes layers by their weights"
     known_before_run: ClassVar[bool] = False
 
-    intervals: int = field(default=10, metadata={"help": "Parts of the run, of equal length; layers freeze between."})
+    intervals: int = option("Parts of the run, of equal length; layers freeze between.", 10)
 
     def decide(
         self, selection: Selection, step: int, steps: int, model: nn.Module, measured: dict[str, Any]

@@ -6,8 +6,6 @@ Ours are the description of a window that does not depend on the model (`describ
 runs that it was trained on, of small models on the demo data: at scale it is a starting point, not a result.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
