@@ -29,11 +29,11 @@ def demo(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="hft demo", description="Write the demo data.")
     parser.add_argument("folder", metavar="FOLDER", nargs="?", default="data", help="default: data")
     folder = parser.parse_args(arguments).folder
-    from hft.demo.conversations import write_conversations
     from hft.demo.data import write_demo_data
-    from hft.demo.tasks import write_tasks
+    from hft.demo.tasks import write_conversations, write_tasks
 
-    tasks = {f"tasks/{name}": count for name, count in write_tasks(f"{folder}/tasks").items()}
-    for name, count in (write_demo_data(folder) | tasks | write_conversations(folder)).items():
+    counts = write_demo_data(folder)
+    tasks = write_tasks(f"{folder}/tasks") | write_conversations(f"{folder}/tasks")
+    for name, count in (counts | {f"tasks/{name}": count for name, count in tasks.items()}).items():
         print(f"{folder}/{name}: {count:,} rows")
     return 0

@@ -26,11 +26,16 @@ HELD_OUT = 10
 LENGTHS = range(40, 500)
 
 
+def as_messages(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
+    """A row that is a conversation of two turns."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
 def docstring_chats() -> Iterator[tuple[str, dict]]:
     """Question and answer for each public module, class, function and method of the standard library.
 
     The sources are parsed, not imported. The answer is the docstring's first paragraph; repeated ones are taken once,
-    so that no held-out answer is trained on. Yields the dotted name and a row `{"messages": [user, assistant]}`.
+    so that no held-out answer is trained on. Yields the dotted name and a row.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in root.rglob("*.py") if _is_public(path.relative_to(root)))
@@ -43,24 +48,18 @@ def docstring_chats() -> Iterator[tuple[str, dict]]:
             if len(answer) not in LENGTHS or answer in seen:
                 continue
             seen.add(answer)
-            question = QUESTIONS[type(node)].format(name)
-            yield (
-                name,
-                {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]},
-            )
+            yield name, as_messages(QUESTIONS[type(node)].format(name), answer)
 
 
 def docstring_pairs(chats: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, dict]]:
-    """Preferences out of `docstring_chats`: the right answer over that to the next question of the same module.
-
-    Yields the dotted name and a row `{"prompt": [user], "chosen": [assistant], "rejected": [assistant]}`.
-    """
+    """Preferences out of `docstring_chats`: the right answer over that to the next question of the same module."""
     for _, module in groupby(chats, key=lambda chat: chat[0].split(".")[0]):
         members = list(module)
+        if len(members) == 1:
+            continue
         for (name, row), (_, other) in zip(members, members[1:] + members[:1], strict=True):
-            if len(members) > 1:
-                question, answer = row["messages"]
-                yield name, {"prompt": [question], "chosen": [answer], "rejected": [other["messages"][1]]}
+            question, answer = row["messages"]
+            yield name, {"prompt": [question], "chosen": [answer], "rejected": [other["messages"][1]]}
 
 
 def write_demo_data(folder: str | Path) -> dict[str, int]:

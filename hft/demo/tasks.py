@@ -1,4 +1,4 @@
-"""Eight tasks in TRACE's form that a small model learns in seconds: strings, numbers, lookup and format."""
+"""Small tasks that a small model learns in seconds: eight in TRACE's form, and three as conversations."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+from hft.demo.data import as_messages
+from hft.jsonl import write_jsonl
+
 ANIMALS = ["ant", "bee", "cat", "dog", "elk", "fox", "goat", "hen", "owl", "pig", "rat", "seal"]
 PLANTS = ["ash", "bean", "corn", "fern", "iris", "kale", "lily", "moss", "oak", "pea", "rice", "vine"]
 TOOLS = ["axe", "bolt", "cart", "drum", "file", "hook", "lamp", "nail", "pump", "rope", "saw", "wire"]
 WORDS = ANIMALS + PLANTS + TOOLS
 TRAIN_ROWS, TEST_ROWS = 400, 64
 
-
-def _two_words(rng: random.Random) -> list[str]:
-    return rng.sample(WORDS, 2)
+Make = Callable[[random.Random], tuple[str, str]]  # draws an input and its answer
 
 
-def _of_two_words(answer: Callable[[list[str]], str]) -> Callable[[random.Random], tuple[str, str]]:
-    """A task whose input is two words."""
-
+def _of_two_words(answer: Callable[[list[str]], str]) -> Make:
     def make(rng: random.Random) -> tuple[str, str]:
-        words = _two_words(rng)
+        words = rng.sample(WORDS, 2)
         return " ".join(words), answer(words)
 
     return make
@@ -39,14 +38,29 @@ def _larger(rng: random.Random) -> tuple[str, str]:
 
 
 def _lookup(rng: random.Random) -> tuple[str, str]:
-    words, numbers = _two_words(rng), rng.sample(range(10), 2)
+    words, numbers = rng.sample(WORDS, 2), rng.sample(range(10), 2)
     pairs = ", ".join(f"{word} {number}" for word, number in zip(words, numbers, strict=True))
     asked = rng.randrange(2)
     return f"{pairs}: {words[asked]}", str(numbers[asked])
 
 
-# Name, instruction, and a function that makes an input and its answer.
-TASKS: dict[str, tuple[str, Callable[[random.Random], tuple[str, str]]]] = {
+def _sum(rng: random.Random) -> tuple[str, str]:
+    a, b = rng.randrange(100), rng.randrange(100)
+    return f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}."
+
+
+def _reverse(rng: random.Random) -> tuple[str, str]:
+    word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6))
+    return f"Write {' '.join(word)} backwards.", " ".join(reversed(word))
+
+
+def _sort(rng: random.Random) -> tuple[str, str]:
+    numbers = rng.sample(range(10, 100), k=5)
+    return f"Sort these numbers: {' '.join(map(str, numbers))}", " ".join(map(str, sorted(numbers)))
+
+
+# The instruction, and what makes its inputs and answers.
+TASKS: dict[str, tuple[str, Make]] = {
     "Swap": ("Swap the words.", _of_two_words(lambda words: " ".join(reversed(words)))),
     "Larger": ("Which number is larger?", _larger),
     "First": ("Give the first word.", _of_two_words(lambda words: words[0])),
@@ -59,26 +73,36 @@ TASKS: dict[str, tuple[str, Callable[[random.Random], tuple[str, str]]]] = {
     "Lookup": ("Give the number of the last word.", _lookup),
     "Last": ("Give the last word.", _of_two_words(lambda words: words[1])),
 }
-METRICS = {name: "choice" if name == "Kind" else "accuracy" for name in TASKS}
+CHAT_TASKS: dict[str, Make] = {"sum": _sum, "reverse": _reverse, "sort": _sort}
 
 
-def rows_of_task(task: str, count: int) -> list[dict[str, str]]:
-    """That many different rows of a task, always the same ones."""
-    instruction, make = TASKS[task]
+def _splits(task: str, make: Make) -> dict[str, list[tuple[str, str]]]:
+    """Different inputs of a task with their answers, always the same ones."""
     rng, made = random.Random(task), {}
-    while len(made) < count:
-        text, answer = make(rng)
-        made[f"{instruction}\n{text}\nAnswer:"] = answer
-    return [{"prompt": prompt, "answer": answer} for prompt, answer in made.items()]
+    while len(made) < TRAIN_ROWS + TEST_ROWS:
+        question, answer = make(rng)
+        made[question] = answer
+    rows = list(made.items())
+    return {"train": rows[:TRAIN_ROWS], "test": rows[TRAIN_ROWS:]}
 
 
 def write_tasks(folder: str | Path) -> dict[str, int]:
-    """Write `TASK/{train,test}.json` below a folder; returns the number of rows of each file."""
+    """Write `TASK/{train,test}.json` of each of `TASKS`; returns the number of rows of each file."""
     counts = {}
-    for task in TASKS:
-        rows = rows_of_task(task, TRAIN_ROWS + TEST_ROWS)
-        (Path(folder) / task).mkdir(parents=True, exist_ok=True)
-        for split, part in (("train", rows[:TRAIN_ROWS]), ("test", rows[TRAIN_ROWS:])):
-            (Path(folder) / task / f"{split}.json").write_text(json.dumps(part, indent=0) + "\n", encoding="utf-8")
-            counts[f"{task}/{split}.json"] = len(part)
+    for task, (instruction, make) in TASKS.items():
+        for split, pairs in _splits(task, make).items():
+            rows = [{"prompt": f"{instruction}\n{text}\nAnswer:", "answer": answer} for text, answer in pairs]
+            path = Path(folder) / task / f"{split}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
+            counts[f"{task}/{split}.json"] = len(rows)
     return counts
+
+
+def write_conversations(folder: str | Path) -> dict[str, int]:
+    """Write `TASK/{train,test}.jsonl` of each of `CHAT_TASKS`; returns the number of rows of each file."""
+    splits = {f"{task}/{name}": rows for task, make in CHAT_TASKS.items() for name, rows in _splits(task, make).items()}
+    return {
+        f"{name}.jsonl": write_jsonl(Path(folder, f"{name}.jsonl"), (as_messages(*pair) for pair in pairs))
+        for name, pairs in splits.items()
+    }
