@@ -1,7 +1,6 @@
 """Rows to train and evaluate on: loaded, checked one by one, and checked again as TRL prepared them."""
 
-from hft.data.identity import fingerprint
-from hft.data.loading import LoadedData, load_data, load_split
+from hft.data.loading import LoadedData, fingerprint, load_data, load_split
 from hft.data.prepared import check_prepared
 from hft.data.rows import preference_rows, sft_rows
 from hft.data.templates import refusals

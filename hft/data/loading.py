@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, get_dataset_split_names, load_dataset
+from datasets import Dataset, get_dataset_split_names, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from hft.config import RunConfig
-from hft.data.identity import fingerprint
 from hft.errors import HFTError, reason
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-REFUSALS = (DatasetsError, DatasetGenerationError, OSError, ValueError, TypeError, LookupError, pa.ArrowException)
 # A function of hft.data.rows: dataset and its name -> rows that a trainer reads, and notes.
 ReadRows = Callable[[Dataset, str], tuple[Dataset, list[str]]]
 
@@ -51,14 +51,12 @@ def load_split(name: str, split: str, config: str | None = None, revision: str |
         revision: the Hub dataset's branch, tag or commit.
     """
     path = _local(name)
-    try:
+    with _loading(name):
         if path.is_file():
             dataset = load_dataset(FORMATS[path.suffix], data_files=str(path), split=split)
         else:
             where = str(path) if path.is_dir() else name
             dataset = load_dataset(where, config, split=split, revision=revision)
-    except REFUSALS as error:
-        raise _cannot_load(name, error) from error
     if len(dataset) == 0:
         raise HFTError(f"dataset {name}, split {split}, is empty")
     return dataset
@@ -67,12 +65,32 @@ def load_split(name: str, split: str, config: str | None = None, revision: str |
 def split_names(name: str, config: str | None = None, revision: str | None = None) -> list[str]:
     """The splits of a dataset; a single file has only `train`."""
     path = _local(name)
-    try:
-        if path.is_file():
-            return ["train"]
+    if path.is_file():
+        return ["train"]
+    with _loading(name):
         return get_dataset_split_names(str(path) if path.is_dir() else name, config, revision=revision)
-    except REFUSALS as error:
-        raise _cannot_load(name, error) from error
+
+
+def fingerprint(name: str, config: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """What identifies a dataset, so that a resumed run can tell whether it still reads the same rows.
+
+    For local data `files`: size in bytes and SHA-256 of each file by its path in the folder, without hidden files.
+    For a Hub id `id`, `config` and `revision`, the last None where the Hub does not say.
+    """
+
+    def identity(path: Path) -> dict[str, Any]:
+        with path.open("rb") as file:
+            return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+    path = Path(name).expanduser()
+    with _loading(name):
+        if path.is_file():
+            return {"files": {path.name: identity(path)}}
+        if path.is_dir():
+            inside = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
+            visible = {key: file for key, file in inside.items() if not any(part.startswith(".") for part in key.parts)}
+            return {"files": {key.as_posix(): identity(file) for key, file in visible.items()}}
+        return {"id": name, "config": config, "revision": load_dataset_builder(name, config, revision=revision).hash}
 
 
 def load_data(run: RunConfig, read_rows: ReadRows, *, evaluate: bool) -> LoadedData:
@@ -84,10 +102,7 @@ def load_data(run: RunConfig, read_rows: ReadRows, *, evaluate: bool) -> LoadedD
         return read_rows(dataset, name if split == "train" else f"{name} ({split})")
 
     train, notes = rows(run.dataset_train_split)
-    try:
-        identity = fingerprint(name, config, revision)
-    except REFUSALS as error:
-        raise _cannot_load(name, error) from error
+    identity = fingerprint(name, config, revision)
     if not evaluate:
         return LoadedData(name, train, None, notes, identity)
     trained, splits = _splits(run.dataset_train_split), split_names(name, config, revision)
@@ -143,6 +158,11 @@ def _hint(name: str) -> str:
     return "; make the demo data with `hft demo data`" if name.startswith("data/") else ""
 
 
-def _cannot_load(name: str, error: Exception) -> HFTError:
-    cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-    return HFTError(f"cannot load dataset {name}: {reason(cause)}{_hint(name)}")
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Around what reads a dataset: what goes wrong there as one sentence."""
+    try:
+        yield
+    except (DatasetsError, DatasetGenerationError, OSError, ValueError, TypeError, LookupError, pa.ArrowException) as e:
+        cause = e.__cause__ if isinstance(e, DatasetGenerationError) and e.__cause__ else e
+        raise HFTError(f"cannot load dataset {name}: {reason(cause)}{_hint(name)}") from e

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -27,31 +26,30 @@ def check_masks(
     the same. What is checked is the template: of a large dataset a sample does, spread evenly over it.
     """
     dataset = dataset.select(range(0, len(dataset), -(-len(dataset) // MOST_ROWS)))
-    settings = {"tokenizer": tokenizer, "chat_template": chat_template, "name": name}
-    columns = dataset.column_names
-    checked = dataset.map(
-        _untrained,
+    untrained = dataset.map(
+        _untrained_turns,
         batched=True,
         batch_size=256,
-        fn_kwargs=settings,
-        remove_columns=columns,
+        fn_kwargs={"tokenizer": tokenizer, "chat_template": chat_template, "name": name},
+        remove_columns=dataset.column_names,
         num_proc=num_proc,
         desc="checking the assistant mask",
-    )
-    rows = [(row, turns) for row, turns in zip(dataset["row"][:], checked["untrained"][:], strict=True) if turns > 0]
+    )["untrained"][:]
+    rows = [row for row, turns in zip(dataset["row"][:], untrained, strict=True) if turns > 0]
     if not rows:
         return []
+    turns = sum(turns for turns in untrained if turns > 0)
     return [
-        f"assistant turns not trained under this chat template: {sum(turns for _, turns in rows):,}, in "
-        f"{len(rows):,} of {len(dataset):,} rows that were checked, the first is row {rows[0][0]}"
+        f"assistant turns not trained under this chat template: {turns:,}, in {len(rows):,} of {len(dataset):,} rows "
+        f"that were checked, the first is row {rows[0]}"
     ]
 
 
-def _untrained(
+def _untrained_turns(
     batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, chat_template: str | None, name: str
 ) -> dict[str, list[int]]:
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    missing: list[int] = []
+    untrained: list[int] = []
     for arguments, alike in groupby(rows, template_arguments):
         group = list(alike)
         chats = [conversations(row)[0] for row in group]
@@ -62,28 +60,32 @@ def _untrained(
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-        pairs = list(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True))
-        for row, messages, given, doubled in zip(group, chats, pairs, pairs[len(group) :], strict=False):
-            where = f"dataset {name}, row {row['row']} (the first is 0)"
-            _compare(given, doubled, where, tokenizer)
-            if not _writes_calls(messages, partial(render, tokenize=False)):
-                raise HFTError(f"{where}: the chat template does not write tool calls; choose one that does")
-            mask = given[1]
+        ids, masks = encoded["input_ids"], encoded["assistant_masks"]
+        trained = [[token for token, bit in zip(*pair, strict=True) if bit] for pair in zip(ids, masks, strict=True)]
+        for index, (row, messages) in enumerate(zip(group, chats, strict=True)):
+            if fault := _fault(messages, trained[index], trained[len(group) + index], render, tokenizer):
+                raise HFTError(f"dataset {name}, row {row['row']} (the first is 0): {fault}")
+            mask = masks[index]
             runs = sum(now and not before for now, before in zip(mask, [0, *mask], strict=False))
-            missing.append(sum(message["role"] == "assistant" for message in messages) - runs)
-    return {"untrained": missing}
+            untrained.append(sum(message["role"] == "assistant" for message in messages) - runs)
+    return {"untrained": untrained}
 
 
-def _compare(given: tuple, doubled: tuple, where: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    trained, other = ([token for token, bit in zip(*pair, strict=True) if bit] for pair in (given, doubled))
+def _fault(
+    messages: list[dict], trained: list[int], doubled: list[int], render: partial, tokenizer: PreTrainedTokenizerBase
+) -> str | None:
+    """What is wrong with a row, by the tokens that train in it and in its doubled copy."""
     if not trained:
-        raise HFTError(f"{where}: the chat template marks no token of the assistant, so nothing is trained")
-    if trained != other:
-        raise HFTError(
-            f"{where}: assistant_only_loss trains more than the assistant's tokens, {tokenizer.decode(trained)!r:.80}; "
-            "the tokenizer's offsets or the template's {% generation %} blocks are wrong, choose another "
+        return "the chat template marks no token of the assistant, so nothing is trained"
+    if trained != doubled:
+        return (
+            f"assistant_only_loss trains more than the assistant's tokens, {tokenizer.decode(trained)!r:.80}; the "
+            "tokenizer's offsets or the template's {% generation %} blocks are wrong, choose another "
             "--chat_template_path"
         )
+    return (
+        None if _writes_calls(messages, render) else "the chat template does not write tool calls; choose one that does"
+    )
 
 
 def _doubled(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -96,13 +98,13 @@ def _doubled(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _writes_calls(messages: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str]) -> bool:
+def _writes_calls(messages: list[dict[str, Any]], render: partial) -> bool:
     """Whether a chat template writes a conversation's tool calls; else a turn that is a call trains its end alone."""
     if not any(message.get("tool_calls") for message in messages):
         return True
     texts = [message | {"content": message["content"] or ""} for message in messages]
     silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in texts]
     try:
-        return render(texts) != render(silent)
+        return render(texts, tokenize=False) != render(silent, tokenize=False)
     except TemplateError:  # malformed without its calls, so the template reads them
         return True

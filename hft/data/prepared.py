@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset
@@ -12,8 +13,8 @@ from hft.data.masks import check_masks
 from hft.data.templates import render_row
 from hft.errors import HFTError
 
-PAIR = ("prompt_ids", "chosen_ids", "rejected_ids")
-TOKENS = ("input_ids", "completion_ids", *PAIR)
+PAIR = ["prompt_ids", "chosen_ids", "rejected_ids"]
+TOKENS = ["input_ids", "completion_ids", *PAIR]
 
 
 def check_prepared(trainer: Trainer, loaded: LoadedData, unit: str = "rows") -> list[str]:
@@ -37,39 +38,33 @@ def check_prepared(trainer: Trainer, loaded: LoadedData, unit: str = "rows") -> 
         trainer.train_dataset, found = _learnable(trainer.train_dataset, loaded.train, f"training {unit}", packed, args)
         notes += found
         if loaded.test is not None:
-            trainer.eval_dataset, found = _learnable(
-                trainer.eval_dataset, loaded.test, f"held-out {unit}", eval_packed, args
-            )
+            dataset, name = trainer.eval_dataset, f"held-out {unit}"
+            trainer.eval_dataset, found = _learnable(dataset, loaded.test, name, eval_packed, args)
             notes += found
     return list(dict.fromkeys(notes))
 
 
 def _learnable(prepared: Dataset, given: Dataset, rows: str, packed: bool, args: Any) -> tuple[Dataset, list[str]]:
     """Prepared rows that have something to learn, and notes on the others."""
-    fills = f"prompt alone fills max_length {args.max_length}"
-    notes = []
+    fills, same = f"prompt alone fills max_length {args.max_length}", "answers are the same tokens"
+    kept, fault, notes = prepared, f"the {fills}", []
     if packed:
+        kept, lost = _packed_that_train(prepared)
         notes.append(f"packed {len(given):,} {rows} into {len(prepared):,}")
-        learns, lost = _packed(prepared)
-        if lost:
-            notes.append(f"{lost:,} {rows} train nothing, since their {fills}")
-    else:
-        learns = (
-            _distinct(prepared, args)
-            if len(prepared) and {*PAIR} <= {*prepared.column_names}
-            else [True] * len(prepared)
-        )
-        if dropped := len(given) - len(prepared):
-            notes.append(f"dropped {dropped:,} {rows} whose {fills}")
-    if not any(learns):
-        same = "the answers are the same tokens" if len(prepared) and not packed else f"the {fills}"
-        raise HFTError(f"in every {rows.removesuffix('s')} {same}; raise max_length")
-    if all(learns):
-        return prepared, notes
-    if not packed:
-        dropped, length = learns.count(False), args.max_length
-        notes.append(f"dropped {dropped:,} {rows} whose answers are the same tokens within max_length {length}")
-    return prepared.select([index for index, one in enumerate(learns) if one]), notes
+        notes += [f"{lost:,} {rows} train nothing, since their {fills}"] if lost else []
+    elif dropped := len(given) - len(prepared):
+        notes.append(f"dropped {dropped:,} {rows} whose {fills}")
+    if not packed and len(prepared) and {*PAIR} <= {*prepared.column_names}:
+        kept, fault = _distinct_pairs(prepared, args), f"the {same}"
+        if alike := len(prepared) - len(kept):
+            notes.append(f"dropped {alike:,} {rows} whose {same} within max_length {args.max_length}")
+    if not len(kept):
+        raise HFTError(f"in every {rows.removesuffix('s')} {fault}; raise max_length")
+    return kept, notes
+
+
+def _select(dataset: Dataset, wanted: list[bool]) -> Dataset:
+    return dataset if all(wanted) else dataset.select([index for index, keep in enumerate(wanted) if keep])
 
 
 def _check_ids(dataset: Dataset, embedded: int, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -90,40 +85,33 @@ def _check_ids(dataset: Dataset, embedded: int, tokenizer: PreTrainedTokenizerBa
         )
 
 
-def _distinct(pairs: Dataset, args: Any) -> list[bool]:
-    """Of each pair, whether the tokens that are left after truncation differ; else its gradient is rounding noise."""
+def _distinct_pairs(pairs: Dataset, args: Any) -> Dataset:
+    """The pairs whose answers differ after truncation; the gradient of others is rounding noise."""
     kept = slice(None)
     if args.max_length is not None:
         kept = slice(-args.max_length, None) if args.truncation_mode == "keep_end" else slice(args.max_length)
-    columns = list(PAIR)
 
     def differ(prompts: list, chosen: list, rejected: list) -> dict[str, list[bool]]:
         rows = zip(prompts, chosen, rejected, strict=True)
         return {"differ": [(prompt + one)[kept] != (prompt + other)[kept] for prompt, one, other in rows]}
 
-    found = pairs.select_columns(columns).map(
-        differ, batched=True, input_columns=columns, remove_columns=columns, desc="comparing answers"
+    found = pairs.select_columns(PAIR).map(
+        differ, batched=True, input_columns=PAIR, remove_columns=PAIR, desc="comparing answers"
     )
-    return found["differ"][:]
+    return _select(pairs, found["differ"][:])
 
 
-def _packed(rows: Dataset) -> tuple[list[bool], int]:
-    """Of each packed row, whether it trains anything; and how many of the rows in them do not."""
-    columns = [column for column in ("labels", "seq_lengths") if column in rows.column_names]
+def _packed_that_train(packed: Dataset) -> tuple[Dataset, int]:
+    """The packed rows that train anything; and how many of the rows in them do not."""
+    columns = [column for column in ("labels", "seq_lengths") if column in packed.column_names]
 
-    def trains(batch: dict[str, list]) -> dict[str, list]:
-        found: dict[str, list] = {"trains": [], "lost": []}
-        for index, labels in enumerate(batch["labels"]):
-            start, lost = 0, 0
-            for length in batch.get("seq_lengths", [[]] * len(batch["labels"]))[index]:
-                lost += all(label == -100 for label in labels[start : start + length])
-                start += length
-            found["trains"].append(any(label != -100 for label in labels))
-            found["lost"].append(lost)
-        return found
+    def trains(row: dict[str, list]) -> dict[str, Any]:
+        labels = iter(row["labels"])
+        parts = [set(islice(labels, length)) for length in row.get("seq_lengths", ())]
+        return {"trains": not set(row["labels"]) <= {-100}, "lost": sum(part <= {-100} for part in parts)}
 
-    found = rows.select_columns(columns).map(trains, batched=True, remove_columns=columns, desc="checking packed rows")
-    return found["trains"][:], sum(found["lost"][:])
+    found = packed.select_columns(columns).map(trains, remove_columns=columns, desc="checking packed rows")
+    return _select(packed, found["trains"][:]), sum(found["lost"][:])
 
 
 def _template_notes(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -23,14 +23,10 @@ Converted = tuple[dict[str, list[dict[str, Any]]], str]
 def sft_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
     """Demonstrations in one of the forms that `SFTTrainer` reads.
 
-    Args:
-        dataset: with `messages`, ShareGPT's `conversations`, or `prompt` and `completion`, as text or as messages;
-            and optionally `tools`, `chat_template_kwargs` and `system`.
-        name: for messages.
-
-    Returns:
-        The rows that have something to learn, with their number in `dataset` as column `row`, and notes on what was
-        dropped, one line per finding. A row that cannot be trained on is an error that names its number.
+    They are `messages`, ShareGPT's `conversations`, or `prompt` and `completion`, as text or as messages; beside them
+    `tools`, `chat_template_kwargs` and `system` are read. Returns the rows that have something to learn, with their
+    number in `dataset` as column `row`, and notes on what was dropped. A row that cannot be trained on is an error that
+    names its number.
     """
     columns = set(dataset.column_names)
     source = next((column for column in ("messages", "conversations") if column in columns), None)
@@ -50,16 +46,8 @@ def preference_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
 
     UltraFeedback's common layouts all come down to it: whole dialogues in `chosen` and `rejected`, beside a `prompt`
     that is text (HuggingFaceH4, allenai, argilla) or absent (trl-lib); so do prompt, chosen and rejected as messages
-    or as text. `DPOTrainer` itself fails on the first kind.
-
-    Args:
-        dataset: with `chosen` and `rejected`, and mostly `prompt`; optionally `tools`, `chat_template_kwargs` and
-            `system`.
-        name: for messages.
-
-    Returns:
-        The pairs that have something to learn, with their number in `dataset` as column `row`, and notes on what was
-        dropped, one line per finding: pairs that are equal or lack an answer, as UltraFeedback has some.
+    or as text. `DPOTrainer` itself fails on the first kind. Reads other columns and returns as `sft_rows` does; pairs
+    that are equal or lack an answer are dropped, as UltraFeedback has some.
     """
     columns = set(dataset.column_names)
     if not {"chosen", "rejected"} <= columns:
@@ -81,14 +69,12 @@ def unpaired_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
     """
     pairs, notes = preference_rows(dataset, name)
     ahead = pairs.select([(index + 2) % len(pairs) for index in range(len(pairs))])
-    answers = [
-        rows.remove_columns(other).rename_column(kept, "completion").add_column("label", [is_chosen] * len(rows))
-        for rows, kept, other, is_chosen in (
-            (pairs, "chosen", "rejected", True),
-            (ahead, "rejected", "chosen", False),
-        )
-    ]
-    return interleave_datasets(answers), notes
+
+    def answers(rows: Dataset, kept: str, other: str) -> Dataset:
+        labels = [kept == "chosen"] * len(rows)
+        return rows.remove_columns(other).rename_column(kept, "completion").add_column("label", labels)
+
+    return interleave_datasets([answers(pairs, "chosen", "rejected"), answers(ahead, "rejected", "chosen")]), notes
 
 
 def _conversation(row: dict[str, Any]) -> Converted:
@@ -146,8 +132,7 @@ def _convert(
     Args:
         convert: one row, with the keys of `sources`.
         sources: of each column that `convert` reads, the column that it is in.
-        outputs: the columns that `convert` makes; the first has the system message. Messages go in as JSON text, since
-            `Json` would write their numbers with ten decimals.
+        outputs: the columns that `convert` makes; the first has the system message.
         unit: "rows" or "pairs", for messages.
     """
     columns = dataset.column_names
@@ -158,7 +143,6 @@ def _convert(
     features = dict.fromkeys(outputs, List(Json())) | dict.fromkeys(kept, Json())
     features |= {"row": Value("int64"), "fault": Value("string"), "has_system": Value("bool")}
     stored = dataset.features
-    selected = dataset.select_columns(used)
 
     def batch_of_rows(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
         made: dict[str, list] = {key: [] for key in features}
@@ -170,13 +154,14 @@ def _convert(
                 extras = {column: _from_json(given[column], column) for column in kept}
             except HFTError as error:
                 raise HFTError(f"dataset {name}, row {number} (the first is 0): {error}") from None
+            # As JSON text, since `Json` would write numbers in messages with ten decimals.
             values = {key: [json.dumps(message) for message in value] for key, value in row.items()}
             values |= {key: None if value is None else json.dumps(value) for key, value in extras.items()}
             for key, value in (values | {"row": number, "fault": fault, "has_system": had_one}).items():
                 made[key].append(value)
         return made
 
-    converted = selected.map(
+    converted = dataset.select_columns(used).map(
         batch_of_rows,
         batched=True,
         with_indices=True,
@@ -184,11 +169,14 @@ def _convert(
         remove_columns=used,
         desc=f"checking {unit}",
     )
-    notes = _column_notes(columns, used, converted["has_system"][:])
-    return _drop(converted.remove_columns("has_system"), name, unit, notes)
+    unused = [column for column in columns if column not in used]
+    notes = [f"columns not used: {', '.join(unused)}"] if unused else []
+    if count := sum(converted["has_system"][:]):
+        notes.append(f"system not used in {count:,} rows that begin with another system message")
+    return _without_faults(converted.remove_columns("has_system"), name, unit, notes)
 
 
-def _drop(dataset: Dataset, name: str, unit: str, notes: list[str]) -> tuple[Dataset, list[str]]:
+def _without_faults(dataset: Dataset, name: str, unit: str, notes: list[str]) -> tuple[Dataset, list[str]]:
     faults = dataset["fault"][:]
     good = [index for index, fault in enumerate(faults) if not fault]
     counts = ", ".join(f"{count:,} {fault}" for fault, count in Counter(filter(None, faults)).items())
@@ -198,14 +186,6 @@ def _drop(dataset: Dataset, name: str, unit: str, notes: list[str]) -> tuple[Dat
     if not counts:
         return dataset, notes
     return dataset.select(good), [*notes, f"dataset {name}: dropped {counts}, of {len(faults):,} {unit}"]
-
-
-def _column_notes(columns: list[str], used: list[str], has_system: list[bool]) -> list[str]:
-    unused = [column for column in columns if column not in used]
-    notes = [f"columns not used: {', '.join(unused)}"] if unused else []
-    if count := sum(has_system):
-        notes.append(f"system not used in {count:,} rows that begin with another system message")
-    return notes
 
 
 def _with_system(messages: list[dict], system: object) -> tuple[list[dict], bool]:

@@ -90,7 +90,7 @@ def score_base(config: Config, args: TrainingArguments, tokenizer: PreTrainedTok
 
 def sources(config: Config, args: TrainingArguments) -> dict[str, Any]:
     """What the scores of a run's base depend on."""
-    from hft.data.identity import fingerprint
+    from hft.data import fingerprint
 
     chosen, base = config.method.selection, config.run.model_name_or_path
     folder = local_folder(base, (args.model_init_kwargs or {}).get("revision"))
