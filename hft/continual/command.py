@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from hft.config import to_yaml
-from hft.continual.config import SequencePlan, parse_sequence
+from hft.continual.config import parse_sequence
 from hft.continual.data import SequenceData
 from hft.continual.sequence import first_plan, log_to_wandb, run_sequence, sequence_keys
 from hft.errors import DoesNotFit, HFTError
 from hft.machine import indented, is_main, leave_process_group, say
 
 NEEDED = ("lm_eval", "rapidfuzz", "rouge_score", "scipy")
+FILES = """
+  NN-TASK/               the run of each round, with its manifest, results and scores
+  data/                  the rows that each of them trained on, and test rows
+  recipe.yaml            what they have in common
+  sequence.yaml          what hft continual was given
+  matrix.json            the scores, OP and BWT"""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -37,19 +43,8 @@ def main(arguments: Sequence[str]) -> int:
         say(f"the sequence writes {plan.out}/recipe.yaml and {plan.out}/data first, which the commands need")
         return 0
     matrix = run_sequence(plan, data)
-    say("result", indented(matrix.table()), "", indented(matrix.report()), "", files_of_sequence(plan))
+    say("result", indented(matrix.table()), "", indented(matrix.report()), "", f"{plan.out}/{FILES}")
     if is_main() and "wandb" in first.args.report_to:
         say(log_to_wandb(plan, matrix))
     leave_process_group()
     return 0
-
-
-def files_of_sequence(plan: SequencePlan) -> str:
-    """The files in the folder of a sequence."""
-    return f"""\
-{plan.out}/
-  NN-TASK/               the run of each round, with its manifest, results and scores
-  data/                  the rows that each of them trained on, and test rows
-  recipe.yaml            what they have in common
-  sequence.yaml          what hft continual was given
-  matrix.json            the scores, OP and BWT"""

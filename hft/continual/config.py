@@ -11,14 +11,11 @@ from typing import Any
 from hft.config import Given, Keys, fill, read_arguments
 from hft.continual.tasks import TRACE, metrics_of
 from hft.errors import HFTError
-from hft.methods import find_method
 from hft.methods.strategy import Row, Strategy
 from hft.runs.config import Config, groups_of_keys, resolve_config, run_name
 
-# Keys that each run of a sequence sets.
-PER_RUN = ("dataset_name", "output_dir", "run_name", "round", "strategy_data", "previous_run")
-# Keys that do not name a sequence.
-UNNAMED = ("strategy", "trace_dir", "score_batch_size")
+PER_RUN = {"dataset_name", "output_dir", "run_name", "round", "strategy_data", "previous_run"}  # set by each run
+UNNAMED = ("strategy", "trace_dir", "score_batch_size")  # keys that do not name a sequence
 RECIPE_NAME = "recipe.yaml"  # in the sequence's folder: what all of its runs have in common
 
 
@@ -62,11 +59,8 @@ class SequenceConfig:
             raise HFTError(f"tasks has {twice[0]} twice; a task is learned once")
         if not self.tasks:
             raise HFTError(f"tasks is empty; name some, such as {', '.join(TRACE)}")
-        if (
-            self.max_prompt_length < 1
-            or self.max_answer_length < 2
-            or (self.test_rows is not None and self.test_rows < 1)
-        ):
+        test_rows = 1 if self.test_rows is None else self.test_rows
+        if min(self.max_prompt_length, self.max_answer_length - 1, test_rows) < 1:
             raise HFTError("max_prompt_length and test_rows must be at least 1, and max_answer_length at least 2")
         self.metrics = metrics_of(self.tasks, self.metrics)
 
@@ -77,49 +71,29 @@ class SequenceConfig:
 
 @dataclass(frozen=True)
 class SequenceRun:
-    """One run of a sequence.
+    """One run of a sequence."""
 
-    Attributes:
-        name: of its folder, such as `02-FOMC` or `02-FOMC-replay`.
-        task: the task of its round.
-        flags: its keys besides `recipe.yaml`.
-        rows: that it trains on.
-        memory: the rows of its `strategy_data`, if any.
-    """
-
-    name: str
-    task: str
-    flags: dict[str, Any]
-    rows: list[Row]
-    memory: list[Row]
+    name: str  # of its folder, such as `02-FOMC` or `02-FOMC-replay`
+    task: str  # the task of its round
+    flags: dict[str, Any]  # its keys besides `recipe.yaml`
+    rows: list[Row]  # that it trains on
+    memory: list[Row]  # the rows of its `strategy_data`, if any
 
 
 @dataclass(frozen=True)
 class SequencePlan:
-    """A sequence as it was asked for.
-
-    Attributes:
-        name: of the sequence.
-        out: its folder.
-        settings: the keys of the sequence.
-        strategy: its continual-learning strategy.
-        common: what all runs have in common, the content of `recipe.yaml`.
-        given_epochs: whether `num_train_epochs` was a flag, which wins over the epochs of the tasks.
-        first_round: number of the first round; above 1 if the base has been through rounds before.
-        dry_run: whether to stop once it is printed.
-    """
+    """A sequence as it was asked for."""
 
     name: str
     out: Path
     settings: SequenceConfig
     strategy: Strategy
-    common: dict[str, Any]
-    given_epochs: bool
-    first_round: int
+    common: dict[str, Any]  # what all runs have in common, the content of `recipe.yaml`
+    given_epochs: bool  # whether `num_train_epochs` was a flag, which wins over the epochs of the tasks
+    first_round: int  # above 1 if the base has been through rounds before
     dry_run: bool
 
     def data(self, name: str) -> Path:
-        """A file of rows."""
         return self.out / "data" / f"{name}.jsonl"
 
     def run(self, number: int, previous: str | None, rows: list[Row], memory: list[Row], replay: bool) -> SequenceRun:
@@ -150,7 +124,6 @@ class SequencePlan:
 
 
 def parse_sequence(arguments: Sequence[str]) -> SequencePlan:
-    """The sequence of a command line."""
     description = "Fine-tune on one task after another, and score all after each: a recipe, a method, and flags."
     groups = {"sequence": (SequenceConfig,), **groups_of_keys()}
     return resolve_sequence(read_arguments(arguments, "hft continual", description, groups))
@@ -173,9 +146,9 @@ def resolve_sequence(given: Given) -> SequencePlan:
         raise HFTError("each run of a sequence starts from the model of the one before; remove save_only_trained")
     name = merged.get("run_name") or _name(config, settings, given)
     common = {"max_length": settings.max_prompt_length + settings.max_answer_length} | config.values
-    strategy, cls, dropped = config.method.strategy, find_method("strategy", settings.strategy), {*PER_RUN}
-    if not (cls.acts_on_steps or strategy.carry_moments):
-        dropped |= {"strategy", *(f.name for f in fields(cls))}
+    strategy, dropped = config.method.strategy, PER_RUN
+    if not (strategy.acts_on_steps or strategy.carry_moments):
+        dropped = dropped | {"strategy", *(f.name for f in fields(strategy))}
     return SequencePlan(
         name=name,
         out=Path(merged.get("output_dir", f"runs/{name}")),

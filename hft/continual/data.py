@@ -13,13 +13,9 @@ if TYPE_CHECKING:
 
 
 class SequenceData:
-    """The rows of a sequence.
+    """The rows of a sequence: `train` and `tests` by task, `alignment` (general instructions) if the strategy replays it.
 
-    Attributes:
-        train: training rows of each task, in the order of the tasks.
-        tests: test rows of each task.
-        alignment: rows of general instructions, if the strategy replays any.
-        notes: what the files hold that the numbers depend on.
+    `notes` say what the files hold that the numbers depend on.
     """
 
     def __init__(self, plan: SequencePlan):
@@ -27,17 +23,15 @@ class SequenceData:
         extra = settings.alignment if plan.strategy.takes_alignment else None
         needed = dict.fromkeys(settings.tasks, "train test") | ({extra: "train"} if extra else {})
         folder = check_folder(settings.trace_dir, needed)
-        self.train = [read_task(folder, task, "train") for task in settings.tasks]
+        self.train = {task: read_task(folder, task, "train") for task in settings.tasks}
         self.tests = {task: read_task(folder, task, "test")[: settings.test_rows] for task in settings.tasks}
         self.alignment = read_task(folder, extra, "train") if extra else []
-        pairs = zip(settings.tasks, self.train, strict=True)
-        self.notes = [note for task, rows in pairs for note in notes_on(task, rows, self.tests[task])]
+        self.notes = [note for task, rows in self.train.items() for note in notes_on(task, rows, self.tests[task])]
 
     def shorten(self, tokenizer: PreTrainedTokenizerBase, plan: SequencePlan) -> None:
         """Cut what is too long (`shorten_rows`), and render the prompts of the test rows as `context`."""
-        settings, tasks = plan.settings, plan.settings.tasks
-        limits = (tokenizer, settings.max_prompt_length, settings.max_answer_length)
-        self.train = [shorten_rows(rows, *limits, task) for task, rows in zip(tasks, self.train, strict=True)]
+        limits = (tokenizer, plan.settings.max_prompt_length, plan.settings.max_answer_length)
+        self.train = {task: shorten_rows(rows, *limits, task) for task, rows in self.train.items()}
         self.alignment = shorten_rows(self.alignment, *limits, "the alignment set")
         for task, rows in self.tests.items():
             short = shorten_rows(rows, *limits, f"{task} (test)")
@@ -50,8 +44,8 @@ class SequenceData:
     def rounds(self, plan: SequencePlan) -> list[list[SequenceRun]]:
         """The runs of each round: one on its task, and where the strategy has rows for it, a replay pass."""
         rounds: list[list[SequenceRun]] = []
-        for number in range(len(plan.settings.tasks)):
-            tasks, strategy = self.train[: number + 1], plan.strategy
+        for number in range(len(self.train)):
+            tasks, strategy = list(self.train.values())[: number + 1], plan.strategy
             rows, memory = strategy.training_rows(tasks, self.alignment), strategy.remembered_rows(tasks)
             previous = rounds[-1][-1].name if rounds else None
             rounds.append([plan.run(number, previous, rows, memory, replay=False)])
@@ -70,6 +64,5 @@ class SequenceData:
 
 
 def rendered_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A prompt as the chat template renders it, for the model to continue."""
     messages = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

@@ -49,11 +49,6 @@ class MicroBatches:
             yield {key: value.to(self.trainer.args.device) for key, value in batch.items() if torch.is_tensor(value)}
 
 
-def with_gradient(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters that have a gradient in this step."""
-    return [parameter for parameter in model.parameters() if parameter.grad is not None]
-
-
 def take_gradient(parameters: list[torch.nn.Parameter]) -> Gradient:
     """The gradients of some parameters, which have none afterwards."""
     taken = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

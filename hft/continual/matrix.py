@@ -51,25 +51,15 @@ def forgetting(scores: ScoreRows, t: int) -> list[float]:
 
 @dataclass
 class Matrix:
-    """The scores of a sequence so far, in percent.
+    """The scores of a sequence so far, in percent, as `matrix.json` has them beside their summary."""
 
-    Attributes:
-        tasks: in the order in which they are learned.
-        metrics: the metric of each task's score.
-        rounds: names of the rows: `start` if the base was scored, then the task of each round.
-        scores: a row for each of them, and in it the score of each task, None where it was not measured.
-        others: further metrics by name, in the same form.
-        counts: test rows of each task.
-        about: what else the numbers depend on.
-    """
-
-    tasks: list[str]
-    metrics: list[str]
-    rounds: list[str] = field(default_factory=list)
-    scores: list[list[float | None]] = field(default_factory=list)
-    others: dict[str, list[list[float | None]]] = field(default_factory=dict)
-    counts: list[int] = field(default_factory=list)
-    about: dict[str, Any] = field(default_factory=dict)
+    tasks: list[str]  # in the order in which they are learned
+    metrics: list[str]  # the metric of each task's score
+    rounds: list[str] = field(default_factory=list)  # `start` if the base was scored, then the task of each round
+    scores: list[list[float | None]] = field(default_factory=list)  # (rounds, tasks), None where not measured
+    others: dict[str, list[list[float | None]]] = field(default_factory=dict)  # further metrics, in the same form
+    counts: list[int] = field(default_factory=list)  # test rows of each task
+    about: dict[str, Any] = field(default_factory=dict)  # what else the numbers depend on
 
     @property
     def after_rounds(self) -> list[list[float | None]]:
@@ -78,17 +68,16 @@ class Matrix:
 
     def summary(self) -> dict[str, Any]:
         """OP and BWT after each round, and the other ways to count what was forgotten, after the last."""
-        s = self.after_rounds
-        last = len(s) - 1
-        found = {
-            "op": [overall_performance(s, t) for t in range(len(s))],
-            "bwt": [backward_transfer(s, t) for t in range(len(s))],
-        }
-        if last < 0:
+        s, rounds = self.after_rounds, range(len(self.after_rounds))
+        found = {"op": [overall_performance(s, t) for t in rounds], "bwt": [backward_transfer(s, t) for t in rounds]}
+        if not s:
             return found
-        found["bwt_earlier_tasks"] = backward_transfer_earlier(s, last)
-        found["bwt_clipped"] = backward_transfer_clipped(s, last)
-        return found | {"forgetting": dict(zip(self.tasks, forgetting(s, last), strict=False))}
+        last = rounds[-1]
+        return found | {
+            "bwt_earlier_tasks": backward_transfer_earlier(s, last),
+            "bwt_clipped": backward_transfer_clipped(s, last),
+            "forgetting": dict(zip(self.tasks, forgetting(s, last), strict=False)),
+        }
 
     @property
     def is_complete(self) -> bool:
@@ -103,13 +92,11 @@ class Matrix:
         found, n = self.summary(), sum(self.counts)
         scores = [Score(name, name, found[name][-1], None, n) for name in ("op", "bwt")]
         about = {key: self.about[key] for key in ("dtype", "versions")}
-        return Scores(
-            suite, model, model_sha256, settings={"tasks": self.tasks, "limit": limit}, scores=scores, **about
-        )
+        settings = {"tasks": self.tasks, "limit": limit}
+        return Scores(suite, model, model_sha256, settings=settings, scores=scores, **about)
 
     @classmethod
     def load(cls, folder: str | Path) -> Matrix:
-        """Read what `save` wrote."""
         path = Path(folder) / MATRIX_NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -118,7 +105,6 @@ class Matrix:
             raise HFTError(f"{path} holds no valid matrix: {reason(error)}") from error
 
     def report(self) -> str:
-        """OP, BWT and what was forgotten, for people."""
         found = self.summary()
         earlier = "-" if found["bwt_earlier_tasks"] is None else f"{found['bwt_earlier_tasks']:.2f}"
         lost = ", ".join(f"{task} {value:.1f}" for task, value in found["forgetting"].items()) or "-"

@@ -1,4 +1,4 @@
-"""Metrics of TRACE's tasks: an answer and a reference in, 0 to 1 out. An empty answer scores 0.
+"""Metrics of TRACE's tasks: an answer, a reference and the prompt in, 0 to 1 out. An empty answer scores 0.
 
 TRACE scores the raw text that the model generates (A.3.2 of the HFT paper; inference code of BeyonderXX/TRACE).
 """
@@ -16,23 +16,23 @@ OPTION = re.compile(r"(?<![A-Za-z])[A-E](?![A-Za-z])")
 VALUE_LITERAL = re.compile(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>")
 
 
-def accuracy(answer: str, reference: str) -> float:
+def accuracy(answer: str, reference: str, prompt: str = "") -> float:
     """Whether the answer is the reference, character by character: a leading space counts."""
     return float(answer == reference)
 
 
-def first_character(answer: str, reference: str) -> float:
+def first_character(answer: str, reference: str, prompt: str = "") -> float:
     """Whether the first characters agree: TRACE's accuracy on ScienceQA, whose references give a reason too."""
     return float(answer[:1] == reference[:1] != "")
 
 
-def first_letter(answer: str, reference: str) -> float:
+def first_letter(answer: str, reference: str, prompt: str = "") -> float:
     """Whether the first option letter of the answer is that of the reference, whatever stands around it."""
     found, wanted = OPTION.search(answer), OPTION.search(reference)
     return float(bool(found and wanted) and found[0] == wanted[0])
 
 
-def rouge_l(answer: str, reference: str) -> float:
+def rouge_l(answer: str, reference: str, prompt: str = "") -> float:
     """ROUGE-L F1 (rouge-score) over lowercase words of any alphabet; on English those of rouge-score itself."""
     return _rouge().score(reference, answer)["rougeL"].fmeasure
 
@@ -51,11 +51,10 @@ def _rouge():
 
 
 def words(text: str) -> list[str]:
-    """The lowercase words of a text."""
     return re.findall(r"[^\W_]+", text.lower())
 
 
-def edit_similarity(answer: str, reference: str) -> float:
+def edit_similarity(answer: str, reference: str, prompt: str = "") -> float:
     """Similarity of two lines of code (rapidfuzz's `ratio`), literals normalized as in CodeXGLUE's Py150."""
     from rapidfuzz.fuzz import ratio
 
@@ -68,16 +67,15 @@ def normalize_literals(code: str) -> str:
     return VALUE_LITERAL.sub(r"\1", code)
 
 
-def sari(answer: str, reference: str, source: str) -> float:
+def sari(answer: str, reference: str, prompt: str) -> float:
     """SARI (Xu et al. 2016, TACL) as Hugging Face's metric computes it, averaged over n-grams of 1 to 4 words.
 
-    Args:
-        answer: the simplification; an empty one scores 0, though it deletes all that it should.
-        reference: one reference.
-        source: the text that was to be simplified, without the instruction.
+    What is to be simplified is the prompt without its first and its last line, which instruct. An empty answer scores 0
+    here, though it deletes all that it should.
     """
     if not words(answer):
         return 0.0
+    source = "\n".join(prompt.split("\n")[1:-1]) or prompt
     texts = [words(text) for text in (source, answer, reference)]
     return sum(_sari_of_ngrams(*(_ngrams(text, n) for text in texts)) for n in range(1, 5)) / 4
 
@@ -98,7 +96,6 @@ def _sari_of_ngrams(source: Counter, answer: Counter, reference: Counter) -> flo
 
 
 def _mean_share(part: Counter, whole: Counter) -> float:
-    """The share of each n-gram's count, averaged over n-grams."""
     return _divide(sum(part[ngram] / whole[ngram] for ngram in part), len(whole))
 
 
@@ -110,20 +107,12 @@ def _f1(precision: float, recall: float) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def body(prompt: str) -> str:
-    """What of a prompt is to be simplified: all but its first and its last line."""
-    return "\n".join(prompt.split("\n")[1:-1]) or prompt
-
-
-# What a task may be scored by: names and functions of (answer, reference, prompt). The first one is the task's score.
+# What a task may be scored by; the first one is its score.
 METRICS: dict[str, dict[str, Callable[[str, str, str], float]]] = {
-    "accuracy": {"accuracy": lambda a, r, p: accuracy(a, r)},
-    "choice": {"accuracy": lambda a, r, p: accuracy(a, r), "first_letter": lambda a, r, p: first_letter(a, r)},
-    "choice_and_reason": {
-        "accuracy": lambda a, r, p: first_character(a, r),
-        "first_letter": lambda a, r, p: first_letter(a, r),
-    },
-    "rouge_l": {"rouge_l": lambda a, r, p: rouge_l(a, r)},
-    "edit_similarity": {"edit_similarity": lambda a, r, p: edit_similarity(a, r)},
-    "sari": {"sari": lambda a, r, p: sari(a, r, body(p)), "rouge_l": lambda a, r, p: rouge_l(a, r)},
+    "accuracy": {"accuracy": accuracy},
+    "choice": {"accuracy": accuracy, "first_letter": first_letter},
+    "choice_and_reason": {"accuracy": first_character, "first_letter": first_letter},
+    "rouge_l": {"rouge_l": rouge_l},
+    "edit_similarity": {"edit_similarity": edit_similarity},
+    "sari": {"sari": sari, "rouge_l": rouge_l},
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from hft.continual.metrics import METRICS
@@ -20,14 +19,12 @@ def score_tasks(
 ) -> Scores:
     """Score a model on test rows, in percent; answers are greedy and taken as they are.
 
-    What `scores/trace.json` in the folder `out` holds for this model is not scored again.
+    What `scores/trace.json` in the folder `out` holds for this model is not scored again. The scores are complete in
+    the first process only.
 
     Args:
         tests: for each task its rows: `context`, which the model continues, and `prompt` and `completion`.
         metrics: for each task a key of `METRICS`.
-
-    Returns:
-        The scores; complete in the first process only.
     """
     benchmarks = [benchmark_of(task, rows, metrics[task], longest_answer) for task, rows in tests.items()]
     return evaluate(model, SUITE, Settings(chat=False, batch_size=batch_size), out, benchmarks)
@@ -35,6 +32,11 @@ def score_tasks(
 
 def benchmark_of(task: str, rows: list[Row], metric: str, longest_answer: int) -> Benchmark:
     """A task of a sequence, whose first metric is its score."""
+    metrics = METRICS[metric]
+
+    def results(row: Row, answers: list[str]) -> dict[str, float]:
+        return {name: of(answers[0], row["completion"], row["prompt"]) for name, of in metrics.items()}
+
     spec = {
         "task": f"{SUITE}_{task}",
         "custom_dataset": as_dataset(test=rows),
@@ -43,15 +45,8 @@ def benchmark_of(task: str, rows: list[Row], metric: str, longest_answer: int) -
         "doc_to_text": "context",
         "doc_to_target": "completion",
         "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": longest_answer},
-        "process_results": _results_of(metric),
-        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in METRICS[metric]],
+        "process_results": results,
+        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics],
         "metadata": {"version": 1.0},
     }
-    return Benchmark(task, f"{SUITE}_{task}", {name: f"{name},none" for name in METRICS[metric]}, spec=spec)
-
-
-def _results_of(metric: str) -> Callable[[dict[str, str], list[str]], dict[str, float]]:
-    def results(row: dict[str, str], answers: list[str]) -> dict[str, float]:
-        return {name: of(answers[0], row["completion"], row["prompt"]) for name, of in METRICS[metric].items()}
-
-    return results
+    return Benchmark(task, f"{SUITE}_{task}", {name: f"{name},none" for name in metrics}, spec=spec)

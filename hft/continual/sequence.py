@@ -58,16 +58,6 @@ def run_sequence(plan: SequencePlan, data: SequenceData) -> Matrix:
     return matrix
 
 
-def check_same_sequence(plan: SequencePlan) -> None:
-    """Refuse a folder that holds another sequence."""
-    saved = read_config(plan.out / SEQUENCE_NAME)
-    if found := differences(comparable(sequence_keys(plan)), comparable(saved)):
-        raise HFTError(
-            f"{plan.out} holds a sequence with other settings ({'; '.join(found)}); give the same, or another "
-            "--output_dir"
-        )
-
-
 def sequence_keys(plan: SequencePlan) -> dict[str, Any]:
     """All keys of a sequence and its runs, as `hft continual` takes them."""
     own = asdict(plan.settings) | plan.strategy.keys()
@@ -78,7 +68,12 @@ def sequence_keys(plan: SequencePlan) -> dict[str, Any]:
 def prepare(plan: SequencePlan, data: SequenceData) -> None:
     """Write what all runs have in common, and the rows of each, unless that is done; `sequence.yaml` comes last."""
     if (plan.out / SEQUENCE_NAME).exists():
-        check_same_sequence(plan)
+        saved = comparable(read_config(plan.out / SEQUENCE_NAME))
+        if found := differences(comparable(sequence_keys(plan)), saved):
+            raise HFTError(
+                f"{plan.out} holds a sequence with other settings ({'; '.join(found)}); give the same, or another "
+                "--output_dir"
+            )
         return
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
@@ -94,13 +89,12 @@ def load_matrix(plan: SequencePlan, tests: dict[str, list[Row]]) -> Matrix:
     """The matrix of the rows that are complete."""
     if (plan.out / MATRIX_NAME).exists():
         return Matrix.load(plan.out)
-    tasks = plan.settings.tasks
-    others = {name for task in tasks for name in list(METRICS[plan.settings.metrics[task]])[1:]}
+    metrics = [list(METRICS[plan.settings.metrics[task]]) for task in tests]
     return Matrix(
-        tasks=tasks,
-        metrics=[next(iter(METRICS[plan.settings.metrics[task]])) for task in tasks],
-        others={name: [] for name in sorted(others)},
-        counts=[len(tests[task]) for task in tasks],
+        tasks=list(tests),
+        metrics=[first for first, *_ in metrics],
+        others={name: [] for name in sorted({name for _, *others in metrics for name in others})},
+        counts=list(map(len, tests.values())),
         about={"strategy": plan.strategy.name, "method": plan.common.get("method"), "run": plan.name},
     )
 
@@ -114,14 +108,14 @@ def add_row(
     scores = broadcast(score_tasks(model, tests, settings.metrics, **limits, out=folder))
     free_memory()
 
-    def row(metric_of: dict[str, str]) -> list[float | None]:
-        found = [scores.find(task, metric_of[task]) if task in metric_of else None for task in matrix.tasks]
-        return [one.value if one else None for one in found]
+    def row(metrics: list[str]) -> list[float | None]:
+        found = map(scores.find, matrix.tasks, metrics)
+        return [score.value if score else None for score in found]
 
     matrix.rounds.append(name)
-    matrix.scores.append(row(dict(zip(matrix.tasks, matrix.metrics, strict=True))))
+    matrix.scores.append(row(matrix.metrics))
     for metric, rows in matrix.others.items():
-        rows.append(row(dict.fromkeys(matrix.tasks, metric)))
+        rows.append(row([metric] * len(matrix.tasks)))
     matrix.about |= {"dtype": scores.dtype, "versions": scores.versions}
     if is_main():
         matrix.save(plan.out)

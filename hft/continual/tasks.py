@@ -22,8 +22,7 @@ from hft.methods.strategy import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The metric of each of TRACE's tasks (A.3.2).
-TRACE = {
+TRACE = {  # the metric of each of its tasks (A.3.2)
     "C-STANCE": "choice",
     "FOMC": "choice",
     "MeetingBank": "rouge_l",
@@ -54,10 +53,8 @@ def check_folder(trace_dir: str | None, needed: dict[str, str]) -> Path:
     folder = Path(trace_dir).expanduser()
     if not folder.is_dir():
         raise HFTError(f"trace_dir {trace_dir} does not exist; it holds a folder per task, as TRACE's release has them")
-    missing = [
-        f"{task}/{split}" for task in needed for split in needed[task].split() if not _task_file(folder, task, split)
-    ]
-    if missing:
+    files = [(task, split) for task, splits in needed.items() for split in splits.split()]
+    if missing := ["/".join(file) for file in files if not _task_file(folder, *file)]:
         raise HFTError(
             f"trace_dir {trace_dir} lacks {shorten(missing)}, as .json or .jsonl; add them, or name other tasks"
         )
@@ -95,22 +92,15 @@ def notes_on(task: str, train: list[Row], test: list[Row]) -> list[str]:
 def shorten_rows(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase, longest_prompt: int, longest_answer: int, name: str
 ) -> list[Row]:
-    """Rows whose prompt and answer fit.
+    """Rows whose rendered prompt, and answer with its EOS, have at most so many tokens.
 
     A long prompt loses its middle, so that its instruction stays, whether it stands at the beginning or at the end, as
     does the last line, which code is continued from. (TRACE's code cuts the beginning, and with it the instruction.) A
     long answer loses its end.
-
-    Args:
-        longest_prompt: tokens of the rendered prompt.
-        longest_answer: tokens of the answer with its EOS.
-        name: for the progress bar.
     """
     empty = [{"role": "user", "content": ""}]
-    around = len(
-        tokenizer.apply_chat_template(empty, add_generation_prompt=True, tokenize=True, return_dict=True).input_ids
-    )
-    room = max(1, longest_prompt - around)
+    around = tokenizer.apply_chat_template(empty, add_generation_prompt=True, tokenize=True, return_dict=True)
+    room = max(1, longest_prompt - len(around.input_ids))
 
     def middle_out(text: str, ends: list[tuple[int, int]]) -> str:
         head, tail = math.ceil(room / 2), room // 2

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hft.config import to_yaml
 from hft.cpi.config import STAGES, CPIPlan, parse_stages
 from hft.errors import HFTError
-from hft.machine import indented, leave_process_group, say, world_size
+from hft.machine import indented, is_main, leave_process_group, say, world_size
 from hft.record.manifest import write_text
 from hft.runs.result import CONFIG_NAME
 
@@ -37,14 +37,15 @@ def run_stages(plan: CPIPlan, stages: Sequence[str]) -> None:
     from hft.cpi.fuse import fuse_probes
     from hft.cpi.group import group_tasks
     from hft.cpi.probe import probe_tasks
-    from hft.cpi.runs import in_main_process, join_processes
+    from hft.cpi.runs import join_processes
     from hft.cpi.scores import score_models
     from hft.cpi.tasks import write_task_rows
     from hft.cpi.train import train_from_fused
 
     join_processes(plan.values)
-    in_main_process(lambda: save_config(plan))
-    in_main_process(lambda: write_task_rows(plan))
+    if is_main():
+        save_config(plan)
+    write_task_rows(plan)
     functions = dict(zip(STAGES, (probe_tasks, group_tasks, fuse_probes, train_from_fused, score_models), strict=True))
     for stage in stages:
         if stage == "score" and world_size() > 1:

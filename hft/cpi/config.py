@@ -23,26 +23,18 @@ HELP = f"Core parameter isolation (CPI-FT). The first word may be one stage, {',
 
 @dataclass(frozen=True)
 class Task:
-    """Where the rows of a task come from, and the probe of it if there is one already.
-
-    Attributes:
-        prompt: a jinja2 template of the user's turn over a row's columns, where a row is not a conversation yet.
-        completion: the same of the assistant's turn.
-        benchmark: what `hft eval` scores it by, beside its held-out loss, e.g. `gsm8k`.
-        probe: a model that was fine-tuned on the task alone, instead of the run that stage 1 makes.
-        group: tasks with the same one form a group (given grouping).
-    """
+    """Where the rows of a task come from, and the probe of it if there is one already."""
 
     dataset_name: str
     dataset_config: str | None = None
     dataset_revision: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    benchmark: str | None = None
-    probe: str | None = None
-    group: str | None = None
+    prompt: str | None = None  # jinja2 template of the user's turn, where a row is not a conversation yet
+    completion: str | None = None  # the same of the assistant's turn
+    benchmark: str | None = None  # of `hft eval`, which scores the task beside its held-out loss
+    probe: str | None = None  # a model that was fine-tuned on the task alone, instead of the run of stage 1
+    group: str | None = None  # tasks with the same one form a group (given grouping)
 
     def __post_init__(self):
         if self.benchmark:
@@ -78,13 +70,6 @@ class CPIConfig:
         default=0, metadata={"help": "Seed of the order of the groups, of random groups and cores, and of the sample."}
     )
     fusion: bool = field(default=True, metadata={"help": "Fuse the probes before the groups train; without it: DPI."})
-    backbone: Literal["multi-stage", "base", "mean"] = field(
-        default="multi-stage",
-        metadata={
-            "help": "What the probes are fused into: the model after all groups have trained without fusion, the base, "
-            "or the mean of the probes."
-        },
-    )
     freeze: Literal["cores", "random-cores", "all-but-own-cores", "half", "nothing"] = field(
         default="cores",
         metadata={
@@ -119,27 +104,17 @@ class CPIConfig:
 
 @dataclass(frozen=True)
 class CPIPlan:
-    """A resolved config of `hft cpi`, and its folders.
+    """A resolved config of `hft cpi`, and its folders."""
 
-    Attributes:
-        values: every key that was given or has a default of ours, typed; what `config.yaml` holds.
-        config: those of the stages.
-        tasks: by name.
-        sft: the keys that every run shares.
-        out: folder of the stages after the first.
-        probes: folder of the first stage.
-    """
-
-    values: dict[str, Any]
-    config: CPIConfig
+    values: dict[str, Any]  # every key that was given or has a default of ours, typed; what `config.yaml` holds
+    config: CPIConfig  # those of the stages
     tasks: dict[str, Task]
-    sft: dict[str, Any]
-    out: Path
-    probes: Path
+    sft: dict[str, Any]  # the keys that every run shares
+    out: Path  # folder of the stages after the first
+    probes: Path  # folder of the first stage
 
     @property
     def base(self) -> str:
-        """The model that all tasks start from, as the config names it."""
         return self.values["model_name_or_path"]
 
     @property
@@ -149,7 +124,6 @@ class CPIPlan:
         return [stage for stage in STAGES if not skipped.get(stage)]
 
     def data_of(self, task: str) -> Path:
-        """The folder of a task's rows."""
         return self.probes / "data" / task
 
     def probe_of(self, task: str) -> Path:
@@ -205,7 +179,6 @@ def plan_stages(given: Given) -> CPIPlan:
 
 
 def make_task(name: str, keys: Mapping[str, Any]) -> Task:
-    """A task from its keys in the config."""
     if not re.fullmatch(r"[\w.-]+", name):
         raise HFTError(f"task {name!r}: a name is letters, digits, '.', '-' and '_', since folders are named after it")
     values = typed(f"task {name}", keys, Task)
@@ -224,8 +197,7 @@ def typed(where: str, keys: Mapping[str, Any] | None, *classes: type) -> dict[st
 
 def suite_of(benchmark: str) -> str:
     """The suite of `hft eval` that has a benchmark."""
-    for suite, benchmarks in SUITES.items():
-        if benchmark in {one.name for one in benchmarks}:
-            return suite
-    known = ", ".join(one.name for benchmarks in SUITES.values() for one in benchmarks)
-    raise HFTError(f"no suite of hft eval has a benchmark {benchmark!r}; there are {known}")
+    suites = {one.name: suite for suite, benchmarks in SUITES.items() for one in benchmarks}
+    if benchmark not in suites:
+        raise HFTError(f"no suite of hft eval has a benchmark {benchmark!r}; there are {', '.join(suites)}")
+    return suites[benchmark]

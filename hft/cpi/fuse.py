@@ -34,116 +34,94 @@ FUSED_NAME = "fuse.json"
 
 @dataclass(frozen=True)
 class Fusion:
-    """What is fused.
+    """What is fused."""
 
-    Attributes:
-        probes: models that were fine-tuned on one task each, in the order in which they are folded in.
-        cores: folders of their cores.
-        backbone: the model that they are folded into; None for their mean.
-        base: the model that the probes started from.
-    """
-
-    probes: list[str]
-    cores: list[str]
-    backbone: str | None
-    base: str
+    backbone: str  # the model that the probes are folded into
+    probes: list[str]  # models that were fine-tuned on one task each, in the order in which they are folded in
+    cores: list[str]  # folders of their cores
 
 
 def fuse_probes(plan: CPIPlan) -> Path:
     """Make the backbone, and fuse the probes and their cores into it; returns the fused model's folder."""
-    config = plan.config
-    if not config.fusion:
+    if not plan.config.fusion:
         raise HFTError("fusion is false, so there is nothing to fuse; `hft cpi train` starts from the base")
-    groups, base = load_groups(plan), start_of(plan)
-    backbone = {"base": base, "mean": None}.get(config.backbone)
-    if config.backbone == "multi-stage":
-        say("backbone: the groups train without fusion", "")
-        backbone = train_groups(plan, groups, base, plan.out / "backbone")[-1]
+    groups = load_groups(plan)
+    say("backbone: the groups train without fusion", "")
+    backbone = train_groups(plan, groups, start_of(plan), plan.out / "backbone")[-1]
     tasks = [task for names in groups for task in names]
-    cores = core_folders(plan, tasks, random=config.freeze == "random-cores")
-    probes = [str(plan.probe_of(task)) for task in tasks]
-    fusion = Fusion(probes, cores, backbone and str(backbone), str(base))
-    models = [model for model in (*probes, fusion.base, fusion.backbone) if model]
-    inputs = [path for model in models for path in weight_files(Path(model))]
-    inputs += [Path(core) / MASKS_NAME for core in cores]
-    out = plan.out / "fused"
+    cores = core_folders(plan, tasks, random=plan.config.freeze == "random-cores")
+    fuse_into(plan.out / "fused", Fusion(str(backbone), [str(plan.probe_of(task)) for task in tasks], cores))
+    return plan.out / "fused"
 
-    def write() -> None:
-        if not is_current(out / FUSED_NAME, asdict(fusion), *inputs):
-            say(write_fused(out, fusion), f"  {out}", "")
 
-    in_main_process(write)
-    return out
+@in_main_process
+def fuse_into(out: Path, fusion: Fusion) -> None:
+    """Write the fused model, unless it is there."""
+    inputs = [path for model in (fusion.backbone, *fusion.probes) for path in weight_files(Path(model))]
+    inputs += [Path(core) / MASKS_NAME for core in fusion.cores]
+    if not is_current(out / FUSED_NAME, asdict(fusion), *inputs):
+        say(write_fused(out, fusion), f"  {out}", "")
 
 
 def write_fused(out: Path, fusion: Fusion) -> str:
     """Write the fused model in fp32; two passes read each tensor of the probes and the backbone. Returns a summary."""
-    base, probes = Checkpoint.open(fusion.base), [Checkpoint.open(name) for name in fusion.probes]
-    models = probes if fusion.backbone is None else [Checkpoint.open(fusion.backbone), *probes]
-    check_alike(base, *(model for model in models if model.folder.resolve() != base.folder.resolve()))
-    cores, shapes = (
-        [Masks(core) for core in fusion.cores],
-        {key: tuple(base.specs[key].shape) for key in base.parameters},
-    )
+    models = [Checkpoint.open(name) for name in (fusion.backbone, *fusion.probes)]
+    check_alike(*models)
+    backbone, cores = models[0], [Masks(core) for core in fusion.cores]
+    shapes = {key: tuple(backbone.specs[key].shape) for key in backbone.parameters}
     if wrong := [folder for folder, core in zip(fusion.cores, cores, strict=True) if core.shapes != shapes]:
-        raise HFTError(f"{wrong[0]} is not a core of {base.name}; run `hft cpi probe` again")
+        raise HFTError(f"{wrong[0]} is not a core of a model like {backbone.name}; run `hft cpi probe` again")
     branches, claims = Counter(), torch.zeros(len(cores) + 1, dtype=torch.int64)
 
     def fused(name: str) -> torch.Tensor:
-        factors, branch = interpolation(models, len(probes), name)
+        factors, branch = interpolation(models, name)
         branches[branch] += 1
         tensors, made = [model.fp32(name) for model in models], []
         for values in blocks(*tensors, *(core[name].tensor() for core in cores)):
             tuned, inside = values[: len(models)], torch.stack(values[len(models) :])
             claims.add_(torch.bincount(inside.sum(0), minlength=len(claims)))
-            claimed = transplant(tuned[-len(probes) :], inside)
-            made.append(torch.where(inside.any(0), claimed, weighted_sum(tuned, factors)))
+            made.append(torch.where(inside.any(0), transplant(tuned[1:], inside), weighted_sum(tuned, factors)))
         return torch.cat(made).view_as(tensors[0])
 
     with replaced_folder(out, FUSED_NAME) as folder:
-        write_model(folder, base, fused)
+        write_model(folder, backbone, fused)
         elements = claims.tolist()
         found = {"branches": branches, "elements_in_cores": {str(n): c for n, c in enumerate(elements) if c}}
         write_json(folder / FUSED_NAME, asdict(fusion) | found)
     return (
-        f"fused {len(probes)} probes: {branches['arc']} tensors along the arc, {branches['line']} along the line "
+        f"fused {len(cores)} probes: {branches['arc']} tensors along the arc, {branches['line']} along the line "
         f"(|cos| > {COLINEAR_COS}); {elements[1]:,} elements in one core, {sum(elements[2:]):,} in several"
     )
 
 
-def interpolation(models: Sequence[Checkpoint], probes: int, name: str) -> tuple[list[float], str]:
+def interpolation(models: Sequence[Checkpoint], name: str) -> tuple[list[float], str]:
     """The factor of each model in the interpolation of one tensor, and `arc` if any step went along one, else `line`.
 
-    The last `probes` models are folded in; without another one before them their mean is taken first. Every step of the
-    fold is a sum of two vectors, so all its angles follow from the dot products of the models, which one pass over the
-    tensor finds.
+    The probes are folded into the first model. Every step of the fold is a sum of two vectors, so all its angles follow
+    from the dot products of the models, which one pass over the tensor finds.
     """
     count = len(models)
     products = torch.zeros(count, count, dtype=torch.float64)
     for values in blocks(*(model.fp32(name) for model in models)):
         stacked = torch.stack(values).double()
         products += stacked @ stacked.T
-    factors = torch.zeros(count, dtype=torch.float64)
-    factors[:1] = 1.0
-    if count == probes:
-        factors[:] = 1 / count
-    taken = set()
-    for step, index in enumerate(range(count - probes, count), 1):
+    factors, taken = torch.zeros(count, dtype=torch.float64), set()
+    factors[0] = 1.0
+    for probe in range(1, count):
         with_probe = products @ factors
-        norms = (factors @ with_probe).item(), products[index, index].item()
-        of_model, of_probe, branch = arc_factors(with_probe[index].item(), *norms, 1 / (step + 1))
+        norms = (factors @ with_probe).item(), products[probe, probe].item()
+        of_model, of_probe, branch = arc_factors(with_probe[probe].item(), *norms, 1 / (probe + 1))
         factors *= of_model
-        factors[index] += of_probe
+        factors[probe] += of_probe
         taken.add(branch)
     return factors.tolist(), "arc" if "arc" in taken else "line"
 
 
 def transplant(values: Sequence[torch.Tensor], inside: torch.Tensor) -> torch.Tensor:
-    """The values that the cores claim: exactly the probe's in one core, the mean of the probes in several.
+    """The values that the cores claim, (n,): exactly the probe's in one core, the mean of the probes in several.
 
-    Args:
-        values: of the probes, each of shape (n,); the result has it too, and is meaningless where no core claims one.
-        inside: which elements are in which core, (probes, n).
+    `values` are the probes', (n,) each, and `inside` says which are in which core, (probes, n). Where no core claims an
+    element, the result is meaningless.
     """
     stacked = torch.stack(list(values))
     mean = torch.where(inside, stacked, 0).sum(0, dtype=torch.float64) / inside.sum(0)

@@ -33,13 +33,9 @@ GROUPS_NAME, CORES_PICTURE = "groups.json", "cores.png"
 RANDOM_GROUPS = 3  # the K of Table 1
 
 
+@in_main_process
 def group_tasks(plan: CPIPlan) -> list[list[str]]:
     """Compare the cores, and make the groups, each sorted by name, in the order in which they train."""
-    return in_main_process(lambda: write_groups(plan))
-
-
-def write_groups(plan: CPIPlan) -> list[list[str]]:
-    """The groups, written to `groups.json` with the similarity of their cores."""
     tasks, config = sorted(plan.tasks), plan.config
     plan.out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"tasks": tasks, "grouping": config.grouping, "tau": config.tau}
@@ -74,11 +70,7 @@ def run_names(groups: Sequence[Sequence[str]]) -> list[str]:
 
 
 def compare_cores(plan: CPIPlan, tasks: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Compare a plan's cores, and draw `cores.png`.
-
-    Returns:
-        Their similarity; the fraction of each that lies outside the layers; the fraction of each block in it.
-    """
+    """Draw `cores.png`; the similarity of the cores, what of each lies outside the layers, and each block's part in it."""
     from hft.merging.checkpoint import Checkpoint
     from hft.model.anatomy import anatomy_of, meta_model
 
@@ -157,8 +149,7 @@ def shares_of(
     anatomy: Anatomy, shapes: dict[str, tuple[int, ...]], by_parameter: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """What fraction of each block of each layer is in each core: by block, of shape (cores, layers)."""
-    found: dict[str, torch.Tensor] = {}
-    sizes: dict[str, torch.Tensor] = {}
+    found, sizes = {}, {}
     for name in anatomy.in_layers:
         unit, counts = anatomy.parts_by_parameter[name][0][0], by_parameter[name]
         found.setdefault(unit.block, torch.zeros(len(counts), anatomy.num_layers))[:, unit.layer] += counts

@@ -11,8 +11,7 @@ from hft.planning.memory import memory_of
 from hft.runs.config import load_config
 from hft.runs.plan import load_model_config, plan_selection
 
-# Bytes per second, to turn bytes into minutes; results/cpi-core.md has what was measured.
-READ_RATE = 1e9
+READ_RATE = 1e9  # bytes per second; results/cpi-core.md has what was measured
 
 
 def describe_stages(plan: CPIPlan) -> tuple[str, str | None]:
@@ -25,7 +24,7 @@ def describe_stages(plan: CPIPlan) -> tuple[str, str | None]:
     misfit = why_state_does_not_fit(run, selection, engine)
     config, tasks, size = plan.config, len(plan.tasks), selection.anatomy.numel
     passes = 3 * 2 * 4 * size
-    most = 1 + tasks + (config.fusion + tasks) + (tasks if config.fusion and config.backbone == "multi-stage" else 0)
+    most = 1 + tasks + (config.fusion + tasks) + (tasks if config.fusion else 0)
     lines = [
         f"{tasks} tasks: {', '.join(plan.tasks)}",
         f"core: {config.percent:g}% of {size:,} elements, embeddings, head and norms included; two random cores have a "

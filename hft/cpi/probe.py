@@ -31,33 +31,20 @@ CORE_NAME = "core.json"
 
 @dataclass(frozen=True)
 class Core:
-    """What is known of a core besides its elements, which are the masks in `hft_masks.safetensors` beside it.
-
-    Attributes:
-        task: name of the task.
-        percent: p.
-        elements: in the core: exactly floor(p D / 100).
-        total: D, elements of the model; a tied head counts once.
-        smallest: the smallest |theta_i - theta_0| in the core.
-        unmoved: elements of the core that did not move at all, since too few others did.
-        probe: the model that was fine-tuned on the task.
-        base: the model that the probe started from.
-        random_seed: of a core of random elements, which no probe was asked for.
-    """
+    """What is known of a core besides its elements, which are the masks in `hft_masks.safetensors` beside it."""
 
     task: str
-    percent: float
-    elements: int
-    total: int
-    smallest: float
-    unmoved: int
-    probe: str
-    base: str
-    random_seed: int | None = None
+    percent: float  # p
+    elements: int  # in the core: exactly floor(p D / 100)
+    total: int  # D, elements of the model; a tied head counts once
+    smallest: float  # the smallest |theta_i - theta_0| in the core
+    unmoved: int  # elements of the core that did not move at all, since too few others did
+    probe: str  # the model that was fine-tuned on the task
+    base: str  # the model that the probe started from
+    random_seed: int | None = None  # of a core of random elements, which no probe was asked for
 
     @classmethod
     def load(cls, folder: Path) -> Core:
-        """Read a core's folder."""
         try:
             return cls(**json.loads((folder / CORE_NAME).read_text()))
         except FileNotFoundError:
@@ -66,7 +53,6 @@ class Core:
             raise HFTError(f"{folder / CORE_NAME} is not a valid core: {reason(error)}") from error
 
     def summary(self) -> str:
-        """A line for people."""
         size = f"{self.elements:,} of {self.total:,} elements"
         if self.random_seed is not None:
             return f"{self.task}: {size}, at random"
@@ -85,37 +71,35 @@ def probe_tasks(plan: CPIPlan) -> dict[str, Core]:
             data = plan.data_of(task)
             values = {"model_name_or_path": str(base), "dataset_name": str(data), "method": "fft", "policy": "all"}
             train_sft(run, plan.sft | plan.config.probe | values, data / TRAIN, *weight_files(base))
-        cores[task] = in_main_process(lambda run=run, task=task: core_of_run(run, base, plan, task))
+        cores[task] = core_of_run(run, base, plan, task)
     return cores
 
 
+@in_main_process
 def start_of(plan: CPIPlan) -> Path:
     """The folder that every run starts from: the base, or its copy in fp32 where it is stored in half precision.
 
     All runs save their weights in the dtypes of their base. In bf16 most of a step at 2e-5 is rounded away, and what is
     left of the largest changes depends on how large the weights are.
     """
-
-    def start() -> Path:
-        base, out = Checkpoint.open(plan.base), plan.probes / "base"
-        record, made = plan.probes / "base.json", {"base": absolute_or_hub_id(plan.base)}
-        if record.exists() and not is_current(record, made, *weight_files(base.folder)):
-            raise HFTError(f"{plan.probes} holds probes of another base; give another --probe_dir, or remove it")
-        in_half = any(spec.dtype in HALF_PRECISION for spec in base.specs.values())
-        if in_half and not (record.exists() and out.exists()):
-            say(f"writing {plan.base} in fp32 to {out}, so that no run rounds what it has learned", "")
-            specs = {name: spec.float() if spec.dtype in HALF_PRECISION else spec for name, spec in base.specs.items()}
-            with replaced_folder(out, "config.json") as folder:
-                write_model(folder, base, base.fp32, specs=specs)
-                base.config.dtype = torch.float32
-                base.config.save_pretrained(folder)
-        plan.probes.mkdir(parents=True, exist_ok=True)
-        write_json(record, made)
-        return out if in_half else base.folder
-
-    return in_main_process(start)
+    base, out = Checkpoint.open(plan.base), plan.probes / "base"
+    record, made = plan.probes / "base.json", {"base": absolute_or_hub_id(plan.base)}
+    if record.exists() and not is_current(record, made, *weight_files(base.folder)):
+        raise HFTError(f"{plan.probes} holds probes of another base; give another --probe_dir, or remove it")
+    in_half = any(spec.dtype in HALF_PRECISION for spec in base.specs.values())
+    if in_half and not (record.exists() and out.exists()):
+        say(f"writing {plan.base} in fp32 to {out}, so that no run rounds what it has learned", "")
+        specs = {name: spec.float() if spec.dtype in HALF_PRECISION else spec for name, spec in base.specs.items()}
+        with replaced_folder(out, "config.json") as folder:
+            write_model(folder, base, base.fp32, specs=specs)
+            base.config.dtype = torch.float32
+            base.config.save_pretrained(folder)
+    plan.probes.mkdir(parents=True, exist_ok=True)
+    write_json(record, made)
+    return out if in_half else base.folder
 
 
+@in_main_process
 def core_of_run(run: Path, base: Path, plan: CPIPlan, task: str) -> Core:
     """The core of a task, read from disk where it is up to date; and one of random elements where that is wanted."""
     percent, out, seed = plan.config.percent, plan.core_of(task), plan.config.draw_seed

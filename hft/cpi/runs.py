@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from hft.errors import HFTError
 from hft.machine import broadcast, is_main, say, world_size
@@ -19,7 +20,7 @@ from hft.runs.plan import make_plan
 from hft.runs.result import CONFIG_NAME
 from hft.runs.train import train
 
-T = TypeVar("T")
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 def train_sft(out: Path, values: Mapping[str, Any], *inputs: Path) -> None:
@@ -38,25 +39,28 @@ def train_sft(out: Path, values: Mapping[str, Any], *inputs: Path) -> None:
 
 
 def join_processes(values: Mapping[str, Any]) -> None:
-    """Start torch.distributed as a trainer would, for the work of the first process that comes before any trainer."""
+    """Start torch.distributed as a trainer would, which comes later."""
     if world_size() > 1:
         from accelerate import PartialState
 
         PartialState(cpu=bool((dict(values) | machine_settings(dict(values))).get("use_cpu")))
 
 
-def in_main_process(function: Callable[[], T]) -> T:
-    """What a function returns in the first process, in every process; the others wait."""
-    return broadcast(function() if is_main() else None)
+def in_main_process(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that runs in the first process, and returns its value in every one; the others wait."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        return broadcast(function(*args, **kwargs) if is_main() else None)
+
+    return run
 
 
 def is_current(record: Path, settings: Mapping[str, Any], *inputs: Path) -> bool:
     """Whether an output's JSON, written last, holds these settings, and no input was written after it."""
-    if not record.exists():
+    if not (record.exists() and settings.items() <= json.loads(record.read_text()).items()):
         return False
-    made = record.stat().st_mtime_ns
-    is_same = settings.items() <= json.loads(record.read_text()).items()
-    return is_same and all(path.stat().st_mtime_ns <= made for path in inputs)
+    return all(path.stat().st_mtime_ns <= record.stat().st_mtime_ns for path in inputs)
 
 
 @contextmanager

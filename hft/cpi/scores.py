@@ -23,11 +23,10 @@ from hft.text import aligned
 SCORES_NAME = "scores.json"
 
 
-def score_models(plan: CPIPlan) -> dict[str, dict[str, Score]]:
+def score_models(plan: CPIPlan) -> None:
     """Score the base, the probes, and the models before and after each group, on each task.
 
-    A model's losses are saved in its folder as suite `cpi`. What was scored before is not scored again. The models are
-    in the order in which they were made; the last one is the final model.
+    A model's losses are saved in its folder as suite `cpi`. What was scored before is not scored again.
     """
     groups, base = load_groups(plan), start_of(plan)
     models = models_of(plan, groups)
@@ -38,20 +37,20 @@ def score_models(plan: CPIPlan) -> dict[str, dict[str, Score]]:
         out = plan.out / "base" if name == "base" else folder  # the base may be the user's own folder, or the Hub's
         losses = losses_on(str(folder), "cpi", rows, final, out)
         found[name] = {task: losses.find(task) for task in plan.tasks}
-        for task, benchmark in ((name, task.benchmark) for name, task in plan.tasks.items() if task.benchmark):
+        for task, benchmark in ((key, task.benchmark) for key, task in plan.tasks.items() if task.benchmark):
             settings = Settings(**plan.config.eval | {"tasks": (benchmark,)})
-            scores = evaluate(str(folder), suite_of(benchmark), settings, out)
-            found[name][task] = scores.find(benchmark) or found[name][task]
-    content = {name: {task: asdict(value) for task, value in by_task.items()} for name, by_task in found.items()}
+            if score := evaluate(str(folder), suite_of(benchmark), settings, out).find(benchmark):
+                found[name][task] = score
     for scores in scores_of(final).values():  # where `hft paper` looks for them
         scores.save(plan.out)
-    write_json(plan.out / SCORES_NAME, {"scores": content, **measures(groups, found)})
-    say("scores", indented(score_table(plan, groups, found)), "", f"{plan.out / SCORES_NAME}")
-    return found
+    content = {name: {task: asdict(value) for task, value in by_task.items()} for name, by_task in found.items()}
+    measured = measures(groups, found)
+    write_json(plan.out / SCORES_NAME, {"scores": content, **measured})
+    say("scores", indented(score_table(list(plan.tasks), found, measured)), "", f"{plan.out / SCORES_NAME}")
 
 
 def models_of(plan: CPIPlan, groups: Sequence[Sequence[str]]) -> dict[str, Path]:
-    """The models that the stages have made so far, by their names in the table."""
+    """The models that the stages have made so far, by their names in the table, in the order of the stages."""
     models, names = {single_task(task): plan.probe_of(task) for task in sorted(plan.tasks)}, run_names(groups)
     models |= {f"backbone {name}": plan.out / "backbone" / name for name in names} | {"fused": plan.out / "fused"}
     models |= {name: plan.out / "groups" / name for name in names}
@@ -67,11 +66,10 @@ def single_task(task: str) -> str:
 
 
 def measures(groups: Sequence[Sequence[str]], found: Mapping[str, Mapping[str, Score]]) -> dict[str, Any]:
-    """`normalized` and `forgetting` of the final model.
+    """`normalized`, the final model's mean score relative to single-task SFT, and `forgetting` of each task.
 
-    The one is the mean over tasks of the score relative to single-task SFT, 1 where it is as good; the other, of each
-    task, how much worse in percent the final model is than the model right after its group. A loss counts by its
-    inverse. Both are ours: the paper's normalization cannot be recovered, and it has no such forgetting rate.
+    Forgetting is how much worse, in percent, the final model is than the model right after the task's group. A loss
+    counts by its inverse. Both are ours: the paper's normalization cannot be recovered, and it has no forgetting rate.
     """
     *_, final = found.values()
     tasks = [task for names in groups for task in names]
@@ -91,14 +89,13 @@ def ratio(score: Score, reference: Score) -> float:
     return a / b if b else float("nan")
 
 
-def score_table(plan: CPIPlan, groups: Sequence[Sequence[str]], found: Mapping[str, Mapping[str, Score]]) -> str:
+def score_table(tasks: Sequence[str], found: Mapping[str, Mapping[str, Score]], measured: Mapping[str, Any]) -> str:
     """The scores in columns: models x tasks."""
-    tasks, first = list(plan.tasks), next(iter(found.values()))
+    first = next(iter(found.values()))
     units = [f"{first[task].metric}, {first[task].unit}" for task in tasks]
     rows: list[list[str] | str] = [["", *tasks], ["", *units]]
     rows += [[name, *(f"{by_task[task].value:.3f}" for task in tasks)] for name, by_task in found.items()]
-    result = measures(groups, found)
-    rows.append(["forgetting, %", *(f"{result['forgetting'][task]:.2f}" for task in tasks)])
-    if "normalized" in result:
-        rows.append(f"{result['normalized']:.3f} of single-task SFT, mean over tasks (1: as good)")
+    rows.append(["forgetting, %", *(f"{measured['forgetting'][task]:.2f}" for task in tasks)])
+    if "normalized" in measured:
+        rows.append(f"{measured['normalized']:.3f} of single-task SFT, mean over tasks (1: as good)")
     return aligned(rows)

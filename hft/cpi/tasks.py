@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined, TemplateError
 
 from hft.config import RunConfig
 from hft.cpi.config import CPIPlan, Task
-from hft.cpi.runs import is_current
+from hft.cpi.runs import in_main_process, is_current
 from hft.errors import HFTError, reason
 from hft.jsonl import read_jsonl, write_jsonl
 from hft.machine import say
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TRAIN, TEST = "train.jsonl", "test.jsonl"
-# Rows that the loss of a task is measured on, where the config does not say.
-EVAL_ROWS = 64
+EVAL_ROWS = 64  # that the loss of a task is measured on, where the config does not say
 
 
+@in_main_process
 def write_task_rows(plan: CPIPlan) -> None:
     """Write the rows of each task to `probes/data/TASK/{train,test}.jsonl`, unless they are there."""
     from hft.data import load_data, sft_rows
@@ -42,7 +42,7 @@ def write_task_rows(plan: CPIPlan) -> None:
         try:
             loaded = load_data(
                 RunConfig(**dataset, eval_rows=rows),
-                lambda dataset, where, task=task: sft_rows(as_conversations(dataset, task), where),
+                lambda dataset, where, task=task: sft_rows(rendered_rows(dataset, task), where),
                 evaluate=True,
             )
         except HFTError as error:
@@ -53,7 +53,7 @@ def write_task_rows(plan: CPIPlan) -> None:
         say(f"task {name}: {len(loaded.train):,} rows, {len(loaded.test):,} held out", *loaded.notes, "")
 
 
-def as_conversations(dataset: Dataset, task: Task) -> Dataset:
+def rendered_rows(dataset: Dataset, task: Task) -> Dataset:
     """Rows as prompt and completion where a task has templates for them; others as they are."""
     if task.prompt is None:
         return dataset
@@ -77,6 +77,7 @@ def as_messages(rows: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
         yield {"messages": messages} | {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
 
 
+@in_main_process
 def write_sample(plan: CPIPlan, group: Sequence[str], folder: Path) -> Path:
     """Write the rows that a group trains on, unless they are there: as many of each task, drawn by `draw_seed`."""
     wanted, rows, path = plan.config.sample_rows, [], folder / TRAIN

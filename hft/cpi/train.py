@@ -14,7 +14,7 @@ from typing import Any
 from hft.cpi.config import CPIPlan
 from hft.cpi.group import load_groups, run_names
 from hft.cpi.probe import CORE_NAME, start_of
-from hft.cpi.runs import in_main_process, train_sft
+from hft.cpi.runs import train_sft
 from hft.cpi.tasks import write_sample
 from hft.errors import HFTError
 from hft.machine import say
@@ -38,7 +38,7 @@ def train_groups(plan: CPIPlan, groups: Sequence[Sequence[str]], start: Path, ou
     runs = []
     for index, (name, tasks) in enumerate(zip(run_names(groups), groups, strict=True)):
         data = plan.out / "data" / name
-        rows = in_main_process(lambda tasks=tasks, data=data: write_sample(plan, tasks, data))
+        rows = write_sample(plan, tasks, data)
         say(f"group {index + 1} of {len(groups)}: {', '.join(tasks)}")
         selection = selection_of(plan, groups, index)
         values = {"model_name_or_path": str(start), "dataset_name": str(data), "method": "cpi", **selection}

@@ -31,7 +31,6 @@ from hft.continual.gradients import (
     loss_gradient,
     take_gradient,
     tokenized,
-    with_gradient,
 )
 from hft.errors import HFTError
 from hft.jsonl import read_jsonl
@@ -81,8 +80,10 @@ class GEM(Strategy):
             raise HFTError(f"{self.name} compares gradients, which fp16 scales; train in bf16 or fp32")
 
     def memory(self, selection: Selection) -> int:
-        tasks = len({row["task"] for row in read_jsonl(self.strategy_data)}) if self.strategy_data else 0
-        return 4 * (tasks + 1 if tasks else 0) * selection.num_with_optimizer_state  # fp32: g and every m_k
+        if not self.strategy_data:
+            return 0
+        tasks = len({row["task"] for row in read_jsonl(self.strategy_data)})
+        return 4 * (tasks + 1) * selection.num_with_optimizer_state  # fp32: g and every m_k
 
 
 class Projection(TrainerCallback):
@@ -95,12 +96,10 @@ class Projection(TrainerCallback):
         self.tasks = [[tokenized(row, tokenizer, longest) for row in rows] for _, rows in tasks]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        parameters = with_gradient(model)
+        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
         gradient = take_gradient(parameters)
-        memories = [
-            MicroBatches(self.trainer, rows) for rows in self.strategy.constraints(self.tasks, state.global_step)
-        ]
-        memory_gradients = [loss_gradient(batches, parameters) for batches in memories]
+        constraints = self.strategy.constraints(self.tasks, state.global_step)
+        memory_gradients = [loss_gradient(MicroBatches(self.trainer, rows), parameters) for rows in constraints]
         weights = self.strategy.weights(dot_products([gradient, *memory_gradients], args.device))
         for index, parameter in enumerate(parameters):
             parameter.grad = gradient[index]
@@ -112,13 +111,8 @@ class Projection(TrainerCallback):
 def dual_variables(gram: torch.Tensor, products: torch.Tensor, margin: float) -> torch.Tensor:
     """The v of GEM's dual, exactly: argmin ||g + sum_k v_k m_k||^2 over v >= margin; zeros if nothing conflicts.
 
-    With v = u + margin this is a non-negative least-squares problem in u. Only inner products enter, so it has as many
-    rows as there are tasks, however large the model is.
-
-    Args:
-        gram: m_j . m_k, of shape (tasks, tasks).
-        products: m_k . g, of shape (tasks,).
-        margin: lower bound of v.
+    `gram` is m_j . m_k, (tasks, tasks), `products` m_k . g, (tasks,). With v = u + margin this is a non-negative
+    least-squares problem in u. Only inner products enter, so it has as many rows as there are tasks.
     """
     from scipy.optimize import nnls
 

@@ -90,10 +90,10 @@ class HoldToOwnText(TrainerCallback):
         path = Path(args.output_dir) / TEXTS_NAME
         if state.global_step and path.exists():  # a resume
             self.texts = json.loads(path.read_text())
-            return
-        self.texts = sample_texts(self.reference, self.trainer, self.strategy)
-        if is_main():
-            path.write_text(json.dumps(self.texts))
+        else:
+            self.texts = sample_texts(self.reference, self.trainer, self.strategy)
+            if is_main():
+                path.write_text(json.dumps(self.texts))
 
     def on_step_begin(self, args, state, control, **kwargs):
         drawn = random.Random(f"{self.strategy.replay_seed} {state.global_step}")
@@ -136,5 +136,4 @@ def sample_texts(model: PreTrainedModel, trainer: Trainer, strategy: SelfReplay)
 
 def until_eos(ids: list[int], eos: int | None) -> list[int]:
     """A text up to its first EOS after the start, which it keeps."""
-    end = ids.index(eos, 1) + 1 if eos in ids[1:] else len(ids)
-    return ids[:end]
+    return ids[: ids.index(eos, 1) + 1] if eos in ids[1:] else ids
