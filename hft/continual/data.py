@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class SequenceData:
-    """The rows of a sequence: `train` and `tests` by task, `alignment` (general instructions) if the strategy replays it.
+    """The rows of a sequence: `train` and `tests` by task, and `alignment` if the strategy replays general instructions.
 
     `notes` say what the files hold that the numbers depend on.
     """

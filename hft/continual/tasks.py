@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,24 +100,22 @@ def shorten_rows(
     empty = [{"role": "user", "content": ""}]
     around = tokenizer.apply_chat_template(empty, add_generation_prompt=True, tokenize=True, return_dict=True)
     room = max(1, longest_prompt - len(around.input_ids))
-
-    def middle_out(text: str, ends: list[tuple[int, int]]) -> str:
-        head, tail = math.ceil(room / 2), room // 2
-        return text[: ends[head - 1][1]] + (text[ends[-tail][0] :] if tail else "")
-
-    def end_off(text: str, ends: list[tuple[int, int]]) -> str:
-        return text[: ends[longest_answer - 2][1]]
-
     made = []
     for start in tqdm(range(0, len(rows), 256), desc=f"shortening {name}", leave=False):
         batch = rows[start : start + 256]
-        prompts = _fit([row["prompt"] for row in batch], tokenizer, room, middle_out)
-        answers = _fit([row["completion"] for row in batch], tokenizer, longest_answer - 1, end_off)
+        prompts = _ends([row["prompt"] for row in batch], tokenizer, math.ceil(room / 2), room // 2)
+        answers = _ends([row["completion"] for row in batch], tokenizer, longest_answer - 1)
         made += [row | {"prompt": p, "completion": a} for row, p, a in zip(batch, prompts, answers, strict=True)]
     return made
 
 
-def _fit(texts: list[str], tokenizer: PreTrainedTokenizerBase, longest: int, cut: Callable[..., str]) -> list[str]:
-    """Texts of at most `longest` tokens; `cut` gets the characters that each token covers."""
+def _ends(texts: list[str], tokenizer: PreTrainedTokenizerBase, first: int, last: int = 0) -> list[str]:
+    """The first and the last tokens of each text that has more."""
     offsets = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return [cut(text, ends) if len(ends) > longest else text for text, ends in zip(texts, offsets, strict=True)]
+
+    def cut(text: str, tokens: list[tuple[int, int]]) -> str:
+        if len(tokens) <= first + last:
+            return text
+        return text[: tokens[first - 1][1]] + (text[tokens[-last][0] :] if last else "")
+
+    return list(map(cut, texts, offsets))

@@ -70,7 +70,7 @@ def run_names(groups: Sequence[Sequence[str]]) -> list[str]:
 
 
 def compare_cores(plan: CPIPlan, tasks: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Draw `cores.png`; the similarity of the cores, what of each lies outside the layers, and each block's part in it."""
+    """Draw `cores.png`; returns the cores' similarity, what of each is outside the layers, and `shares_of` them."""
     from hft.merging.checkpoint import Checkpoint
     from hft.model.anatomy import anatomy_of, meta_model
 
