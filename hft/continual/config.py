@@ -30,7 +30,6 @@ class SequenceConfig:
     tasks: list[str] = field(
         default_factory=lambda: list(TRACE), metadata={"help": "The tasks, in the order in which they are learned."}
     )
-    order: list[str] | None = field(default=None, metadata={"help": "The same tasks in another order."})
     epochs: dict[str, float] | float | None = field(
         default=None, metadata={"help": "Epochs of each task, or of all; num_train_epochs where a task has none."}
     )
@@ -51,10 +50,6 @@ class SequenceConfig:
     score_batch_size: int = field(default=16, metadata={"help": "Prompts that are answered at once."})
 
     def __post_init__(self):
-        if self.order is not None:
-            if sorted(self.order) != sorted(self.tasks):
-                raise HFTError(f"order must name each of the tasks once: {', '.join(self.tasks)}; or give --tasks")
-            self.tasks = self.order
         if twice := [task for task in self.tasks if self.tasks.count(task) > 1]:
             raise HFTError(f"tasks has {twice[0]} twice; a task is learned once")
         if not self.tasks:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class SequenceData:
-    """The rows of a sequence: `train` and `tests` by task, and `alignment` if the strategy replays general instructions.
+    """The rows of a sequence: `train` and `tests` by task, and `alignment` if the strategy replays instructions.
 
     `notes` say what the files hold that the numbers depend on.
     """

@@ -28,20 +28,14 @@ def overall_performance(scores: ScoreRows, t: int) -> float:
 def backward_transfer(scores: ScoreRows, t: int) -> float:
     """BWT of eq. 5: the sum of the changes of earlier tasks since each was learned, over the t + 1 tasks seen.
 
-    All of the paper's tables divide by the number of tasks; Lopez-Paz and Ranzato (2017) divide by one less
-    (`backward_transfer_earlier`).
+    All of the paper's tables divide by the number of tasks; Lopez-Paz and Ranzato (2017) divide by one less.
     """
-    return sum(scores[t][i] - scores[i][i] for i in range(t)) / (t + 1)
+    return sum(changes(scores, t)) / (t + 1)
 
 
-def backward_transfer_earlier(scores: ScoreRows, t: int) -> float | None:
-    """BWT of Lopez-Paz and Ranzato (2017): the mean change of the t earlier tasks; None in the first round."""
-    return backward_transfer(scores, t) * (t + 1) / t if t else None
-
-
-def backward_transfer_clipped(scores: ScoreRows, t: int) -> float:
-    """BWT as TreeLoRA's script has it (ZinYY/TreeLoRA): a task that improved counts as unchanged."""
-    return sum(min(scores[t][i] - scores[i][i], 0.0) for i in range(t)) / (t + 1)
+def changes(scores: ScoreRows, t: int) -> list[float]:
+    """For each earlier task its score after round t minus that right after its own round."""
+    return [scores[t][i] - scores[i][i] for i in range(t)]
 
 
 def forgetting(scores: ScoreRows, t: int) -> list[float]:
@@ -72,10 +66,11 @@ class Matrix:
         found = {"op": [overall_performance(s, t) for t in rounds], "bwt": [backward_transfer(s, t) for t in rounds]}
         if not s:
             return found
-        last = rounds[-1]
+        *earlier, last = rounds
         return found | {
-            "bwt_earlier_tasks": backward_transfer_earlier(s, last),
-            "bwt_clipped": backward_transfer_clipped(s, last),
+            # As Lopez-Paz and Ranzato (2017) have it; and as TreeLoRA's script (ZinYY/TreeLoRA), without gains.
+            "bwt_earlier_tasks": found["bwt"][-1] * len(rounds) / len(earlier) if earlier else None,
+            "bwt_clipped": sum(min(change, 0.0) for change in changes(s, last)) / len(rounds),
             "forgetting": dict(zip(self.tasks, forgetting(s, last), strict=False)),
         }
 

@@ -61,7 +61,7 @@ def run_sequence(plan: SequencePlan, data: SequenceData) -> Matrix:
 def sequence_keys(plan: SequencePlan) -> dict[str, Any]:
     """All keys of a sequence and its runs, as `hft continual` takes them."""
     own = asdict(plan.settings) | plan.strategy.keys()
-    own = {key: value for key, value in own.items() if value is not None and key not in ("order", "score_batch_size")}
+    own = {key: value for key, value in own.items() if value is not None and key != "score_batch_size"}
     return plan.common | own | {"output_dir": str(plan.out)}
 
 

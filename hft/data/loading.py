@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +23,20 @@ ReadRows = Callable[[Dataset, str], tuple[Dataset, list[str]]]
 
 @dataclass(frozen=True)
 class LoadedData:
-    """The rows of a run, in the form that its trainer takes.
+    """The rows of a run, in the form that its trainer takes; column `row` is a row's number in its split, from 0."""
 
-    Attributes:
-        name: of the dataset, for messages.
-        train: rows to train on; the column `row` is a row's number in its split, counted from 0.
-        test: rows to evaluate on, None if none are wanted.
-        notes: what was dropped, which columns are not used, and which split is evaluated on, a line each.
-        fingerprint: what identifies the data files (`hft.data.fingerprint`).
-    """
-
-    name: str
+    name: str  # of the dataset
     train: Dataset
-    test: Dataset | None
-    notes: list[str] = field(default_factory=list)
-    fingerprint: dict[str, Any] = field(default_factory=dict)
+    test: Dataset | None  # rows to evaluate on, None if none are wanted
+    notes: list[str]  # what was dropped, which columns are not used, and which split is evaluated on, a line each
+    fingerprint: dict[str, Any]  # what identifies the data files
 
 
 def load_split(name: str, split: str, config: str | None = None, revision: str | None = None) -> Dataset:
-    """One split of a dataset, as it is stored.
+    """One split of a dataset, or a slice like `train[:1%]`, as it is stored.
 
-    Args:
-        name: a .jsonl, .json or .parquet file (all of it is the `train` split), a folder with one file per split,
-            or a Hub id.
-        split: name of the split, or a slice like `train[:1%]`.
-        config: the Hub dataset's configuration, if it has several.
-        revision: the Hub dataset's branch, tag or commit.
+    `name` is a .jsonl, .json or .parquet file (all of it is the `train` split), a folder with one file per split, or a
+    Hub id with its configuration and its branch, tag or commit.
     """
     path = _local(name)
     with _loading(name):

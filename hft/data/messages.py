@@ -7,20 +7,16 @@ from typing import Any
 from hft.errors import HFTError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
-SHAREGPT_ROLES = {"human": "user", "observation": "tool"} | dict.fromkeys(
-    ("gpt", "chatgpt", "bing", "bard"), "assistant"
-)
+SHAREGPT_ROLES = {"human": "user", "observation": "tool"}
+SHAREGPT_ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")
 # What an assistant can say besides its content.
 OTHER_SPEECH = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 def chat(value: object, column: str, role: str | None = None) -> list[dict[str, Any]]:
-    """A conversation as a list of messages.
+    """A conversation as a list of messages: `{role, content}` or ShareGPT's `{from, value}`; other keys are kept.
 
-    Args:
-        value: messages as `{role, content}` or ShareGPT's `{from, value}`; other keys are kept.
-        column: where the value is from, for errors.
-        role: who says a value that is plain text; None if it must be a list.
+    `role` is who says a value that is plain text; without one it must be a list.
     """
     if isinstance(value, str) and role:
         value = [{"role": role, "content": value}]

@@ -30,10 +30,11 @@ def test_op_and_bwt_of_the_papers_tables(number):
 def test_other_forms_of_bwt():
     scores = [[80, None, None], [70, 60, None], [90, 40, 50]]
     assert m.backward_transfer(scores, 2) == pytest.approx((10 - 20) / 3)
-    assert m.backward_transfer_earlier(scores, 2) == pytest.approx((10 - 20) / 2)
-    assert m.backward_transfer_clipped(scores, 2) == pytest.approx(-20 / 3)
-    assert m.backward_transfer_earlier(scores, 0) is None
-    assert m.forgetting(scores, 2) == [-10, 20]
+    found = Matrix(["A", "B", "C"], ["accuracy"] * 3, ["A", "B", "C"], scores).summary()
+    assert found["bwt_earlier_tasks"] == pytest.approx((10 - 20) / 2)
+    assert found["bwt_clipped"] == pytest.approx(-20 / 3)
+    assert found["forgetting"] == {"A": -10, "B": 20}
+    assert Matrix(["A"], ["accuracy"], ["A"], [[80]]).summary()["bwt_earlier_tasks"] is None
 
 
 def test_a_matrix_is_laid_out_like_table_29_and_reads_back(tmp_path):

@@ -186,7 +186,7 @@ def test_a_long_prompt_loses_its_middle_and_a_long_answer_its_end(tiny):
 
 def test_dry_run_writes_nothing(tmp_path, tiny, tasks, capsys):
     capsys.readouterr()
-    assert main(sequence(tiny, tasks, tmp_path / "out", "--order", "Swap", "First", "--dry_run")) == 0
+    assert main(sequence(tiny, tasks, tmp_path / "out", "--tasks", "Swap", "First", "--dry_run")) == 0
     assert not (tmp_path / "out").exists()
     out = capsys.readouterr().out
     assert out.index("01-Swap") < out.index("02-First")
@@ -216,7 +216,6 @@ def test_the_documents_own_strategy_chooses_rows(tmp_path, tiny, tasks):
     ("flags", "message"),
     [
         (["--tasks", "First", "First"], "tasks has First twice"),
-        (["--order", "Swap"], "order must name each of the tasks once: First, Swap"),
         (["--metrics", "{First: f1, Swap: accuracy}"], "unknown metric 'f1' of First; give one of accuracy, choice"),
         (["--metrics", "{First: accuracy}"], "Swap is not in TRACE and has no metric"),
         (["--metrics", "{First: accuracy, Swap: accuracy, FOMC: accuracy}"], "metrics has FOMC"),

@@ -125,9 +125,8 @@ def test_a_conflict_is_projected_to_the_boundary(rows, tiny, tmp_path, name, mar
         parameter.grad = g - 3 * m
     assert dot_products([[p.grad for p in parameters], memory], args.device)[0, 1] < 0
     projection.on_pre_optimizer_step(args, trainer.state, None, model=trainer.model)
-    assert [
-        p for p in trainer.model.parameters() if p.grad is not None
-    ] == parameters  # nothing that is frozen has a gradient
+    # Nothing that is frozen has a gradient.
+    assert [p for p in trainer.model.parameters() if p.grad is not None] == parameters
     gram = dot_products([take_gradient(parameters), memory], args.device)
     assert abs(float(gram[0, 1])) < 1e-4 * float(gram[1, 1])
 
