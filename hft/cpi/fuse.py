@@ -18,9 +18,9 @@ import torch
 
 from hft.cpi.config import CPIPlan
 from hft.cpi.group import load_groups
-from hft.cpi.probe import start_of
+from hft.cpi.probe import core_folders, start_of
 from hft.cpi.runs import in_main_process, is_current, replaced_folder
-from hft.cpi.train import core_folders, train_groups
+from hft.cpi.train import train_groups
 from hft.errors import HFTError
 from hft.machine import say
 from hft.merging.checkpoint import Checkpoint, check_alike, write_model

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from hft.cpi.config import CPIPlan
-from hft.cpi.probe import Core
+from hft.cpi.probe import core_folders
 from hft.cpi.runs import in_main_process
 from hft.errors import HFTError
 from hft.machine import indented, say
@@ -74,16 +74,10 @@ def compare_cores(plan: CPIPlan, tasks: Sequence[str]) -> tuple[torch.Tensor, to
     from hft.merging.checkpoint import Checkpoint
     from hft.model.anatomy import anatomy_of, meta_model
 
-    cores = [Core.load(plan.core_of(task)) for task in tasks]
-    if other := [core for core in cores if core.base != cores[0].base]:
-        raise HFTError(
-            f"the cores of {cores[0].task} and {other[0].task} are of probes from {cores[0].base} and {other[0].base}; "
-            "only probes from one base can be compared"
-        )
-    masks = [Masks(plan.core_of(task)) for task in tasks]
+    masks = [Masks(folder) for folder in core_folders(plan, tasks)]
     counts, by_parameter = overlaps(masks)
     similarity = jaccard(counts)
-    anatomy = anatomy_of(meta_model(Checkpoint.open(cores[0].base).config))
+    anatomy = anatomy_of(meta_model(Checkpoint.open(plan.base).config))
     shares = shares_of(anatomy, masks[0].shapes, by_parameter)
     plot_cores(tasks, similarity, shares).savefig(plan.out / CORES_PICTURE)
     inside = sum(by_parameter[name] for name in anatomy.in_layers)

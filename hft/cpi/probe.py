@@ -7,7 +7,7 @@ elementwise, and global over the model, embeddings, head and norms included (CPI
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from hft.cpi.config import CPIPlan
 from hft.cpi.runs import in_main_process, is_current, replaced_folder, train_sft
 from hft.cpi.tasks import TRAIN
-from hft.errors import HFTError, reason
+from hft.errors import HFTError
 from hft.freezing import HALF_PRECISION
 from hft.machine import say
 from hft.merging.checkpoint import Checkpoint, check_alike, write_model
@@ -45,12 +45,7 @@ class Core:
 
     @classmethod
     def load(cls, folder: Path) -> Core:
-        try:
-            return cls(**json.loads((folder / CORE_NAME).read_text()))
-        except FileNotFoundError:
-            raise HFTError(f"core {folder} not found: run `hft cpi probe` first") from None
-        except (TypeError, ValueError) as error:
-            raise HFTError(f"{folder / CORE_NAME} is not a valid core: {reason(error)}") from error
+        return cls(**json.loads((folder / CORE_NAME).read_text()))
 
     def summary(self) -> str:
         size = f"{self.elements:,} of {self.total:,} elements"
@@ -60,10 +55,17 @@ class Core:
         return f"{self.task}: {size}, moved by at least {self.smallest:.3g}{unmoved}"
 
 
-def probe_tasks(plan: CPIPlan) -> dict[str, Core]:
+def core_folders(plan: CPIPlan, tasks: Sequence[str], *, random: bool = False) -> list[str]:
+    """The folders of the tasks' cores, which must be there."""
+    folders = [plan.core_of(task, random=random) for task in tasks]
+    if missing := [folder for folder in folders if not (folder / CORE_NAME).exists()]:
+        raise HFTError(f"core {missing[0]} not found: run `hft cpi probe` first")
+    return [str(folder) for folder in folders]
+
+
+def probe_tasks(plan: CPIPlan) -> None:
     """Fine-tune the base on each task alone, and find the task's core."""
     base = start_of(plan)
-    cores = {}
     for task in plan.tasks:
         run = plan.probe_of(task)
         if not plan.tasks[task].probe:
@@ -71,8 +73,7 @@ def probe_tasks(plan: CPIPlan) -> dict[str, Core]:
             data = plan.data_of(task)
             values = {"model_name_or_path": str(base), "dataset_name": str(data), "method": "fft", "policy": "all"}
             train_sft(run, plan.sft | plan.config.probe | values, data / TRAIN, *weight_files(base))
-        cores[task] = core_of_run(run, base, plan, task)
-    return cores
+        find_core(run, base, plan, task)
 
 
 @in_main_process
@@ -100,8 +101,8 @@ def start_of(plan: CPIPlan) -> Path:
 
 
 @in_main_process
-def core_of_run(run: Path, base: Path, plan: CPIPlan, task: str) -> Core:
-    """The core of a task, read from disk where it is up to date; and one of random elements where that is wanted."""
+def find_core(run: Path, base: Path, plan: CPIPlan, task: str) -> None:
+    """Write the core of a task, and one of random elements where that is wanted, unless they are there."""
     percent, out, seed = plan.config.percent, plan.core_of(task), plan.config.draw_seed
     inputs = [*weight_files(run), *weight_files(base)]
     if not is_current(out / CORE_NAME, {"percent": percent, "probe": str(run)}, *inputs):
@@ -114,7 +115,6 @@ def core_of_run(run: Path, base: Path, plan: CPIPlan, task: str) -> Core:
         out = plan.core_of(task, random=True)
         if not is_current(out / CORE_NAME, {"percent": percent, "random_seed": seed}, plan.core_of(task) / CORE_NAME):
             write_random_core(out, core, Checkpoint.open(str(base)), seed)
-    return core
 
 
 def check_probe(probe: Checkpoint, base: Checkpoint, also: str = "") -> None:
@@ -139,7 +139,7 @@ def check_probe(probe: Checkpoint, base: Checkpoint, also: str = "") -> None:
         )
 
 
-def write_core(out: Path, task: str, probe: Checkpoint, base: Checkpoint, percent: float) -> Core:
+def write_core(out: Path, task: str, probe: Checkpoint, base: Checkpoint, percent: float) -> None:
     """Write the p% of all elements that a probe of a task, in fp32, moved furthest from its base."""
 
     def changes(name: str) -> torch.Tensor:
@@ -155,7 +155,6 @@ def write_core(out: Path, task: str, probe: Checkpoint, base: Checkpoint, percen
         total = sum(base.specs[name].numel() for name in base.parameters)
         core = Core(task, percent, cut.wanted, total, smallest, unmoved, probe.name, base.name)
         write_json(folder / CORE_NAME, asdict(core))
-    return core
 
 
 def write_random_core(out: Path, like: Core, base: Checkpoint, seed: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from hft.cpi.config import CPIPlan
 from hft.cpi.group import load_groups, run_names
-from hft.cpi.probe import CORE_NAME, start_of
+from hft.cpi.probe import core_folders, start_of
 from hft.cpi.runs import train_sft
 from hft.cpi.tasks import write_sample
 from hft.errors import HFTError
@@ -60,11 +60,3 @@ def selection_of(plan: CPIPlan, groups: Sequence[Sequence[str]], index: int) -> 
     if freeze == "nothing" or not earlier:
         return {"policy": "all"}
     return {"policy": "core", "cores": core_folders(plan, earlier, random=freeze == "random-cores")}
-
-
-def core_folders(plan: CPIPlan, tasks: Sequence[str], *, random: bool = False) -> list[str]:
-    """The folders of the tasks' cores, which must be there."""
-    folders = [plan.core_of(task, random=random) for task in tasks]
-    if missing := [folder for folder in folders if not (folder / CORE_NAME).exists()]:
-        raise HFTError(f"core {missing[0]} not found: run `hft cpi probe` first")
-    return [str(folder) for folder in folders]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -90,17 +89,14 @@ def fetch_model(name: str, folder: str | Path) -> None:
     """Make a model's folder, whole or not at all."""
     if name not in MODELS:
         raise HFTError(f"cannot fetch {name!r}, only {', '.join(MODELS)}; others are loaded from the Hub by their id")
-    folder, temporary = Path(folder), None
+    folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise HFTError(f"{folder} exists; remove it, or name another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-        MODELS[name](temporary)
-        temporary.chmod(0o755)
-        temporary.replace(folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+            made = Path(temporary, "model")
+            MODELS[name](made)
+            made.replace(folder)
     except OSError as error:
         raise HFTError(f"cannot write {folder}: {error.strerror or reason(error)}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
