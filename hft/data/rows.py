@@ -13,11 +13,8 @@ from trl import extract_prompt
 from hft.data.messages import chat, is_blank
 from hft.errors import HFTError
 
-# What TRL reads beside the conversation: both go to the chat template.
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-
-# A converted row, and why it is to be dropped, or "".
-Converted = tuple[dict[str, list[dict[str, Any]]], str]
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # which TRL gives to the chat template
+Converted = tuple[dict[str, list[dict[str, Any]]], str]  # a row, and why it is to be dropped, or ""
 
 
 def sft_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
@@ -29,12 +26,12 @@ def sft_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
     names its number.
     """
     columns = set(dataset.column_names)
-    source = next((column for column in ("messages", "conversations") if column in columns), None)
-    if source:
-        return _convert(dataset, name, _conversation, {"messages": source}, ["messages"], "rows")
+    if "conversations" in columns and "messages" not in columns:
+        return sft_rows(dataset.rename_column("conversations", "messages"), name)
+    if "messages" in columns:
+        return _convert(dataset, name, _conversation, ["messages"], "rows")
     if {"prompt", "completion"} <= columns:
-        needed = {"prompt": "prompt", "completion": "completion"}
-        return _convert(dataset, name, _completion, needed, ["prompt", "completion"], "rows")
+        return _convert(dataset, name, _completion, ["prompt", "completion"], "rows")
     hint = "; it looks like preferences, which are for DPO" if {"chosen", "rejected"} <= columns else ""
     raise HFTError(
         f"dataset {name} has columns {', '.join(sorted(columns))}; needed are messages, or prompt and completion{hint}"
@@ -56,8 +53,7 @@ def preference_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
             f"dataset {name} has columns {', '.join(sorted(columns))}; needed are chosen and rejected as messages "
             f"with the prompt in front or in another column, or prompt, chosen and rejected as text{hint}"
         )
-    needed = {column: column for column in ("prompt", "chosen", "rejected") if column in columns}
-    return _convert(dataset, name, _preference, needed, ["prompt", "chosen", "rejected"], "pairs")
+    return _convert(dataset, name, _preference, ["prompt", "chosen", "rejected"], "pairs")
 
 
 def unpaired_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
@@ -123,23 +119,18 @@ def _convert(
     dataset: Dataset,
     name: str,
     convert: Callable[[dict[str, Any]], Converted],
-    sources: dict[str, str],
     outputs: list[str],
     unit: str,
 ) -> tuple[Dataset, list[str]]:
     """Convert and check each row, and drop those with nothing to learn.
 
-    Args:
-        convert: one row, with the keys of `sources`.
-        sources: of each column that `convert` reads, the column that it is in.
-        outputs: the columns that `convert` makes; the first has the system message.
-        unit: "rows" or "pairs", for messages.
+    `convert` makes the columns `outputs`, the first of which has the system message, and reads those that are there.
     """
     columns = dataset.column_names
     if images := sorted({"image", "images"} & set(columns)):
         raise HFTError(f"dataset {name} has a column {images[0]}, and only text is trained on; remove it")
     kept = [column for column in TEMPLATE_COLUMNS if column in columns]
-    used = [*sources.values(), *kept, *(["system"] if "system" in columns else [])]
+    used = [column for column in (*outputs, *kept, "system") if column in columns]
     features = dict.fromkeys(outputs, List(Json())) | dict.fromkeys(kept, Json())
     features |= {"row": Value("int64"), "fault": Value("string"), "has_system": Value("bool")}
     stored = dataset.features
@@ -149,7 +140,7 @@ def _convert(
         for index, number in enumerate(numbers):
             given = {column: _without_padding(batch[column][index], stored[column]) for column in used}
             try:
-                row, fault = convert({key: given[column] for key, column in sources.items()})
+                row, fault = convert(given)
                 row[outputs[0]], had_one = _with_system(row[outputs[0]], given.get("system"))
                 extras = {column: _from_json(given[column], column) for column in kept}
             except HFTError as error:
