@@ -145,15 +145,15 @@ def parse_stages(arguments: Sequence[str]) -> CPIPlan:
 
 def plan_stages(given: Given) -> CPIPlan:
     """Type and check all keys, and name the folders."""
-    values, flags = given.resolve(Keys((CPIConfig, RunConfig, find_objective("sft").config)))
+    of_run = (RunConfig, find_objective("sft").config)
+    values, flags = given.resolve(Keys((CPIConfig, *of_run)))
     if wrong := [key for key in values if key in SET_BY_STAGES or key.startswith("dataset_")]:
         raise HFTError(f"{wrong[0]} is not for hft cpi, whose stages set it; a dataset belongs in tasks")
     if not values.get("model_name_or_path"):
         raise HFTError("model_name_or_path is needed: give a recipe with --config, or the base as a flag")
     check_base_is_a_model(values["model_name_or_path"])
-    for key in ("probe", "train"):
-        values[key] = typed(key, values.get(key), RunConfig, find_objective("sft").config)
-    values["eval"] = typed("eval", values.get("eval"), Settings)
+    for key, classes in {"probe": of_run, "train": of_run, "eval": (Settings,)}.items():
+        values[key] = typed(key, values.get(key), *classes)
     if any(keys.get("save_only_trained") for keys in (values, values["probe"], values["train"])):
         raise HFTError("each stage starts from the models of the one before; remove save_only_trained")
     config = fill(CPIConfig, values)

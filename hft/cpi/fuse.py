@@ -47,7 +47,7 @@ def fuse_probes(plan: CPIPlan) -> Path:
         raise HFTError("fusion is false, so there is nothing to fuse; `hft cpi train` starts from the base")
     groups = load_groups(plan)
     say("backbone: the groups train without fusion", "")
-    backbone = train_groups(plan, groups, start_of(plan), plan.out / "backbone")[-1]
+    backbone = train_groups(plan, groups, start_of(plan), plan.out / "backbone")
     tasks = [task for names in groups for task in names]
     cores = core_folders(plan, tasks, random=plan.config.freeze == "random-cores")
     fuse_into(plan.out / "fused", Fusion(str(backbone), [str(plan.probe_of(task)) for task in tasks], cores))

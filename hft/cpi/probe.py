@@ -48,10 +48,8 @@ class Core:
         return cls(**json.loads((folder / CORE_NAME).read_text()))
 
     def summary(self) -> str:
-        size = f"{self.elements:,} of {self.total:,} elements"
-        if self.random_seed is not None:
-            return f"{self.task}: {size}, at random"
         unmoved = f"; {self.unmoved:,} of them DID NOT MOVE, so lower percent" if self.unmoved else ""
+        size = f"{self.elements:,} of {self.total:,} elements"
         return f"{self.task}: {size}, moved by at least {self.smallest:.3g}{unmoved}"
 
 

@@ -38,12 +38,12 @@ def train_sft(out: Path, values: Mapping[str, Any], *inputs: Path) -> None:
         raise HFTError(f"verify failed for {out}: see above")
 
 
-def join_processes(values: Mapping[str, Any]) -> None:
+def join_processes(values: dict[str, Any]) -> None:
     """Start torch.distributed as a trainer would, which comes later."""
     if world_size() > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=bool((dict(values) | machine_settings(dict(values))).get("use_cpu")))
+        PartialState(cpu=bool((values | machine_settings(values)).get("use_cpu")))
 
 
 def in_main_process(function: Callable[P, T]) -> Callable[P, T]:

@@ -22,20 +22,17 @@ from hft.model.weights import weight_files
 from hft.selection.masks import MASKS_NAME
 
 
-def train_from_fused(plan: CPIPlan) -> list[Path]:
-    """Train the groups from the fused model, or from the base without fusion; the last folder has the final model."""
+def train_from_fused(plan: CPIPlan) -> None:
+    """Train the groups from the fused model, or from the base without fusion."""
     groups, base = load_groups(plan), start_of(plan)
     start = plan.out / "fused" if plan.config.fusion else base
     if not start.exists():
         raise HFTError(f"{start} not found: run `hft cpi fuse` first")
-    runs = train_groups(plan, groups, start, plan.out / "groups")
-    say(f"the final model is {runs[-1]}", "")
-    return runs
+    say(f"the final model is {train_groups(plan, groups, start, plan.out / 'groups')}", "")
 
 
-def train_groups(plan: CPIPlan, groups: Sequence[Sequence[str]], start: Path, out: Path) -> list[Path]:
-    """Train groups of tasks in folders below `out`, the first one from `start`, each other from the one before."""
-    runs = []
+def train_groups(plan: CPIPlan, groups: Sequence[Sequence[str]], start: Path, out: Path) -> Path:
+    """Train groups in folders below `out`, the first from `start`, each other from the one before; returns the last."""
     for index, (name, tasks) in enumerate(zip(run_names(groups), groups, strict=True)):
         data = plan.out / "data" / name
         rows = write_sample(plan, tasks, data)
@@ -45,8 +42,7 @@ def train_groups(plan: CPIPlan, groups: Sequence[Sequence[str]], start: Path, ou
         cores = [Path(core) / MASKS_NAME for core in selection.get("cores", ())]
         train_sft(out / name, plan.sft | plan.config.train | values, rows, *weight_files(start), *cores)
         start = out / name
-        runs.append(start)
-    return runs
+    return start
 
 
 def selection_of(plan: CPIPlan, groups: Sequence[Sequence[str]], index: int) -> dict[str, Any]:
