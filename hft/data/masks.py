@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 from datasets import Dataset
@@ -28,8 +28,6 @@ def check_masks(
     dataset = dataset.select(range(0, len(dataset), -(-len(dataset) // MOST_ROWS)))
     untrained = dataset.map(
         _untrained_turns,
-        batched=True,
-        batch_size=256,
         fn_kwargs={"tokenizer": tokenizer, "chat_template": chat_template, "name": name},
         remove_columns=dataset.column_names,
         num_proc=num_proc,
@@ -46,46 +44,28 @@ def check_masks(
 
 
 def _untrained_turns(
-    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, chat_template: str | None, name: str
-) -> dict[str, list[int]]:
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    untrained: list[int] = []
-    for arguments, alike in groupby(rows, template_arguments):
-        group = list(alike)
-        chats = [conversations(row)[0] for row in group]
-        render = partial(tokenizer.apply_chat_template, **{"chat_template": chat_template, **arguments})
-        encoded = render(
-            chats + [_doubled(messages) for messages in chats],
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        ids, masks = encoded["input_ids"], encoded["assistant_masks"]
-        trained = [[token for token, bit in zip(*pair, strict=True) if bit] for pair in zip(ids, masks, strict=True)]
-        for index, (row, messages) in enumerate(zip(group, chats, strict=True)):
-            if fault := _fault(messages, trained[index], trained[len(group) + index], render, tokenizer):
-                raise HFTError(f"dataset {name}, row {row['row']} (the first is 0): {fault}")
-            mask = masks[index]
-            runs = sum(now and not before for now, before in zip(mask, [0, *mask], strict=False))
-            untrained.append(sum(message["role"] == "assistant" for message in messages) - runs)
-    return {"untrained": untrained}
-
-
-def _fault(
-    messages: list[dict], trained: list[int], doubled: list[int], render: partial, tokenizer: PreTrainedTokenizerBase
-) -> str | None:
-    """What is wrong with a row, by the tokens that train in it and in its doubled copy."""
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None, name: str
+) -> dict[str, int]:
+    where = f"dataset {name}, row {row['row']} (the first is 0)"
+    [messages] = conversations(row)
+    render = partial(tokenizer.apply_chat_template, **{"chat_template": chat_template, **template_arguments(row)})
+    both = [messages, _doubled(messages)]
+    encoded = render(both, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    masks = encoded["assistant_masks"]
+    pairs = zip(encoded["input_ids"], masks, strict=True)
+    trained, doubled = ([token for token, bit in zip(*pair, strict=True) if bit] for pair in pairs)
     if not trained:
-        return "the chat template marks no token of the assistant, so nothing is trained"
+        raise HFTError(f"{where}: the chat template marks no token of the assistant, so nothing is trained")
     if trained != doubled:
-        return (
-            f"assistant_only_loss trains more than the assistant's tokens, {tokenizer.decode(trained)!r:.80}; the "
-            "tokenizer's offsets or the template's {% generation %} blocks are wrong, choose another "
+        raise HFTError(
+            f"{where}: assistant_only_loss trains more than the assistant's tokens, {tokenizer.decode(trained)!r:.80}; "
+            "the tokenizer's offsets or the template's {% generation %} blocks are wrong, choose another "
             "--chat_template_path"
         )
-    return (
-        None if _writes_calls(messages, render) else "the chat template does not write tool calls; choose one that does"
-    )
+    if not _writes_calls(messages, partial(render, tokenize=False)):
+        raise HFTError(f"{where}: the chat template does not write tool calls; choose one that does")
+    starts = sum(now and not before for now, before in zip(masks[0], [0, *masks[0]], strict=False))
+    return {"untrained": sum(message["role"] == "assistant" for message in messages) - starts}
 
 
 def _doubled(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -98,13 +78,13 @@ def _doubled(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _writes_calls(messages: list[dict[str, Any]], render: partial) -> bool:
+def _writes_calls(messages: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str]) -> bool:
     """Whether a chat template writes a conversation's tool calls; else a turn that is a call trains its end alone."""
     if not any(message.get("tool_calls") for message in messages):
         return True
     texts = [message | {"content": message["content"] or ""} for message in messages]
     silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in texts]
     try:
-        return render(texts, tokenize=False) != render(silent, tokenize=False)
+        return render(texts) != render(silent)
     except TemplateError:  # malformed without its calls, so the template reads them
         return True
