@@ -71,13 +71,11 @@ def _check_ids(dataset: Dataset, embedded: int, tokenizer: PreTrainedTokenizerBa
     """Refuse rows with an id that the embeddings have no row for."""
     columns = [column for column in TOKENS if column in dataset.column_names]
 
-    def largest(*ids: list[list[int]]) -> dict[str, list[int]]:
-        return {"largest": [max(map(max, filter(None, row)), default=0) for row in zip(*ids, strict=True)]}
+    def largest(row: dict[str, list[int]]) -> dict[str, int]:
+        return {"largest": max(max(row[column] or [0]) for column in columns)}
 
-    found = dataset.select_columns(columns).map(
-        largest, batched=True, input_columns=columns, remove_columns=columns, desc="checking token ids"
-    )["largest"][:]
-    if wrong := [index for index in found if index >= embedded]:
+    found = dataset.select_columns(columns).map(largest, remove_columns=columns, desc="checking token ids")
+    if wrong := [index for index in found["largest"][:] if index >= embedded]:
         raise HFTError(
             f"{len(wrong):,} rows of dataset {name} hold {tokenizer.convert_ids_to_tokens(wrong[0])!r}, id {wrong[0]}, "
             f"and the embeddings have {embedded} rows; give the tokenizer that the model was trained with, or resize "
@@ -91,13 +89,11 @@ def _distinct_pairs(pairs: Dataset, args: Any) -> Dataset:
     if args.max_length is not None:
         kept = slice(-args.max_length, None) if args.truncation_mode == "keep_end" else slice(args.max_length)
 
-    def differ(prompts: list, chosen: list, rejected: list) -> dict[str, list[bool]]:
-        rows = zip(prompts, chosen, rejected, strict=True)
-        return {"differ": [(prompt + one)[kept] != (prompt + other)[kept] for prompt, one, other in rows]}
+    def differ(row: dict[str, list[int]]) -> dict[str, bool]:
+        chosen, rejected = (row["prompt_ids"] + row[answer] for answer in ("chosen_ids", "rejected_ids"))
+        return {"differ": chosen[kept] != rejected[kept]}
 
-    found = pairs.select_columns(PAIR).map(
-        differ, batched=True, input_columns=PAIR, remove_columns=PAIR, desc="comparing answers"
-    )
+    found = pairs.select_columns(PAIR).map(differ, remove_columns=PAIR, desc="comparing answers")
     return _select(pairs, found["differ"][:])
 
 

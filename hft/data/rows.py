@@ -135,30 +135,21 @@ def _convert(
     features |= {"row": Value("int64"), "fault": Value("string"), "has_system": Value("bool")}
     stored = dataset.features
 
-    def batch_of_rows(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
-        made: dict[str, list] = {key: [] for key in features}
-        for index, number in enumerate(numbers):
-            given = {column: _without_padding(batch[column][index], stored[column]) for column in used}
-            try:
-                row, fault = convert(given)
-                row[outputs[0]], had_one = _with_system(row[outputs[0]], given.get("system"))
-                extras = {column: _from_json(given[column], column) for column in kept}
-            except HFTError as error:
-                raise HFTError(f"dataset {name}, row {number} (the first is 0): {error}") from None
-            # As JSON text, since `Json` would write numbers in messages with ten decimals.
-            values = {key: [json.dumps(message) for message in value] for key, value in row.items()}
-            values |= {key: None if value is None else json.dumps(value) for key, value in extras.items()}
-            for key, value in (values | {"row": number, "fault": fault, "has_system": had_one}).items():
-                made[key].append(value)
-        return made
+    def checked_row(stored_row: dict[str, Any], number: int) -> dict[str, Any]:
+        given = {column: _without_padding(stored_row[column], stored[column]) for column in used}
+        try:
+            row, fault = convert(given)
+            row[outputs[0]], had_one = _with_system(row[outputs[0]], given.get("system"))
+            extras = {column: _from_json(given[column], column) for column in kept}
+        except HFTError as error:
+            raise HFTError(f"dataset {name}, row {number} (the first is 0): {error}") from None
+        # As JSON text, since `Json` would write numbers in messages with ten decimals.
+        values = {key: [json.dumps(message) for message in value] for key, value in row.items()}
+        values |= {key: None if value is None else json.dumps(value) for key, value in extras.items()}
+        return values | {"row": number, "fault": fault, "has_system": had_one}
 
     converted = dataset.select_columns(used).map(
-        batch_of_rows,
-        batched=True,
-        with_indices=True,
-        features=Features(features),
-        remove_columns=used,
-        desc=f"checking {unit}",
+        checked_row, with_indices=True, features=Features(features), remove_columns=used, desc=f"checking {unit}"
     )
     unused = [column for column in columns if column not in used]
     notes = [f"columns not used: {', '.join(unused)}"] if unused else []
