@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -30,23 +30,21 @@ def tokenized(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | No
     return {"input_ids": ids[:max_length], "labels": ([-100] * start + ids[start:])[:max_length]}
 
 
-class MicroBatches:
+def micro_batches(trainer: Trainer, rows: list[TokenizedRow]) -> Iterator[dict[str, torch.Tensor]]:
     """This process's micro-batches of rows that `tokenized` made; every process has equally many."""
+    args, size = trainer.args, trainer.args.per_device_train_batch_size
+    # A row that trains nothing fills up the processes whose share is smaller.
+    filler = {"input_ids": rows[0]["input_ids"], "labels": [-100] * len(rows[0]["labels"])}
+    padded = rows + [filler] * (-len(rows) % args.world_size)
+    mine = padded[args.process_index :: args.world_size]
+    for start in range(0, len(mine), size):
+        batch = trainer.data_collator(mine[start : start + size])
+        yield {key: value.to(args.device) for key, value in batch.items() if torch.is_tensor(value)}
 
-    def __init__(self, trainer: Trainer, rows: list[TokenizedRow]):
-        args = trainer.args
-        # A row that trains nothing fills up the processes whose share is smaller.
-        filler = {"input_ids": rows[0]["input_ids"], "labels": [-100] * len(rows[0]["labels"])}
-        padded = rows + [filler] * (-len(rows) % args.world_size)
-        mine = padded[args.process_index :: args.world_size]
-        size = args.per_device_train_batch_size
-        self.batches = [trainer.data_collator(mine[start : start + size]) for start in range(0, len(mine), size)]
-        self.tokens = sum(label != -100 for row in rows for label in row["labels"][1:])  # over all processes
-        self.trainer = trainer
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.batches:
-            yield {key: value.to(self.trainer.args.device) for key, value in batch.items() if torch.is_tensor(value)}
+def trained_tokens(rows: list[TokenizedRow]) -> int:
+    """How many tokens have a loss, over all processes."""
+    return sum(label != -100 for row in rows for label in row["labels"][1:])
 
 
 def take_gradient(parameters: list[torch.nn.Parameter]) -> Gradient:
@@ -57,15 +55,16 @@ def take_gradient(parameters: list[torch.nn.Parameter]) -> Gradient:
     return taken
 
 
-def loss_gradient(batches: MicroBatches, parameters: list[torch.nn.Parameter]) -> Gradient:
-    """The gradient of the mean loss over all trained tokens of some batches, under what trains now.
+def loss_gradient(trainer: Trainer, rows: list[TokenizedRow], parameters: list[torch.nn.Parameter]) -> Gradient:
+    """The gradient of the mean loss over all trained tokens of some rows, under what trains now.
 
     DDP and FSDP2 average gradients over processes, each of which has a part of the rows.
     """
-    for batch in batches:
-        logits, labels = next_token_logits(batches.trainer.model_wrapped, batch)
-        loss = cross_entropy(logits, labels, reduction="sum") / batches.tokens
-        (loss * batches.trainer.args.world_size).backward()
+    tokens = trained_tokens(rows)
+    for batch in micro_batches(trainer, rows):
+        logits, labels = next_token_logits(trainer.model_wrapped, batch)
+        loss = cross_entropy(logits, labels, reduction="sum") / tokens
+        (loss * trainer.args.world_size).backward()
     return take_gradient(parameters)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from trl import SFTConfig
 
 from hft.cli import main
-from hft.continual.gradients import MicroBatches, dot_products, loss_gradient, take_gradient, tokenized
+from hft.continual.gradients import dot_products, loss_gradient, take_gradient, tokenized
 from hft.continual.strategies.gem import GEM, dual_variables
 from hft.continual.strategies.replay import Replay
 from hft.errors import HFTError
@@ -116,11 +116,9 @@ def test_a_conflict_is_projected_to_the_boundary(rows, tiny, tmp_path, name, mar
     strategy = find_method("strategy", name)(strategy_data=str(rows["other"]), **margin)
     (projection,) = strategy.callbacks(trainer)
     trainer.model_wrapped, parameters = trainer.model, [p for p in trainer.model.parameters() if p.requires_grad]
-    memory = loss_gradient(
-        MicroBatches(trainer, [tokenized(row, tokenizer) for row in read(rows["other"])]), parameters
-    )
+    memory = loss_gradient(trainer, [tokenized(row, tokenizer) for row in read(rows["other"])], parameters)
     # A gradient that undoes what the memory learns, beside one that it does not see.
-    before = loss_gradient(MicroBatches(trainer, ours), parameters)
+    before = loss_gradient(trainer, ours, parameters)
     for parameter, g, m in zip(parameters, before, memory, strict=True):
         parameter.grad = g - 3 * m
     assert dot_products([[p.grad for p in parameters], memory], args.device)[0, 1] < 0

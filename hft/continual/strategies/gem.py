@@ -24,14 +24,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from transformers import TrainerCallback
 
-from hft.continual.gradients import (
-    MicroBatches,
-    TokenizedRow,
-    dot_products,
-    loss_gradient,
-    take_gradient,
-    tokenized,
-)
+from hft.continual.gradients import TokenizedRow, dot_products, loss_gradient, take_gradient, tokenized
 from hft.errors import HFTError
 from hft.jsonl import read_jsonl
 from hft.methods.strategy import Row, Strategy
@@ -99,7 +92,7 @@ class Projection(TrainerCallback):
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
         gradient = take_gradient(parameters)
         constraints = self.strategy.constraints(self.tasks, state.global_step)
-        memory_gradients = [loss_gradient(MicroBatches(self.trainer, rows), parameters) for rows in constraints]
+        memory_gradients = [loss_gradient(self.trainer, rows, parameters) for rows in constraints]
         weights = self.strategy.weights(dot_products([gradient, *memory_gradients], args.device))
         for index, parameter in enumerate(parameters):
             parameter.grad = gradient[index]

@@ -23,7 +23,7 @@ from torch.nn.functional import kl_div
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
-from hft.continual.gradients import MicroBatches, next_token_logits
+from hft.continual.gradients import micro_batches, next_token_logits, trained_tokens
 from hft.errors import HFTError
 from hft.freezing import upcast
 from hft.machine import is_main
@@ -98,13 +98,14 @@ class HoldToOwnText(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         drawn = random.Random(f"{self.strategy.replay_seed} {state.global_step}")
         texts = drawn.sample(self.texts, min(self.strategy.replay_batch, len(self.texts)))
-        batches = MicroBatches(self.trainer, [{"input_ids": text, "labels": text} for text in texts])
-        for batch in batches:
+        rows = [{"input_ids": text, "labels": text} for text in texts]
+        tokens = trained_tokens(rows)
+        for batch in micro_batches(self.trainer, rows):
             with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
                 before, _ = next_token_logits(self.reference, batch)
             now, _ = next_token_logits(self.trainer.model_wrapped, batch)
             divergence = kl_div(now.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="sum")
-            (self.strategy.kl_weight * divergence / batches.tokens * args.world_size).backward()
+            (self.strategy.kl_weight * divergence / tokens * args.world_size).backward()
 
 
 def sample_texts(model: PreTrainedModel, trainer: Trainer, strategy: SelfReplay) -> list[list[int]]:
