@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from hft.config import Given, Keys, fill, read_arguments
+from hft.config import Given, Keys, fill, option, read_arguments
 from hft.continual.tasks import TRACE, metrics_of
 from hft.errors import HFTError
 from hft.methods.strategy import Row, Strategy
@@ -23,31 +23,24 @@ RECIPE_NAME = "recipe.yaml"  # in the sequence's folder: what all of its runs ha
 class SequenceConfig:
     """The keys of a sequence, beside those of its runs."""
 
-    trace_dir: str | None = field(
-        default=None,
-        metadata={"help": "TRACE's folder, or one like it: TASK/train.json and TASK/test.json, or .jsonl."},
-    )
+    trace_dir: str | None = option("TRACE's folder, or one like it: TASK/train.json and TASK/test.json, or .jsonl.")
     tasks: list[str] = field(
         default_factory=lambda: list(TRACE), metadata={"help": "The tasks, in the order in which they are learned."}
     )
-    epochs: dict[str, float] | float | None = field(
-        default=None, metadata={"help": "Epochs of each task, or of all; num_train_epochs where a task has none."}
+    epochs: dict[str, float] | float | None = option(
+        "Epochs of each task, or of all; num_train_epochs where a task has none."
     )
     metrics: dict[str, str] = field(
         default_factory=dict, metadata={"help": "Metric of each task that is not TRACE's, as {TASK: accuracy}."}
     )
-    strategy: str = field(
-        default="seqft", metadata={"help": "Continual-learning strategy: a name, or FILE.py:CLASS of your own."}
-    )
-    alignment: str | None = field(
-        default=None, metadata={"help": "Folder in trace_dir with general instructions that replay trains on too."}
-    )
-    max_prompt_length: int = field(default=1024, metadata={"help": "Longest prompt in tokens; a longer one is cut."})
-    max_answer_length: int = field(default=512, metadata={"help": "Longest answer in tokens, and most to generate."})
-    score_start: bool = field(default=True, metadata={"help": "Score the base before the first round."})
-    score_unseen: bool = field(default=False, metadata={"help": "Score the tasks that are still to come, too."})
-    test_rows: int | None = field(default=None, metadata={"help": "Test rows of each task; by default all."})
-    score_batch_size: int = field(default=16, metadata={"help": "Prompts that are answered at once."})
+    strategy: str = option("Continual-learning strategy: a name, or FILE.py:CLASS of your own.", "seqft")
+    alignment: str | None = option("Folder in trace_dir with general instructions that replay trains on too.")
+    max_prompt_length: int = option("Longest prompt in tokens; a longer one is cut.", 1024)
+    max_answer_length: int = option("Longest answer in tokens, and most to generate.", 512)
+    score_start: bool = option("Score the base before the first round.", True)
+    score_unseen: bool = option("Score the tasks that are still to come, too.", False)
+    test_rows: int | None = option("Test rows of each task; by default all.")
+    score_batch_size: int = option("Prompts that are answered at once.", 16)
 
     def __post_init__(self):
         if twice := [task for task in self.tasks if self.tasks.count(task) > 1]:

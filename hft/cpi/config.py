@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from hft.config import Given, Keys, RunConfig, fill, read_arguments
+from hft.config import Given, Keys, RunConfig, fill, option, read_arguments
 from hft.errors import HFTError
 from hft.evaluation.evaluate import Settings
 from hft.evaluation.suites import SUITES
@@ -47,48 +47,29 @@ class Task:
 class CPIConfig:
     """What `hft cpi` does in its stages; all other keys are those of `hft sft` and hold for every run."""
 
-    tasks: dict[str, dict[str, Any]] | None = field(
-        default=None, metadata={"help": "Tasks by name: dataset_name and what else `Task` has."}
+    tasks: dict[str, dict[str, Any]] | None = option("Tasks by name: dataset_name and what else `Task` has.")
+    percent: float = option("p: size of a core in percent of all elements of the model.", 1.0)
+    probe: dict[str, Any] | None = option("Keys of `hft sft` that differ in the probes, e.g. {max_steps: 100}.")
+    grouping: Literal["similarity", "together", "random", "given"] = option(
+        "similarity: tasks whose cores overlap; together: all tasks in one group; random: three groups, "
+        "drawn by draw_seed; given: by the group of each task.",
+        "similarity",
     )
-    percent: float = field(default=1.0, metadata={"help": "p: size of a core in percent of all elements of the model."})
-    probe: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Keys of `hft sft` that differ in the probes, e.g. {max_steps: 100}."}
+    tau: float = option("Jaccard similarity of cores from which tasks are joined.", 0.1)
+    order: list[str] | None = option("Tasks in the order in which their groups train; by default draw_seed draws it.")
+    draw_seed: int = option("Seed of the order of the groups, of random groups and cores, and of the sample.", 0)
+    fusion: bool = option("Fuse the probes before the groups train; without it: DPI.", True)
+    freeze: Literal["cores", "random-cores", "all-but-own-cores", "half", "nothing"] = option(
+        "What does not train in a group: cores of earlier groups; as many random elements (in the fusion "
+        "too); all but its own cores (LoTA); HFT's random half, another one for each group; or nothing.",
+        "cores",
     )
-    grouping: Literal["similarity", "together", "random", "given"] = field(
-        default="similarity",
-        metadata={
-            "help": "similarity: tasks whose cores overlap; together: all tasks in one group; random: three groups, "
-            "drawn by draw_seed; given: by the group of each task."
-        },
+    sample_rows: int | None = option("Rows of each task that the groups train on; by default all.")
+    train: dict[str, Any] | None = option("Keys of `hft sft` that differ in the training of the groups.")
+    eval: dict[str, Any] | None = option(
+        "Settings of the tasks' benchmarks, as flags of `hft eval`, e.g. {limit: 200}."
     )
-    tau: float = field(default=0.1, metadata={"help": "Jaccard similarity of cores from which tasks are joined."})
-    order: list[str] | None = field(
-        default=None,
-        metadata={"help": "Tasks in the order in which their groups train; by default draw_seed draws it."},
-    )
-    draw_seed: int = field(
-        default=0, metadata={"help": "Seed of the order of the groups, of random groups and cores, and of the sample."}
-    )
-    fusion: bool = field(default=True, metadata={"help": "Fuse the probes before the groups train; without it: DPI."})
-    freeze: Literal["cores", "random-cores", "all-but-own-cores", "half", "nothing"] = field(
-        default="cores",
-        metadata={
-            "help": "What does not train in a group: cores of earlier groups; as many random elements (in the fusion "
-            "too); all but its own cores (LoTA); HFT's random half, another one for each group; or nothing."
-        },
-    )
-    sample_rows: int | None = field(
-        default=None, metadata={"help": "Rows of each task that the groups train on; by default all."}
-    )
-    train: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Keys of `hft sft` that differ in the training of the groups."}
-    )
-    eval: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Settings of the tasks' benchmarks, as flags of `hft eval`, e.g. {limit: 200}."}
-    )
-    probe_dir: str | None = field(
-        default=None, metadata={"help": "Folder of stage 1, which other settings of the later stages share."}
-    )
+    probe_dir: str | None = option("Folder of stage 1, which other settings of the later stages share.")
 
     def __post_init__(self):
         if not 0 <= self.percent <= 100:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from hft.config import option
 from hft.continual.gradients import TokenizedRow
 from hft.continual.strategies.gem import GEM
 from hft.selection import Selection
@@ -25,7 +26,7 @@ class AGEM(GEM):
     description: ClassVar[str] = "no step raises the mean loss on a batch of remembered rows"
 
     gem_margin: ClassVar[float] = 0.0
-    memory_batch: int = field(default=32, metadata={"help": "Remembered rows that each step looks at (32 is ours)."})
+    memory_batch: int = option("Remembered rows that each step looks at (32 is ours).", 32)
 
     def constraints(self, tasks: list[list[TokenizedRow]], step: int) -> list[list[TokenizedRow]]:
         rows = [row for task in tasks for row in task]

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from transformers import TrainerCallback
 
+from hft.config import option
 from hft.continual.gradients import TokenizedRow, dot_products, loss_gradient, take_gradient, tokenized
 from hft.errors import HFTError
 from hft.jsonl import read_jsonl
@@ -42,9 +43,9 @@ class GEM(Strategy):
     description: ClassVar[str] = "no step raises the loss on remembered rows of earlier tasks"
     acts_on_steps: ClassVar[bool] = True
 
-    memory_rows: int = field(default=32, metadata={"help": "Rows that are remembered of each task (32 is ours)."})
-    memory_seed: int = field(default=0, metadata={"help": "Seed of their choice."})
-    gem_margin: float = field(default=0.5, metadata={"help": "Lower bound of the dual variables, GEM's own 0.5."})
+    memory_rows: int = option("Rows that are remembered of each task (32 is ours).", 32)
+    memory_seed: int = option("Seed of their choice.", 0)
+    gem_margin: float = option("Lower bound of the dual variables, GEM's own 0.5.", 0.5)
 
     def __post_init__(self):
         if self.memory_rows < 1 or self.gem_margin < 0:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from hft.config import option
 from hft.errors import HFTError
 from hft.methods.strategy import Row, Strategy
 
@@ -24,10 +25,10 @@ class Replay(Strategy):
     description: ClassVar[str] = "rows of earlier tasks and of an alignment set are trained on again"
     takes_alignment: ClassVar[bool] = True
 
-    replay_mode: Literal["after", "mixed"] = field(
-        default="after", metadata={"help": "after: a pass of its own after each round; mixed: among the round's rows."}
+    replay_mode: Literal["after", "mixed"] = option(
+        "after: a pass of its own after each round; mixed: among the round's rows.", "after"
     )
-    replay_fraction: float = field(default=0.1, metadata={"help": "Fraction of each earlier task's rows."})
+    replay_fraction: float = option("Fraction of each earlier task's rows.", 0.1)
 
     def __post_init__(self):
         if not 0 <= self.replay_fraction <= 1:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,6 +23,7 @@ from torch.nn.functional import kl_div
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
+from hft.config import option
 from hft.continual.gradients import micro_batches, next_token_logits, trained_tokens
 from hft.errors import HFTError
 from hft.freezing import upcast
@@ -47,11 +48,11 @@ class SelfReplay(Strategy):
     acts_on_steps: ClassVar[bool] = True
     shardable: ClassVar[bool] = False
 
-    replay_texts: int = field(default=512, metadata={"help": "Texts that the model writes before a round (ours)."})
-    replay_tokens: int = field(default=128, metadata={"help": "Longest of these texts, in tokens (ours)."})
-    replay_batch: int = field(default=32, metadata={"help": "Texts that each step looks at (ours)."})
-    kl_weight: float = field(default=1.0, metadata={"help": "Weight of the KL term (ours)."})
-    replay_seed: int = field(default=0, metadata={"help": "Seed of the texts."})
+    replay_texts: int = option("Texts that the model writes before a round (ours).", 512)
+    replay_tokens: int = option("Longest of these texts, in tokens (ours).", 128)
+    replay_batch: int = option("Texts that each step looks at (ours).", 32)
+    kl_weight: float = option("Weight of the KL term (ours).", 1.0)
+    replay_seed: int = option("Seed of the texts.", 0)
 
     def __post_init__(self):
         if min(self.replay_texts, self.replay_tokens - 1, self.replay_batch) < 1:
