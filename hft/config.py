@@ -49,9 +49,7 @@ class RunConfig:
     dataset_config: str | None = option("Configuration of a Hub dataset.")
     dataset_revision: str | None = option("Branch, tag or commit of a Hub dataset; by default its main branch.")
     dataset_train_split: str = option("Split to train on.", "train")
-    dataset_test_split: str | None = option(
-        "Split to evaluate on; none: hold rows out of the training split, as where there is no other.", "test"
-    )
+    dataset_test_split: str | None = option("Split to evaluate on; none: hold rows out of the training split.", "test")
     tokenizer_pad_token: str | None = option("Token to pad with, from the vocabulary, if the tokenizer has none.")
     global_batch_size: int | None = option("Rows per step over all devices; gradient accumulation follows from it.")
     eval_rows: int | None = option("Rows to evaluate on: the first of the test split, or as many held out.")
@@ -109,7 +107,7 @@ def convert(key: str, value: Any, annotation: Any) -> Any:
             raise HFTError(f"{key}: {reason(wrong)}") from wrong
     try:
         adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:  # a dataclass or model with a config of its own
+    except PydanticUserError:  # a dataclass or model with its own config
         adapter = TypeAdapter(annotation)
     try:
         converted = adapter.validate_python(value)

@@ -46,7 +46,7 @@ def cannot_write(error: BaseException) -> str | None:
         where = getattr(cause, "filename", None) or "a file"
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return (
-                f"no room on the disk to write {where}; free some and run the same command again: it goes on from what "
+                f"no room on the disk to write {where}; free some and run the same command again: it resumes from what "
                 "was complete before"
             )
         if number in (errno.EROFS, errno.EACCES, errno.EPERM) and where != "a file":

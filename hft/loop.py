@@ -90,7 +90,7 @@ def verify(out: str | Path | nn.Module | Mapping[str, torch.Tensor], base: str |
 
     Args:
         out: the folder of a run or checkpoint that hft made; or a model, or its full state dict, that `freeze` froze.
-        base: for a folder, its base, if that is not where the manifest says; for a model, what `freeze` returned.
+        base: for a folder, its base, if it has moved since; for a model, what `freeze` returned.
 
     Returns:
         The finding: `.ok` and `.report()`.

@@ -31,7 +31,7 @@ class SequenceConfig:
         "Epochs of each task, or of all; num_train_epochs where a task has none."
     )
     metrics: dict[str, str] = field(
-        default_factory=dict, metadata={"help": "Metric of each task that is not TRACE's, as {TASK: accuracy}."}
+        default_factory=dict, metadata={"help": "Metric of each task outside TRACE, as {TASK: accuracy}."}
     )
     strategy: str = option("Continual-learning strategy: a name, or FILE.py:CLASS of your own.", "seqft")
     alignment: str | None = option("Folder in trace_dir with general instructions that replay trains on too.")
@@ -126,7 +126,7 @@ def resolve_sequence(given: Given) -> SequencePlan:
     settings = fill(SequenceConfig, values)
     merged, _ = rest.merge()
     if set_by_us := [key for key in ("dataset_name", "strategy_data", "previous_run") if key in merged]:
-        raise HFTError(f"{set_by_us[0]} is set by hft continual for each run; remove it, and name tasks and trace_dir")
+        raise HFTError(f"{set_by_us[0]} is set by hft continual per run; remove it, and name tasks and trace_dir")
     placeholders = {"strategy": settings.strategy, "dataset_name": "-", "output_dir": "-", "run_name": "-"}
     config = resolve_config("sft", replace(rest, flags=rest.flags | placeholders))
 

@@ -109,7 +109,7 @@ BWT over earlier tasks only {earlier}; with gains counted as 0 {found["bwt_clipp
 forgotten since the best score: {lost}"""
 
     def table(self) -> str:
-        """Markdown in the form of Table 29: a row for each task, a column after each round; OP and BWT below."""
+        """Markdown in the form of Table 29: a row per task, a column after each round; OP and BWT below."""
         rows = [["", *self.rounds]]
         for i, task in enumerate(self.tasks):
             rows.append([task, *("-" if row[i] is None else f"{row[i]:.1f}" for row in self.scores)])

@@ -23,8 +23,8 @@ def score_tasks(
     the first process only.
 
     Args:
-        tests: for each task its rows: `context`, which the model continues, and `prompt` and `completion`.
-        metrics: for each task a key of `METRICS`.
+        tests: rows by task: `context`, which the model continues, and `prompt` and `completion`.
+        metrics: a key of `METRICS` by task.
     """
     benchmarks = [benchmark_of(task, rows, metrics[task], longest_answer) for task, rows in tests.items()]
     return evaluate(model, SUITE, Settings(chat=False, batch_size=batch_size), out, benchmarks)

@@ -1,4 +1,4 @@
-"""Runs a sequence: for each task its runs and a row of the matrix; it resumes where it was killed."""
+"""Runs a sequence: runs and a row of the matrix per task; resumes where it was killed."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class CPIConfig:
     fusion: bool = option("Fuse the probes before the groups train; without it: DPI.", True)
     freeze: Literal["cores", "random-cores", "all-but-own-cores", "half", "nothing"] = option(
         "What does not train in a group: cores of earlier groups; as many random elements (in the fusion "
-        "too); all but its own cores (LoTA); HFT's random half, another one for each group; or nothing.",
+        "too); all but its own cores (LoTA); HFT's random half, another per group; or nothing.",
         "cores",
     )
     sample_rows: int | None = option("Rows of each task that the groups train on; by default all.")

@@ -22,7 +22,7 @@ def check_masks(
     """Check the assistant mask of rows, as TRL makes it; returns a note if some of the assistant's turns do not train.
 
     The mask comes from the chat template and from the tokenizer's offsets, and either can be wrong. So each row is
-    tokenized twice, the second time with every text doubled that is not the assistant's: the trained tokens must be
+    tokenized twice, the second time with every text doubled outside the assistant's: the trained tokens must be
     the same. What is checked is the template: of a large dataset a sample does, spread evenly over it.
     """
     dataset = dataset.select(range(0, len(dataset), -(-len(dataset) // MOST_ROWS)))
@@ -69,7 +69,7 @@ def _untrained_turns(
 
 
 def _doubled(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each text that is not the assistant's said twice: other tokens, but the same beginning, end and words."""
+    """Each text outside the assistant's said twice: other tokens, but the same beginning, end and words."""
     return [
         message
         if message["role"] == "assistant"

@@ -32,7 +32,7 @@ def as_messages(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
 
 
 def docstring_chats() -> Iterator[tuple[str, dict]]:
-    """Question and answer for each public module, class, function and method of the standard library.
+    """Question and answer per public module, class, function and method of the standard library.
 
     The sources are parsed, not imported. The answer is the docstring's first paragraph; repeated ones are taken once,
     so that no held-out answer is trained on. Yields the dotted name and a row.

@@ -22,7 +22,7 @@ class Benchmark:
     paper_rows: int | None = None  # rows of each subtask where the HFT paper's evaluation takes a subset
     parts: Mapping[str, str] = field(default_factory=dict)  # subtasks whose scores are saved too, by our name
     runs_code: bool = False
-    spec: dict[str, Any] | None = None  # its config as lm-eval takes it, where that is not the task's
+    spec: dict[str, Any] | None = None  # its config as lm-eval takes it, where it differs from the task's
     digest: str | None = None  # SHA-256 of its rows, where a change of them means to score again
 
 

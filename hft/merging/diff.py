@@ -212,7 +212,7 @@ def plot_comparison(found: Mapping[str, Any]) -> Figure:
 
 
 def draw_changes(axes: Axes, rows: Sequence[Mapping[str, Any]], styles: Mapping[str, dict[str, Any]]) -> None:
-    """A line for each model over the layers or rounds of `rows`, as `diff.json` has them; `styles` are for `plot`."""
+    """A line per model over the layers or rounds of `rows`, as `diff.json` has them; `styles` are for `plot`."""
     from matplotlib.ticker import MaxNLocator
 
     x = [int(row["what"].partition("-")[0]) for row in rows]

@@ -23,7 +23,7 @@ class BAdam(Schedule):
 
     switch_every: int = option("Steps after which the next layer trains.", 50)
     block_order: Literal["random", "ascending", "descending"] = option(
-        "Order of the layers; random draws it for each pass.", "random"
+        "Order of the layers; random draws it per pass.", "random"
     )
     schedule_seed: int = option("Seed of the draw, apart from the training seed.", 0)
 

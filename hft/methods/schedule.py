@@ -83,7 +83,7 @@ class Schedule(MethodPart):
         return selection.num_trained
 
     def phases(self, selection: Selection, steps: int) -> list[Phase]:
-        """A phase for each interval of a run."""
+        """A phase per interval of a run."""
         first = {self.interval_at(steps, step): step for step in reversed(range(steps))}
         return [(step, self.trained_at(selection, step, steps)) for step in sorted(first.values())]
 

@@ -52,7 +52,7 @@ class Strategy(MethodPart):
         return tasks[-1]
 
     def replay_rows(self, tasks: Sequence[list[Row]], alignment: list[Row]) -> list[Row]:
-        """The rows of a pass of one epoch after the round, with the same selection; by default there is none."""
+        """The rows of a pass of one epoch after the round, with the same selection; by default none."""
         return []
 
     def remembered_rows(self, tasks: Sequence[list[Row]]) -> list[Row]:

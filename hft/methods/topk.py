@@ -25,7 +25,7 @@ class TopK(Update):
             raise HFTError(f"top_fraction must lie in 0..1 and above 0, got {self.top_fraction}")
 
     def ranked(self, parameter: nn.Parameter) -> bool:
-        """Whether a parameter's entries are ranked; one that is not moves as a whole."""
+        """Whether a parameter's entries are ranked; the others move as a whole."""
         return True
 
     def before_step(self, parameter: nn.Parameter) -> torch.Tensor | None:

@@ -88,7 +88,7 @@ class StepCosts:
 
     @property
     def peak_at(self) -> str:
-        """When that is, in words."""
+        """The name of that time."""
         return max(self.peaks, key=self.peaks.get)
 
     @property

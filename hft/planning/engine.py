@@ -103,7 +103,7 @@ class MicroBatch:
 
 
 def micro_batch(config: Config, args: TrainingArguments, examples: int | None = None) -> MicroBatch:
-    """The micro-batch of a run, of its own or of so many examples.
+    """The micro-batch of a run, as configured or of so many examples.
 
     Raises:
         HFTError: the config has settings whose cost is not known.

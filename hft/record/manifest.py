@@ -36,7 +36,7 @@ class Manifest:
         frozen_checksums: SHA-256 of each frozen parameter, by name (`hft.model.weights.checksum`). A partly frozen one
             is among the trained parameters too; its checksum is that of its frozen elements.
         trainable_fraction: that of the layers and of the whole model.
-        counts: for each block how many of its units train, and how many there are.
+        counts: by block, how many of its units train and how many there are.
         earlier: base, selection and frozen units of the rounds that led to the base, oldest first.
         revision: the Hub revision of the base, if one was asked for.
         masks: SHA-256 of the mask of each partly frozen parameter; the masks are in `hft_masks.safetensors`.
@@ -49,7 +49,7 @@ class Manifest:
             `steps`, `fractions` and `history`. Units that trained at any step count as trained; those that never did
             count as frozen once the round is over (`finished`).
         data: what identifies the data files (`hft.data.fingerprint`).
-        processes: how many trained, each with a random state in a checkpoint; 0 if that is not known.
+        processes: how many trained, each with a random state in a checkpoint; 0 if unknown.
         versions: the packages that made it.
     """
 

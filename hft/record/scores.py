@@ -41,7 +41,7 @@ class Scores:
         model_sha256: of the weights' tensors; for a Hub id the commit.
         dtype: in which the model ran.
         settings: limit, subsets, chat template, backend, batch size, seeds.
-        data: for each task the SHA-256 of its rows.
+        data: SHA-256 of the rows by task.
     """
 
     suite: str

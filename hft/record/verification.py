@@ -105,7 +105,7 @@ class Verification:
         return f"{len(self.identical)} of {total} tensors bit-identical to {self.against}{parts}"
 
     def _wrong(self) -> list[str]:
-        """One line for each of the first tensors that something is wrong with."""
+        """One line per broken tensor, for the first ones."""
         broken = [f"  MISMATCH {name}: {why}" for name, why in list(self.broken.items())[:10]]
         lost = [f"  MISSING {name}" for name in self.lost[:10]]
         unlisted = [f"  UNLISTED {name}: the manifest says neither frozen nor trained" for name in self.unlisted[:10]]
@@ -125,7 +125,7 @@ def verify_tensors(
 
     Args:
         out: the fine-tuned checkpoint.
-        frozen: checksum of each wholly or partly frozen tensor, as the manifest has it; empty if there is none, and
+        frozen: checksum of each wholly or partly frozen tensor, as the manifest has it; empty without a manifest, and
             only the base is there to compare with.
         trained: names of the tensors that train wholly or in part, as the manifest has them.
         base: the checkpoint it started from; without it the frozen tensors are compared with the checksums alone.

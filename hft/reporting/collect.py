@@ -34,7 +34,7 @@ class LoadedRun:
     method: str  # as its config has it; `half-reset` for a reset, `base` for a plain model
     settings: dict[str, Any]  # without seeds; runs that agree in all of them form a group
     manifest: Manifest | None  # None for merges and plain models
-    result: RunResult | None  # None for a run that is not finished, and for what was not trained
+    result: RunResult | None  # None for an unfinished run, and for what was not trained
     scores: dict[str, Scores]  # by suite
     steps: dict[int, dict[str, Scores]] = field(default_factory=dict)  # those of checkpoints, by step
     losses: list[tuple[int, float]] = field(default_factory=list)  # step and training loss, as logged

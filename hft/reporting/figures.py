@@ -38,7 +38,7 @@ Styles = Mapping[str, tuple[str, str]]
 
 
 def styles_of(kinds: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A style for each kind: base, fft and hft have their own, the others take turns. An objective changes none."""
+    """A style per kind: base, fft and hft have their own, the others take turns. An objective changes none."""
     prefix = re.compile(f"^({'|'.join(map(str.upper, OBJECTIVES))}) ")
     names = {kind: prefix.sub("", kind) for kind in (*OWN_STYLES, *kinds)}
     styles = dict(OWN_STYLES)

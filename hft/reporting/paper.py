@@ -109,7 +109,7 @@ def find_table(name: str) -> PaperTable:
     if name in tables():
         return tables()[name]
     near = difflib.get_close_matches(name.lower().removeprefix("table").strip(" -"), tables(), n=1, cutoff=0)
-    raise HFTError(f"there is no table {name!r}, did you mean {near[0]}? `hft paper` lists all")
+    raise HFTError(f"unknown table {name!r}, did you mean {near[0]}? `hft paper` lists all")
 
 
 def find_rows(table: PaperTable, model: str | None = None) -> list[PaperRow]:

@@ -1,4 +1,4 @@
-"""What a report says: a section for each thing that runs can be compared by."""
+"""What a report says: one section per way of comparing runs."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def main(objective: str, arguments: Sequence[str]) -> int:
 
 
 def summary(result: RunResult, out: Path) -> str:
-    """The end of a run in words: what came out, where it is, what to try next."""
+    """What a run prints at its end: results, files, commands to try next."""
     losses = [result.first_loss, result.last_loss]
     metrics = [("training loss", losses)] if None not in losses else []
     metrics += [(f"held-out {name}", values) for name, values in result.held_out.items()]

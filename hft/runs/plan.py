@@ -130,7 +130,7 @@ class Batches:
 
 
 def in_blocks(blocks: dict[str, str]) -> str:
-    """Texts below their headings; empty ones are left out."""
+    """Texts below their headings; empty ones are skipped."""
     return "\n".join(f"{title}\n{indented(text)}\n" for title, text in blocks.items() if text)
 
 

@@ -29,13 +29,13 @@ class RunResult:
         steps: optimizer steps taken.
         first_loss: training loss, first logged.
         last_loss: training loss, last logged.
-        held_out: for each metric its value before training, if it was measured, and that of the saved weights.
+        held_out: by metric, its value before training, if it was measured, and of the saved weights.
         tokens_per_second: over the whole run.
         peak_memory_gb: of the GPU, or of the process on a CPU.
         trainable_fraction: of the layers and of the whole model.
         versions: packages.
         machine: settings that the machine decided.
-        verify: for each finding of `hft verify` how many tensors it concerns.
+        verify: by finding of `hft verify`, how many tensors it concerns.
         ok: whether verify passed.
         wandb: id, project and entity of its wandb run, if it has one.
         schedule_fractions: trainable fraction of the layers first, last and on average, under a schedule.

@@ -25,7 +25,7 @@ def saved_on_sigterm(trainer: Trainer) -> Iterator[None]:
     """While it lasts, SIGTERM makes a trainer save a checkpoint after its step and raise `Stopped`.
 
     transformers' `enable_jit_checkpoint` waits three seconds before it asks for a checkpoint, lets every process choose
-    a step of its own, and ends as a finished run does. Only the main thread can catch signals; in another one nothing
+    its own step, and ends as a finished run does. Only the main thread can catch signals; in another one nothing
     changes.
     """
     if threading.current_thread() is not threading.main_thread():

@@ -36,7 +36,7 @@ def train(plan: RunPlan) -> RunResult:
         The result, the same in every process.
 
     Raises:
-        HFTError: something that only the weights or the prepared rows show, or a loss that is not finite.
+        HFTError: something that only the weights or the prepared rows show, or a loss of NaN or infinity.
         Stopped: SIGTERM; a checkpoint is saved.
     """
     if plan.start.is_finished:
@@ -132,7 +132,7 @@ def steps_of_packed(plan: RunPlan, rows: int) -> list[str]:
 
 
 def claim_folder(plan: RunPlan, trainer: ManifestMixin) -> None:
-    """Remove what an earlier run left in the folder, but what this run goes on from, and write what this run is."""
+    """Remove what an earlier run left in the folder, except what this run resumes from, and write this run's config."""
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
         clear(plan.out, plan.start.resume_from)

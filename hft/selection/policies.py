@@ -50,7 +50,7 @@ def build_selection(anatomy: Anatomy, config: SelectionConfig, choice: Choice) -
     masks = {n: m if isinstance(m, Mask) else _packed(config, n, m) for n, m in masks.items() if n not in whole}
     for name, mask in masks.items():
         if name in outside and mask.numel != outside[name]:
-            raise HFTError(f"policy {config.policy} gives {name} a mask of {mask.shape}, not one of its own shape")
+            raise HFTError(f"policy {config.policy} gives {name} a mask of {mask.shape}, which is another shape")
         if name in shapes and not broadcasts(mask.shape, shapes[name]):
             raise HFTError(
                 f"policy {config.policy} gives {name}, of shape {shapes[name]}, a mask of shape {mask.shape}; each "
@@ -101,7 +101,7 @@ def sample_names(names: Iterable[str], count: int, *key: object) -> list[str]:
 
 
 def _pools(anatomy: Anatomy) -> Iterable[tuple[str, list[list[Unit]]]]:
-    """The sets of like units that the category policy draws from: a name, and one set for each layer of a kind.
+    """The sets of like units that the category policy draws from: a name, and one set per layer of a kind.
 
     Layers need not be alike (DeepSeek's first ones have no experts); those with as many units in a set are of a kind.
     Attention is one pool; with grouped queries it is two, {q, o} and {k, v}, whose members have the same shape, so

@@ -86,6 +86,6 @@ def note_on_reference(trainer: Trainer) -> list[str]:
         return ["reference: a full copy, sharded by TRL"]
     full = sum(parameter.nbytes for parameter in trainer.ref_model.parameters())
     return [
-        f"reference: shares the frozen half with the policy; {reference_bytes(trainer) / 1e9:.2f} GB of its own "
+        f"reference: shares the frozen half with the policy; {reference_bytes(trainer) / 1e9:.2f} GB "
         f"instead of {full / 1e9:.2f} GB"
     ]

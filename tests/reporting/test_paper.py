@@ -188,7 +188,7 @@ def test_the_command_lists_all_tables(capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["figure-2"], "there is no table 'figure-2', did you mean figure-1? `hft paper` lists all"),
+        (["figure-2"], "unknown table 'figure-2', did you mean figure-1? `hft paper` lists all"),
         (["Table 43"], "did you mean 4?"),
         (["8", "--model", "llama3"], "table 8 has no rows of 'llama3', did you mean llama3-8b?"),
         (["--update", "nothing.md"], "cannot read nothing.md"),

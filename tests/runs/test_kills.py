@@ -119,7 +119,7 @@ def test_a_full_disk_leaves_the_last_complete_checkpoint(tmp_path, straight, tin
     assert faults.run(line, out, at="step 3", does="fill") == [2]
     last = faults.printed(out).splitlines()[-1]
     assert last.startswith("hft: no room on the disk to write ")
-    assert last.endswith("free some and run the same command again: it goes on from what was complete before")
+    assert last.endswith("free some and run the same command again: it resumes from what was complete before")
     assert last_checkpoint(out) == str(out / "checkpoint-2")
     assert faults.run(line, out) == [0]
     same(out, straight("sft"))

@@ -18,7 +18,7 @@ from hft.selection import Selection
 class AGEM(GEM):
     """Remove from each step's gradient g what would raise the mean loss over all earlier tasks.
 
-    z = g - (g . m / m . m) m if g . m < 0, else g, where m is the gradient on a batch that is drawn again for each step
+    z = g - (g . m / m . m) m if g . m < 0, else g, where m is the gradient on a batch that is drawn again in each step
     from the rows of all earlier tasks.
     """
 

@@ -26,7 +26,7 @@ class Replay(Strategy):
     takes_alignment: ClassVar[bool] = True
 
     replay_mode: Literal["after", "mixed"] = option(
-        "after: a pass of its own after each round; mixed: among the round's rows.", "after"
+        "after: a separate pass after each round; mixed: among the round's rows.", "after"
     )
     replay_fraction: float = option("Fraction of each earlier task's rows.", 0.1)
 
