@@ -18,10 +18,14 @@ from hft.errors import HFTError, Stopped, cannot_write
 from hft.objectives import OBJECTIVES, find_objective
 
 # Command, the function that takes the rest of the words and returns an exit status, and what it does.
-COMMANDS = {name: ("hft.runs.command:main", find_objective(name).description) for name in OBJECTIVES} | {
+OBJECTIVE_COMMANDS = {
+    objective.name: ("hft.runs.command:main", objective.description)
+    for objective in sorted(map(find_objective, OBJECTIVES), key=lambda objective: objective.order)
+}
+COMMANDS = OBJECTIVE_COMMANDS | {
     "continual": (
         "hft.continual.command:main",
-        "learn one task after another, and score all after each: --config RECIPE [METHOD] [--strategy NAME]",
+        "continual fine-tuning: task after task, all scored after each: --config RECIPE [METHOD] [--strategy NAME]",
     ),
     "plan": ("hft.planning.forecast:main", "forecast memory, FLOPs and GPU-hours of a run, here or on other GPUs"),
     "importance": (
@@ -37,7 +41,7 @@ COMMANDS = {name: ("hft.runs.command:main", find_objective(name).description) fo
         "hft.reporting.paper_command:paper",
         "print the paper's tables, their commands, and your scores beside them",
     ),
-    "report": ("hft.reporting.command:report", "lay runs side by side: one HTML page, and Markdown with figures"),
+    "report": ("hft.reporting.command:report", "compare runs: one HTML page, and Markdown with figures"),
     "recipes": ("hft.catalog:main", "list the recipes and methods that come with hft, or copy one"),
     "fetch": ("hft.demo.command:fetch", "make smollm2-135m or tiny, by default in models/MODEL"),
     "demo": ("hft.demo.command:demo", "write the demo data, by default to data/"),
