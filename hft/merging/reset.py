@@ -38,11 +38,12 @@ class ResetConfig:
 def main(arguments: Sequence[str]) -> int:
     """Reset what HFT would freeze to the base, after the tuning; 1 if a reset tensor is not the base's."""
     groups = {"reset": (ResetConfig,), "selection": (SelectionConfig,)}
-    keys = Keys((ResetConfig, SelectionConfig), aliases={"seed": "selection_seed"})
     arguments = read_arguments(arguments, "hft reset", "Reset half of a tuned model to its base.", groups)
     if len({str(arguments.flags[key]) for key in ("seed", "selection_seed") if key in arguments.flags}) > 1:
         raise HFTError("seed is short for selection_seed, and here they differ; give one of them")
-    given, _ = arguments.resolve(keys)
+    given, flags = arguments.resolve(Keys((ResetConfig, SelectionConfig)))
+    if (seed := given.pop("seed", None)) is not None and "selection_seed" not in flags:
+        given["selection_seed"] = seed
     if rounds := rounds_so_far(given.get("base") or ""):
         given = {"round": rounds[-1]["selection"]["round"] + 1} | given
     config = fill(ResetConfig, given)
