@@ -54,7 +54,7 @@ def test_a_key_in_a_recipe_is_refused(tmp_path, capsys, command, key, value):
     words = [command, "--config", f"recipes/tiny/{recipe}.yaml", str(path), "--output_dir", str(tmp_path / "out")]
     assert main(words) == 2
     printed = capsys.readouterr()
-    assert "token would be saved with the config; leave it out, and set HF_TOKEN" in printed.err
+    assert "token would be saved with the config; remove it, and set HF_TOKEN" in printed.err
     assert "secret" not in printed.out + printed.err
     assert not (tmp_path / "out").exists()
 
@@ -77,7 +77,7 @@ def test_a_models_own_code_does_not_run(tmp_path, tiny, sft, capsys, marker):
     (model / "own.py").write_text(CODE.format(marker=str(marker)))
     for more in ([], ["--trust_remote_code", "true"]):
         assert sft(tmp_path / "out", *more, model=model) == 2
-        assert "comes with code of its own, which hft never runs" in error_of(capsys)
+        assert "comes with its own code, which hft never runs" in error_of(capsys)
 
 
 def test_yaml_makes_no_objects(tmp_path, capsys, marker):
