@@ -1,7 +1,5 @@
 """The recipes and methods that come with hft: found by name, listed, copied."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import re

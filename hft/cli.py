@@ -1,7 +1,5 @@
 """The `hft` command: one table of commands, each imported when it is called."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import gc

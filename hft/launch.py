@@ -1,7 +1,5 @@
 """Starts a command on several processes, as `accelerate launch` does, with the launcher configs in hft/accelerate."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import logging

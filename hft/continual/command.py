@@ -1,7 +1,5 @@
 """`hft continual`: a command line in, an exit status out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib.util import find_spec
 

@@ -1,7 +1,5 @@
 """The config of a sequence: which tasks in which order, with which strategy; and the runs that it comes to."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace

@@ -3,8 +3,6 @@
 TRACE scores the raw text that the model generates (A.3.2 of the HFT paper; inference code of BeyonderXX/TRACE).
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """Scores of a model on the tasks of a sequence, by lm-evaluation-harness."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from hft.continual.metrics import METRICS

@@ -1,7 +1,5 @@
 """Runs a sequence: runs and a row of the matrix per task; resumes where it was killed."""
 
-from __future__ import annotations
-
 import gc
 import tempfile
 from dataclasses import asdict, replace

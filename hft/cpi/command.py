@@ -1,7 +1,5 @@
 """`hft cpi`: a command line in, an exit status out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from hft.config import to_yaml

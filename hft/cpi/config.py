@@ -1,7 +1,5 @@
 """The config of `hft cpi`: tasks, what each stage does, and the folders that the stages share."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields

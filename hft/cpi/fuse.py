@@ -7,8 +7,6 @@ probe, of several their mean. What is known of the paper has a pairwise formula,
 choices are ours.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

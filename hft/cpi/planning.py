@@ -1,7 +1,5 @@
 """What the stages will take, known before anything is loaded."""
 
-from __future__ import annotations
-
 from hft.cpi.config import CPIPlan
 from hft.cpi.group import chance
 from hft.machine import indented

@@ -1,7 +1,5 @@
 """What the stages share: a run of `hft sft`, work of the first process, and whether an output is up to date."""
 
-from __future__ import annotations
-
 import functools
 import json
 import shutil

@@ -1,7 +1,5 @@
 """What every model of the stages scores on every task: its benchmark where the task has one, else its held-out loss."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path

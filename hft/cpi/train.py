@@ -5,8 +5,6 @@ Group k trains on a sample of its tasks' rows with the mask M_k, which is 0 on e
 weight decay and warm moments, and verify compares them with the start of the run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Find a dataset's splits: a local file, a folder or a Hub id -> rows to train on and rows to evaluate on."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

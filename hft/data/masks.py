@@ -1,7 +1,5 @@
 """Prove on rows that `assistant_only_loss` trains the assistant's tokens and no one else's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

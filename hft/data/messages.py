@@ -1,7 +1,5 @@
 """One conversation in any common spelling -> a list of `{role, content, ...}` with text content, or an error."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from hft.errors import HFTError

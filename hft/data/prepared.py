@@ -1,7 +1,5 @@
 """Check rows as TRL prepared them: what it dropped, what trains nothing, whose tokens are trained."""
 
-from __future__ import annotations
-
 from itertools import islice
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Rows as people store them -> the columns that TRL's trainers read, each row checked."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable

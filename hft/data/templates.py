@@ -1,7 +1,5 @@
 """Rows through the chat template, as TRL renders them, and what the template or TRL refuses."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """`hft fetch` and `hft demo`: a command line in, an exit status out."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

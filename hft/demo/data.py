@@ -1,7 +1,5 @@
 """Demo data: questions about Python's standard library, answered by its own docstrings."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import inspect

@@ -1,7 +1,5 @@
 """The two models that need no Hub: SmolLM2-135M-Instruct in 4 bits from a PyPI wheel, and a tiny random Llama."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tempfile

@@ -1,7 +1,5 @@
 """Small tasks that a small model learns in seconds: eight in TRACE's form, and three as conversations."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable

@@ -1,15 +1,13 @@
 """`hft eval`: a command line in, an exit status out."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
-from hft.config import Keys, fill, read_arguments
+from hft.config import Keys, fill, option, read_arguments
 from hft.errors import HFTError
 from hft.evaluation.evaluate import Settings, evaluate
 from hft.evaluation.suites import SUITES
@@ -27,7 +25,7 @@ MODELS = "MODEL is a run, a model's folder, an adapter or a Hub id"
 class EvalCommand:
     """What `hft eval` takes besides models and `Settings`."""
 
-    suite: Literal[tuple(SUITES)] = field(default="quick", metadata={"help": f"One of {', '.join(SUITES)}."})
+    suite: Literal[tuple(SUITES)] = option(f"One of {', '.join(SUITES)}.", "quick")
 
 
 def main(arguments: Sequence[str]) -> int:

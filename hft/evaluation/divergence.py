@@ -1,7 +1,5 @@
 """An lm-eval model that scores how far a tuned model has moved from its base."""
 
-from __future__ import annotations
-
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft import __version__
+from hft.config import option
 from hft.errors import HFTError, reason
 from hft.evaluation.local import GROUP, as_dataset, local_spec, on_rows
 from hft.evaluation.rows import answer_rows, general_texts, held_out_rows, text_rows
@@ -38,19 +39,19 @@ NEUTRAL = ("tasks", "batch_size", "dtype", "allow_code")
 class Settings:
     """How a suite is run; the flags of `hft eval`."""
 
-    limit: int | None = field(default=None, metadata={"help": "Rows of each task; default: all."})
-    paper_subsets: bool = field(default=False, metadata={"help": "GSM8K 200, BBH 40 a task, TyDiQA 100 a language."})
+    limit: int | None = option("Rows of each task; default: all.")
+    paper_subsets: bool = option("GSM8K 200, BBH 40 a task, TyDiQA 100 a language.", False)
     tasks: list[str] = field(default_factory=list, metadata={"help": "Only these benchmarks of the suite."})
-    max_gen_toks: int | None = field(default=None, metadata={"help": "Most tokens of an answer; default: the task's."})
-    chat: bool | None = field(default=None, metadata={"help": "Use the chat template; default: if any, not in quick."})
-    dtype: str | None = field(default=None, metadata={"help": "Of the model; default: bfloat16 on GPUs, else float32."})
-    batch_size: int = field(default=8, metadata={"help": "Rows per forward pass."})
-    backend: str = field(default="hf", metadata={"help": "lm-eval's engine, hf or vllm."})
+    max_gen_toks: int | None = option("Most tokens of an answer; default: the task's.")
+    chat: bool | None = option("Use the chat template; default: if any, not in quick.")
+    dtype: str | None = option("Of the model; default: bfloat16 on GPUs, else float32.")
+    batch_size: int = option("Rows per forward pass.", 8)
+    backend: str = option("lm-eval's engine, hf or vllm.", "hf")
     backend_args: dict[str, Any] = field(default_factory=dict, metadata={"help": "Further engine arguments, as JSON."})
-    base: str | None = field(default=None, metadata={"help": "What the models were tuned from; default: by manifest."})
-    task_data: str | None = field(default=None, metadata={"help": "A run with held-out rows, for models without any."})
-    data: str | None = field(default=None, metadata={"help": "Folder of JSON Lines files to score on, not the Hub."})
-    allow_code: bool = field(default=False, metadata={"help": "Run generated code (HumanEval, MBPP)."})
+    base: str | None = option("What the models were tuned from; default: by manifest.")
+    task_data: str | None = option("A run with held-out rows, for models without any.")
+    data: str | None = option("Folder of JSON Lines files to score on, not the Hub.")
+    allow_code: bool = option("Run generated code (HumanEval, MBPP).", False)
 
 
 @dataclass(frozen=True)

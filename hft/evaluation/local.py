@@ -1,7 +1,5 @@
 """Rows of the benchmarks from a folder of JSON Lines files, instead of lm-eval's data on the Hub."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

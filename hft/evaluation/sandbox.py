@@ -1,7 +1,5 @@
 """Run a generated program in a separate process, with limits on time and memory and without a network."""
 
-from __future__ import annotations
-
 import functools
 import secrets
 import shutil

@@ -1,7 +1,5 @@
 """The benchmarks of each suite, and which of lm-eval's results is their score."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

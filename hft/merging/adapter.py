@@ -1,7 +1,5 @@
 """`hft merge --method adapter`: an adapter that PEFT saved, added to its base."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

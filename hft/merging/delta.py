@@ -1,7 +1,5 @@
 """`hft merge --method delta`: what a run saved of its model with `save_only_trained`, put back into its base."""
 
-from __future__ import annotations
-
 import shutil
 from collections import ChainMap
 from collections.abc import Callable

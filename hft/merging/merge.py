@@ -1,7 +1,5 @@
 """`hft merge`: models merged tensor by tensor, without training (paper section 4.4, Table 5)."""
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence

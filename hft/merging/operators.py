@@ -4,8 +4,6 @@ A delta is what a fine-tuned model adds to its base (its task vector). Importing
 small model, so its operators are written out here; tests hold them to peft's bits.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,14 +1,12 @@
 """`hft reset`: Half-Reset (paper section 2, Table 9), in which half of a tuned model goes back to its base."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from hft.config import Keys, fill, read_arguments, to_yaml
+from hft.config import Keys, fill, option, read_arguments, to_yaml
 from hft.errors import HFTError
 from hft.machine import indented, say
 from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, write_model
@@ -27,12 +25,12 @@ from hft.selection.stored import check_scored_base
 class ResetConfig:
     """What `hft reset` works on; the selection's keys are `SelectionConfig`'s."""
 
-    tuned: str | None = field(default=None, metadata={"help": "The fine-tuned model: a folder or a Hub id."})
-    base: str | None = field(default=None, metadata={"help": "The model that it was tuned from."})
-    out: str | None = field(default=None, metadata={"help": "Folder for the result."})
-    seed: int | None = field(default=None, metadata={"help": "Short for selection_seed."})
-    method: str | None = field(default=None, metadata={"help": "Has no effect, so that a method's file can be given."})
-    max_shard_size: str = field(default="5GB", metadata={"help": "Largest size of a file."})
+    tuned: str | None = option("The fine-tuned model: a folder or a Hub id.")
+    base: str | None = option("The model that it was tuned from.")
+    out: str | None = option("Folder for the result.")
+    seed: int | None = option("Short for selection_seed.")
+    method: str | None = option("Has no effect, so that a method's file can be given.")
+    max_shard_size: str = option("Largest size of a file.", "5GB")
 
 
 def main(arguments: Sequence[str]) -> int:

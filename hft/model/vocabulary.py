@@ -1,7 +1,5 @@
 """Whether a tokenizer and a model's embeddings belong together."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from hft.errors import HFTError, reason

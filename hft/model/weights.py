@@ -1,7 +1,5 @@
 """The tensors of a checkpoint folder, read one at a time and never all at once."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

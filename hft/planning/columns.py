@@ -1,7 +1,5 @@
 """Ways of training in columns: memory, FLOPs, what fits, GPU-hours."""
 
-from __future__ import annotations
-
 from tqdm import tqdm
 
 from hft.planning.candidates import Candidate

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hft.config import Keys, fill, to_yaml
+from hft.config import Keys, fill, option, to_yaml
 from hft.errors import DoesNotFit, HFTError
 from hft.machine import device_bytes, indented, say
 from hft.objectives import OBJECTIVES
@@ -35,17 +35,10 @@ UNITS = {"tib": 2**40, "gib": 2**30, "mib": 2**20, "gb": 10**9, "mb": 10**6, "g"
 class Machine:
     """The GPUs that a forecast is made for; by default this machine. The fields are keys of `hft plan`."""
 
-    gpus: int | None = field(default=None, metadata={"help": "Number of GPUs that the run would have."})
-    gpu_memory: str | None = field(
-        default=None, metadata={"help": "Memory of each, such as 80GiB or 24GB; by default that of the ones here."}
-    )
-    mfu: float = field(
-        default=0.4, metadata={"help": "Fraction of the GPU's peak that the run is to reach, recomputation included."}
-    )
-    gpu_tflops: float = field(
-        default=312.0,
-        metadata={"help": "The GPU's peak in TFLOP/s, in bf16 without sparsity: A100 312, H100 989."},
-    )
+    gpus: int | None = option("Number of GPUs that the run would have.")
+    gpu_memory: str | None = option("Memory of each, such as 80GiB or 24GB; by default that of the ones here.")
+    mfu: float = option("Fraction of the GPU's peak that the run is to reach, recomputation included.", 0.4)
+    gpu_tflops: float = option("The GPU's peak in TFLOP/s, in bf16 without sparsity: A100 312, H100 989.", 312.0)
 
     def __post_init__(self):
         if self.gpus is not None and self.gpus < 1:

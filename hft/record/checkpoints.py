@@ -1,7 +1,5 @@
 """The checkpoints of a run, and which of them it can resume from."""
 
-from __future__ import annotations
-
 import json
 import re
 import zipfile

@@ -1,7 +1,5 @@
 """Whether two runs are the same one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

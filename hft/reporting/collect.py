@@ -1,7 +1,5 @@
 """Load run folders; group runs that differ only in seed."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """`hft report`: a command line in, an exit status out."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

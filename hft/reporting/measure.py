@@ -1,7 +1,5 @@
 """What models are compared by: a score or the mean of some, over runs that differ only in their seeds."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

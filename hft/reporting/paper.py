@@ -1,7 +1,5 @@
 """The tables of the HFT paper and of CPI-FT as data, from `paper/*.yaml`, and what our runs scored in them."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import re

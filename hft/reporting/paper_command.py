@@ -1,7 +1,5 @@
 """`hft paper`: the paper's tables with the commands that reproduce them and our scores, as text or Markdown."""
 
-from __future__ import annotations
-
 import argparse
 import textwrap
 from collections.abc import Sequence

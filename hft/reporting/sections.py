@@ -1,7 +1,5 @@
 """What a report says: one section per way of comparing runs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 
 from matplotlib import rc_context

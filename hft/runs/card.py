@@ -1,7 +1,5 @@
 """The model card of a run, written once it is verified and again once it is scored."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command of each objective, such as `hft sft`: a command line in, an exit status out."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

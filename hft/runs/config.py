@@ -1,7 +1,5 @@
 """The config of one run: recipe, method and flags as one typed value, with its name and folder."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Mapping, Sequence

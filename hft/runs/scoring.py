@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hft.config import Keys
+from hft.config import Keys, option
 from hft.errors import HFTError
 from hft.machine import broadcast, indented, is_main, reset_peak_memory, say
 from hft.model.weights import local_folder, weights_fingerprint
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Scoring:
     """What `hft importance` takes beside the keys of a run."""
 
-    out: str | None = field(default=None, metadata={"help": "Folder to write."})
+    out: str | None = option("Folder to write.")
 
 
 def main(arguments: Sequence[str]) -> int:

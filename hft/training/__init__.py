@@ -1,7 +1,5 @@
 """TRL's trainers, half fine-tuned (`half`) or with an adapter (`with_adapter`)."""
 
-from __future__ import annotations
-
 import functools
 
 from trl import DPOTrainer, SFTTrainer

@@ -1,7 +1,5 @@
 """TRL's trainers with one of PEFT's adapters on a base that is frozen whole."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Keeps and checks what is frozen while a run trains."""
 
-from __future__ import annotations
-
 import torch
 from transformers import TrainerCallback
 

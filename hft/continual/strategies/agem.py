@@ -1,7 +1,5 @@
 """A-GEM, averaged GEM (Chaudhry et al. 2019, arXiv 1812.00420): one constraint on a random batch of the memory."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Replay: a part of each earlier task's rows, and general instructions, are trained on again (paper section 4.2)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """SeqFT: the tasks one after another, and nothing against forgetting (paper section 4.2)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
