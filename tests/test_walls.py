@@ -5,6 +5,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 from hft.methods import all_classes
+from hft.objectives import OBJECTIVES
 from hft.selection.selection import POLICIES
 
 # From the ground up: a module imports from its own floor and from those below it.
@@ -45,6 +46,23 @@ def test_who_scores_and_reports_imports_no_trainer():
         nodes = ast.walk(ast.parse(path.read_text()))
         names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
         assert not any(name.startswith(("trl", "hft.training", "hft.runs.train")) for name in names if name), path
+
+
+def test_an_objective_is_one_file():
+    """Others ask `Objective`: none compares the name of one, and only what trains by `hft sft` and the data name any."""
+    naming = {"hft/demo/data.py": {"sft", "dpo"}, "hft/planning/forecast.py": {"sft"}, "hft/runs/scoring.py": {"sft"}}
+    for path in Path("hft").rglob("*.py"):
+        if path.parent.name == "objectives":
+            continue
+        named = {"sft"} if path.parts[1] in ("continual", "cpi") else naming.get(path.as_posix(), set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and node.value in OBJECTIVES:
+                assert node.value in named, f"{path}:{node.lineno} names an objective"
+            if isinstance(node, ast.Compare | ast.Match):
+                words = {one.value for one in ast.walk(node) if isinstance(one, ast.Constant)}
+                assert not words & {*OBJECTIVES}, f"{path}:{node.lineno} compares an objective's name"
+            arguments = [node.arg] if isinstance(node, ast.keyword | ast.arg) else []
+            assert "pairs" not in arguments or path.name == "prepared.py", f"{path}:{node.lineno} asks for pairs"
 
 
 def test_no_file_but_its_own_compares_a_methods_name():
