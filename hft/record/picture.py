@@ -1,5 +1,6 @@
 """Pictures of selections and schedules: layers x units, and layers x steps."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,8 +41,7 @@ def plot_selection(selection: Selection, title: str = "", words: tuple[str, str]
     axes.set_xticks([tick + 0.5 for tick in ticks], [str(tick) for tick in ticks])
     axes.set_xlabel("layer")
     legend = [Patch(color=color, label=word) for color, word in zip((TRAINED, FROZEN), words, strict=True)]
-    axes.figure.legend(handles=legend, loc="lower right", ncols=2, frameon=False)
-    axes.figure.tight_layout()
+    axes.figure.legend(handles=legend, loc="outside lower right", ncols=2, frameon=False)
     return axes.figure
 
 
@@ -69,14 +69,15 @@ def plot_schedule(selection: Selection, history: Sequence[dict[str, Any]], steps
     axes.set_xlabel("step")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.figure.colorbar(drawn, ax=axes, label="trained fraction", ticks=[0, 1], fraction=0.03, pad=0.02)
-    axes.figure.tight_layout()
     return axes.figure
 
 
 def _axes(width: float, height: float, title: str, summary: str) -> Axes:
-    axes = Figure(figsize=(width, height), dpi=120).add_subplot()
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    lines = textwrap.wrap(f"{title}{': ' if title else ''}{summary}", int(11 * width))
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize="large")
+    axes = figure.add_subplot()
     axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.set_frame_on(False)
-    axes.set_title(f"{title}{': ' if title else ''}{summary}", loc="left")
     return axes
