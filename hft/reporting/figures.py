@@ -166,8 +166,6 @@ def selection_picture(run: LoadedRun) -> Figure:
     figure.set_size_inches(WIDTH, 0.65 * figure.get_figheight())
     axes = figure.axes[0]
     axes.set_yticks(axes.get_yticks(), [one.get_text().replace("layernorm", "norm") for one in axes.get_yticklabels()])
-    axes.set_xlabel(axes.get_xlabel(), loc="left")
-    figure.tight_layout()
     return figure
 
 
