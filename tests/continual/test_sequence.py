@@ -223,7 +223,7 @@ def test_the_documents_own_strategy_chooses_rows(tmp_path, tiny, tasks):
         (["--strategy", "replay", "--alignment", "Lima"], "lacks Lima/train, as .json or .jsonl"),
         (["--tasks", "FOMC", "NumGLUE-cm", "--metrics", "{}"], "lacks FOMC/train, FOMC/test, NumGLUE-cm/train"),
         (["--trace_dir", "nowhere"], "trace_dir nowhere does not exist"),
-        (["--dataset_name", "data/sft"], "dataset_name is set by hft continual for each run"),
+        (["--dataset_name", "data/sft"], "dataset_name is set by hft continual per run"),
         (["--replay_mode", "mixed"], "replay_mode is a key of strategy replay"),
         (["--test_rows", "0"], "test_rows must be at least 1"),
         (["--strategy", "gem", "--fp16", "true"], "gem compares gradients, which fp16 scales"),
