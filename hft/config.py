@@ -70,15 +70,11 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys that a command takes: the fields of some dataclasses.
-
-    Attributes:
-        explain: a sentence about a key that is not among them, or None.
-        replaced: of the keys so far, which a file that names a `method` resets.
-    """
+    """The keys that a command takes: the fields of some dataclasses."""
 
     classes: tuple[type, ...]
-    explain: Callable[[str], str | None] = lambda key: None
+    explain: Callable[[str], str | None] = lambda key: None  # a sentence about a key that is not among them, or None
+    # of the keys so far, which a file that names a `method` resets
     replaced: Callable[[Mapping[str, Any]], Container[str]] = lambda config: ()
 
     @functools.cached_property

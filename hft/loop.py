@@ -27,19 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Frozen:
-    """What `freeze` froze, and what it takes to keep and to prove it.
+    """What `freeze` froze, and what it takes to keep and to prove it."""
 
-    Attributes:
-        selection: which units train.
-        checksums: SHA-256 of each wholly or partly frozen parameter, by name.
-        dtypes: of each of them when it was frozen.
-        parts: keeps the frozen elements of partly frozen parameters; None if there are none.
-    """
-
-    selection: Selection
-    checksums: dict[str, str]
-    dtypes: dict[str, torch.dtype]
-    parts: freezing.PartFreezer | None
+    selection: Selection  # which units train
+    checksums: dict[str, str]  # SHA-256 of each wholly or partly frozen parameter, by name
+    dtypes: dict[str, torch.dtype]  # of each of them when it was frozen
+    parts: freezing.PartFreezer | None  # keeps the frozen elements of partly frozen parameters; None if there are none
 
     def restore(self) -> None:
         """Put the frozen elements of partly frozen parameters back. Call it after each step of the optimizer.

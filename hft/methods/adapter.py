@@ -117,17 +117,11 @@ class Adapter(MethodPart):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFootprint(Selection):
-    """The selection that freezes a model whole, and what an adapter adds to it.
+    """The selection that freezes a model whole, and what an adapter adds to it."""
 
-    Attributes:
-        adapter: which one.
-        added: elements of each trained parameter, by its name in the model that has the adapter.
-        held: elements that the adapter holds without training them, in fp32.
-    """
-
-    adapter: Adapter
-    added: dict[str, int]
-    held: int
+    adapter: Adapter  # which one
+    added: dict[str, int]  # elements of each trained parameter, by its name in the model that has the adapter
+    held: int  # elements that the adapter holds without training them, in fp32
 
     @property
     def trained_parameters(self) -> list[str]:

@@ -50,16 +50,11 @@ OUTSIDE = ("project_in", "project_out")
 
 @dataclass(frozen=True)
 class Part:
-    """What of one parameter belongs to a unit: all of it, or ranges of a fused or stacked tensor.
+    """What of one parameter belongs to a unit: all of it, or ranges of a fused or stacked tensor."""
 
-    Attributes:
-        parameter: its name, as in `model.named_parameters()`.
-        shape: its whole shape.
-        boxes: the ranges; dimensions that a box does not name are taken whole. Without boxes it is the whole parameter.
-    """
-
-    parameter: str
-    shape: tuple[int, ...]
+    parameter: str  # its name, as in `model.named_parameters()`
+    shape: tuple[int, ...]  # its whole shape
+    # the ranges; dimensions that a box does not name are taken whole. Without boxes it is the whole parameter
     boxes: tuple[Box, ...] = ()
 
     @property

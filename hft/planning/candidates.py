@@ -24,21 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way of training, on one device.
+    """One way of training, on one device."""
 
-    Attributes:
-        name: of the method.
-        memory: per device, with activations.
-        costs: of a micro-batch, given the layers that are checkpointed and, if they are not the recipe's, its examples.
-        checkpointed: those that the recipe checkpoints.
-        layers: number of layers.
-    """
-
-    name: str
-    memory: Memory
+    name: str  # of the method
+    memory: Memory  # per device, with activations
+    # of a micro-batch, given the layers that are checkpointed and, if they are not the recipe's, its examples
     costs: Callable[..., StepCosts]
-    checkpointed: range
-    layers: int
+    checkpointed: range  # those that the recipe checkpoints
+    layers: int  # number of layers
 
     @property
     def step(self) -> StepCosts:
@@ -76,21 +69,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Setup:
-    """What every way of training a model has in common: its rows, its batch, and where it computes.
+    """What every way of training a model has in common: its rows, its batch, and where it computes."""
 
-    Attributes:
-        config: of the run.
-        model_config: the base's.
-        args: TRL's config.
-        engine: where it computes.
-        checkpointed: the layers whose activations are checkpointed.
-    """
-
-    config: Config
-    model_config: PretrainedConfig
-    args: TrainingArguments
-    engine: Engine
-    checkpointed: range
+    config: Config  # of the run
+    model_config: PretrainedConfig  # the base's
+    args: TrainingArguments  # TRL's config
+    engine: Engine  # where it computes
+    checkpointed: range  # the layers whose activations are checkpointed
 
     def candidate(self, name: str, method: Method, selection: Selection) -> Candidate:
         """One way of training."""

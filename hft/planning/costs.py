@@ -29,37 +29,21 @@ TILE_TOKENS, TILE_WORDS = 4096, 32768
 
 @dataclass(frozen=True)
 class StepCosts:
-    """One micro-batch on one device.
+    """One micro-batch on one device."""
 
-    Attributes:
-        tokens: that go through the model with gradients.
-        forward: FLOPs.
-        backward: FLOPs of gradients, of weights and of activations.
-        recompute: FLOPs of what is computed a second time: checkpointed layers and the logits.
-        layers: bytes that layers save which are not checkpointed.
-        inputs: bytes of the inputs of checkpointed layers.
-        ends: bytes that embeddings, the last norm and the loss save.
-        copies: bytes of trained weights in bf16, which autocast keeps until the forward pass ends.
-        saved_copies: bytes of those that autograd keeps beyond it.
-        recomputed: bytes that the largest checkpointed layer takes while its backward pass runs.
-        tile: bytes of a tile of logits, in the forward pass.
-        loss: bytes that the backward pass of the loss takes for the moment: a tile of logits, and gradients in fp32.
-        reference: FLOPs of what is computed without gradients, such as by a reference model.
-    """
-
-    tokens: int
-    forward: int
-    backward: int
-    recompute: int
-    layers: int
-    inputs: int
-    ends: int
-    copies: int
-    saved_copies: int
-    recomputed: int
-    tile: int
-    loss: int
-    reference: int = 0
+    tokens: int  # that go through the model with gradients
+    forward: int  # FLOPs
+    backward: int  # FLOPs of gradients, of weights and of activations
+    recompute: int  # FLOPs of what is computed a second time: checkpointed layers and the logits
+    layers: int  # bytes that layers save which are not checkpointed
+    inputs: int  # bytes of the inputs of checkpointed layers
+    ends: int  # bytes that embeddings, the last norm and the loss save
+    copies: int  # bytes of trained weights in bf16, which autocast keeps until the forward pass ends
+    saved_copies: int  # bytes of those that autograd keeps beyond it
+    recomputed: int  # bytes that the largest checkpointed layer takes while its backward pass runs
+    tile: int  # bytes of a tile of logits, in the forward pass
+    loss: int  # bytes that the backward pass of the loss takes for the moment: a tile of logits, and gradients in fp32
+    reference: int = 0  # FLOPs of what is computed without gradients, such as by a reference model
 
     @property
     def flops(self) -> int:

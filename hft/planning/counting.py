@@ -48,17 +48,11 @@ INDICES = ("layer_idx", "layer_id", "layer_number")
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtypes of a run.
+    """The dtypes of a run."""
 
-    Attributes:
-        frozen: of frozen parameters.
-        trained: of trained parameters, and of embeddings and their output.
-        autocast: whether matrix products run in bf16 whatever they are given.
-    """
-
-    frozen: torch.dtype
-    trained: torch.dtype
-    autocast: bool
+    frozen: torch.dtype  # of frozen parameters
+    trained: torch.dtype  # of trained parameters, and of embeddings and their output
+    autocast: bool  # whether matrix products run in bf16 whatever they are given
 
 
 MIXED = Precision(torch.bfloat16, torch.float32, autocast=True)  # on one device and under DDP
@@ -68,27 +62,17 @@ FLOAT32 = Precision(torch.float32, torch.float32, autocast=False)
 
 @dataclass(frozen=True)
 class Counted:
-    """Costs of one layer, or of what is around the layers.
+    """Costs of one layer, or of what is around the layers."""
 
-    Attributes:
-        forward: FLOPs.
-        backward: FLOPs.
-        recompute: FLOPs up to the last tensor that is saved, which is as far as non-reentrant checkpointing recomputes.
-        saved: bytes that are saved.
-        shared: bytes of each saved tensor that all layers are given, such as cosines and sines.
-        copies: bytes of trained weights in bf16, which autocast keeps until the forward pass ends.
-        saved_copies: bytes of those that are saved.
-        output: hidden states or logits.
-    """
-
-    forward: int
-    backward: int
+    forward: int  # FLOPs
+    backward: int  # FLOPs
+    # FLOPs up to the last tensor that is saved, which is as far as non-reentrant checkpointing recomputes
     recompute: int
-    saved: int
-    shared: dict[UntypedStorage, int]
-    copies: int
-    saved_copies: int
-    output: Tensor
+    saved: int  # bytes that are saved
+    shared: dict[UntypedStorage, int]  # bytes of each saved tensor that all layers are given, such as cosines and sines
+    copies: int  # bytes of trained weights in bf16, which autocast keeps until the forward pass ends
+    saved_copies: int  # bytes of those that are saved
+    output: Tensor  # hidden states or logits
 
 
 class Call(NamedTuple):

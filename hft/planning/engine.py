@@ -22,23 +22,14 @@ MOMENTS = {"adamw_torch": 8, "adamw_torch_fused": 8, "sgd": 0}
 
 @dataclass(frozen=True)
 class Engine:
-    """Where a run computes.
+    """Where a run computes."""
 
-    Attributes:
-        processes: one per device.
-        shards: devices that the model is sharded over; 1 under DDP and on one device.
-        precision: of weights and matrix products.
-        frozen_bytes: bytes of a frozen parameter.
-        on_gpu: whether the devices are GPUs.
-        moments_bytes: bytes of the optimizer's state per trained parameter.
-    """
-
-    processes: int = 1
-    shards: int = 1
-    precision: Precision = MIXED
-    frozen_bytes: int = 2
-    on_gpu: bool = True
-    moments_bytes: int = 8
+    processes: int = 1  # one per device
+    shards: int = 1  # devices that the model is sharded over; 1 under DDP and on one device
+    precision: Precision = MIXED  # of weights and matrix products
+    frozen_bytes: int = 2  # bytes of a frozen parameter
+    on_gpu: bool = True  # whether the devices are GPUs
+    moments_bytes: int = 8  # bytes of the optimizer's state per trained parameter
 
     def __str__(self) -> str:
         if self.processes == 1:
@@ -85,21 +76,13 @@ def asked_dtype(values: Mapping[str, Any]) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The sequences that a device computes at once, and how.
+    """The sequences that a device computes at once, and how."""
 
-    Attributes:
-        rows: sequences.
-        length: tokens of each.
-        attention: transformers' name of an implementation; None for the model's own.
-        padded: whether attention needs a mask.
-        forward_rows: sequences that it computes without gradients, the reference's included.
-    """
-
-    rows: int
-    length: int
-    attention: str | None
-    padded: bool
-    forward_rows: int
+    rows: int  # sequences
+    length: int  # tokens of each
+    attention: str | None  # transformers' name of an implementation; None for the model's own
+    padded: bool  # whether attention needs a mask
+    forward_rows: int  # sequences that it computes without gradients, the reference's included
 
 
 def micro_batch(config: Config, args: TrainingArguments, examples: int | None = None) -> MicroBatch:

@@ -71,31 +71,19 @@ class Machine:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run would take.
+    """What a run would take."""
 
-    Attributes:
-        config: of the run.
-        machine: that it is made for.
-        engine: where it would compute.
-        selection: what trains.
-        args: TRL's config.
-        settings: that this machine decides.
-        data: the rows, if they are here.
-        memory: bytes per device, with activations where they are known.
-        candidates: full fine-tuning, the run, and the cheapest half; empty if FLOPs and activations are not known.
-        notes: what is worth knowing, one sentence each.
-    """
-
-    config: Config
-    machine: Machine
-    engine: Engine
-    selection: Selection
-    args: TrainingArguments
-    settings: dict[str, Any]
-    data: LoadedData | None
-    memory: Memory
+    config: Config  # of the run
+    machine: Machine  # that it is made for
+    engine: Engine  # where it would compute
+    selection: Selection  # what trains
+    args: TrainingArguments  # TRL's config
+    settings: dict[str, Any]  # that this machine decides
+    data: LoadedData | None  # the rows, if they are here
+    memory: Memory  # bytes per device, with activations where they are known
+    # full fine-tuning, the run, and the cheapest half; empty if FLOPs and activations are not known
     candidates: list[Candidate]
-    notes: list[str]
+    notes: list[str]  # what is worth knowing, one sentence each
 
     @property
     def run(self) -> Candidate:

@@ -28,32 +28,20 @@ WORKING = ("gathered", "activations", "transient")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per device by what they are for.
+    """Bytes per device by what they are for."""
 
-    Attributes:
-        weights: frozen parameters, and the frozen values of partly frozen ones, in the dtype they are held in.
-        master_weights: fp32, of what trains. Partly frozen parameters have them, gradients and moments whole.
-        gradients: fp32.
-        moments: AdamW's two, fp32; none of SGD.
-        reference: of a reference model, a copy of the trained half, or of everything if the model is sharded.
-        method: what the method keeps beside them, such as the starting weights.
-        buckets: DDP's copy of all gradients, from which it sends them.
-        gathered: what a sharded model holds whole at one time, about: two layers and what lies outside the layers in
-            the dtype that it computes with, and the gradients of one layer, in that dtype and in fp32 to be reduced.
-        activations: what autograd holds between the forward and the backward pass of a micro-batch.
-        transient: the most that a micro-batch takes beside them at one time (`StepCosts.transient`).
-    """
-
-    weights: float
-    master_weights: float
-    gradients: float
-    moments: float
-    reference: float = 0.0
-    method: float = 0.0
-    buckets: float = 0.0
+    weights: float  # frozen parameters, and the frozen values of partly frozen ones, in the dtype they are held in
+    master_weights: float  # fp32, of what trains. Partly frozen parameters have them, gradients and moments whole
+    gradients: float  # fp32
+    moments: float  # AdamW's two, fp32; none of SGD
+    reference: float = 0.0  # of a reference model, a copy of the trained half, or of everything if the model is sharded
+    method: float = 0.0  # what the method keeps beside them, such as the starting weights
+    buckets: float = 0.0  # DDP's copy of all gradients, from which it sends them
+    # what a sharded model holds whole at one time, about: two layers and what lies outside the layers in the dtype
+    # that it computes with, and the gradients of one layer, in that dtype and in fp32 to be reduced
     gathered: float = 0.0
-    activations: float = 0.0
-    transient: float = 0.0
+    activations: float = 0.0  # what autograd holds between the forward and the backward pass of a micro-batch
+    transient: float = 0.0  # the most that a micro-batch takes beside them at one time (`StepCosts.transient`)
 
     @property
     def total(self) -> float:

@@ -15,41 +15,27 @@ SCORES_FOLDER = "scores"
 
 @dataclass(frozen=True)
 class Score:
-    """One number of one task, such as `exact_match` of `gsm8k`.
-
-    Attributes:
-        value: the mean over `n` rows.
-        stderr: its standard error; None if the metric has none.
-        unit: of both, `%` or `nats/token`.
-    """
+    """One number of one task, such as `exact_match` of `gsm8k`."""
 
     task: str
     metric: str
-    value: float
-    stderr: float | None
+    value: float  # the mean over `n` rows
+    stderr: float | None  # its standard error; None if the metric has none
     n: int
-    unit: str = "%"
+    unit: str = "%"  # of both, `%` or `nats/token`
     higher_is_better: bool = True
 
 
 @dataclass
 class Scores:
-    """The scores of one model on one suite, with what they depend on.
-
-    Attributes:
-        model: folder or Hub id.
-        model_sha256: of the weights' tensors; for a Hub id the commit.
-        dtype: in which the model ran.
-        settings: limit, subsets, chat template, backend, batch size, seeds.
-        data: SHA-256 of the rows by task.
-    """
+    """The scores of one model on one suite, with what they depend on."""
 
     suite: str
-    model: str
-    model_sha256: str
-    dtype: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, str] = field(default_factory=dict)
+    model: str  # folder or Hub id
+    model_sha256: str  # of the weights' tensors; for a Hub id the commit
+    dtype: str  # in which the model ran
+    settings: dict[str, Any] = field(default_factory=dict)  # limit, subsets, chat template, backend, batch size, seeds
+    data: dict[str, str] = field(default_factory=dict)  # SHA-256 of the rows by task
     versions: dict[str, str] = field(default_factory=dict)
     scores: list[Score] = field(default_factory=list)
 

@@ -34,35 +34,25 @@ def main(arguments: Sequence[str]) -> int:
 
 @dataclass
 class Verification:
-    """What `verify` found; each list holds tensor names.
+    """What `verify` found; each list holds tensor names."""
 
-    Attributes:
-        against: what the frozen tensors were compared with.
-        identical: frozen and bit-identical to the base.
-        broken: frozen, yet different from the base, or missing, with the reason.
-        changed: trained and different from the base.
-        unchanged: trained, yet bit-identical to the base: nothing wrong, but worth a look.
-        new: trained, and not in the base, such as the head of a reward model.
-        lost: parameters that the base has, or that trained, and that are missing from the checkpoint.
-        parts: those among `identical` that are frozen in part and were compared there.
-        unlisted: parameters of the checkpoint that the manifest lists neither as frozen nor as trained.
-        not_finite: trained tensors that hold NaN or infinity.
-        tuned: of a Half-Reset, in which nothing has trained, the model that was reset.
-        kept: what stayed of it, compared with it; None if it was not found.
-    """
-
-    against: str
-    identical: list[str] = field(default_factory=list)
+    against: str  # what the frozen tensors were compared with
+    identical: list[str] = field(default_factory=list)  # frozen and bit-identical to the base
+    # frozen, yet different from the base, or missing, with the reason
     broken: dict[str, str] = field(default_factory=dict)
-    changed: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)  # trained and different from the base
+    # trained, yet bit-identical to the base: nothing wrong, but worth a look
     unchanged: list[str] = field(default_factory=list)
-    new: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)  # trained, and not in the base, such as the head of a reward model
+    # parameters that the base has, or that trained, and that are missing from the checkpoint
     lost: list[str] = field(default_factory=list)
+    # those among `identical` that are frozen in part and were compared there
     parts: list[str] = field(default_factory=list)
+    # parameters of the checkpoint that the manifest lists neither as frozen nor as trained
     unlisted: list[str] = field(default_factory=list)
-    not_finite: list[str] = field(default_factory=list)
-    tuned: str | None = None
-    kept: Verification | None = None
+    not_finite: list[str] = field(default_factory=list)  # trained tensors that hold NaN or infinity
+    tuned: str | None = None  # of a Half-Reset, in which nothing has trained, the model that was reset
+    kept: Verification | None = None  # what stayed of it, compared with it; None if it was not found
 
     @property
     def ok(self) -> bool:

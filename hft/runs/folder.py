@@ -37,17 +37,11 @@ def check_output(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts.
+    """Where a run starts."""
 
-    Attributes:
-        resume_from: the checkpoint that it resumes from; None for the base.
-        is_finished: whether the folder holds this very run, finished.
-        notes: what is worth knowing about it, one sentence each.
-    """
-
-    resume_from: str | None = None
-    is_finished: bool = False
-    notes: tuple[str, ...] = ()
+    resume_from: str | None = None  # the checkpoint that it resumes from; None for the base
+    is_finished: bool = False  # whether the folder holds this very run, finished
+    notes: tuple[str, ...] = ()  # what is worth knowing about it, one sentence each
 
 
 def find_start(config: Config, identity: dict[str, Any], args: TrainingArguments) -> Start:
