@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from hft import __version__
-from hft.errors import HFTError, Stopped, cannot_write
+from hft.errors import HFTError, Interrupted, Stopped, cannot_write
 from hft.objectives import OBJECTIVES, find_objective
 
 # Command, the function that takes the rest of the words and returns an exit status, and what it does.
@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0; 1 if verify found a difference; 2 for a mistake that the user can correct; 143 for a run
-        that SIGTERM has stopped.
+        The exit status: 0; 1 if verify found a difference; 2 for a mistake that the user can correct; 143 or 130 for
+        what SIGTERM or Ctrl-C has stopped.
     """
     # TRL pings a server whenever a trainer is made; huggingface_hub reads this when it is imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -74,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _imported("hft.launch:run")(command, run, rest) if command in LAUNCHED else run(rest)
     except HFTError as error:
         failed = type(error)(*error.args)  # its frames keep progress bars open
+    except KeyboardInterrupt:
+        failed = Interrupted("interrupted")
     except SystemExit as done:  # argparse, after --help or a mistake
         return int(done.code or 0)
     except Exception as error:

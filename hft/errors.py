@@ -27,6 +27,12 @@ class Stopped(HFTError):
     status = 143
 
 
+class Interrupted(Stopped):
+    """The same after Ctrl-C."""
+
+    status = 130
+
+
 def reason(error: BaseException) -> str:
     """Another library's exception as one sentence, whole: its message on one line, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

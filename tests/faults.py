@@ -33,8 +33,8 @@ def run(
         words: of the command line.
         out: folder whose files make moments; the printed lines are in `OUT.log`.
         at: the moment at which something happens to a process.
-        does: what happens. `kill`: it gets SIGKILL, and the others with it; `terminate`: it gets SIGTERM; `fill`: from
-            now on it cannot write files of more than 1 MB.
+        does: what happens. `kill`: it gets SIGKILL, and the others with it; `terminate` and `interrupt`: it gets
+            SIGTERM or SIGINT; `fill`: from now on it cannot write files of more than 1 MB.
         trace: whether the first process's moments are written to `OUT.moments`.
         processes: how many.
 
@@ -112,8 +112,8 @@ class Moments:
         self.is_busy = False
 
     def happen(self, what: str, path: str | None) -> None:
-        if what == "terminate":
-            os.kill(os.getpid(), signal.SIGTERM)
+        if what in ("terminate", "interrupt"):
+            os.kill(os.getpid(), signal.SIGTERM if what == "terminate" else signal.SIGINT)
         elif what == "fill":
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
         else:

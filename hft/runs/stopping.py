@@ -1,4 +1,4 @@
-"""Ends a run that gets SIGTERM: a checkpoint after the step it is in, in all processes the same one."""
+"""Ends a run that gets SIGTERM or Ctrl-C: a checkpoint after the step it is in, in all processes the same one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from hft.errors import Stopped
+from hft.errors import Interrupted, Stopped
 from hft.machine import leave_process_group, world_size
 from hft.record.checkpoints import last_checkpoint
 
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def saved_on_sigterm(trainer: Trainer) -> Iterator[None]:
-    """While it lasts, SIGTERM makes a trainer save a checkpoint after its step and raise `Stopped`.
+def saved_on_signal(trainer: Trainer) -> Iterator[None]:
+    """While it lasts, SIGTERM and Ctrl-C make a trainer save a checkpoint after its step and raise `Stopped`.
+
+    A second Ctrl-C ends it at once.
 
     transformers' `enable_jit_checkpoint` waits three seconds before it asks for a checkpoint, lets every process choose
     its own step, and ends as a finished run does. Only the main thread can catch signals; in another one nothing
@@ -33,11 +35,12 @@ def saved_on_sigterm(trainer: Trainer) -> Iterator[None]:
         return
     callback = StopAfterStep()
     trainer.add_callback(callback)
-    before = signal.signal(signal.SIGTERM, callback.ask)
+    before = {number: signal.signal(number, callback.ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         trainer.remove_callback(callback)
 
 
@@ -45,37 +48,42 @@ class StopAfterStep(TrainerCallback):
     """Saves a checkpoint after the step in which any process was asked to stop, and stops there."""
 
     def __init__(self):
-        self.is_asked = self.is_stopping = False
+        self.signal = self.stopped_by = 0  # what this process got; what all of them stop for
         self.group = None
 
-    def ask(self, *_: Any) -> None:
+    def ask(self, number: int, frame: Any) -> None:
         """The handler of a signal."""
-        self.is_asked = True
+        self.signal = number
+        if number == signal.SIGINT:
+            print("finishing the step and saving; Ctrl-C again ends the run at once", flush=True)
+            signal.signal(number, signal.default_int_handler)
 
     def on_train_begin(self, args, state, control, **kwargs):
         # A flag on the CPU never waits for the device; NCCL's own group could not send it.
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._any_asked():
-            control.should_save = self.is_stopping = True
+        self.stopped_by = self._largest_signal()
+        if self.stopped_by:
+            control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
-        if not self.is_stopping:
+        if not self.stopped_by:
             return
         leave_process_group()  # after the others have saved too
         # A checkpoint that the command names would be taken again.
         named = args.resume_from_checkpoint not in (None, "auto", "true", "none", "false")
-        how = " with --resume_from_checkpoint auto" if named else ""
-        raise Stopped(
-            f"stopped by SIGTERM after step {state.global_step}; run the same command again{how} to go on from "
-            f"{last_checkpoint(args.output_dir)}"
+        flag = " with --resume_from_checkpoint auto" if named else ""
+        error = Interrupted if self.stopped_by == signal.SIGINT else Stopped
+        name, last = signal.Signals(self.stopped_by).name, last_checkpoint(args.output_dir)
+        raise error(
+            f"stopped by {name} after step {state.global_step}; run the same command again{flag} to resume from {last}"
         )
 
-    def _any_asked(self) -> bool:
-        """Whether any process was asked, the same in every one of them."""
+    def _largest_signal(self) -> int:
+        """The largest signal that any process got, the same in every one of them; 0 if none did."""
         if self.group is None:
-            return self.is_asked
-        asked = torch.tensor(int(self.is_asked))
-        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
-        return bool(asked)
+            return self.signal
+        number = torch.tensor(self.signal)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
+        return int(number)

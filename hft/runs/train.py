@@ -37,7 +37,7 @@ def train(plan: RunPlan) -> RunResult:
 
     Raises:
         HFTError: something that only the weights or the prepared rows show, or a loss of NaN or infinity.
-        Stopped: SIGTERM; a checkpoint is saved.
+        Stopped: SIGTERM or Ctrl-C; a checkpoint is saved.
     """
     if plan.start.is_finished:
         say(
@@ -56,11 +56,11 @@ def train(plan: RunPlan) -> RunResult:
         claim_folder(plan, trainer)
 
     from hft.runs import tracking
-    from hft.runs.stopping import saved_on_sigterm
+    from hft.runs.stopping import saved_on_signal
 
     selection = getattr(trainer, "selection", plan.selection)
     with tracking.tracked(on_wandb, plan.args.run_name, plan.config.values, selection, plan.out):
-        with saved_on_sigterm(trainer):
+        with saved_on_signal(trainer):
             trainer.train(resume_from_checkpoint=plan.start.resume_from)
         trainer.save_model(_internal_call=True)  # is pushed to the Hub once it is verified
         final = metrics_of_what_was_saved(trainer)

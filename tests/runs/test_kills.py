@@ -72,12 +72,13 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, straight, tiny, data):
     same(tmp_path / "out", straight("sft"))
 
 
-def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path, straight, tiny, data):
+@pytest.mark.parametrize(("does", "name", "status"), [("terminate", "SIGTERM", 143), ("interrupt", "SIGINT", 130)])
+def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(tmp_path, straight, tiny, data, does, name, status):
     out = tmp_path / "out"
     line = words("sft", out, tiny, data)
-    assert faults.run(line, out, at="optimizer 0", does="terminate") == [143]
+    assert faults.run(line, out, at="optimizer 0", does=does) == [status]
     last = faults.printed(out).splitlines()[-1]
-    sentence = "hft: stopped by SIGTERM after step 1; run the same command again to go on from"
+    sentence = f"hft: stopped by {name} after step 1; run the same command again to resume from"
     assert last == f"{sentence} {out / 'checkpoint-1'}"
     assert faults.run(line, out) == [0]
     assert f"resuming from {out / 'checkpoint-1'}" in faults.printed(out)
@@ -94,7 +95,7 @@ def test_a_run_that_went_back_is_not_taken_for_the_one_before(tmp_path, straight
     assert f"NOTE: {out} holds a finished run, which this one replaces" in printed
     assert f"NOTE: checkpoint-4 in {out} will be removed" in printed
     assert "NOTE: resuming with other settings than before: " in printed
-    assert f"again with --resume_from_checkpoint auto to go on from {out / 'checkpoint-3'}" in printed
+    assert f"again with --resume_from_checkpoint auto to resume from {out / 'checkpoint-3'}" in printed
     assert not (out / "checkpoint-4").exists()
     assert not (out / "model.safetensors").exists()
     assert faults.run(back, out) == [0]
