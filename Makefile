@@ -39,7 +39,7 @@ S := runs/$(MODEL)-sft-fft
 D := runs/$(MODEL)-dpo-fft-from-$(notdir $(S))
 
 .PHONY: help install trace-mini cpi eval report forgetting bench sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo \
-	lint test test-slow test-gpu audit clean
+	lint test test-slow test-gpu audit clean clean-runs
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PRECIOUS: models/%/config.json
@@ -64,7 +64,7 @@ help:
 	@echo "  MERGE   $(basename $(notdir $(wildcard recipes/merges/*.yaml)))"
 	@echo "make report [RUNS='runs/a runs/b'] [ARGS=...]    runs side by side, as a page: report/report.html"
 	@echo "NUM_GPUS=n ENGINE=fsdp2|zero3|ddp    by default all visible GPUs, with fsdp2, or ddp for what cannot be sharded"
-	@echo "make install | test | lint | test-slow | test-gpu | audit | clean"
+	@echo "make install | test | lint | test-slow | test-gpu | audit | clean | clean-runs"
 
 install: $(INSTALLED)
 
@@ -190,5 +190,10 @@ audit: $(INSTALLED)
 	@echo "asking pypi.org; this needs the network"
 	$(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt $(ARGS)
 
+# What can be made again. Runs take hours: `make clean-runs` lists them and asks.
 clean:
-	rm -rf data models report runs wandb
+	rm -rf data/sft data/dpo data/tasks models/tiny models/smollm2-135m report .pytest_cache .ruff_cache
+
+clean-runs:
+	@ls -d runs/* wandb 2>/dev/null || { echo "no runs here"; exit 0; }; printf 'remove these? [y/N] '; read answer; \
+		if [ "$$answer" = y ]; then rm -rf runs wandb; else echo kept; fi

@@ -76,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed = type(error)(*error.args)  # its frames keep progress bars open
     except KeyboardInterrupt:
         failed = Interrupted("interrupted")
+    except BrokenPipeError:  # whoever read the output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # a shell's for SIGPIPE
     except SystemExit as done:  # argparse, after --help or a mistake
         return int(done.code or 0)
     except Exception as error:
