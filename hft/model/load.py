@@ -17,12 +17,13 @@ if TYPE_CHECKING:  # the trainer's arguments import peft
     from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 
 
-def read_config(name: str, source: str | Path) -> PretrainedConfig:
+def read_config(name: str, source: str | Path, revision: str | None = None) -> PretrainedConfig:
     """The config of a model, unless it is quantized, from a folder or Hub id; `name` is for messages."""
     part = Path(source) / MODEL_CONFIG
     try:
         # transformers would ask on the terminal whether to run code that comes with a model.
-        config = AutoConfig.from_pretrained(part if part.exists() else source, trust_remote_code=False)
+        source = part if part.exists() else source
+        config = AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         if "custom code" in str(error):
             raise HFTError(

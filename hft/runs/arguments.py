@@ -41,7 +41,7 @@ def training_arguments(
     rate, notes = learning_rate(values, cls.learning_rate)
     if values.get("max_steps", -1) > 0 and "num_train_epochs" in values:
         notes.append(f"max_steps {values['max_steps']} overrides num_train_epochs {values['num_train_epochs']:g}")
-    if "chat_template_path" in values:
+    if values.get("chat_template_path"):
         values["chat_template_path"] = find_template(values["chat_template_path"])
     if (layers := values.get("activation_checkpointing_layers")) is not None:
         values["activation_checkpointing"] = layers == "auto" or layers > 0

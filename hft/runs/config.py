@@ -45,6 +45,11 @@ class Config:
     method: Method
 
     @property
+    def revision(self) -> str | None:
+        """The branch, tag or commit of the base on the Hub: of its weights, config and tokenizer alike."""
+        return (self.values.get("model_init_kwargs") or {}).get("revision")
+
+    @property
     def out(self) -> Path:
         """The run's folder."""
         return Path(self.values["output_dir"])

@@ -207,10 +207,10 @@ def load_model_config(config: Config) -> PretrainedConfig:
     """The base's config, from the recipe's `architecture` folder if it has one."""
     from hft.model.load import read_config
 
-    source = config.run.model_name_or_path
-    if config.run.architecture and not Path(source).is_dir():
-        source = find_folder(config.run.architecture)
-    return read_config(config.run.model_name_or_path, source)
+    base = config.run.model_name_or_path
+    if config.run.architecture and not Path(base).is_dir():
+        return read_config(base, find_folder(config.run.architecture))
+    return read_config(base, base, config.revision)
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -219,7 +219,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
     base, template = config.run.model_name_or_path, config.run.chat_template_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=config.revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise HFTError(f"cannot load the tokenizer of {base}: {reason(error)}") from error
     if template and Path(find_template(template)).is_file():

@@ -15,6 +15,7 @@ import hft
 from hft.cli import main
 from hft.errors import HFTError
 from hft.planning.forecast import forecast
+from hft.runs.plan import load_model_config
 from tests.conftest import ROOT, command, error_of, tensors
 
 CHAIN = """
@@ -127,6 +128,25 @@ def test_a_result_says_what_is_wrong_with_its_file(tmp_path):
     (tmp_path / "results.json").write_text('{"steps": 1}')
     with pytest.raises(HFTError, match="is not a valid result"):
         hft.RunResult.load(tmp_path)
+
+
+def test_a_revision_is_that_of_weights_config_and_tokenizer(tiny, data, tmp_path, monkeypatch):
+    cache = tmp_path / "models--some--model"
+    for revision, letter in (("main", "a"), ("second", "b")):
+        folder = shutil.copytree(tiny, cache / "snapshots" / (letter * 40))
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / revision).write_text(letter * 40)
+        settings = json.loads((folder / "config.json").read_text()) | {"rope_theta": {"a": 1.0, "b": 2.0}[letter]}
+        (folder / "config.json").write_text(json.dumps(settings))
+        template = (folder / "chat_template.jinja").read_text()
+        (folder / "chat_template.jinja").write_text(template + "{# " + revision + " #}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = config_of(
+        "some/model", data, tmp_path / "out", chat_template_path=None, model_init_kwargs={"revision": "second"}
+    )
+    plan = hft.make_plan(config)
+    assert "{# second #}" in plan.tokenizer.chat_template
+    assert load_model_config(config).rope_parameters["rope_theta"] == 2.0
 
 
 def test_a_result_with_a_forecast_loads(finished, tmp_path):
