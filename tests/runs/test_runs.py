@@ -136,7 +136,7 @@ def test_a_revision_is_that_of_weights_config_and_tokenizer(tiny, data, tmp_path
         folder = shutil.copytree(tiny, cache / "snapshots" / (letter * 40))
         (cache / "refs").mkdir(exist_ok=True)
         (cache / "refs" / revision).write_text(letter * 40)
-        settings = json.loads((folder / "config.json").read_text()) | {"rope_theta": {"a": 1.0, "b": 2.0}[letter]}
+        settings = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": ord(letter)}
         (folder / "config.json").write_text(json.dumps(settings))
         template = (folder / "chat_template.jinja").read_text()
         (folder / "chat_template.jinja").write_text(template + "{# " + revision + " #}")
@@ -146,7 +146,7 @@ def test_a_revision_is_that_of_weights_config_and_tokenizer(tiny, data, tmp_path
     )
     plan = hft.make_plan(config)
     assert "{# second #}" in plan.tokenizer.chat_template
-    assert load_model_config(config).rope_parameters["rope_theta"] == 2.0
+    assert load_model_config(config).max_position_embeddings == ord("b")
 
 
 def test_a_result_with_a_forecast_loads(finished, tmp_path):
