@@ -18,7 +18,7 @@ from hft.machine import broadcast, is_main, reset_peak_memory, say
 from hft.methods.strategy import Row
 from hft.record.identity import differences
 from hft.record.manifest import write_text
-from hft.runs.config import comparable, read_config
+from hft.runs.config import comparable, read_saved_config
 from hft.runs.plan import RunPlan, load_tokenizer, make_plan
 from hft.runs.train import train
 
@@ -66,7 +66,7 @@ def sequence_keys(plan: SequencePlan) -> dict[str, Any]:
 def prepare(plan: SequencePlan, data: SequenceData) -> None:
     """Write what all runs have in common, and the rows of each, unless that is done; `sequence.yaml` comes last."""
     if (plan.out / SEQUENCE_NAME).exists():
-        saved = comparable(read_config(plan.out / SEQUENCE_NAME))
+        saved = comparable(read_saved_config(plan.out / SEQUENCE_NAME))
         if found := differences(comparable(sequence_keys(plan)), saved):
             raise HFTError(
                 f"{plan.out} holds a sequence with other settings ({'; '.join(found)}); give the same, or another "

@@ -36,7 +36,7 @@ def load_split(name: str, split: str, config: str | None = None, revision: str |
     `name` is a .jsonl, .json or .parquet file (all of it is the `train` split), a folder with one file per split, or a
     Hub id with its configuration and its branch, tag or commit.
     """
-    path = _local(name)
+    path = _local_path(name)
     with _loading(name):
         if path.is_file():
             dataset = load_dataset(FORMATS[path.suffix], data_files=str(path), split=split)
@@ -50,7 +50,7 @@ def load_split(name: str, split: str, config: str | None = None, revision: str |
 
 def split_names(name: str, config: str | None = None, revision: str | None = None) -> list[str]:
     """The splits of a dataset; a single file has only `train`."""
-    path = _local(name)
+    path = _local_path(name)
     if path.is_file():
         return ["train"]
     with _loading(name):
@@ -128,7 +128,7 @@ def _splits(expression: str) -> list[str]:
     return [part.partition("[")[0].strip() for part in expression.split("+")]
 
 
-def _local(name: str) -> Path:
+def _local_path(name: str) -> Path:
     """The path that a dataset's name may be, checked where it can only be a path."""
     path = Path(name).expanduser()
     if (path.suffix in FORMATS or name.startswith((".", "/", "~"))) and not path.exists():

@@ -4,7 +4,7 @@ from typing import Any
 
 from hft.errors import HFTError
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
+CHAT_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
 SHAREGPT_ROLES = {"human": "user", "observation": "tool"}
 SHAREGPT_ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")
 # What an assistant can say besides its content.
@@ -39,8 +39,8 @@ def _message(message: object, where: str) -> dict[str, Any]:
     message = {{"from": "role", "value": "content"}.get(key, key): value for key, value in message.items()}
     role = message.get("role")
     role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-    if role not in ROLES:
-        raise HFTError(f"{where} has the unknown role {role!r}; known are {', '.join(ROLES)}")
+    if role not in CHAT_ROLES:
+        raise HFTError(f"{where} has the unknown role {role!r}; known are {', '.join(CHAT_ROLES)}")
     content = _text(message.get("content"), where)
     calls = message.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):

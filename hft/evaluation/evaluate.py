@@ -126,7 +126,7 @@ def evaluate(
         if known or (spec := benchmark.spec or _spec(benchmark, subject, settings)) is None:
             continue
         lm = lm or open_lm(subject, settings)
-        results = _run(benchmark, spec, lm, subject, settings)
+        results = _run_tasks(benchmark, spec, lm, subject, settings)
         if not is_main():
             continue
         scores.scores = [score for score in scores.scores if score.task != name] + _scores_of(benchmark, results)
@@ -246,7 +246,7 @@ def _quick_rows(name: str, subject: Subject, settings: Settings) -> list[dict[st
     return answer_rows(held_out_rows(run), _tokenizer(run), tokenizer)
 
 
-def _run(benchmark: Benchmark, spec: Spec, lm: LM, subject: Subject, settings: Settings) -> dict[str, Any]:
+def _run_tasks(benchmark: Benchmark, spec: Spec, lm: LM, subject: Subject, settings: Settings) -> dict[str, Any]:
     """lm-eval's results of one benchmark; empty in all processes but the first.
 
     These are the steps of `lm_eval.simple_evaluate`, which also runs `pip list` each time, for a second or two.

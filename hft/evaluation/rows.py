@@ -31,7 +31,7 @@ def replay_texts() -> list[str]:
 
 
 def text_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    return [_row(tokenizer, "", text) for text in texts]
+    return [_task_row(tokenizer, "", text) for text in texts]
 
 
 def answer_rows(
@@ -47,7 +47,7 @@ def answer_rows(
         whole = template.apply_chat_template([*prompt, answer], tokenize=False).rstrip()
         if not whole.startswith(context):
             raise HFTError("the chat template renders an answered prompt differently; quick cannot score that")
-        made.append(_row(tokenizer, context, whole[len(context) :]))
+        made.append(_task_row(tokenizer, context, whole[len(context) :]))
     return made
 
 
@@ -62,7 +62,7 @@ def _prompts_and_answers(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[list[
             yield [*row["prompt"], *completion[:-1]], completion[-1]
 
 
-def _row(tokenizer: PreTrainedTokenizerBase, context: str, answer: str) -> dict[str, Any]:
+def _task_row(tokenizer: PreTrainedTokenizerBase, context: str, answer: str) -> dict[str, Any]:
     """A row as the tasks read it; lm-eval tokenizes the context without the whitespace that ends it."""
     stripped = context.rstrip()
     answer = context[len(stripped) :] + answer

@@ -7,10 +7,10 @@ from hft.planning.fit import SPARE
 from hft.planning.memory import GIB, LABELS
 from hft.text import aligned
 
-Rows = list[tuple[str, list[str]]]
+NamedCells = list[tuple[str, list[str]]]
 
 
-def memory_block(candidates: list[Candidate]) -> tuple[str, Rows]:
+def memory_block(candidates: list[Candidate]) -> tuple[str, NamedCells]:
     """Memory by part, and the sum, also relative to the first candidate."""
     parts = [candidate.memory.parts() for candidate in candidates]
     names = [name for name in parts[0] if any(part[name] for part in parts)]
@@ -21,7 +21,7 @@ def memory_block(candidates: list[Candidate]) -> tuple[str, Rows]:
     return f"{unit} per device", rows
 
 
-def flops_block(candidates: list[Candidate]) -> tuple[str, Rows]:
+def flops_block(candidates: list[Candidate]) -> tuple[str, NamedCells]:
     """FLOPs per token by pass, and the sum, also relative to the first candidate."""
     steps = [candidate.step for candidate in candidates]
     totals = [step.flops / step.tokens for step in steps]
@@ -35,7 +35,7 @@ def flops_block(candidates: list[Candidate]) -> tuple[str, Rows]:
     return f"{unit} per token", rows
 
 
-def fitting_block(candidates: list[Candidate], available: float) -> tuple[str, Rows]:
+def fitting_block(candidates: list[Candidate], available: float) -> tuple[str, NamedCells]:
     """Whether each fits as the recipe has it, the fewest layers that must be checkpointed, and its FLOPs with these."""
     whole = available / (1 - SPARE)
     fewest = [candidate.fewest(available) for candidate in candidates]
@@ -49,7 +49,7 @@ def fitting_block(candidates: list[Candidate], available: float) -> tuple[str, R
     return f"of {whole / GIB:.3g} GiB, {SPARE:.0%} reserved", rows
 
 
-def hours_block(candidates: list[Candidate], tokens: int, tflops: float, mfu: float) -> tuple[str, Rows]:
+def hours_block(candidates: list[Candidate], tokens: int, tflops: float, mfu: float) -> tuple[str, NamedCells]:
     """GPU-hours for so many tokens at a fraction `mfu` of a GPU's peak."""
     steps = [candidate.step for candidate in candidates]
     hours = [step.flops / step.tokens * tokens / (tflops * 1e12 * mfu) / 3600 for step in steps]
@@ -58,7 +58,7 @@ def hours_block(candidates: list[Candidate], tokens: int, tflops: float, mfu: fl
     return f"{count} tokens at {mfu:.0%} of {tflops:g} TFLOP/s", [("GPU-hours", cells)]
 
 
-def in_columns(heads: list[str], blocks: list[tuple[str, Rows]]) -> str:
+def in_columns(heads: list[str], blocks: list[tuple[str, NamedCells]]) -> str:
     """Blocks of rows, each below its title, in columns."""
     lines: list[str | list[str]] = []
     for title, rows in blocks:

@@ -41,7 +41,7 @@ aten = torch.ops.aten
 PRODUCTS = {op: slice(0, 2) for op in (aten.mm, aten.bmm, aten._grouped_mm)}
 PRODUCTS |= {op: slice(1, 3) for op in (aten.addmm, aten.baddbmm)}
 # How models find out whether a mask hides anything.
-QUESTIONS = (Tensor.view, Tensor.sum, Tensor.eq, Tensor.__eq__, Tensor.all, torch.all, Tensor.__bool__)
+MASK_QUERIES = (Tensor.view, Tensor.sum, Tensor.eq, Tensor.__eq__, Tensor.all, torch.all, Tensor.__bool__)
 # Names of a layer's index, the one setting in which equal layers differ.
 INDICES = ("layer_idx", "layer_id", "layer_number")
 
@@ -143,7 +143,7 @@ class AsOnGPU(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in QUESTIONS and not isinstance(args[0], FakeTensor):
+        if func in MASK_QUERIES and not isinstance(args[0], FakeTensor):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func is not scaled_dot_product_attention:

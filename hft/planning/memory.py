@@ -100,7 +100,7 @@ def memory_of(
         master_weights=4 * held / shards,
         gradients=4 * at_once / shards,
         moments=moments * at_once / shards,
-        reference=reference_bytes(selection, engine) if reference else 0,
+        reference=planned_reference_bytes(selection, engine) if reference else 0,
         method=kept / (1 if method.update and method.update.replicated else shards),
         buckets=buckets,
         gathered=gathered_bytes(selection, engine.precision.trained.itemsize) if shards > 1 and costs else 0,
@@ -108,7 +108,7 @@ def memory_of(
     )
 
 
-def reference_bytes(selection: Selection, engine: Engine) -> float:
+def planned_reference_bytes(selection: Selection, engine: Engine) -> float:
     """A reference model beside what it shares with the policy.
 
     On one device it copies what trains: matrices in the checkpoint's dtype, and in fp32 what is not a linear layer.

@@ -13,7 +13,7 @@ from hft.record.manifest import MANIFEST_NAME, Manifest
 from hft.record.scores import Scores, scores_of
 from hft.reporting.measure import Column, Measured, measure
 from hft.reporting.paper import SEED_IN_NAME
-from hft.runs.config import NEUTRAL_KEYS, read_config, replaced_keys
+from hft.runs.config import NEUTRAL_KEYS, read_saved_config, replaced_keys
 from hft.runs.result import CONFIG_NAME, RESULTS_NAME, RunResult
 
 SEEDS = ("selection_seed", "seed", "data_seed")
@@ -141,7 +141,7 @@ def read_run(folder: Path) -> LoadedRun | None:
 
 
 def run_config(folder: Path) -> dict[str, Any]:
-    return read_config(folder / CONFIG_NAME) if (folder / CONFIG_NAME).exists() else {}
+    return read_saved_config(folder / CONFIG_NAME) if (folder / CONFIG_NAME).exists() else {}
 
 
 def run_manifest(folder: Path) -> Manifest | None:

@@ -178,7 +178,7 @@ def find_template(name: str) -> str:
     raise HFTError(f"chat template {name} not found; give a file, or one that comes with hft: {known}")
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_saved_config(path: Path) -> dict[str, Any]:
     """The values that a run saved, under the names that transformers has for its keys now."""
     return renamed(read_yaml(path))
 

@@ -13,7 +13,7 @@ from hft.record.checkpoints import checkpoints, last_checkpoint, zero3_parts
 from hft.record.identity import check_same_run, differences
 from hft.record.manifest import MANIFEST_NAME, Manifest
 from hft.record.verification import check_base
-from hft.runs.config import Config, comparable, read_config
+from hft.runs.config import Config, comparable, read_saved_config
 from hft.runs.result import CONFIG_NAME, RESULTS_NAME
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def find_start(config: Config, identity: dict[str, Any], args: TrainingArguments
     if not (is_auto or Path(start).is_dir()):
         raise HFTError(f"checkpoint {start} not found")
     saved = (out if is_auto else Path(start).resolve().parent) / CONFIG_NAME
-    changes = differences(comparable(values), comparable(read_config(saved))) if saved.exists() else []
+    changes = differences(comparable(values), comparable(read_saved_config(saved))) if saved.exists() else []
     if is_auto and is_finished:
         if not changes:
             return Start(is_finished=True)

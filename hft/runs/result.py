@@ -78,7 +78,7 @@ class RunResult:
             raise HFTError(f"{path} is not a valid result: {reason(error)}") from error
 
 
-def measure(
+def result_of(
     objective: Objective, trainer: ManifestMixin, machine: dict[str, Any], final: dict[str, float]
 ) -> RunResult:
     """What a trainer has measured."""

@@ -18,7 +18,7 @@ from hft.runs.arguments import trainer_class
 from hft.runs.card import card_settings, write_run_card
 from hft.runs.folder import replaced
 from hft.runs.plan import Batches, RunPlan
-from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, RunResult, measure
+from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, RunResult, result_of
 from hft.runs.scoring import with_scored_selection
 from hft.selection.masks import MASKS_NAME
 
@@ -68,7 +68,7 @@ def train(plan: RunPlan) -> RunResult:
         result = None
         if is_main():
             draw_history(trainer, plan, on_wandb)
-            measured = measure(plan.config.objective, trainer, plan.machine, final)
+            measured = result_of(plan.config.objective, trainer, plan.machine, final)
             measured.wandb = tracking.current() if on_wandb else None
             result = conclude(measured, plan.out)
             if on_wandb:

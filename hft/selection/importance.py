@@ -48,7 +48,7 @@ def select_by_importance(
     gradients. Only `READ_TEXT` need texts; SSU takes 500 rows of the base's own kind of data.
     """
     check_linear(model, anatomy)
-    scores = scores_of(model, anatomy, texts, score=config.score, granularity=config.granularity)
+    scores = importance_scores(model, anatomy, texts, score=config.score, granularity=config.granularity)
     if config.granularity == "unit":
         return by_unit(anatomy, config, {name.rpartition(".")[0]: float(value) for name, value in scores})
     masks = {}
@@ -113,7 +113,7 @@ def check_linear(model: nn.Module, anatomy: Anatomy) -> None:
             )
 
 
-def scores_of(
+def importance_scores(
     model: PreTrainedModel, anatomy: Anatomy, texts: Texts, *, score: str, granularity: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The scores of each matrix, by parameter; never more than one matrix of elements, but for Fisher.
@@ -205,7 +205,7 @@ def token_ids(
         if taken == count:
             return
         try:
-            text, rendered = _text(tokenizer, row)
+            text, rendered = _row_text(tokenizer, row)
             ids = tokenizer(text, truncation=True, max_length=max_length, add_special_tokens=not rendered)["input_ids"]
         except HFTError:
             raise
@@ -216,7 +216,7 @@ def token_ids(
             yield torch.tensor([ids])
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, row: str | Mapping[str, Any]) -> tuple[str, bool]:
+def _row_text(tokenizer: PreTrainedTokenizerBase, row: str | Mapping[str, Any]) -> tuple[str, bool]:
     """A row as text, and whether a chat template wrote it, which brings its own special tokens."""
     if isinstance(row, str) or "text" in row:
         return (row if isinstance(row, str) else row["text"]), False

@@ -47,7 +47,7 @@ def build_selection(anatomy: Anatomy, config: SelectionConfig, choice: Choice) -
     if strange := [*(trained - known), *(masks.keys() - shapes.keys() - outside.keys())]:
         raise HFTError(f"policy {config.policy} chose {strange[0]}, which the model does not have")
     whole = frozenset(name for name, mask in masks.items() if mask is None and name in outside)
-    masks = {n: m if isinstance(m, Mask) else _packed(config, n, m) for n, m in masks.items() if n not in whole}
+    masks = {n: m if isinstance(m, Mask) else _as_mask(config, n, m) for n, m in masks.items() if n not in whole}
     for name, mask in masks.items():
         if name in outside and mask.numel != outside[name]:
             raise HFTError(f"policy {config.policy} gives {name} a mask of {mask.shape}, which is another shape")
@@ -64,7 +64,7 @@ def build_selection(anatomy: Anatomy, config: SelectionConfig, choice: Choice) -
     return Selection(anatomy, config, trained, masks, whole)
 
 
-def _packed(config: SelectionConfig, name: str, mask: object) -> Mask:
+def _as_mask(config: SelectionConfig, name: str, mask: object) -> Mask:
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise HFTError(f"policy {config.policy} must give a bool tensor for {name}, True where it trains; got {kind}")

@@ -118,7 +118,7 @@ def top_of_each_type(anatomy: Anatomy, config: SelectionConfig, ratios: Mapping[
     for name in ratios:
         by_type.setdefault(_type_of(name), []).append(name)
     modules: dict[str, set[str]] = {}
-    for module in (module for unit in anatomy.units for module in _modules_of(unit)):
+    for module in (module for unit in anatomy.units for module in _modules_of_unit(unit)):
         modules.setdefault(_type_of(module), set()).add(module)
     trained: set[str] = set()
     for kind, names in by_type.items():
@@ -127,7 +127,7 @@ def top_of_each_type(anatomy: Anatomy, config: SelectionConfig, ratios: Mapping[
             raise HFTError(f"importance {config.importance} is of another model: it has other layers with {kind}")
         names.sort(key=ratios.get, reverse=not config.invert)
         trained.update(names[: math.floor(len(names) * Fraction(str(config.fraction)))])
-    units = [unit for unit in anatomy.units if trained.intersection(_modules_of(unit))]
+    units = [unit for unit in anatomy.units if trained.intersection(_modules_of_unit(unit))]
     decoder = f"{anatomy.units[0].name.partition('.')[0]}."  # a head that the base lacks lies beside it, and trains
     norms = {name: name.rpartition(".")[0] for name in anatomy.others if name.startswith(decoder)}
     return units, {name: None for name, module in norms.items() if module not in trained}
@@ -140,6 +140,6 @@ def _type_of(module: str) -> str:
     return ".".join(parts[layer + 1 :])
 
 
-def _modules_of(unit: Unit) -> Iterable[str]:
+def _modules_of_unit(unit: Unit) -> Iterable[str]:
     """The module that is a unit, and the one that it may be a part of, fused with others."""
     return unit.name, unit.name.rpartition(".")[0]

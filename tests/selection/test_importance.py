@@ -10,8 +10,8 @@ from hft.selection import SelectionConfig, select
 from hft.selection.importance import (
     REDUCTIONS,
     fisher,
+    importance_scores,
     input_norms,
-    scores_of,
     select_by_importance,
     token_ids,
 )
@@ -125,7 +125,7 @@ def test_the_masks_freeze_what_scores_highest(model, batches, matrices, score, g
 @pytest.mark.parametrize("score", ["magnitude", "wanda", "fisher"])
 def test_a_units_score_is_the_mean_over_its_matrix(model, batches, matrices, score):
     expected = brute_force(score, model, batches, matrices)
-    found = dict(scores_of(model, anatomy_of(model), batches, score=score, granularity="unit"))
+    found = dict(importance_scores(model, anatomy_of(model), batches, score=score, granularity="unit"))
     assert found == {name: pytest.approx(float(scores.mean()), rel=1e-4) for name, scores in expected.items()}
 
 
