@@ -180,10 +180,7 @@ def forecast(config: Config, machine: Machine | None = None) -> Forecast:
         notes.append(f"the state of {optim} is not known; planned is that of AdamW, 8 bytes per trained parameter")
     if (strategy := config.method.strategy) and strategy.acts_on_steps:
         notes.append(f"FLOPs and activations of the gradients that {strategy.name} computes are not counted")
-    candidates, setup = (
-        [],
-        Setup(config, model_config, args, engine, checkpointed_of(config, settings, args, selection)),
-    )
+    setup = Setup(config, model_config, args, engine, checkpointed_of(config, settings, args, selection))
     reference = config.objective.has_reference(config.values)
     memory, candidates = memory_of(config.method, selection, engine, reference=reference), []
     try:
@@ -197,13 +194,13 @@ def forecast(config: Config, machine: Machine | None = None) -> Forecast:
 def flops_to_fft(folder: Path) -> float | None:
     """FLOPs of a finished run relative to full fine-tuning's, from its saved config; None if they are not known."""
     try:
-        objective = RunResult.load(folder).objective
-        config = load_config(objective, folder / CONFIG_NAME, architecture=str(folder))
+        result = RunResult.load(folder)
+        config = load_config(result.objective, folder / CONFIG_NAME, architecture=str(folder))
         model_config = load_model_config(config)
         selection, engine = plan_selection(config, model_config), engine_of(config, model_config)
         args, _ = training_arguments(config, machine_settings(config.values))
-        setup = Setup(config, model_config, args, engine, checkpointed_of(config, {}, args, selection))
-        candidates = setup.rivals(selection)
+        checkpointed = checkpointed_of(config, result.machine, args, selection)
+        candidates = Setup(config, model_config, args, engine, checkpointed).rivals(selection)
     except HFTError:
         return None
     return candidates[-2].step.flops / candidates[0].step.flops

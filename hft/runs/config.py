@@ -168,7 +168,7 @@ def check_base_is_a_model(base: str) -> None:
 
 
 def find_template(name: str) -> str:
-    """The path of a chat template, a file or one that comes with hft; a name that is no file's is TRL's to look up."""
+    """The path of a chat template, a file or one that comes with hft; TRL looks up any other name."""
     packaged = TEMPLATES / Path(name).name
     if Path(name).is_file() or not name.endswith((".jinja", ".j2")):
         return name

@@ -151,7 +151,7 @@ def make_plan(config: Config) -> RunPlan:
         if (layers := fit(config, model_config, selection, args)) is not None:
             machine["activation_checkpointing_layers"] = layers
             args.activation_checkpointing = args.gradient_checkpointing = layers > 0  # transformers is renaming it
-    checkpointed_of(config, machine, args, selection)
+    checkpointed_of(config, machine, args, selection)  # refuses a number that the model does not have
     if config.run.save_only_trained and not selection.frozen_parameters:
         notes.append("save_only_trained saves the whole model: no tensor is frozen as a whole")
     tokenizer = load_tokenizer(config)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from hft.errors import Interrupted, Stopped
-from hft.machine import leave_process_group, world_size
+from hft.machine import leave_process_group, say, world_size
 from hft.record.checkpoints import last_checkpoint
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class StopAfterStep(TrainerCallback):
         """The handler of a signal."""
         self.signal = number
         if number == signal.SIGINT:
-            print("finishing the step and saving; Ctrl-C again ends the run at once", flush=True)
+            say("finishing the step and saving; Ctrl-C again ends the run at once")
             signal.signal(number, signal.default_int_handler)
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -1,11 +1,13 @@
 """`hft plan`: what it prints for GPUs that are not here."""
 
+import json
 import re
+import shutil
 
 import pytest
 
 from hft.cli import main
-from hft.planning.forecast import Machine
+from hft.planning.forecast import Machine, flops_to_fft
 from tests.conftest import error_of
 
 LLAMA = ["--config", "recipes/llama2-7b/sft.yaml", "recipes/methods/hft.yaml", "--max_steps", "100"]
@@ -127,3 +129,18 @@ def test_wrong_values_are_refused(capsys):
         assert message in error_of(capsys)
     assert Machine(gpu_memory="24 GB").bytes_of_gpu() == 24e9
     assert Machine(gpu_memory="80").bytes_of_gpu() == Machine(gpu_memory="81920MiB").bytes_of_gpu() == 80 * 2**30
+
+
+def test_flops_of_a_finished_run_are_those_of_the_layers_that_it_checkpointed(finished, tmp_path):
+    """With `auto` only its result knows how many those were."""
+    for name in ("config.yaml", "results.json", "config.json"):
+        shutil.copy(finished / name, tmp_path / name)
+    ratios = [flops_to_fft(tmp_path)]
+    config = (tmp_path / "config.yaml").read_text().replace("activation_checkpointing: false\n", "")
+    (tmp_path / "config.yaml").write_text(config + "activation_checkpointing_layers: auto\n")
+    result = json.loads((tmp_path / "results.json").read_text())
+    for layers in (0, 4):
+        result["machine"]["activation_checkpointing_layers"] = layers
+        (tmp_path / "results.json").write_text(json.dumps(result))
+        ratios.append(flops_to_fft(tmp_path))
+    assert ratios[0] == ratios[1] < ratios[2] < 1
