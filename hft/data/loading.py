@@ -1,6 +1,7 @@
 """Find a dataset's splits: a local file, a folder or a Hub id -> rows to train on and rows to evaluate on."""
 
 import hashlib
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,8 +120,15 @@ def _hold_out(name: str, train: Dataset, count: int | None) -> tuple[Dataset, Da
         )
     if count >= len(train):
         raise HFTError(f"cannot hold {count} rows out of the {len(train)} of {name}; lower --eval_rows")
-    halves = train.train_test_split(test_size=count, seed=0)
-    return halves["train"], halves["test"]
+    sources = train["row"][:]
+    if len(set(sources)) == len(train):
+        halves = train.train_test_split(test_size=count, seed=0)
+        return halves["train"], halves["test"]
+    # What was made of one row, such as both answers to a prompt, stays on one side.
+    per_row = len(train) // len(set(sources))
+    held = set(random.Random(0).sample(sorted(set(sources)), max(1, count // per_row)))
+    sides = [[index for index, row in enumerate(sources) if (row in held) is side] for side in (False, True)]
+    return train.select(sides[0]), train.select(sides[1])
 
 
 def _splits(expression: str) -> list[str]:

@@ -4,7 +4,8 @@ import re
 import shutil
 
 from hft.cli import main
-from hft.data import load_split
+from hft.config import RunConfig
+from hft.data import load_data, load_split
 from hft.data.rows import unpaired_rows
 from hft.runs.result import RunResult
 from tests.conftest import command, identical, tensors
@@ -20,6 +21,14 @@ def test_answers_alternate_and_the_row_before_is_another_prompts(pairs):
              for row in load_split(str(pairs), "train") for kept in ("chosen", "rejected")}  # fmt: skip
     answers = zip(prompts, rows["completion"], rows["label"], strict=True)
     assert {(prompt, completion[0]["content"], label) for prompt, completion, label in answers} == given
+
+
+def test_both_answers_to_a_prompt_are_held_out_together(pairs):
+    run = RunConfig(dataset_name=str(pairs / "train.jsonl"), dataset_test_split=None, eval_rows=16)
+    data = load_data(run, unpaired_rows, evaluate=True)
+    assert (len(data.train), len(data.test)) == (144, 16)
+    assert not {*data.train["row"]} & {*data.test["row"]}
+    assert sum(data.test["label"]) == 8
 
 
 def test_a_run_resumes_and_is_reported_as_any_other(tiny, pairs, tmp_path, capsys):
