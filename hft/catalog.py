@@ -1,14 +1,13 @@
 """The recipes and methods that come with hft: found by name, listed, copied."""
 
 import argparse
-import difflib
 import re
 import shutil
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from hft.errors import HFTError
+from hft.errors import HFTError, did_you_mean, neighbor
 
 HERE = Path(__file__).parent
 RECIPES = HERE / "recipes" if (HERE / "recipes").is_dir() else HERE.parent / "recipes"  # of a wheel, or a checkout
@@ -30,9 +29,10 @@ def find_recipe(name: str | Path) -> Path:
     for folder in (RECIPES, METHODS):
         if (found := folder / f"{bare}.yaml").is_file():
             return found
-    near = difflib.get_close_matches(bare, names(), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "`hft recipes` lists those that come with hft"
-    raise HFTError(f"cannot read {name}: {'it is a folder' if path.is_dir() else 'no such file or recipe'}; {hint}")
+    if path.is_dir():
+        raise HFTError(f"cannot read {name}: it is a folder; give a file in it")
+    hint = neighbor(path) or did_you_mean(bare, names(), "; `hft recipes` lists those that come with hft")
+    raise HFTError(f"cannot read {name}: no such file or recipe{hint}")
 
 
 def find_folder(name: str) -> str:

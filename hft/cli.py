@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from hft import __version__
-from hft.errors import HFTError, Interrupted, Stopped, cannot_write
+from hft.errors import HFTError, Interrupted, Stopped, cannot_write, did_you_mean
 from hft.objectives import OBJECTIVES, find_objective
 
 # Command, the function that takes the rest of the words and returns an exit status, and what it does.
@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # TRL pings a server whenever a trainer is made; huggingface_hub reads this when it is imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():  # progress bars are for terminals; tqdm reads this when it is imported
+        os.environ.setdefault("TQDM_DISABLE", "1")
     # On many processors it warns of a kernel that it lacks, whether or not anything is quantized.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # TRL's own default uses this key, which transformers is renaming.
@@ -70,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         command, rest = parser.parse_args(words[:1]).command, words[1:]
+        if command not in COMMANDS:
+            raise HFTError(f"no command {command!r}{did_you_mean(command, COMMANDS, '; hft --help lists them')}")
         run = functools.partial(_run, command)
         return _imported("hft.launch:run")(command, run, rest) if command in LAUNCHED else run(rest)
     except HFTError as error:
@@ -104,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"hft {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("command", metavar="COMMAND", help="one of those below")
     return parser
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import functools
 import re
+import textwrap
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
@@ -17,14 +16,38 @@ import yaml
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from hft.catalog import find_recipe
-from hft.errors import HFTError, reason
+from hft.errors import HFTError, did_you_mean, read_text, reason
 
 T = TypeVar("T")
+
+# The templates that make turns of text, which TRL reads without a chat template.
+TURNS = {"prompt": "{{ prompt }}", "completion": "{{ completion }}"}
 
 # Keys of TRL's configs and of `from_pretrained` that hold a secret.
 SECRETS = ("hub_token", "token", "use_auth_token", "api_key")
 # transformers is renaming these; under either name the later value wins.
 ALIASES = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
+# Other tools' words for keys, with the value where it is not the same.
+WORDS = dict.fromkeys(("model", "model_name", "model_path", "base_model"), "model_name_or_path")
+WORDS |= dict.fromkeys(("dataset", "datasets", "data", "data_path", "train_file"), "dataset_name")
+WORDS |= dict.fromkeys(("batch_size", "train_batch_size"), "global_batch_size")
+WORDS |= dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs")
+WORDS |= dict.fromkeys(("max_seq_length", "max_seq_len", "seq_len", "sequence_len", "cutoff_len"), "max_length")
+WORDS |= dict.fromkeys(("dtype", "torch_dtype"), "model_init_kwargs: {dtype: float32}")
+WORDS |= dict.fromkeys(("model_revision", "revision"), "model_init_kwargs: {revision: main}")
+WORDS |= dict.fromkeys(("load_in_4bit", "load_in_8bit"), "adapter: qlora")
+WORDS |= {
+    "lr": "learning_rate",
+    "micro_batch_size": "per_device_train_batch_size",
+    "evaluation_strategy": "eval_strategy",
+    "val_set_size": "eval_rows",
+    "lora_r": "rank",
+    "lora_target_modules": "target_modules",
+    "use_peft": "adapter: lora",
+    "attn_implementation": "model_init_kwargs: {attn_implementation: sdpa}",
+    "group_by_length": "train_sampling_strategy: group_by_length",
+    "warmup_ratio": "warmup_steps: 0.03",  # below 1 a fraction of all steps
+}
 
 
 def option(help: str, default: Any = None, **more: Any) -> Any:
@@ -43,9 +66,14 @@ class RunConfig:
     chat_template_path: str | None = option(
         "Chat template: a .jinja file, or tulu.jinja or smollm2.jinja, which come with hft."
     )
-    dataset_name: str | None = option(
-        "A .jsonl, .json or .parquet file, a folder with one file per split, or a Hub id."
+    dataset_name: str | list[str] | None = option(
+        "A .jsonl, .json, .csv or .parquet file, a folder with one file per split, or a Hub id; or several."
     )
+    dataset_weights: list[float] | None = option(
+        "How often each of several datasets is drawn from, until one has no more rows; by default all rows of each."
+    )
+    prompt: str | None = option("SFT: jinja2 template of the user's turn, over the columns of a row.")
+    completion: str | None = option("SFT: the same of the assistant's turn.")
     dataset_config: str | None = option("Configuration of a Hub dataset.")
     dataset_revision: str | None = option("Branch, tag or commit of a Hub dataset; by default its main branch.")
     dataset_train_split: str = option("Split to train on.", "train")
@@ -67,6 +95,13 @@ class RunConfig:
     strategy: str | None = option("Continual-learning strategy of a sequence of tasks; see hft continual.")
     dry_run: bool = option("Print the plan and stop before anything is loaded.", False)
 
+    def __post_init__(self):
+        if (self.prompt is None) != (self.completion is None):
+            raise HFTError("prompt and completion are templates that belong together; give both")
+        weights, several = self.dataset_weights, isinstance(self.dataset_name, list)
+        if weights and not (several and len(weights) == len(self.dataset_name) and min(weights) > 0):
+            raise HFTError("dataset_weights needs several names in dataset_name, and a number above 0 for each")
+
 
 @dataclass(frozen=True)
 class Keys:
@@ -82,12 +117,20 @@ class Keys:
         hints = ((cls, get_type_hints(cls)) for cls in self.classes)
         return {f.name: types[f.name] for cls, types in hints for f in fields(cls) if f.init}
 
+    @functools.cached_property
+    def choices(self) -> dict[str, list[Any]]:
+        """The values of keys that a dataclass lists beside the type."""
+        listed = (f for cls in self.classes for f in fields(cls) if f.metadata.get("choices"))
+        return {f.name: list(f.metadata["choices"]) for f in listed}
+
     def convert(self, key: str, value: Any) -> Any:
         """A value from YAML, or the words of a flag, as the type of its key."""
         if key in self.types:
-            return convert(key, value, self.types[key])
-        near = difflib.get_close_matches(key, self.types, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
+            converted, choices = convert(key, value, self.types[key]), self.choices.get(key)
+            if choices and converted is not None and converted not in choices:
+                raise HFTError(f"{key}: expected {one_of(map(repr, choices))}, got {converted!r}")
+            return converted
+        hint = f", did you mean {WORDS[key]!r}?" if key in WORDS else did_you_mean(key, self.types)
         raise HFTError(self.explain(key) or f"unknown key {key!r}{hint}")
 
 
@@ -112,28 +155,36 @@ def convert(key: str, value: Any, annotation: Any) -> Any:
             return None
         if list in kinds and not isinstance(value, list | dict | NoneType):
             return convert(key, [value], annotation)
-        choices = [e["ctx"]["expected"] for e in error.errors() if e["type"] == "literal_error"]
-        expected = choices[0] if choices else _type_names(annotation)
-        raise HFTError(f"{key}: expected {expected}, got {'null' if value is None else repr(value)}") from error
+        got = "null" if value is None else repr(value)
+        raise HFTError(f"{key}: expected {_type_names(annotation)}, got {got}") from error
     return converted.value if isinstance(converted, Enum) else converted
 
 
 def _alternatives(annotation: Any) -> Iterable[Any]:
-    """The alternatives of a union, without their arguments: `list[str] | None` gives list and NoneType."""
+    """The alternatives of a union: `list[str] | Literal["a"] | None` gives list, "a" and NoneType."""
     if get_origin(annotation) in (list, dict, tuple) or not get_args(annotation):
         return [get_origin(annotation) or annotation]
-    return [member for each in get_args(annotation) if not isinstance(each, str) for member in _alternatives(each)]
+    return [member for each in get_args(annotation) for member in _alternatives(each)]
 
 
 def _type_names(annotation: Any) -> str:
     names = {"str": "text", "NoneType": "null", "bool": "true or false", "int": "an integer", "float": "a number"}
-    names |= {"list": "a list", "dict": "a mapping"}
-    kinds = dict.fromkeys(getattr(kind, "__name__", str(kind)) for kind in _alternatives(annotation))
-    return " or ".join(names.get(kind, kind) for kind in kinds if len(kinds) == 1 or kind != "NoneType")
+    names |= {"list": "a list", "dict": "a mapping", "Any": "anything"}
+    kinds = [kind for kind in dict.fromkeys(_alternatives(annotation)) if kind is not NoneType]
+    if enums := [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]:
+        kinds = [member.value for member in enums[0]]
+    words = [getattr(kind, "__name__", None) or repr(kind) for kind in kinds]
+    return one_of(names.get(word, word) for word in words)
+
+
+def one_of(words: Iterable[str]) -> str:
+    """`a, b or c`."""
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which only true and false are bools, as in YAML 1.2, and no key stands twice in a mapping."""
+    """YAML whose bools and numbers are YAML 1.2's, `no` a word and 1e-4 a number; no key stands twice in a mapping."""
 
     def construct_mapping(self, node, deep=False):
         self.flatten_mapping(node)
@@ -143,22 +194,28 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-# `eval_strategy: no` is a word; pydantic still takes yes, no, on and off where a bool is asked for.
+class Dumper(yaml.SafeDumper):
+    """Writes text so that `Loader` and YAML 1.1 both read it as text."""
+
+
+BOOL, FLOAT, DATE = (f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "timestamp"))
+# pydantic still takes yes, no, on and off where a bool is asked for.
 Loader.yaml_implicit_resolvers = {
-    start: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    start: [(tag, pattern) for tag, pattern in resolvers if tag not in (BOOL, FLOAT, DATE)]
     for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|false|True|False|TRUE|FALSE)$"), list("tTfF")
-)
+Loader.add_implicit_resolver(BOOL, re.compile("^(?:true|false|True|False|TRUE|FALSE)$"), list("tTfF"))
+NUMBER = re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$", re.IGNORECASE)
+for resolving in (Loader, Dumper):
+    resolving.add_implicit_resolver(FLOAT, NUMBER, list("-+.0123456789"))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that is a mapping."""
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # a SafeLoader
-    except OSError as error:
-        raise HFTError(f"cannot read {path}: {error.strerror}") from error
+        content = yaml.load(read_text(path), Loader)  # a SafeLoader
+    except HFTError:
+        raise
     except (yaml.YAMLError, ValueError) as error:
         raise HFTError(f"{path} is not valid YAML: {reason(error)}") from error
     if not isinstance(content, dict):
@@ -168,7 +225,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def to_yaml(config: Mapping[str, Any]) -> str:
     """A config as YAML that reads back as itself."""
-    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 @dataclass(frozen=True)
@@ -243,7 +300,7 @@ def read_arguments(
     `--help` prints the keys of `groups`, dataclasses by heading, and exits.
     """
     if {"-h", "--help"} & set(arguments):
-        _help(prog, description, groups).print_help()
+        print_help(prog, description, groups)
         raise SystemExit(0)
     files: list[str] = []
     flags: dict[str, Any] = {}
@@ -269,21 +326,21 @@ def read_files(files: Sequence[str | Path], flags: dict[str, Any]) -> Given:
     return Given(paths, [read_yaml(path) for path in paths], flags)
 
 
-def _help(prog: str, description: str, groups: Mapping[str, Iterable[type]]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    text = "files, or names from `hft recipes`; later ones win, then flags"
-    parser.add_argument("--config", nargs="+", metavar="FILE", help=text)
+def print_help(prog: str, description: str, groups: Mapping[str, Iterable[type]]) -> None:
+    """Print the keys by heading, each with its type, its default and what it does."""
+    print(f"usage: {prog} [--config FILE ...] [--key value ...]\n\n{description}\n")
+    print("  --config FILE ...\n      files, or names from `hft recipes`; later ones win, then flags")
     shown: set[str] = set()
+    wrapped = textwrap.TextWrapper(110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     for heading, classes in groups.items():
-        group = parser.add_argument_group(heading)
-        for f in (f for cls in classes for f in fields(cls) if f.init and f.name not in shown):
+        print(f"\n{heading}:", flush=True)
+        keys = Keys(tuple(classes))
+        for f in (f for cls in keys.classes for f in fields(cls) if f.init and f.name not in shown):
             shown.add(f.name)
-            default = "" if f.default in (None, MISSING) else f" (default: {f.default})"
-            text = " ".join(f"{f.metadata.get('help', '')}{default}".replace("%", "%%").split())
-            group.add_argument(f"--{f.name}", metavar="VALUE", help=text)
-    return parser
+            choices, default = keys.choices.get(f.name), getattr(f.default, "value", f.default)
+            print(f"  --{f.name}  {one_of(map(repr, choices)) if choices else _type_names(keys.types[f.name])}")
+            text = f.metadata.get("help", "") + ("" if default in (None, MISSING) else f" (default: {default})")
+            print(wrapped.fill(" ".join(text.split())))
 
 
 def fill(cls: type[T], config: Mapping[str, Any]) -> T:

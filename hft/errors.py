@@ -1,8 +1,10 @@
 """The exceptions that a command ends with in one sentence, and what their sentences are made of."""
 
+import difflib
 import errno
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 # What torch.save says of a write that failed, whatever the reason.
 TORCH_WRITE = re.compile("PytorchStreamWriter failed writing|unexpected pos")
@@ -38,6 +40,27 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The end of a sentence about a word that is not known: the nearest one that is, if any is near."""
+    near = difflib.get_close_matches(word, [*known], n=1)
+    return f", did you mean {near[0]!r}?" if near else otherwise
+
+
+def neighbor(path: Path) -> str:
+    """The same about a path that does not exist: the nearest name in its folder."""
+    return did_you_mean(path.name, sorted(one.name for one in path.parent.glob("*")))
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a user's file, with or without a byte order mark."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise HFTError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise HFTError(f"{path} is not UTF-8; save it as UTF-8") from error
+
+
 def cannot_write(error: BaseException) -> str | None:
     """A sentence about an exception that says that a file cannot be written; None for any other one.
 
@@ -57,6 +80,8 @@ def cannot_write(error: BaseException) -> str | None:
             )
         if number in (errno.EROFS, errno.EACCES, errno.EPERM) and where != "a file":
             return f"cannot write {where}: {cause.strerror}; choose a folder that you may write to"
+        if number in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG) and where != "a file":
+            return f"{where}: {cause.strerror}; give another path"
     return None
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hft.errors import HFTError
+from hft.errors import HFTError, read_text
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -14,12 +14,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         HFTError: the file cannot be read, or a line is not a JSON object; the sentence names it.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise HFTError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise HFTError(f"{path} is not JSON Lines: it is not UTF-8") from error
+    lines = read_text(path).split("\n")
     return [_object(line, f"{path} is not JSON Lines: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from hft.config import Given, Keys, fill, option, read_arguments
+from hft.config import TURNS, Given, Keys, fill, option, read_arguments
 from hft.continual.tasks import TRACE, metrics_of
 from hft.errors import HFTError
 from hft.methods.strategy import Row, Strategy
@@ -131,7 +131,7 @@ def resolve_sequence(given: Given) -> SequencePlan:
     if config.run.save_only_trained:
         raise HFTError("each run of a sequence starts from the model of the one before; remove save_only_trained")
     name = merged.get("run_name") or _name(config, settings, given)
-    common = {"max_length": settings.max_prompt_length + settings.max_answer_length} | config.values
+    common = {"max_length": settings.max_prompt_length + settings.max_answer_length} | config.values | TURNS
     strategy, dropped = config.method.strategy, PER_RUN
     if not (strategy.acts_on_steps or strategy.carry_moments):
         dropped = dropped | {"strategy", *(f.name for f in fields(strategy))}

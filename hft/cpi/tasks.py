@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from jinja2 import Environment, StrictUndefined, TemplateError
+from typing import Any
 
 from hft.config import RunConfig
-from hft.cpi.config import CPIPlan, Task
+from hft.cpi.config import CPIPlan
 from hft.cpi.runs import in_main_process, is_current
-from hft.errors import HFTError, reason
+from hft.errors import HFTError
 from hft.jsonl import read_jsonl, write_jsonl
 from hft.machine import say
 from hft.record.manifest import write_json
 from hft.selection.policies import sample_names
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 TRAIN, TEST = "train.jsonl", "test.jsonl"
 EVAL_ROWS = 64  # that the loss of a task is measured on, where the config does not say
@@ -38,13 +33,9 @@ def write_task_rows(plan: CPIPlan) -> None:
         files = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
         if is_current(record, made, *files):
             continue
-        dataset = {key: value for key, value in keys.items() if key.startswith("dataset_") and value is not None}
+        given = {key: value for key, value in keys.items() if value is not None}
         try:
-            loaded = load_data(
-                RunConfig(**dataset, eval_rows=rows),
-                lambda dataset, where, task=task: sft_rows(rendered_rows(dataset, task), where),
-                evaluate=True,
-            )
+            loaded = load_data(RunConfig(**given, eval_rows=rows), sft_rows, evaluate=True)
         except HFTError as error:
             raise HFTError(f"task {name}: {error}") from error
         write_jsonl(folder / TRAIN, as_messages(loaded.train))
@@ -53,27 +44,13 @@ def write_task_rows(plan: CPIPlan) -> None:
         say(f"task {name}: {len(loaded.train):,} rows, {len(loaded.test):,} held out", *loaded.notes, "")
 
 
-def rendered_rows(dataset: Dataset, task: Task) -> Dataset:
-    """Rows as prompt and completion where a task has templates for them; others as they are."""
-    if task.prompt is None:
-        return dataset
-    try:
-        environment = Environment(undefined=StrictUndefined, autoescape=False)
-        templates = {key: environment.from_string(getattr(task, key)) for key in ("prompt", "completion")}
-
-        def render(row: dict[str, Any]) -> dict[str, str]:
-            return {key: template.render(row) for key, template in templates.items()}
-
-        return dataset.map(render, remove_columns=dataset.column_names, desc="rendering rows")
-    except TemplateError as error:
-        columns = ", ".join(dataset.column_names)
-        raise HFTError(f"prompt and completion do not fit the columns {columns}: {reason(error)}") from error
-
-
 def as_messages(rows: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     """Rows of `sft_rows`, all of them as `messages`, so that tasks can be mixed."""
+    from hft.data.messages import chat
+
     for row in rows:
-        messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+        turns = [("prompt", "user"), ("completion", "assistant")]
+        messages = row.get("messages") or [one for key, role in turns for one in chat(row[key], key, role)]
         yield {"messages": messages} | {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
 
 

@@ -2,20 +2,29 @@
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, get_dataset_split_names, load_dataset, load_dataset_builder
+from datasets import (
+    Dataset,
+    concatenate_datasets,
+    get_dataset_split_names,
+    interleave_datasets,
+    load_dataset,
+    load_dataset_builder,
+)
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from hft.config import RunConfig
-from hft.errors import HFTError, reason
+from hft.data.rows import are_text, rendered
+from hft.errors import HFTError, neighbor, reason
 
-FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 # A function of hft.data.rows: dataset and its name -> rows that a trainer reads, and notes.
 ReadRows = Callable[[Dataset, str], tuple[Dataset, list[str]]]
 
@@ -29,6 +38,11 @@ class LoadedData:
     test: Dataset | None  # rows to evaluate on, None if none are wanted
     notes: list[str]  # what was dropped, which columns are not used, and which split is evaluated on, a line each
     fingerprint: dict[str, Any]  # what identifies the data files
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the rows are text, to which TRL applies no chat template, instead of conversations."""
+        return are_text(self.train)
 
 
 def load_split(name: str, split: str, config: str | None = None, revision: str | None = None) -> Dataset:
@@ -83,13 +97,19 @@ def fingerprint(name: str, config: str | None = None, revision: str | None = Non
 def load_data(run: RunConfig, read_rows: ReadRows, *, evaluate: bool) -> LoadedData:
     """The training rows and, if wanted, the rows to evaluate on (see `RunConfig.dataset_test_split`)."""
     name, config, revision = run.dataset_name, run.dataset_config, run.dataset_revision
+    if isinstance(name, list):
+        return mixture([load_data(replace(run, dataset_name=one, dataset_weights=None), read_rows, evaluate=evaluate)
+                        for one in name], run.dataset_weights)  # fmt: skip
 
     def rows(split: str) -> tuple[Dataset, list[str]]:
-        dataset = load_split(name, split, config, revision)
-        return read_rows(dataset, name if split == "train" else f"{name} ({split})")
+        dataset = rendered(load_split(name, split, config, revision), run.prompt, run.completion)
+        try:
+            return read_rows(dataset, name if split == "train" else f"{name} ({split})")
+        except UnicodeDecodeError as error:  # a .json file is read without being decoded
+            raise HFTError(f"dataset {name} is not UTF-8; save it as UTF-8") from error
 
     train, notes = rows(run.dataset_train_split)
-    identity = fingerprint(name, config, revision)
+    identity = fingerprint(name, config, revision) | ({"form": "text"} if are_text(train) else {})
     if not evaluate:
         return LoadedData(name, train, None, notes, identity)
     trained, splits = _splits(run.dataset_train_split), split_names(name, config, revision)
@@ -111,6 +131,30 @@ def load_data(run: RunConfig, read_rows: ReadRows, *, evaluate: bool) -> LoadedD
     unused = [split for split in others if split not in _splits(wanted or "")]
     note += f"; unused splits: {', '.join(unused)}" if unused else ""
     return LoadedData(name, train, test, list(dict.fromkeys([*notes, note])), identity)
+
+
+def mixture(parts: list[LoadedData], weights: list[float] | None) -> LoadedData:
+    """Several datasets as one: all rows of each, or rows drawn by weight until one of them has no more."""
+    first, *others = parts
+    for other in others:
+        if are_text(first.train) != are_text(other.train) or ("messages" in first.train.column_names) != (
+            "messages" in other.train.column_names
+        ):
+            raise HFTError(f"{first.name} and {other.name} hold rows in different forms; give both the same columns")
+    trains = [part.train.add_column("part", [index] * len(part.train)) for index, part in enumerate(parts)]
+    if weights:
+        odds = [weight / sum(weights) for weight in weights]
+        train = interleave_datasets(trains, probabilities=odds, seed=0, stopping_strategy="first_exhausted")
+    else:
+        train = concatenate_datasets(trains)
+    taken = Counter(train["part"][:])
+    notes = [note for index, part in enumerate(parts) for note in (
+        f"dataset {part.name}: {taken[index]:,} of {len(part.train):,} training rows", *part.notes)]  # fmt: skip
+    tests = [part.test for part in parts if part.test is not None]
+    identity = {"datasets": [part.fingerprint for part in parts], "weights": weights}
+    names = " + ".join(part.name for part in parts)
+    train = train.remove_columns("part")
+    return LoadedData(names, train, concatenate_datasets(tests) if tests else None, notes, identity)
 
 
 def _hold_out(name: str, train: Dataset, count: int | None) -> tuple[Dataset, Dataset]:
@@ -139,8 +183,8 @@ def _splits(expression: str) -> list[str]:
 def _local_path(name: str) -> Path:
     """The path that a dataset's name may be, checked where it can only be a path."""
     path = Path(name).expanduser()
-    if (path.suffix in FORMATS or name.startswith((".", "/", "~"))) and not path.exists():
-        raise HFTError(f"dataset {name} does not exist{_hint(name)}")
+    if (path.suffix in FORMATS or name.startswith((".", "/", "~", "data/"))) and not path.exists():
+        raise HFTError(f"dataset {name} does not exist{neighbor(path) or _hint(name)}")
     if path.is_file() and path.suffix not in FORMATS:
         raise HFTError(f"dataset {name} must be {', '.join(FORMATS)}, not {path.suffix or 'a file without suffix'}")
     if path.is_file() and path.stat().st_size == 0:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset, Features, Json, LargeList, List, Value, interleave_datasets
+from jinja2 import Environment, StrictUndefined, TemplateError
 from trl import extract_prompt
 
+from hft.config import TURNS
 from hft.data.messages import chat, is_blank
-from hft.errors import HFTError
+from hft.errors import HFTError, reason
 
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # which TRL gives to the chat template
 Converted = tuple[dict[str, list[dict[str, Any]]], str]  # a row, and why it is to be dropped, or ""
@@ -18,10 +20,11 @@ Converted = tuple[dict[str, list[dict[str, Any]]], str]  # a row, and why it is 
 def sft_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
     """Demonstrations in one of the forms that `SFTTrainer` reads.
 
-    They are `messages`, ShareGPT's `conversations`, or `prompt` and `completion`, as text or as messages; beside them
-    `tools`, `chat_template_kwargs` and `system` are read. Returns the rows that have something to learn, with their
-    number in `dataset` as column `row`, and notes on what was dropped. A row that cannot be trained on is an error that
-    names its number.
+    They are `messages`, ShareGPT's `conversations`, `prompt` and `completion` as messages, or Alpaca's `instruction`,
+    `input` and `output`; beside them `tools`, `chat_template_kwargs` and `system` are read. Text in `prompt` and
+    `completion`, or in `text`, stays text, to which TRL applies no chat template. Returns the rows that have something
+    to learn, with their number in `dataset` as column `row`, and notes on what was dropped. A row that cannot be
+    trained on is an error that names its number.
     """
     columns = set(dataset.column_names)
     if "conversations" in columns and "messages" not in columns:
@@ -29,10 +32,17 @@ def sft_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
     if "messages" in columns:
         return _convert(dataset, name, _conversation, ["messages"], "rows")
     if {"prompt", "completion"} <= columns:
-        return _convert(dataset, name, _completion, ["prompt", "completion"], "rows")
+        are_text = all(isinstance(dataset.features[column], Value) for column in ("prompt", "completion"))
+        convert = _text if are_text else _completion
+        return _convert(dataset, name, convert, ["prompt", "completion"], "rows", are_text=are_text)
+    if {"instruction", "output"} <= columns:
+        return _convert(dataset, name, _alpaca, ["messages"], "rows", ["instruction", "input", "output"])
+    if "text" in columns:
+        return _convert(dataset, name, _text, ["text"], "rows", are_text=True)
     hint = "; it looks like preferences, which are for DPO" if {"chosen", "rejected"} <= columns else ""
     raise HFTError(
-        f"dataset {name} has columns {', '.join(sorted(columns))}; needed are messages, or prompt and completion{hint}"
+        f"dataset {name} has columns {', '.join(sorted(columns))}; needed are messages, or prompt and completion, which "
+        f"may also be keys with templates over the columns{hint}"
     )
 
 
@@ -69,6 +79,46 @@ def unpaired_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
         return rows.remove_columns(other).rename_column(kept, "completion").add_column("label", labels)
 
     return interleave_datasets([answers(pairs, "chosen", "rejected"), answers(ahead, "rejected", "chosen")]), notes
+
+
+def rendered(dataset: Dataset, prompt: str | None, completion: str | None) -> Dataset:
+    """Rows as a turn of the user and one of the assistant, by jinja2 templates over their columns, if there are any."""
+    if prompt is None or completion is None:
+        return dataset
+    environment, columns = Environment(undefined=StrictUndefined, autoescape=False), dataset.column_names
+    turns = {"prompt": ("user", prompt), "completion": ("assistant", completion)}
+    try:
+        templates = {key: (role, environment.from_string(text)) for key, (role, text) in turns.items()}
+
+        def render(row: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
+            return {key: [{"role": role, "content": made.render(row)}] for key, (role, made) in templates.items()}
+
+        used = [column for column in columns if column not in (*TEMPLATE_COLUMNS, "system")]
+        return dataset.map(render, remove_columns=used, desc="rendering rows")
+    except TemplateError as error:
+        raise HFTError(f"prompt and completion do not fit the columns {', '.join(columns)}: {reason(error)}") from error
+
+
+def are_text(dataset: Dataset) -> bool:
+    """Whether the rows are text, to which TRL applies no chat template, instead of conversations."""
+    return any(isinstance(dataset.features.get(column), Value) for column in ("prompt", "text"))
+
+
+def _text(row: dict[str, Any]) -> Converted:
+    for column, text in row.items():
+        if not isinstance(text, str):
+            raise HFTError(f"{column} must be text, got {'null' if text is None else repr(text)}")
+    blank = not row.get("completion", row.get("text")).strip()
+    return row, "with nothing to learn" if blank else ""
+
+
+def _alpaca(row: dict[str, Any]) -> Converted:
+    question = [row["instruction"], *([row["input"]] if row.get("input") else [])]
+    for column in ("instruction", "output"):
+        if not isinstance(row[column], str):
+            raise HFTError(f"{column} must be text, got {'null' if row[column] is None else repr(row[column])}")
+    turns = [{"role": "user", "content": "\n\n".join(question)}, {"role": "assistant", "content": row["output"]}]
+    return _conversation({"messages": turns})
 
 
 def _conversation(row: dict[str, Any]) -> Converted:
@@ -119,17 +169,21 @@ def _convert(
     convert: Callable[[dict[str, Any]], Converted],
     outputs: list[str],
     unit: str,
+    inputs: list[str] | None = None,
+    *,
+    are_text: bool = False,
 ) -> tuple[Dataset, list[str]]:
     """Convert and check each row, and drop those with nothing to learn.
 
-    `convert` makes the columns `outputs`, the first of which has the system message, and reads those that are there.
+    `convert` makes the columns `outputs`, the first of which has the system message, from those of `inputs`, by default
+    the same ones, that are there.
     """
     columns = dataset.column_names
     if images := sorted({"image", "images"} & set(columns)):
         raise HFTError(f"dataset {name} has a column {images[0]}, and only text is trained on; remove it")
-    kept = [column for column in TEMPLATE_COLUMNS if column in columns]
-    used = [column for column in (*outputs, *kept, "system") if column in columns]
-    features = dict.fromkeys(outputs, List(Json())) | dict.fromkeys(kept, Json())
+    kept = [column for column in TEMPLATE_COLUMNS if column in columns and not are_text]
+    used = [column for column in (*(inputs or outputs), *kept, *([] if are_text else ["system"])) if column in columns]
+    features = dict.fromkeys(outputs, Value("string") if are_text else List(Json())) | dict.fromkeys(kept, Json())
     features |= {"row": Value("int64"), "fault": Value("string"), "has_system": Value("bool")}
     stored = dataset.features
 
@@ -142,7 +196,7 @@ def _convert(
         except HFTError as error:
             raise HFTError(f"dataset {name}, row {number} (the first is 0): {error}") from None
         # As JSON text, since `Json` would write numbers in messages with ten decimals.
-        values = {key: [json.dumps(message) for message in value] for key, value in row.items()}
+        values = row if are_text else {key: [json.dumps(message) for message in value] for key, value in row.items()}
         values |= {key: None if value is None else json.dumps(value) for key, value in extras.items()}
         return values | {"row": number, "fault": fault, "has_system": had_one}
 
@@ -151,6 +205,15 @@ def _convert(
     )
     unused = [column for column in columns if column not in used]
     notes = [f"columns not used: {', '.join(unused)}"] if unused else []
+    if are_text and "prompt" in outputs:
+        keys = " ".join(f"--{key} '{template}'" for key, template in TURNS.items())
+        notes.append(
+            f"prompt and completion are text, which TRL joins without a chat template; {keys} makes them turns"
+        )
+    elif are_text:
+        notes.append("text trains whole, without a chat template")
+    elif any(isinstance(stored[column], Value) for column in used if column in ("chosen", "rejected")):
+        notes.append("chosen and rejected are text, which becomes turns of the chat template")
     if count := sum(converted["has_system"][:]):
         notes.append(f"system not used in {count:,} rows that begin with another system message")
     return _without_faults(converted.remove_columns("has_system"), name, unit, notes)

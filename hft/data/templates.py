@@ -15,12 +15,14 @@ def conversations(row: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """The conversations that TRL renders for a row of `sft_rows` or `preference_rows`."""
     if "messages" in row:
         return [row["messages"]]
+    if "text" in row or isinstance(row["prompt"], str):  # TRL renders no text
+        return []
     return [row["prompt"] + row[key] for key in ("completion", "chosen", "rejected") if key in row]
 
 
 def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
     """What a row gives to the chat template besides its conversation."""
-    return {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
+    return {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
 
 
 def render_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -42,6 +42,9 @@ def answer_rows(
     `template` is the run's tokenizer, whose chat template is used; `tokenizer` that of the model that is scored.
     """
     made = []
+    rows = list(rows)
+    if rows and ("text" in rows[0] or isinstance(rows[0]["prompt"], str)):  # without a chat template
+        return [_task_row(tokenizer, row.get("prompt", ""), row.get("completion", row.get("text"))) for row in rows]
     for prompt, answer in _prompts_and_answers(rows):
         context = template.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if prompt else ""
         whole = template.apply_chat_template([*prompt, answer], tokenize=False).rstrip()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import pkgutil
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hft.config import fill
-from hft.errors import HFTError
+from hft.errors import HFTError, did_you_mean
 from hft.machine import is_sharded, is_zero3
 from hft.methods.adapter import Adapter
 from hft.methods.part import MethodPart
@@ -103,9 +102,8 @@ def find_method(kind: str, name: str) -> type[MethodPart]:
     known = {cls.name: cls for cls in all_classes() if cls.kind == kind}
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}, or FILE.py:CLASS of your own"
-    raise HFTError(f"{kind}: unknown {kind} {name!r}, {hint}")
+    hint = did_you_mean(name, known, f", there are {', '.join(known)}, or FILE.py:CLASS of your own")
+    raise HFTError(f"{kind}: unknown {kind} {name!r}{hint}")
 
 
 @functools.cache

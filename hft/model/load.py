@@ -29,8 +29,7 @@ def read_config(name: str, source: str | Path, revision: str | None = None) -> P
             raise HFTError(
                 f"{name} comes with its own code, which hft never runs; give a model that transformers has"
             ) from error
-        hint = f"; `hft fetch {Path(name).name}` makes it" if name.startswith("models/") else ""
-        raise HFTError(f"cannot read the config of {name}: {reason(error)}{hint}") from error
+        raise HFTError(f"cannot read the config of {name}: {reason(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise HFTError(f"{name} is quantized; give the original model")
     return config
@@ -75,7 +74,7 @@ def load_base(
         init_kwargs["dtype"] = torch.float32
     try:
         model = (auto_class or architecture_of(config)).from_pretrained(name, **init_kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise HFTError(f"cannot load {name}: {reason(error)}") from error
     for key, parameter in model.named_parameters() if new_head else ():
         parameter.data = parameter.data if key in new_head else parameter.data.to(asked)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hft.errors import HFTError, reason
+from hft.errors import HFTError, neighbor, reason
 from hft.model.anatomy import architecture_of, meta_model
 
 # As transformers names them; importing its constants would take seconds.
@@ -31,7 +31,8 @@ INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": to
 INTEGERS |= {"BOOL": torch.bool}
 
 # How names start that can only be meant as folders.
-LOCAL_PREFIXES = ("./", "../", "runs/", "models/")
+LOCAL_PREFIXES = ("./", "../", "~", "runs/", "models/")
+MADE = ("smollm2-135m", "tiny")  # in models/, by `hft fetch`
 
 
 class Weights(Mapping):
@@ -146,6 +147,18 @@ def local_folder(model: str | Path, revision: str | None = None) -> Path:
     return folder
 
 
+def check_is_there(model: str) -> None:
+    """Refuse a path that does not exist, which the Hub would be asked for."""
+    path = Path(model)
+    if path.is_file():
+        raise HFTError(f"{model} is a file; give the folder of a model")
+    # The Hub's ids are NAME or OWNER/NAME.
+    local = path.is_absolute() or model.startswith(LOCAL_PREFIXES) or model.count("/") > 1 or model.endswith("/")
+    if local and not path.exists():
+        made = f"; `hft fetch {path.name}` makes it" if path.name in MADE and path.parts[:1] == ("models",) else ""
+        raise HFTError(f"folder {model} not found{made or neighbor(path)}")
+
+
 def check_whole(folder: Path, name: str | Path) -> None:
     """Refuse what a run with `save_only_trained` has saved."""
     if (folder / MODEL_CONFIG).exists():
@@ -159,9 +172,7 @@ def downloaded(model: str | Path, revision: str | None = None) -> Path:
     """The folder of a model, whole or not: the path itself, or where the Hub's files lie once they are downloaded."""
     if model and Path(model).is_dir():
         return Path(model)
-    # The Hub's ids are NAME or OWNER/NAME.
-    if Path(model).is_absolute() or str(model).startswith(LOCAL_PREFIXES) or str(model).count("/") > 1:
-        raise HFTError(f"folder {model} not found")
+    check_is_there(str(model))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 

@@ -13,7 +13,7 @@ from hft.record.manifest import MANIFEST_NAME, Manifest
 from hft.record.scores import Scores, scores_of
 from hft.reporting.measure import Column, Measured, measure
 from hft.reporting.paper import SEED_IN_NAME
-from hft.runs.config import NEUTRAL_KEYS, read_saved_config, replaced_keys
+from hft.runs.config import is_neutral, read_saved_config, replaced_keys
 from hft.runs.result import CONFIG_NAME, RESULTS_NAME, RunResult
 
 SEEDS = ("selection_seed", "seed", "data_seed")
@@ -170,7 +170,8 @@ def run_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without seeds; models that it starts from by theirs, where they are here, else by name, and without
     training of its own their learning rate.
     """
-    settings = {key: value for key, value in config.items() if key not in (*NEUTRAL_KEYS, *SEEDS, "out")}
+    others = (*SEEDS, "out")
+    settings = {key: value for key, value in config.items() if not is_neutral(key, config) and key not in others}
     for key in settings.keys() & set(ORIGINS):
         names = settings[key] if isinstance(settings[key], list) else [settings[key] or ""]
         settings[key] = [run_settings(run_config(Path(name))) or SEED_IN_NAME.sub("", name) for name in names]

@@ -26,7 +26,7 @@ def machine_settings(values: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     on_cpu = values.get("use_cpu") or not torch.accelerator.is_available()
-    settings = {"use_cpu": True, "bf16": cpu_has_bfloat16()} if on_cpu else {}
+    settings = {"use_cpu": True, "bf16": cpu_has_bfloat16() and not values.get("fp16")} if on_cpu else {}
     if is_zero3():  # DeepSpeed itself calls torch's autocast; with bf16 it would convert the frozen half
         settings["bf16"] = False
     return {key: value for key, value in settings.items() if values.get(key) is None}

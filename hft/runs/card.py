@@ -5,17 +5,17 @@ from typing import Any
 
 from hft.record.card import write_card
 from hft.record.manifest import Manifest
-from hft.runs.config import NEUTRAL_KEYS, read_saved_config
+from hft.runs.config import is_neutral, read_saved_config
 from hft.runs.result import CONFIG_NAME, RunResult
 
 
 def write_run_card(result: RunResult, out: Path) -> None:
     """Write the model card of a finished run's folder, with the scores that are in it by now."""
-    config = card_settings(read_saved_config(out / CONFIG_NAME))
+    config = read_saved_config(out / CONFIG_NAME)
     tags, model_id = ("trl", result.objective, "hft"), config.get("hub_model_id")
-    write_card(out, Manifest.load(out), config, tags, verified=result.verify, model_id=model_id)
+    write_card(out, Manifest.load(out), card_settings(config), tags, verified=result.verify, model_id=model_id)
 
 
 def card_settings(config: dict[str, Any]) -> dict[str, Any]:
     """What of a run's config is in its model card: what makes it this run, wherever it ran."""
-    return {key: value for key, value in config.items() if key not in NEUTRAL_KEYS}
+    return {key: value for key, value in config.items() if not is_neutral(key, config)}

@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hft.config import ALIASES, Given, Keys, RunConfig, fill, read_arguments, read_files, read_yaml, renamed
-from hft.errors import HFTError
+from hft.config import TURNS, Given, Keys, RunConfig, fill, read_arguments, read_files, read_yaml, renamed
+from hft.errors import HFTError, read_text
 from hft.methods import Method, all_classes, classes_of, method_of, owners_of
-from hft.model.weights import check_whole
+from hft.model.weights import check_is_there, check_whole
 from hft.objectives import OBJECTIVES, Objective, find_objective
 from hft.record.manifest import rounds_so_far
 from hft.selection import SelectionConfig
@@ -21,10 +21,17 @@ DEFAULTS = {
     "resume_from_checkpoint": "auto",  # rerunning a command resumes a killed run
     "include_num_input_tokens_seen": "non_padding",  # so that Trainer logs tokens per second
 }
-# Keys that say where and how to run, not what: they neither name a run nor make it a different one. Whatever is
-# checkpointed, a run computes the same bits.
-NEUTRAL_KEYS = ("output_dir", "run_name", "report_to", "resume_from_checkpoint", "dry_run", "use_cpu", "bf16")
-NEUTRAL_KEYS += (*ALIASES, *ALIASES.values(), "activation_checkpointing_layers")
+# Keys that say where and how to run, what is logged and when, not what is computed: they neither name a run nor make it
+# a different one. Whatever is checkpointed, a run computes the same bits.
+NEUTRAL = re.compile(
+    "output_dir|run_name|report_to|project|resume_from_checkpoint|dry_run|use_cpu|bf16|architecture|local_rank|debug|"
+    "(activation|gradient)_checkpointing(_kwargs|_layers)?|dataset_num_proc|torch_empty_cache_steps|disable_tqdm|do_.*|"
+    "(hub|push|logging|log|trackio|ddp)_.*|dataloader_(?!drop_last).*|save_(?!only_trained).*|enable_jit_checkpoint|"
+    "eval_(steps|delay|on_start|accumulation_steps|do_concat_batches|use_gather_object)|batch_eval_metrics|"
+    "include_for_metrics|include_num_input_tokens_seen|prediction_loss_only|skip_memory_metrics|(bf|fp)16_full_eval"
+)
+# Those of them that say which checkpoint `load_best_model_at_end` finds best.
+OF_BEST = re.compile("(save|eval)_(steps|strategy|delay|on_start)")
 TEMPLATES = Path(__file__).parents[1] / "demo" / "templates"
 
 
@@ -74,7 +81,7 @@ def read_command_line(objective: str, arguments: Sequence[str], **more: tuple[ty
     description = f"Train with {objective.upper()}: a recipe, a method, and flags."
     groups = more | groups_of_keys()
     if {"-h", "--help"} & set(arguments):
-        groups["TRL and transformers"] = (find_objective(objective).config,)
+        groups["TRL and transformers"] = (find_objective(name).config for name in [objective])  # imported last
     return read_arguments(arguments, " ".join(["hft", *more, objective]), description, groups)
 
 
@@ -104,6 +111,8 @@ def resolve_config(objective: str, given: Given) -> Config:
     values["run_name"] = run_name(objective, values, flags, given.files)
     values = {"output_dir": f"runs/{values['run_name']}", **values}
     run = fill(RunConfig, values)
+    if run.prompt is not None and objective != "sft":
+        raise HFTError(f"prompt and completion make demonstrations of rows, for sft, not for {objective}; remove them")
     kept = {key: value for key, value in values.items() if key != "dry_run"}
     return Config(find_objective(objective), kept, run, method)
 
@@ -146,20 +155,28 @@ def name_of(values: dict[str, Any], flags: dict[str, Any], files: Sequence[str],
     source = Path(files[0]).resolve().parent.name if files else Path(values["model_name_or_path"]).name
     name = "-".join([source, *words])
     for key, value in flags.items():
-        if key not in NEUTRAL_KEYS:
+        if not is_neutral(key, values):
             name += f"-from-{_slug(value)}" if key == "model_name_or_path" else f"-{key}={_slug(value)}"
     if len(name) > 120:  # most file systems stop at 255 bytes
         name = name[:110] + "-" + hashlib.sha256(name.encode()).hexdigest()[:9]
     return name
 
 
+def is_neutral(key: str, values: Mapping[str, Any]) -> bool:
+    """Whether a key leaves a run with these values the same one."""
+    chosen = values.get("load_best_model_at_end") and OF_BEST.fullmatch(key)
+    return bool(NEUTRAL.fullmatch(key) and not chosen)
+
+
 def _slug(value: Any) -> str:
-    text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
-    return re.sub(r"[^A-Za-z0-9._+-]", "_", text.rstrip("/").rpartition("/")[2])
+    if isinstance(value, list):
+        return "+".join(map(_slug, value))
+    return re.sub(r"[^A-Za-z0-9._+-]", "_", str(value).rstrip("/").rpartition("/")[2])
 
 
 def check_base_is_a_model(base: str) -> None:
-    """Refuse an adapter's folder as the base, and what a run with `save_only_trained` has saved."""
+    """Refuse as the base a folder that does not exist, an adapter's, and what `save_only_trained` has saved."""
+    check_is_there(base)
     check_whole(Path(base), base)
     if (Path(base) / "adapter_config.json").exists():
         raise HFTError(
@@ -184,8 +201,12 @@ def read_saved_config(path: Path) -> dict[str, Any]:
 
 
 def comparable(values: dict[str, Any]) -> dict[str, Any]:
-    """What makes two runs' settings different: no neutral keys, and a template by its text instead of its path."""
-    settings = {key: value for key, value in values.items() if key not in NEUTRAL_KEYS and value is not None}
+    """What makes two runs' settings different: no neutral keys, and a template by its text instead of its path.
+
+    Whether text becomes turns is part of what identifies the data.
+    """
+    values = {key: value for key, value in values.items() if value != TURNS.get(key, ...)}
+    settings = {key: value for key, value in values.items() if not is_neutral(key, values) and value is not None}
     if (template := settings.get("chat_template_path")) and Path(find_template(template)).is_file():
-        settings["chat_template_path"] = Path(find_template(template)).read_text(encoding="utf-8")
+        settings["chat_template_path"] = read_text(find_template(template))
     return settings

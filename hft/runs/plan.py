@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft.catalog import find_folder
 from hft.config import to_yaml
-from hft.errors import HFTError, reason
+from hft.errors import HFTError, read_text, reason
 from hft.machine import broadcast, indented, is_main, world_size
 from hft.model.vocabulary import ids_beyond
 from hft.objectives import Objective
@@ -18,6 +18,7 @@ from hft.record.identity import identity_of
 from hft.runs.arguments import machine_settings, training_arguments
 from hft.runs.config import Config, find_template
 from hft.runs.folder import Start, check_output, find_start
+from hft.runs.needs import check_arguments, check_packages, check_positions, check_saving
 from hft.selection import Selection
 from hft.training.checkpointing import checkpointed_layers
 
@@ -141,10 +142,13 @@ def make_plan(config: Config) -> RunPlan:
         DoesNotFit: this machine cannot hold the run.
         HFTError: the run cannot be made as asked.
     """
+    check_packages(config.values)
     model_config = load_model_config(config)
     selection = plan_selection(config, model_config)
     machine = machine_settings(config.values)
     args, notes = training_arguments(config, machine)
+    check_arguments(args, model_config)
+    notes += check_positions(model_config, args, getattr(config.method.adapter, "num_virtual_tokens", None) or 0)
     if importlib.util.find_spec("hft.planning"):  # a fork may have removed it
         from hft.planning.fit import fit
 
@@ -155,8 +159,14 @@ def make_plan(config: Config) -> RunPlan:
     if config.run.save_only_trained and not selection.frozen_parameters:
         notes.append("save_only_trained saves the whole model: no tensor is frozen as a whole")
     tokenizer = load_tokenizer(config)
+    check_saving(config.run.model_name_or_path, model_config, tokenizer, config.revision)
     check_output(config)
     data = load_rows(config, args)
+    if data.is_text and getattr(args, "assistant_only_loss", False):
+        args.assistant_only_loss = False
+        notes.append("assistant_only_loss is about conversations, and the rows are text: it is off")
+    elif not data.is_text:
+        check_template(config, tokenizer)
     notes += [*data.notes, *ids_beyond(tokenizer.get_vocab(), model_config.get_text_config().vocab_size)]
     method = config.method
     update, schedule, strategy = (
@@ -213,6 +223,13 @@ def load_model_config(config: Config) -> PretrainedConfig:
     return read_config(base, base, config.revision)
 
 
+def check_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse conversations without a chat template; TRL reads one that is the name of another model."""
+    base = config.run.model_name_or_path
+    if not tokenizer.chat_template and not config.run.chat_template_path:
+        raise HFTError(f"{base} has no chat template: give --chat_template_path, or start from an SFT run")
+
+
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with the recipe's padding token and chat template."""
     from transformers import AutoTokenizer
@@ -220,12 +237,10 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     base, template = config.run.model_name_or_path, config.run.chat_template_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, revision=config.revision or "main", trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise HFTError(f"cannot load the tokenizer of {base}: {reason(error)}") from error
     if template and Path(find_template(template)).is_file():
-        tokenizer.chat_template = Path(find_template(template)).read_text(encoding="utf-8")
-    elif not tokenizer.chat_template and not template:
-        raise HFTError(f"{base} has no chat template: give --chat_template_path, or start from an SFT run")
+        tokenizer.chat_template = read_text(find_template(template))
     if token := config.run.tokenizer_pad_token:
         if token not in tokenizer.get_vocab():
             raise HFTError(f"tokenizer_pad_token {token!r} is not in the vocabulary of {base}")

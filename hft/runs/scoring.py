@@ -16,7 +16,7 @@ from hft.objectives import OBJECTIVES
 from hft.record.manifest import PACKAGES, absolute_or_hub_id
 from hft.runs.arguments import machine_settings, training_arguments
 from hft.runs.config import Config, read_command_line, resolve_config
-from hft.runs.plan import RunPlan, load_model_config, load_tokenizer, plan_selection
+from hft.runs.plan import RunPlan, check_template, load_model_config, load_tokenizer, plan_selection
 from hft.selection import select
 from hft.selection.selection import READ_TEXT
 from hft.selection.stored import SCORED, load_scores
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str]) -> int:
     say("selection", indented(plan_selection(config, load_model_config(config)).summary()), "")
     if not config.run.dry_run:
         args, _ = training_arguments(config, machine_settings(config.values))
-        score_base(config, args, load_tokenizer(config), Path(out))
+        check_template(config, tokenizer := load_tokenizer(config))
+        score_base(config, args, tokenizer, Path(out))
         say(f"a run reads it with --policy importance --importance {out}")
     return 0
 
