@@ -38,6 +38,12 @@ P := $(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' $(or $(wildcard r
 S := runs/$(MODEL)-sft-fft
 D := runs/$(MODEL)-dpo-fft-from-$(notdir $(S))
 
+METHODS := $(basename $(notdir $(wildcard recipes/methods/*.yaml)))
+MODELS := $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/sft.yaml)))))
+ARMS := $(basename $(notdir $(wildcard recipes/cpi/*.yaml)))
+MERGES := $(basename $(notdir $(wildcard recipes/merges/*.yaml)))
+$(if $(wildcard recipes/$(MODEL)/*.yaml),,$(error MODEL=$(MODEL) is not among the recipes: $(MODELS)))
+
 .PHONY: help install trace-mini cpi eval report forgetting bench sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo \
 	lint test test-slow test-gpu audit clean clean-runs
 .DELETE_ON_ERROR:
@@ -58,13 +64,23 @@ help:
 	@echo "make eval [RUN=runs/a-run] [SUITE=quick|general|knowledge|recent] [ARGS=...]"
 	@echo "make forgetting [ARGS=...]    what each method learns and forgets, on SmolLM2-135M"
 	@echo "make bench [ARGS=...]    what a step costs, by methods: time, memory, tokens/s, against the FLOPs"
-	@echo "  METHOD  $(basename $(notdir $(wildcard recipes/methods/*.yaml)))"
-	@echo "  MODEL   $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/sft.yaml)))))"
-	@echo "  ARM     $(basename $(notdir $(wildcard recipes/cpi/*.yaml)))"
-	@echo "  MERGE   $(basename $(notdir $(wildcard recipes/merges/*.yaml)))"
+	@echo "  METHOD  $(METHODS)"
+	@echo "  MODEL   $(MODELS)"
+	@echo "  ARM     $(ARMS)"
+	@echo "  MERGE   $(MERGES)"
 	@echo "make report [RUNS='runs/a runs/b'] [ARGS=...]    runs side by side, as a page: report/report.html"
 	@echo "NUM_GPUS=n ENGINE=fsdp2|zero3|ddp    by default all visible GPUs, with fsdp2, or ddp for what cannot be sharded"
 	@echo "make install | test | lint | test-slow | test-gpu | audit | clean | clean-runs"
+
+# A target that does not exist: the nearest one that does.
+TARGETS := $(foreach one,sft dpo kto trace,$(addprefix $(one)-,$(METHODS))) $(addprefix cpi-,$(ARMS)) \
+	$(addprefix merge-,$(MERGES)) help install trace-mini cpi eval report forgetting bench sweep-ratios sweep-seeds runtimes \
+	reset reset-sft reset-dpo lint test test-slow test-gpu audit clean clean-runs
+NEAREST := import difflib, sys; near = difflib.get_close_matches(sys.argv[1], sys.argv[2:], n=1); \
+	sys.exit(f"no target {sys.argv[1]}, did you mean {near[0]}?" if near else f"no target {sys.argv[1]}; make lists them")
+
+.DEFAULT:
+	@$(PYTHON) -c '$(NEAREST)' $@ $(TARGETS)
 
 install: $(INSTALLED)
 
@@ -81,17 +97,17 @@ models/%/config.json: | $(INSTALLED)
 $(DEMO): | $(INSTALLED)
 	$(BIN)/hft demo
 
-sft-%: $(INSTALLED) $(LOCAL_FILES)
+sft-%: recipes/methods/%.yaml $(INSTALLED) $(LOCAL_FILES)
 	$(call train,sft,$*) $(ARGS)
 
-dpo-%: $(INSTALLED) $(LOCAL_FILES)
+dpo-%: recipes/methods/%.yaml $(INSTALLED) $(LOCAL_FILES)
 	$(call train,dpo,$*) $(addprefix --model_name_or_path ,$(FROM)) $(ARGS)
 
-kto-%: $(INSTALLED) $(LOCAL_FILES)
+kto-%: recipes/methods/%.yaml $(INSTALLED) $(LOCAL_FILES)
 	$(call train,kto,$*) $(addprefix --model_name_or_path ,$(FROM)) $(ARGS)
 
 # A sequence of tasks: `hft continual` trains and scores all rounds. Rerun it to resume.
-trace-%: $(INSTALLED) $(LOCAL_FILES)
+trace-%: recipes/methods/%.yaml $(INSTALLED) $(LOCAL_FILES)
 	$(call run,continual,trace,$*) --strategy $(STRATEGY) $(ARGS)
 
 # What each method learns and forgets over six small tasks: benchmarks/trace_mini.yaml. Resumable: rerun it to continue.
@@ -102,7 +118,7 @@ trace-mini: $(INSTALLED)
 cpi: $(INSTALLED) $(LOCAL_FILES)
 	$(BIN)/hft cpi --config recipes/$(MODEL)/cpi.yaml $(LAUNCH) $(ARGS)
 
-cpi-%: $(INSTALLED) $(LOCAL_FILES)
+cpi-%: recipes/cpi/%.yaml $(INSTALLED) $(LOCAL_FILES)
 	$(BIN)/hft cpi --config recipes/$(MODEL)/cpi.yaml recipes/cpi/$*.yaml $(LAUNCH) $(ARGS)
 
 # Table 10: the fractions of the attention and of the MLP matrices of each layer that train. Its 50.0% is HFT, its 100%
@@ -159,7 +175,7 @@ reset-sft: $(INSTALLED) $(LOCAL_FILES)
 reset-dpo: $(INSTALLED) $(LOCAL_FILES)
 	$(BIN)/hft reset --config recipes/methods/hft.yaml --tuned $(D) --base $(S) --out runs/$(notdir $(D))-reset $(ARGS)
 
-merge-%: $(INSTALLED) $(LOCAL_FILES)
+merge-%: recipes/merges/%.yaml $(INSTALLED) $(LOCAL_FILES)
 	$(BIN)/hft merge --config recipes/merges/$*.yaml --models $(S) $(if $(filter %-sd,$*),$(D)) \
 		$(if $(filter-out average-%,$*),--base $(P)) --out runs/$(MODEL)-merge-$* $(ARGS)
 

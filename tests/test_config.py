@@ -1,3 +1,5 @@
+import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -7,11 +9,12 @@ from trl import SFTConfig
 from hft.cli import COMMANDS, main
 from hft.config import Keys, RunConfig, read_arguments, read_yaml, to_yaml
 from hft.errors import HFTError
-from hft.objectives import OBJECTIVES
+from hft.methods import all_classes
+from hft.objectives import OBJECTIVES, find_objective
 from hft.planning.engine import Engine
 from hft.planning.memory import memory_of
 from hft.runs.arguments import accumulation_steps, machine_settings, training_arguments
-from hft.runs.config import load_config, parse_config
+from hft.runs.config import is_neutral, load_config, parse_config
 from hft.runs.plan import load_model_config, plan_selection
 from hft.selection import SelectionConfig
 
@@ -90,10 +93,14 @@ def test_a_wrong_file_is_one_line_and_status_2(tmp_path, capsys, text, message):
     ("words", "message"),
     [
         (["--config", "none.yaml"], "cannot read none.yaml: no such file or recipe; `hft recipes` lists"),
-        (["--config", "lama2-7b/sft"], "no such file or recipe; did you mean 'llama2-7b/sft'?"),
-        (["--config", "tiny/sft", "htf"], "cannot read htf: no such file or recipe; did you mean 'hft'?"),
+        (["--config", "lama2-7b/sft"], "no such file or recipe, did you mean 'llama2-7b/sft'?"),
+        (["--config", "tiny/sft", "htf"], "cannot read htf: no such file or recipe, did you mean 'hft'?"),
         (["--lerning_rate", "1"], "unknown key 'lerning_rate', did you mean 'learning_rate'?"),
         (["--max_step", "1"], "unknown key 'max_step', did you mean 'max_steps'?"),
+        (["--lr", "1"], "unknown key 'lr', did you mean 'learning_rate'?"),
+        (["--torch_dtype", "x"], "unknown key 'torch_dtype', did you mean 'model_init_kwargs: {dtype: float32}'?"),
+        (["--load_in_4bit"], "unknown key 'load_in_4bit', did you mean 'adapter: qlora'?"),
+        (["--config", "recipes/tiny/sft.yml"], "no such file or recipe, did you mean 'sft.yaml'?"),
         (["--max_steps", "x"], "max_steps: expected an integer, got 'x'"),
         (["--max_steps", "1", "2"], "max_steps: expected an integer, got ['1', '2']"),
         (["--config", "recipes/tiny/sft.yaml", "--fraction", "1.5"], "fraction must lie in 0..1, got 1.5"),
@@ -179,11 +186,69 @@ def test_the_name_tells_what_a_flag_changed(tiny):
         return parse_config("sft", [*files, *words]).values["run_name"]
 
     assert name() == "tiny-sft-fft"
-    assert name("--report_to", "none") == "tiny-sft-fft"
+    assert name("--report_to", "none", "--logging_steps", "20", "--push_to_hub", "--save_steps", "5") == "tiny-sft-fft"
+    assert name("--dataset_name", "a/b.jsonl", "c/d.jsonl") == "tiny-sft-fft-dataset_name=b.jsonl+d.jsonl"
     assert name("--max_steps", "3", "--dataset_name", "a/b.jsonl") == "tiny-sft-fft-max_steps=3-dataset_name=b.jsonl"
     assert name("--model_name_or_path", "elsewhere/tiny-sft-hft") == "tiny-sft-fft-from-tiny-sft-hft"
     assert name("--run_name", "mine") == name("--output_dir", "some/mine") == "mine"
     assert len(name("--dataset_name", "x" * 300)) <= 120
+
+
+NEUTRAL_FIELDS = """
+    activation_checkpointing activation_checkpointing_kwargs batch_eval_metrics bf16 bf16_full_eval
+    dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers dataloader_persistent_workers
+    dataloader_pin_memory dataloader_prefetch_factor dataset_num_proc ddp_backend ddp_broadcast_buffers
+    ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug disable_tqdm do_eval do_predict
+    do_train enable_jit_checkpoint eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start eval_steps
+    eval_use_gather_object fp16_full_eval gradient_checkpointing gradient_checkpointing_kwargs hub_always_push
+    hub_model_id hub_private_repo hub_revision hub_strategy hub_token include_for_metrics
+    include_num_input_tokens_seen local_rank log_level log_level_replica log_on_each_node logging_first_step
+    logging_nan_inf_filter logging_steps logging_strategy output_dir prediction_loss_only project push_to_hub report_to
+    resume_from_checkpoint run_name save_on_each_node save_only_model save_steps save_strategy save_total_limit
+    skip_memory_metrics torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id use_cpu
+"""
+NAMING_FIELDS = """
+    accelerator_config activation_offloading adam_beta1 adam_beta2 adam_epsilon assistant_only_loss auto_find_batch_size
+    average_tokens_across_devices beta chat_template_path completion_only_loss data_seed dataloader_drop_last
+    dataset_kwargs dataset_text_field deepspeed desirable_weight disable_dropout discopop_tau eos_token eval_packing
+    eval_strategy f_alpha_divergence_coef f_divergence_type fp16 fsdp fsdp_config full_determinism
+    gradient_accumulation_steps greater_is_better ignore_data_skip label_names label_smoothing label_smoothing_factor
+    ld_alpha learning_rate length_column_name liger_kernel_config load_best_model_at_end loss_type loss_weights
+    lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_length max_steps metric_for_best_model model_init_kwargs
+    neftune_noise_alpha num_train_epochs optim optim_args optim_target_modules packing packing_strategy pad_token
+    pad_to_multiple_of padding_free parallelism_config per_device_eval_batch_size per_device_train_batch_size
+    precompute_ref_batch_size precompute_ref_log_probs ref_model_mixup_alpha ref_model_sync_steps remove_unused_columns
+    restore_callback_states_from_checkpoint router_aux_loss_coef seed shuffle_dataset sync_ref_model tf32 torch_compile
+    torch_compile_backend torch_compile_mode train_sampling_strategy truncation_mode trust_remote_code
+    undesirable_weight use_cache use_liger_kernel use_weighting warmup_steps weight_decay
+"""
+
+
+def test_every_key_of_trl_says_what_is_computed_or_how():
+    """A new one must be put on either side."""
+    keys = {f.name for name in OBJECTIVES for f in fields(find_objective(name).config)}
+    neutral = {key for key in keys if is_neutral(key, {})}
+    assert neutral == set(NEUTRAL_FIELDS.split())
+    assert keys - neutral == set(NAMING_FIELDS.split())
+    of_methods = {f.name for cls in (*all_classes(), SelectionConfig) for f in fields(cls)}
+    assert not [key for key in of_methods if is_neutral(key, {})]
+    best = {key for key in keys if is_neutral(key, {}) and not is_neutral(key, {"load_best_model_at_end": True})}
+    assert best == {"save_steps", "save_strategy", "eval_steps", "eval_delay", "eval_on_start"}
+
+
+def test_numbers_and_text_of_yaml_survive_a_round_trip(tmp_path):
+    text = write(tmp_path / "a.yaml", "x: {a: 1e-4, b: [1E5, .5, 3], c: no, d: 2024-01-01, e: '1e-4'}")
+    values = read_yaml(text)["x"]
+    assert values == {"a": 1e-4, "b": [1e5, 0.5, 3], "c": "no", "d": "2024-01-01", "e": "1e-4"}
+    assert read_yaml(write(tmp_path / "b.yaml", to_yaml(values))) == values
+
+
+def test_a_mistyped_target_of_make_is_answered_with_the_nearest():
+    def make(*words):
+        return subprocess.run(["make", *words], capture_output=True, text=True, check=False).stderr
+
+    assert "no target sft-htf, did you mean sft-hft?" in make("sft-htf")
+    assert "MODEL=llama3 is not among the recipes: " in make("-n", "sft-hft", "MODEL=llama3")
 
 
 def test_accumulation_follows_from_the_global_batch():
@@ -260,4 +325,5 @@ def test_every_command_has_its_own_help(capsys, words):
     assert f"usage: hft {words[0]}" in text or words == ["--help"]
     if words[0] == "sft":
         assert "--mixout_p" in text
-        assert "--assistant_only_loss" in text
+        assert "--assistant_only_loss  true or false" in text
+        assert text.index("--mixout_p") < text.index("TRL and transformers:") < text.index("--packing_strategy  'bfd'")

@@ -1,14 +1,12 @@
 """Prove on rows that `assistant_only_loss` trains the assistant's tokens and no one else's."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from datasets import Dataset
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from hft.data.templates import conversations, template_arguments
+from hft.data.templates import conversations, template_arguments, writes
 from hft.errors import HFTError
 
 MOST_ROWS = 1000  # tokenizing all of a large dataset twice more would take most of the time before the first step
@@ -60,7 +58,7 @@ def _untrained_turns(
             "the tokenizer's offsets or the template's {% generation %} blocks are wrong, choose another "
             "--chat_template_path"
         )
-    if not _writes_calls(messages, partial(render, tokenize=False)):
+    if not writes("tool_calls", messages, partial(render, tokenize=False)):
         raise HFTError(f"{where}: the chat template does not write tool calls; choose one that does")
     starts = sum(now and not before for now, before in zip(masks[0], [0, *masks[0]], strict=False))
     return {"untrained": sum(message["role"] == "assistant" for message in messages) - starts}
@@ -74,15 +72,3 @@ def _doubled(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else message | {"content": f"{message['content']} {message['content']}"}
         for message in messages
     ]
-
-
-def _writes_calls(messages: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str]) -> bool:
-    """Whether a chat template writes a conversation's tool calls; else a turn that is a call trains its end alone."""
-    if not any(message.get("tool_calls") for message in messages):
-        return True
-    texts = [message | {"content": message["content"] or ""} for message in messages]
-    silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in texts]
-    try:
-        return render(texts) != render(silent)
-    except TemplateError:  # malformed without its calls, so the template reads them
-        return True

@@ -1,19 +1,20 @@
 """Check rows as TRL prepared them: what it dropped, what trains nothing, whose tokens are trained."""
 
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
-from datasets import Dataset, Value
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from hft.data.loading import LoadedData
 from hft.data.masks import check_masks
-from hft.data.templates import conversations, render_row
+from hft.data.templates import conversations, render_row, template_arguments, writes
 from hft.errors import HFTError
 
 PAIR = ["prompt_ids", "chosen_ids", "rejected_ids"]
 TOKENS = ["input_ids", "completion_ids", *PAIR]
-CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected")
+MESSAGE = {"role", "content"}
 
 
 def check_prepared(trainer: Trainer, loaded: LoadedData, unit: str = "rows") -> list[str]:
@@ -119,26 +120,18 @@ def _template_notes(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> lis
         row = dataset[index] if index is not None else None
         if row and render_row(row, tokenizer) == render_row(row | {column: nothing}, tokenizer):
             notes.append(f"{column}: the chat template writes the same without them")
-    if "text" in dataset.column_names or isinstance(dataset.features.get("prompt"), Value):
-        return notes
-    keys = dataset.map(_message_keys, remove_columns=dataset.column_names, desc="reading the keys of messages")["keys"][
-        :
-    ]
-    for key in sorted({key for found in keys for key in found}):
+    found = dataset.map(_message_keys, remove_columns=dataset.column_names, desc="reading the keys of messages")
+    keys = found["keys"][:]
+    for key in sorted(set(chain(*keys))):
         row = dataset[next(index for index, found in enumerate(keys) if key in found)]
-        if render_row(row, tokenizer) == render_row(_without(row, key), tokenizer):
+        render = partial(tokenizer.apply_chat_template, tokenize=False, **template_arguments(row))
+        if not all(writes(key, messages, render) for messages in conversations(row)):
             count = sum(key in found for found in keys)
             notes.append(f"{key} in the messages of {count:,} rows: the chat template writes the same without it")
     return notes
 
 
 def _message_keys(row: dict[str, Any]) -> dict[str, list[str]]:
-    """What a row's messages hold besides role and text."""
-    keys = {key for chat in conversations(row) for one in chat for key, value in one.items() if value}
-    return {"keys": sorted(keys - {"role", "content"})}
-
-
-def _without(row: dict[str, Any], key: str) -> dict[str, Any]:
-    """A row whose messages lack a key."""
-    lists = {column: value for column, value in row.items() if column in CONVERSATIONS}
-    return row | {c: [{k: v for k, v in one.items() if k != key} for one in chat] for c, chat in lists.items()}
+    """What a row's messages hold besides role and content."""
+    messages = chain(*conversations(row))
+    return {"keys": sorted({key for message in messages for key, value in message.items() if value} - MESSAGE)}

@@ -41,8 +41,8 @@ def sft_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
         return _convert(dataset, name, _text, ["text"], "rows", are_text=True)
     hint = "; it looks like preferences, which are for DPO" if {"chosen", "rejected"} <= columns else ""
     raise HFTError(
-        f"dataset {name} has columns {', '.join(sorted(columns))}; needed are messages, or prompt and completion, which "
-        f"may also be keys with templates over the columns{hint}"
+        f"dataset {name} has columns {', '.join(sorted(columns))}; needed are messages, or prompt and completion, as "
+        f"columns or as keys with templates over the columns{hint}"
     )
 
 
@@ -108,8 +108,10 @@ def _text(row: dict[str, Any]) -> Converted:
     for column, text in row.items():
         if not isinstance(text, str):
             raise HFTError(f"{column} must be text, got {'null' if text is None else repr(text)}")
-    blank = not row.get("completion", row.get("text")).strip()
-    return row, "with nothing to learn" if blank else ""
+    kind, learned = (
+        ("with a blank answer", row["completion"]) if "completion" in row else ("that are blank", row["text"])
+    )
+    return row, "" if learned.strip() else kind
 
 
 def _alpaca(row: dict[str, Any]) -> Converted:

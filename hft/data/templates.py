@@ -1,6 +1,6 @@
 """Rows through the chat template, as TRL renders them, and what the template or TRL refuses."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,18 @@ def render_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[
     """The text of each of a row's conversations."""
     arguments = template_arguments(row)
     return [tokenizer.apply_chat_template(chat, tokenize=False, **arguments) for chat in conversations(row)]
+
+
+def writes(key: str, messages: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str]) -> bool:
+    """Whether a chat template writes what a conversation's messages hold under a key."""
+    if not any(message.get(key) for message in messages):
+        return True
+    texts = [message | {"content": message["content"] or ""} for message in messages]
+    silent = [{name: value for name, value in message.items() if name != key} for message in texts]
+    try:
+        return render(texts) != render(silent)
+    except TemplateError:  # malformed without it, so the template reads it
+        return True
 
 
 @contextmanager

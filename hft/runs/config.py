@@ -111,8 +111,6 @@ def resolve_config(objective: str, given: Given) -> Config:
     values["run_name"] = run_name(objective, values, flags, given.files)
     values = {"output_dir": f"runs/{values['run_name']}", **values}
     run = fill(RunConfig, values)
-    if run.prompt is not None and objective != "sft":
-        raise HFTError(f"prompt and completion make demonstrations of rows, for sft, not for {objective}; remove them")
     kept = {key: value for key, value in values.items() if key != "dry_run"}
     return Config(find_objective(objective), kept, run, method)
 

@@ -100,7 +100,7 @@ def check_saving(base: str, config: PretrainedConfig, tokenizer: PreTrainedToken
             "pad_token_id",
             "bos_token_id",
             "eos_token_id",
-        ):  # as Trainer does, and then it is checked strictly
+        ):  # as Trainer; then it is checked strictly
             named, own = getattr(generation, token), getattr(tokenizer, token)
             if own not in (named if isinstance(named, list) else [named]):
                 setattr(generation, token, own)

@@ -53,8 +53,9 @@ def test_chats_in_either_spelling_become_messages(row):
     assert notes == (["columns not used: prompt, id"] if "id" in row else [])
 
 
-@pytest.mark.parametrize("row", [{"prompt": "q", "completion": "a"}, {"prompt": [USER], "completion": [ASSISTANT]}])
-def test_prompt_and_completion_become_a_chat(row):
+@pytest.mark.parametrize("prompt", ["q", [USER]])
+def test_prompt_and_completion_become_a_chat(prompt):
+    row = {"prompt": prompt, "completion": [ASSISTANT]}
     dataset, notes = sft_rows(Dataset.from_list([row | {"source": "s"}]), "x")
     assert dataset[0] == {"prompt": [USER], "completion": [ASSISTANT], "row": 0}
     assert notes == ["columns not used: source"]
@@ -63,7 +64,9 @@ def test_prompt_and_completion_become_a_chat(row):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "a"}], "has columns text; needed are messages, or prompt and completion"),
+        ([{"q": "a"}], "has columns q; needed are messages, or prompt and completion, as columns or as keys"),
+        ([{"text": "a"}, {"text": None}], r"row 1 \(the first is 0\): text must be text, got null"),
+        ([{"text": " "}], "has no row to learn from: 1 that are blank"),
         ([{"chosen": "a", "rejected": "b"}], "it looks like preferences"),
         ([{"messages": "a"}], "must be a list of {role, content}, got 'a'"),
         (
@@ -76,6 +79,40 @@ def test_prompt_and_completion_become_a_chat(row):
 def test_another_form_is_refused_by_name(rows, message):
     with pytest.raises(HFTError, match=message):
         sft_rows(Dataset.from_list(rows), "x")
+
+
+def test_several_datasets_are_one_and_each_is_counted(tmp_path):
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": [USER, ASSISTANT]}] * 30)
+    (tmp_path / "alpaca.csv").write_text("instruction,input,output\n" + "q,,a\nq,x,a\n" * 10)
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": "a"}] * 3)
+
+    def load(*names, **settings):
+        run = RunConfig(dataset_name=[str(name) for name in names], dataset_test_split=None, eval_rows=2, **settings)
+        return load_data(run, sft_rows, evaluate=True)
+
+    both = load(chats, tmp_path / "alpaca.csv")
+    assert (len(both.train), len(both.test)) == (46, 4)
+    asked = {row["messages"][0]["content"] for row in both.train}
+    assert asked == {"q", "q\n\nx"}
+    assert f"dataset {chats}: 28 of 28 training rows" in both.notes
+    weighted = load(chats, tmp_path / "alpaca.csv", dataset_weights=[1, 3])
+    counts = [int(note.split(": ")[1].split()[0]) for note in weighted.notes if "training rows" in note]
+    assert sum(counts) == len(weighted.train)
+    assert counts[1] == 18
+    assert 2 <= counts[0] <= 10
+    assert weighted.fingerprint != both.fingerprint
+    with pytest.raises(HFTError, match="hold rows in different forms"):
+        load(chats, text)
+    with pytest.raises(HFTError, match="a number above 0 for each"):
+        load(chats, text, dataset_weights=[1])
+
+
+def test_a_file_in_another_encoding_is_refused_by_name(tmp_path):
+    row = '{"prompt": "é", "completion": "a"}\n'
+    for encoding, message in {"latin-1": "is not UTF-8; save it as UTF-8", "utf-16": "cannot load dataset"}.items():
+        (tmp_path / f"{encoding}.jsonl").write_bytes(row.encode(encoding))
+        with pytest.raises(HFTError, match=f"{encoding}.jsonl.*{message}|{message}.*{encoding}.jsonl"):
+            load_data(RunConfig(dataset_name=str(tmp_path / f"{encoding}.jsonl")), sft_rows, evaluate=False)
 
 
 def test_a_missing_or_empty_dataset_is_told_in_a_sentence(tmp_path):

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from trl import SFTConfig, SFTTrainer
 
 import hft
-from hft.data import preference_rows, sft_rows
+from hft.data import load_data, preference_rows, sft_rows
 from hft.errors import HFTError
 from hft.runs.train import make_trainer
 from tests.conftest import error_of, write_jsonl
@@ -95,6 +95,53 @@ def test_a_system_column_is_used_and_other_columns_are_named():
         "columns not used: source",
         "system not used in 1 rows that begin with another system message",
     ]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "trained"),
+    [
+        ({"prompt": "q is", "completion": " a"}, {}, ("q is a</s>", " a</s>")),
+        ({"text": "q is a"}, {}, ("q is a</s>", "q is a</s>")),
+        (
+            {"prompt": "q", "completion": "a"},
+            {"prompt": "{{ prompt }}", "completion": "{{ completion }}"},
+            ("<s><|user|>\nq\n<|assistant|>\na</s>", "a</s>"),
+        ),
+        (
+            {"question": "q", "answer": "a"},
+            {"prompt": "Say: {{ question }}", "completion": "{{ answer }}"},
+            ("<s><|user|>\nSay: q\n<|assistant|>\na</s>", "a</s>"),
+        ),
+    ],
+)
+def test_text_is_read_as_trl_reads_it_and_templates_make_turns(tiny, tmp_path, row, settings, trained):
+    """The recipe's assistant_only_loss is about conversations."""
+    trainer = trainer_of(tiny, [row] * 16, tmp_path, **settings)
+    tokens, labels = trainer.train_dataset["input_ids"][0], trainer.train_dataset["labels"][0]
+    decode = trainer.processing_class.decode
+    learned = decode([token for token, label in zip(tokens, labels, strict=True) if label != -100])
+    assert (decode(tokens), learned) == trained
+
+
+def test_templates_that_do_not_fit_are_refused(tmp_path):
+    file = str(write_jsonl(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}]))
+    recipe = {"sft": "recipes/tiny/sft.yaml", "dpo": "recipes/tiny/dpo.yaml"}
+    both = {"prompt": "{{ asked }}", "completion": "a", "dataset_name": file}
+    with pytest.raises(HFTError, match="do not fit the columns question, answer: 'asked' is undefined"):
+        load_data(hft.load_config("sft", recipe["sft"], model_name_or_path="a/b", **both).run, sft_rows, evaluate=False)
+    with pytest.raises(HFTError, match="belong together; give both"):
+        hft.load_config("sft", recipe["sft"], model_name_or_path="a/b", prompt="q")
+    run = hft.load_config("dpo", recipe["dpo"], model_name_or_path="a/b", **both | {"prompt": "q"}).run
+    with pytest.raises(HFTError, match="it looks like demonstrations, which are for SFT"):
+        load_data(run, preference_rows, evaluate=False)
+
+
+def test_keys_of_messages_that_the_template_does_not_write_are_noted(tiny, tmp_path, capsys):
+    spoken = {"role": "assistant", "content": "a", "reasoning_content": "think", "name": "bot"}
+    trainer_of(tiny, [{"messages": [USER, ASSISTANT]}, {"messages": [USER, spoken]}] * 8, tmp_path)
+    notes = [line for line in capsys.readouterr().out.splitlines() if "in the messages" in line]
+    same = "in the messages of 8 rows: the chat template writes the same without it"
+    assert notes == [f"name {same}", f"reasoning_content {same}"]
 
 
 def test_text_in_parts_is_joined():
