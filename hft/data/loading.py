@@ -2,7 +2,6 @@
 
 import hashlib
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -98,8 +97,8 @@ def load_data(run: RunConfig, read_rows: ReadRows, *, evaluate: bool) -> LoadedD
     """The training rows and, if wanted, the rows to evaluate on (see `RunConfig.dataset_test_split`)."""
     name, config, revision = run.dataset_name, run.dataset_config, run.dataset_revision
     if isinstance(name, list):
-        return mixture([load_data(replace(run, dataset_name=one, dataset_weights=None), read_rows, evaluate=evaluate)
-                        for one in name], run.dataset_weights)  # fmt: skip
+        each = [replace(run, dataset_name=one, dataset_weights=None) for one in name]
+        return mixture([load_data(one, read_rows, evaluate=evaluate) for one in each], run.dataset_weights)
 
     def rows(split: str) -> tuple[Dataset, list[str]]:
         dataset = rendered(load_split(name, split, config, revision), run.prompt, run.completion)
@@ -135,26 +134,25 @@ def load_data(run: RunConfig, read_rows: ReadRows, *, evaluate: bool) -> LoadedD
 
 def mixture(parts: list[LoadedData], weights: list[float] | None) -> LoadedData:
     """Several datasets as one: all rows of each, or rows drawn by weight until one of them has no more."""
-    first, *others = parts
-    for other in others:
-        if are_text(first.train) != are_text(other.train) or ("messages" in first.train.column_names) != (
-            "messages" in other.train.column_names
-        ):
-            raise HFTError(f"{first.name} and {other.name} hold rows in different forms; give both the same columns")
+    columns = [{*part.train.column_names} & {"messages", "prompt", "text"} for part in parts]
+    if columns.count(columns[0]) < len(parts) or len({part.is_text for part in parts}) > 1:
+        names = " and ".join(part.name for part in parts)
+        raise HFTError(f"{names} hold rows in different forms; give all the same one")
     trains = [part.train.add_column("part", [index] * len(part.train)) for index, part in enumerate(parts)]
-    if weights:
-        odds = [weight / sum(weights) for weight in weights]
-        train = interleave_datasets(trains, probabilities=odds, seed=0, stopping_strategy="first_exhausted")
-    else:
-        train = concatenate_datasets(trains)
-    taken = Counter(train["part"][:])
-    notes = [note for index, part in enumerate(parts) for note in (
-        f"dataset {part.name}: {taken[index]:,} of {len(part.train):,} training rows", *part.notes)]  # fmt: skip
+    odds = weights and [weight / sum(weights) for weight in weights]
+    train = interleave_datasets(trains, odds, seed=0) if odds else concatenate_datasets(trains)
+    notes = []
+    for index, part in enumerate(parts):
+        count = train["part"][:].count(index)
+        notes += [f"dataset {part.name}: {count:,} of {len(part.train):,} training rows", *part.notes]
     tests = [part.test for part in parts if part.test is not None]
-    identity = {"datasets": [part.fingerprint for part in parts], "weights": weights}
-    names = " + ".join(part.name for part in parts)
-    train = train.remove_columns("part")
-    return LoadedData(names, train, concatenate_datasets(tests) if tests else None, notes, identity)
+    return LoadedData(
+        name=" + ".join(part.name for part in parts),
+        train=train.remove_columns("part"),
+        test=concatenate_datasets(tests) if tests else None,
+        notes=notes,
+        fingerprint={"datasets": [part.fingerprint for part in parts], "weights": weights},
+    )
 
 
 def _hold_out(name: str, train: Dataset, count: int | None) -> tuple[Dataset, Dataset]:

@@ -7,12 +7,14 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, LargeList, List, Value, interleave_datasets
 from jinja2 import Environment, StrictUndefined, TemplateError
+from jinja2.meta import find_undeclared_variables
 from trl import extract_prompt
 
 from hft.config import TURNS
 from hft.data.messages import chat, is_blank
 from hft.errors import HFTError, reason
 
+ALPACA = "{{ instruction }}{% if input is defined and input %}\n\n{{ input }}{% endif %}", "{{ output }}"
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # which TRL gives to the chat template
 Converted = tuple[dict[str, list[dict[str, Any]]], str]  # a row, and why it is to be dropped, or ""
 
@@ -33,12 +35,11 @@ def sft_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
         return _convert(dataset, name, _conversation, ["messages"], "rows")
     if {"prompt", "completion"} <= columns:
         are_text = all(isinstance(dataset.features[column], Value) for column in ("prompt", "completion"))
-        convert = _text if are_text else _completion
-        return _convert(dataset, name, convert, ["prompt", "completion"], "rows", are_text=are_text)
+        return _convert(dataset, name, _text if are_text else _completion, ["prompt", "completion"], "rows")
     if {"instruction", "output"} <= columns:
-        return _convert(dataset, name, _alpaca, ["messages"], "rows", ["instruction", "input", "output"])
+        return sft_rows(rendered(dataset, *ALPACA), name)
     if "text" in columns:
-        return _convert(dataset, name, _text, ["text"], "rows", are_text=True)
+        return _convert(dataset, name, _text, ["text"], "rows")
     hint = "; it looks like preferences, which are for DPO" if {"chosen", "rejected"} <= columns else ""
     raise HFTError(
         f"dataset {name} has columns {', '.join(sorted(columns))}; needed are messages, or prompt and completion, as "
@@ -85,18 +86,30 @@ def rendered(dataset: Dataset, prompt: str | None, completion: str | None) -> Da
     """Rows as a turn of the user and one of the assistant, by jinja2 templates over their columns, if there are any."""
     if prompt is None or completion is None:
         return dataset
-    environment, columns = Environment(undefined=StrictUndefined, autoescape=False), dataset.column_names
-    turns = {"prompt": ("user", prompt), "completion": ("assistant", completion)}
+    columns = dataset.column_names
+    environment = Environment(undefined=StrictUndefined, autoescape=False, finalize=_not_null)
+    misfit = f"prompt and completion do not fit the columns {', '.join(columns)}"
     try:
-        templates = {key: (role, environment.from_string(text)) for key, (role, text) in turns.items()}
-
-        def render(row: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
-            return {key: [{"role": role, "content": made.render(row)}] for key, (role, made) in templates.items()}
-
-        used = [column for column in columns if column not in (*TEMPLATE_COLUMNS, "system")]
-        return dataset.map(render, remove_columns=used, desc="rendering rows")
+        user, assistant = environment.from_string(prompt), environment.from_string(completion)
+        named = find_undeclared_variables(environment.parse(prompt + completion))
     except TemplateError as error:
-        raise HFTError(f"prompt and completion do not fit the columns {', '.join(columns)}: {reason(error)}") from error
+        raise HFTError(f"{misfit}: {reason(error)}") from error
+
+    def render(row: dict[str, Any], number: int) -> dict[str, list[dict[str, str]]]:
+        try:
+            question = {"role": "user", "content": user.render(row)}
+            return {"prompt": [question], "completion": [{"role": "assistant", "content": assistant.render(row)}]}
+        except TemplateError as error:
+            raise HFTError(f"row {number} (the first is 0): {misfit}: {reason(error)}") from None
+
+    used = [column for column in columns if column in named | {"messages", "conversations"}]
+    return dataset.map(render, with_indices=True, remove_columns=used, desc="rendering rows")
+
+
+def _not_null(value: object) -> object:
+    if value is None:
+        raise TemplateError("a column is null")
+    return value
 
 
 def are_text(dataset: Dataset) -> bool:
@@ -108,19 +121,7 @@ def _text(row: dict[str, Any]) -> Converted:
     for column, text in row.items():
         if not isinstance(text, str):
             raise HFTError(f"{column} must be text, got {'null' if text is None else repr(text)}")
-    kind, learned = (
-        ("with a blank answer", row["completion"]) if "completion" in row else ("that are blank", row["text"])
-    )
-    return row, "" if learned.strip() else kind
-
-
-def _alpaca(row: dict[str, Any]) -> Converted:
-    question = [row["instruction"], *([row["input"]] if row.get("input") else [])]
-    for column in ("instruction", "output"):
-        if not isinstance(row[column], str):
-            raise HFTError(f"{column} must be text, got {'null' if row[column] is None else repr(row[column])}")
-    turns = [{"role": "user", "content": "\n\n".join(question)}, {"role": "assistant", "content": row["output"]}]
-    return _conversation({"messages": turns})
+    return row, "" if row.get("completion", row.get("text")).strip() else "with a blank answer"
 
 
 def _conversation(row: dict[str, Any]) -> Converted:
@@ -171,20 +172,16 @@ def _convert(
     convert: Callable[[dict[str, Any]], Converted],
     outputs: list[str],
     unit: str,
-    inputs: list[str] | None = None,
-    *,
-    are_text: bool = False,
 ) -> tuple[Dataset, list[str]]:
     """Convert and check each row, and drop those with nothing to learn.
 
-    `convert` makes the columns `outputs`, the first of which has the system message, from those of `inputs`, by default
-    the same ones, that are there.
+    `convert` makes the columns `outputs`, the first of which has the system message, and reads those that are there.
     """
-    columns = dataset.column_names
+    columns, are_text = dataset.column_names, convert is _text
     if images := sorted({"image", "images"} & set(columns)):
         raise HFTError(f"dataset {name} has a column {images[0]}, and only text is trained on; remove it")
-    kept = [column for column in TEMPLATE_COLUMNS if column in columns and not are_text]
-    used = [column for column in (*(inputs or outputs), *kept, *([] if are_text else ["system"])) if column in columns]
+    kept = [] if are_text else [column for column in TEMPLATE_COLUMNS if column in columns]
+    used = [column for column in (*outputs, *kept, *([] if are_text else ["system"])) if column in columns]
     features = dict.fromkeys(outputs, Value("string") if are_text else List(Json())) | dict.fromkeys(kept, Json())
     features |= {"row": Value("int64"), "fault": Value("string"), "has_system": Value("bool")}
     stored = dataset.features

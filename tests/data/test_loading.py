@@ -66,7 +66,7 @@ def test_prompt_and_completion_become_a_chat(prompt):
     [
         ([{"q": "a"}], "has columns q; needed are messages, or prompt and completion, as columns or as keys"),
         ([{"text": "a"}, {"text": None}], r"row 1 \(the first is 0\): text must be text, got null"),
-        ([{"text": " "}], "has no row to learn from: 1 that are blank"),
+        ([{"text": " "}], "has no row to learn from: 1 with a blank answer"),
         ([{"chosen": "a", "rejected": "b"}], "it looks like preferences"),
         ([{"messages": "a"}], "must be a list of {role, content}, got 'a'"),
         (
@@ -82,7 +82,7 @@ def test_another_form_is_refused_by_name(rows, message):
 
 
 def test_several_datasets_are_one_and_each_is_counted(tmp_path):
-    chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": [USER, ASSISTANT]}] * 30)
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"prompt": [USER], "completion": [ASSISTANT]}] * 30)
     (tmp_path / "alpaca.csv").write_text("instruction,input,output\n" + "q,,a\nq,x,a\n" * 10)
     text = write_jsonl(tmp_path / "text.jsonl", [{"text": "a"}] * 3)
 
@@ -92,7 +92,7 @@ def test_several_datasets_are_one_and_each_is_counted(tmp_path):
 
     both = load(chats, tmp_path / "alpaca.csv")
     assert (len(both.train), len(both.test)) == (46, 4)
-    asked = {row["messages"][0]["content"] for row in both.train}
+    asked = {row["prompt"][0]["content"] for row in both.train}
     assert asked == {"q", "q\n\nx"}
     assert f"dataset {chats}: 28 of 28 training rows" in both.notes
     weighted = load(chats, tmp_path / "alpaca.csv", dataset_weights=[1, 3])

@@ -127,8 +127,10 @@ def test_templates_that_do_not_fit_are_refused(tmp_path):
     file = str(write_jsonl(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}]))
     recipe = {"sft": "recipes/tiny/sft.yaml", "dpo": "recipes/tiny/dpo.yaml"}
     both = {"prompt": "{{ asked }}", "completion": "a", "dataset_name": file}
-    with pytest.raises(HFTError, match="do not fit the columns question, answer: 'asked' is undefined"):
+    with pytest.raises(HFTError, match=r"row 0 .*do not fit the columns question, answer: 'asked' is undefined"):
         load_data(hft.load_config("sft", recipe["sft"], model_name_or_path="a/b", **both).run, sft_rows, evaluate=False)
+    with pytest.raises(HFTError, match=r"row 1 .*: a column is null"):
+        sft_rows(rows_of({"instruction": "q", "output": "a"}, {"instruction": "q", "output": None}), "x")
     with pytest.raises(HFTError, match="belong together; give both"):
         hft.load_config("sft", recipe["sft"], model_name_or_path="a/b", prompt="q")
     run = hft.load_config("dpo", recipe["dpo"], model_name_or_path="a/b", **both | {"prompt": "q"}).run
