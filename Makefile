@@ -42,7 +42,7 @@ METHODS := $(basename $(notdir $(wildcard recipes/methods/*.yaml)))
 MODELS := $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/sft.yaml)))))
 ARMS := $(basename $(notdir $(wildcard recipes/cpi/*.yaml)))
 MERGES := $(basename $(notdir $(wildcard recipes/merges/*.yaml)))
-$(if $(wildcard recipes/$(MODEL)/*.yaml),,$(error MODEL=$(MODEL) is not among the recipes: $(MODELS)))
+$(if $(MODELS),$(if $(wildcard recipes/$(MODEL)/*.yaml),,$(error MODEL=$(MODEL) is not among the recipes: $(MODELS))))
 
 .PHONY: help install trace-mini cpi eval report forgetting bench sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo \
 	lint test test-slow test-gpu audit clean clean-runs

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hft
@@ -100,3 +101,8 @@ def test_public_names_are_typed(tmp_path):
     assert 'wrong.py:2: error: Unexpected keyword argument "nonsense"' in found
     assert 'wrong.py:3: error: Module has no attribute "nothing"' in found
     assert found.endswith("Found 2 errors in 1 file (checked 2 source files)\n")
+
+
+def test_a_module_of_torch_alone_is_refused():
+    with pytest.raises(hft.HFTError, match="a model of transformers is needed, got Sequential"):
+        hft.select(nn.Sequential(nn.Linear(2, 2)))

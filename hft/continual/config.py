@@ -123,7 +123,8 @@ def resolve_sequence(given: Given) -> SequencePlan:
         values["metrics"] = {task: name for task, name in values.get("metrics", {}).items() if task in values["tasks"]}
     settings = fill(SequenceConfig, values)
     merged, _ = rest.merge()
-    if set_by_us := [key for key in ("dataset_name", "strategy_data", "previous_run") if key in merged]:
+    set_by_us = [key for key in ("dataset_name", "strategy_data", "previous_run") if key in merged]
+    if set_by_us := [*set_by_us, *(key for key, turn in TURNS.items() if merged.get(key, turn) != turn)]:
         raise HFTError(f"{set_by_us[0]} is set by hft continual per run; remove it, and name tasks and trace_dir")
     placeholders = {"strategy": settings.strategy, "dataset_name": "-", "output_dir": "-", "run_name": "-"}
     config = resolve_config("sft", replace(rest, flags=rest.flags | placeholders))

@@ -14,7 +14,7 @@ from hft.objectives import find_objective
 from hft.runs.config import check_base_is_a_model, name_of
 
 # Keys of a single run that the stages set themselves.
-SET_BY_STAGES = ("schedule", "update", "adapter", "run_name", "resume_from_checkpoint")
+SET_BY_STAGES = ("prompt", "completion", "schedule", "update", "adapter", "run_name", "resume_from_checkpoint")
 STAGES = ("probe", "group", "fuse", "train", "score")
 HELP = f"Core parameter isolation (CPI-FT). The first word may be one stage, {', '.join(STAGES)}; by default all run."
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hft import __version__
 from hft.config import option
@@ -44,7 +44,9 @@ class Settings:
     tasks: list[str] = field(default_factory=list, metadata={"help": "Only these benchmarks of the suite."})
     max_gen_toks: int | None = option("Most tokens of an answer; default: the task's.")
     chat: bool | None = option("Use the chat template; default: if any, not in quick.")
-    dtype: str | None = option("Of the model; default: bfloat16 on GPUs, else float32.")
+    dtype: Literal["bfloat16", "float16", "float32", "auto"] | None = option(
+        "Of the model; default: bfloat16 on GPUs, else float32."
+    )
     batch_size: int = option("Rows per forward pass.", 8)
     backend: str = option("lm-eval's engine, hf or vllm.", "hf")
     backend_args: dict[str, Any] = field(default_factory=dict, metadata={"help": "Further engine arguments, as JSON."})

@@ -218,6 +218,8 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
         HFTError: the model is not decoder-only, two layers share a parameter, or a parameter belongs to no known unit:
             freezing only what is recognized would silently train the rest.
     """
+    if not hasattr(model, "config"):
+        raise HFTError(f"a model of transformers is needed, got {type(model).__name__}")
     prefix, layers = _find_layers(model)
     config = model.config.get_text_config()
     units: list[Unit] = []

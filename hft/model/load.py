@@ -11,7 +11,7 @@ from transformers import AutoConfig, set_seed
 
 from hft.errors import HFTError, reason
 from hft.model.anatomy import architecture_of, meta_model
-from hft.model.weights import MODEL_CONFIG, Weights, local_folder, widest
+from hft.model.weights import MODEL_CONFIG, Weights, check_is_there, local_folder, widest
 
 if TYPE_CHECKING:  # the trainer's arguments import peft
     from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # the trainer's arguments import peft
 def read_config(name: str, source: str | Path, revision: str | None = None) -> PretrainedConfig:
     """The config of a model, unless it is quantized, from a folder or Hub id; `name` is for messages."""
     part = Path(source) / MODEL_CONFIG
+    check_is_there(str(source))
     try:
         # transformers would ask on the terminal whether to run code that comes with a model.
         source = part if part.exists() else source

@@ -43,7 +43,7 @@ def write_card(
     starts = [manifest.tuned, manifest.base, *(one["base"] for one in reversed(manifest.earlier))]
     data = ModelCardData(
         base_model=next((start for start in starts if start and not is_local(start)), None),
-        datasets=manifest.data.get("id"),
+        datasets=[one["id"] for one in datasets_of(manifest) if "id" in one] or None,
         library_name="peft" if manifest.is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(tags)),
@@ -100,13 +100,19 @@ def card_facts(
     """Names and values: method, selection, data, verify's result."""
     rows = [("method", portable(config["method"]))] if config.get("method") else []
     rows += [*part_facts(manifest), *size_facts(manifest)]
-    if "id" in manifest.data:
-        revision = manifest.data.get("revision")
-        rows.append(("data", linked(manifest.data["id"], "datasets/") + (f" at {revision}" if revision else "")))
-    elif files := manifest.data.get("files"):
-        rows.append(("data", shorten([f"`{file}`" for file in files])))
+    for data in datasets_of(manifest):
+        if "id" in data:
+            revision = f" at {data['revision']}" if data.get("revision") else ""
+            rows.append(("data", linked(data["id"], "datasets/") + revision))
+        elif data.get("files"):
+            rows.append(("data", shorten([f"`{file}`" for file in data["files"]])))
     result = verify_fact(Counter(verified), "reset" if manifest.tuned else "frozen") if verified else "has not run yet"
     return [*rows, ("verify", result)]
+
+
+def datasets_of(manifest: Manifest) -> list[dict[str, Any]]:
+    """What identifies each dataset that a run was trained on."""
+    return manifest.data.get("datasets", [manifest.data])
 
 
 def part_facts(manifest: Manifest) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import Any
 from hft.config import TURNS, Given, Keys, RunConfig, fill, read_arguments, read_files, read_yaml, renamed
 from hft.errors import HFTError, read_text
 from hft.methods import Method, all_classes, classes_of, method_of, owners_of
-from hft.model.weights import check_is_there, check_whole
+from hft.model.weights import check_whole
 from hft.objectives import OBJECTIVES, Objective, find_objective
 from hft.record.manifest import rounds_so_far
 from hft.selection import SelectionConfig
@@ -173,8 +173,7 @@ def _slug(value: Any) -> str:
 
 
 def check_base_is_a_model(base: str) -> None:
-    """Refuse as the base a folder that does not exist, an adapter's, and what `save_only_trained` has saved."""
-    check_is_there(base)
+    """Refuse an adapter's folder as the base, and what a run with `save_only_trained` has saved."""
     check_whole(Path(base), base)
     if (Path(base) / "adapter_config.json").exists():
         raise HFTError(

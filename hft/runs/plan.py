@@ -13,6 +13,7 @@ from hft.config import to_yaml
 from hft.errors import HFTError, read_text, reason
 from hft.machine import broadcast, indented, is_main, world_size
 from hft.model.vocabulary import ids_beyond
+from hft.model.weights import check_is_there
 from hft.objectives import Objective
 from hft.record.identity import identity_of
 from hft.runs.arguments import machine_settings, training_arguments
@@ -235,6 +236,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     base, template = config.run.model_name_or_path, config.run.chat_template_path
+    check_is_there(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, revision=config.revision or "main", trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
