@@ -43,7 +43,7 @@ def answer_rows(
     """
     made = []
     rows = list(rows)
-    if rows and ("text" in rows[0] or isinstance(rows[0]["prompt"], str)):  # without a chat template
+    if rows and ("text" in rows[0] or isinstance(rows[0].get("prompt"), str)):  # without a chat template
         return [_task_row(tokenizer, row.get("prompt", ""), row.get("completion", row.get("text"))) for row in rows]
     for prompt, answer in _prompts_and_answers(rows):
         context = template.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if prompt else ""
