@@ -15,6 +15,7 @@ from hft.data import load_split
 from hft.record.card import write_card
 from hft.record.scores import Score, Scores
 from hft.record.verification import Verification
+from hft.runs.config import is_neutral
 from tests.conftest import error_of
 
 SAME = "passed: 18 of 18 frozen tensors bit-identical to the base"
