@@ -261,7 +261,10 @@ def test_single_bad_pairs_are_dropped_and_counted():
     rows = [{"prompt": "q", "chosen": "a", "rejected": other} for other in ("b", "a", "", "c", "a")]
     dataset, notes = preference_rows(Dataset.from_list(rows), "x")
     assert [row["rejected"][0]["content"] for row in dataset] == ["b", "c"]
-    assert notes == ["dataset x: dropped 2 with equal answers, 1 with an empty answer, of 5 pairs"]
+    assert notes == [
+        "chosen and rejected are text, which becomes turns of the chat template",
+        "dataset x: dropped 2 with equal answers, 1 with an empty answer, of 5 pairs",
+    ]
 
 
 def test_a_reference_that_follows_the_policy_is_refused(tmp_path, dpo, capsys):
