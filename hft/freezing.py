@@ -18,12 +18,15 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 def freeze(model: nn.Module, selection: Selection) -> None:
     """Set `requires_grad` of every parameter by name. Call it before the optimizer is built.
 
-    Partly frozen parameters require a gradient; `PartFreezer` keeps their frozen elements in place.
+    Partly frozen parameters require a gradient; `PartFreezer` keeps their frozen elements in place. A gradient from
+    before would still move what is frozen now: optimizers look at it alone.
     """
     check_parameters(model, selection)
     frozen = set(selection.frozen_parameters)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
+        if name in frozen or name in selection.frozen_masks:
+            parameter.grad = None
 
 
 def check_parameters(model: nn.Module, selection: Selection) -> None:
@@ -57,13 +60,15 @@ def check_frozen(model: nn.Module, selection: Selection) -> None:
 def upcast(model: nn.Module, *, autocast: bool) -> None:
     """Give trained parameters fp32 master weights; AdamW on half-precision weights rounds most updates at 2e-5 away.
 
-    Frozen parameters keep the checkpoint's dtype under autocast, which casts them at each use, except embeddings: their
-    dtype is that of the residual stream, which is to be fp32 whatever trains. Without autocast every matmul needs one
-    dtype, so all of them are held in fp32; the way back to the checkpoint's dtype is exact.
+    Frozen parameters keep the checkpoint's dtype under autocast, which casts them at each use, except embeddings, whose
+    dtype is that of the residual stream, which is to be fp32 whatever trains, and LayerNorms, which on a CPU take no
+    other than their input's. Without autocast every matmul needs one dtype, so all of them are held in fp32; the way
+    back to the checkpoint's dtype is exact.
     """
-    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    kinds = (nn.Embedding, nn.LayerNorm, nn.GroupNorm)
+    streams = {id(p) for module in model.modules() if isinstance(module, kinds) for p in module.parameters()}
     for parameter in model.parameters():
-        wide = parameter.requires_grad or not autocast or id(parameter) in embeddings
+        wide = parameter.requires_grad or not autocast or id(parameter) in streams
         if parameter.dtype in HALF_PRECISION and wide:
             parameter.data = parameter.data.float()
 

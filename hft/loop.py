@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from hft import freezing
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
     from hft.selection import Selection, SelectionConfig
 
 
+# What wrappers put before or into the names of parameters.
+WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.(module\.)*")
+
+
 @dataclass(frozen=True)
 class Frozen:
     """What `freeze` froze, and what it takes to keep and to prove it."""
@@ -33,6 +39,7 @@ class Frozen:
     checksums: dict[str, str]  # SHA-256 of each wholly or partly frozen parameter, by name
     dtypes: dict[str, torch.dtype]  # of each of them when it was frozen
     parts: freezing.PartFreezer | None  # keeps the frozen elements of partly frozen parameters; None if there are none
+    others: dict[str, str | None]  # the state dict's other keys: tied ones with their parameter, buffers with None
 
     def restore(self) -> None:
         """Put the frozen elements of partly frozen parameters back. Call it after each step of the optimizer.
@@ -47,22 +54,23 @@ def select(model: PreTrainedModel | Anatomy, config: SelectionConfig | None = No
     """Choose which units train in a round (paper Algorithm 1 by default).
 
     Args:
-        model: a decoder-only transformers model, or its anatomy.
+        model: a decoder-only transformers model, as it is or compiled or under DDP, or its anatomy.
         config: the policy, its fraction, seed and round; by default the paper's HFT.
         settings: fields of `SelectionConfig` that replace the config's, such as `selection_seed=1` or `round=2`.
 
     Raises:
         HFTError: the model holds modules that are not recognized, or the settings do not go together.
     """
-    anatomy = model if isinstance(model, Anatomy) else anatomy_of(model)
+    anatomy = model if isinstance(model, Anatomy) else anatomy_of(unwrapped(model))
     return policies.select(anatomy, replace(config or policies.SelectionConfig(), **settings))
 
 
 def freeze(model: PreTrainedModel, selection: Selection) -> Frozen:
     """Set `requires_grad` of every parameter by a selection. Call it before the optimizer is built.
 
-    The optimizer should get only parameters that require a gradient, or skip those without one, as torch's do. Give a
-    model in half precision fp32 master weights as usual: at 2e-5 most updates round away in bf16.
+    What is frozen loses a gradient that it has. The optimizer should get only parameters that require a gradient, or
+    skip those without one, as torch's do. Give a model in half precision fp32 master weights as usual: at 2e-5 most
+    updates round away in bf16.
 
     Returns:
         What `verify` needs afterwards.
@@ -70,12 +78,15 @@ def freeze(model: PreTrainedModel, selection: Selection) -> Frozen:
     Raises:
         HFTError: the selection was made for another model.
     """
+    model = unwrapped(model)
     freezing.freeze(model, selection)
     masks, parameters = selection.frozen_masks, dict(model.named_parameters())
     names = [*selection.frozen_parameters, *masks]
     checksums = {name: checksum(frozen_values(parameters[name], masks.get(name))) for name in names}
     dtypes = {name: parameters[name].dtype for name in names}
-    return Frozen(selection, checksums, dtypes, freezing.PartFreezer(model, masks, dtypes) if masks else None)
+    first = {parameter: name for name, parameter in parameters.items()}
+    others = {key: first.get(t) for key, t in model.state_dict(keep_vars=True).items() if key not in parameters}
+    return Frozen(selection, checksums, dtypes, freezing.PartFreezer(model, masks, dtypes) if masks else None, others)
 
 
 def verify(out: str | Path | nn.Module | Mapping[str, torch.Tensor], base: str | Frozen | None = None) -> Verification:
@@ -86,7 +97,7 @@ def verify(out: str | Path | nn.Module | Mapping[str, torch.Tensor], base: str |
         base: for a folder, its base, if it has moved since; for a model, what `freeze` returned.
 
     Returns:
-        The finding: `.ok` and `.report()`.
+        The finding: `.ok` and `.report()`. A parameter that was added or untied since `freeze` is unlisted.
 
     Raises:
         HFTError: a folder cannot be read, or a model comes without what `freeze` returned.
@@ -96,5 +107,20 @@ def verify(out: str | Path | nn.Module | Mapping[str, torch.Tensor], base: str |
     if not isinstance(base, Frozen):
         raise HFTError("to verify a model in memory, give what hft.freeze returned: hft.verify(model, frozen)")
     state = dict(out.named_parameters()) if isinstance(out, nn.Module) else out
-    stored = {name: state[name].detach().to(dtype) for name, dtype in base.dtypes.items() if name in state}
-    return verification.verify_tensors(stored, base.checksums, (), None, masks=base.selection.frozen_masks)
+    state = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    stored = {n: freezing.whole(state[n].detach()).to(dtype) for n, dtype in base.dtypes.items() if n in state}
+    found = verification.verify_tensors(stored, base.checksums, (), None, masks=base.selection.frozen_masks)
+    others = {} if isinstance(out, nn.Module) else base.others
+    found.lost = [name for name in base.selection.trained_parameters if name not in state]
+    for name in sorted(state.keys() - {*base.selection.anatomy.parameters}):
+        first = others.get(name)
+        if name not in others or (first in state and not torch.equal(state[name], state[first])):
+            found.unlisted.append(name)
+    return found
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The model that torch.compile, DDP or accelerate has wrapped."""
+    while (inside := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
+        model = inside
+    return model

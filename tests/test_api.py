@@ -41,6 +41,56 @@ def test_the_documented_loops_run_and_prove_what_they_froze(tiny, rows, index, c
     assert not hft.verify(scope["model"], scope["frozen"]).ok
 
 
+def test_what_was_added_or_untied_since_the_freeze_is_unlisted(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    frozen = hft.freeze(model, hft.select(model))
+    assert hft.verify(model, frozen).ok
+    assert hft.verify(model.state_dict(), frozen).ok
+    state = model.state_dict()
+    del state["model.norm.weight"]
+    assert hft.verify(state, frozen).lost == ["model.norm.weight"]
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
+    model.model.register_parameter("extra", torch.nn.Parameter(torch.zeros(1)))
+    for out in (model, model.state_dict()):
+        assert hft.verify(out, frozen).unlisted == ["lm_head.weight", "model.extra"]
+
+
+def test_freezing_clears_the_gradients_of_before(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    optimizer, ids = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1), torch.arange(12)[None]
+    for policy in ("category", "random-element"):
+        model(input_ids=ids, labels=ids).loss.backward()
+        frozen = hft.freeze(model, hft.select(model, policy=policy))
+        optimizer.step()
+        assert hft.verify(model, frozen).ok, policy
+        assert model.lm_head.weight.grad is not None
+
+
+WRAPPED = """
+import sys, torch, hft
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel as DDP
+from transformers import AutoModelForCausalLM
+
+dist.init_process_group("gloo", init_method="tcp://localhost:0", rank=0, world_size=1)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+accelerator = Accelerator(cpu=True, dynamo_backend="eager")
+for wrap in (torch.compile, DDP, lambda m: DDP(torch.compile(m)), lambda m: torch.compile(DDP(m)), accelerator.prepare):
+    wrapped = wrap(model.requires_grad_(True))
+    frozen = hft.freeze(wrapped, hft.select(wrapped))
+    assert all(hft.verify(out, frozen).ok for out in (wrapped, wrapped.state_dict(), model))
+    with torch.no_grad():
+        model.get_parameter(frozen.selection.frozen_parameters[0]).view(-1)[0] += 1
+    assert not any(hft.verify(out, frozen).ok for out in (wrapped, wrapped.state_dict()))
+"""
+
+
+def test_wrapped_models_are_selected_frozen_and_verified_under_their_own_names(tiny):
+    subprocess.run([sys.executable, "-c", WRAPPED, str(tiny)], check=True)
+
+
 def test_parts_of_tensors_stay_where_the_loop_restores_them(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     frozen = hft.freeze(model, hft.select(model, policy="random-element"))

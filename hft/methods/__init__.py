@@ -58,7 +58,23 @@ def check_parts(args: TrainingArguments, *parts: MethodPart | None, has_referenc
         if engine == "ZeRO-3" or (engine == "FSDP2" and not part.shardable):
             other = "fsdp2" if part.shardable else "ddp"
             raise HFTError(f"{part.kind} {part.name} does not run under {engine}; launch it with --engine {other}")
+        if part.acts_around_step:
+            check_steps_here(args, f"{part.kind} {part.name}")
         part.check_args(args, has_reference=has_reference)
+
+
+def check_steps_here(args: TrainingArguments, who: str) -> None:
+    """Refuse, for who acts around the optimizer's step, an optimizer that does not take it there."""
+    if steps_elsewhere(args):
+        raise HFTError(
+            f"{who} acts on gradients and weights around the optimizer's step, which {args.optim.value} does not take "
+            "there; set optim to adamw_torch"
+        )
+
+
+def steps_elsewhere(args: TrainingArguments) -> bool:
+    """Whether the optimizer steps within the backward pass, or keeps the weights that it moves to itself."""
+    return any(word in args.optim.value for word in ("layerwise", "lomo", "schedule_free"))
 
 
 def method_of(config: Mapping[str, Any]) -> Method:

@@ -24,6 +24,7 @@ class AdaLoRA(LoRA):
 
     name: ClassVar[str] = "adalora"
     description: ClassVar[str] = "LoRA whose ranks are pruned by importance"
+    acts_around_step: ClassVar[bool] = True
     peft_class: ClassVar[str] = "AdaLoraConfig"
     reloads: ClassVar[bool] = False  # the ranks at the end would cut it
     peft_names: ClassVar[dict[str, str | None]] = {

@@ -37,6 +37,7 @@ class Adapter(MethodPart):
 
     kind: ClassVar[str] = "adapter"
     shardable: ClassVar[bool] = False
+    acts_around_step: ClassVar[bool] = False
     peft_class: ClassVar[str]
     peft_names: ClassVar[dict[str, str | None]] = {}
     learns_prompt: ClassVar[bool] = False

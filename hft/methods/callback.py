@@ -89,8 +89,8 @@ class ScheduleCallback(TrainerCallback, ExportableState):
             self._trained = trained
             self.enforce(model, optimizer, clear=clear)
 
-    def on_pre_optimizer_step(self, args, state, control, *, model, **kwargs):
-        """Let the schedule measure the gradient."""
+    def on_optimizer_step(self, args, state, control, *, model, **kwargs):
+        """Let the schedule measure the gradient that the step has taken, whatever changed it before."""
         self.schedule.on_gradients(self.selection, model, self.measured)
 
     def enforce(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, clear: bool) -> None:

@@ -27,6 +27,7 @@ class Mixout(Update):
 
     name: ClassVar[str] = "mixout"
     description: ClassVar[str] = "random input columns go back to the base in each forward pass"
+    acts_around_step: ClassVar[bool] = False
     replicated: ClassVar[bool] = True  # FSDP2 gathers a layer's weights for its forward pass, not ours
 
     mixout_p: float = option("Probability that an input column is put back to the start.", MISSING)

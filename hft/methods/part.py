@@ -20,6 +20,7 @@ class MethodPart:
         name: the value of that key.
         description: one line.
         shardable: whether it runs on the shards of FSDP2.
+        acts_around_step: whether it reads or changes gradients or weights around `optimizer.step()`.
         package: where the built-in ones of its kind are.
     """
 
@@ -27,6 +28,7 @@ class MethodPart:
     name: ClassVar[str]
     description: ClassVar[str] = ""
     shardable: ClassVar[bool] = True
+    acts_around_step: ClassVar[bool] = True
     package: ClassVar[str] = __package__
 
     def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:

@@ -219,7 +219,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
             freezing only what is recognized would silently train the rest.
     """
     if not hasattr(model, "config"):
-        raise HFTError(f"a model of transformers is needed, got {type(model).__name__}")
+        raise HFTError(f"only a transformers model can be divided; give the one inside {type(model).__name__}")
     prefix, layers = _find_layers(model)
     config = model.config.get_text_config()
     units: list[Unit] = []

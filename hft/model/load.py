@@ -11,7 +11,7 @@ from transformers import AutoConfig, set_seed
 
 from hft.errors import HFTError, reason
 from hft.model.anatomy import architecture_of, meta_model
-from hft.model.weights import MODEL_CONFIG, Weights, check_is_there, local_folder, widest
+from hft.model.weights import MODEL_CONFIG, Weights, check_is_there, dtypes_of, local_folder, widest
 
 if TYPE_CHECKING:  # the trainer's arguments import peft
     from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
@@ -39,7 +39,7 @@ def read_config(name: str, source: str | Path, revision: str | None = None) -> P
 def load_base(
     name: str, args: TrainingArguments, auto_class: type | None = None, **more: Any
 ) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
-    """Load a base in the dtype that its weights are stored in, whatever its config says.
+    """Load a base, each tensor in the dtype that it is stored in, whatever the config says.
 
     Args:
         name: path or Hub id.
@@ -48,28 +48,21 @@ def load_base(
             a language model. A head that the base lacks is made in fp32, from the seed of `args`, as TRL makes it.
 
     Returns:
-        The model, and the dtype on disk of each of its parameters. Those that are stored in another form, such as
-        experts one by one, and new heads have the widest one. Stored tensors that are not parameters, such as the fp32
-        `rotary_emb.inv_freq` in Llama-2's files, do not count.
+        The model, and the dtype on disk of each of its parameters and stored buffers.
     """
     init_kwargs = (getattr(args, "model_init_kwargs", None) or {}) | more
     folder = local_folder(name, init_kwargs.get("revision"))
     config = read_config(name, folder)
     model = meta_model(config, auto_class)
-    parameters = dict(model.named_parameters())
-    on_disk = Weights(folder).dtypes()
-    stored = {name: dtype for name, dtype in on_disk.items() if name in parameters}
-    other_form = parameters.keys() - stored.keys()
-    needed = widest((on_disk if other_form else stored).values())
-    stored |= dict.fromkeys(other_form, needed)
-    if init_kwargs.get("dtype") in (None, "auto"):  # which would be the config's, whatever the files hold
-        init_kwargs["dtype"] = needed
-    asked = init_kwargs["dtype"]
-    asked = getattr(torch, asked, needed) if isinstance(asked, str) else asked
-    if torch.promote_types(asked, needed) != asked:
+    parameters, on_disk = dict(model.named_parameters()), Weights(folder)
+    stored = dtypes_of(model, on_disk)
+    needed, asked = widest(stored[key] for key in parameters), init_kwargs.get("dtype")
+    asked = getattr(torch, asked, None) if isinstance(asked, str) else asked  # "auto" would be the config's
+    if asked and torch.promote_types(asked, needed) != asked:
         raise HFTError(f"dtype {asked} would round the base, which is stored in {needed}; leave it out")
+    init_kwargs["dtype"] = asked or needed
     in_base = {id(parameter) for parameter in model.base_model.parameters()}
-    new_head = {key for key in other_form if auto_class and id(parameters[key]) not in in_base}
+    new_head = {key for key in parameters if auto_class and key not in on_disk and id(parameters[key]) not in in_base}
     if new_head:
         set_seed(args.seed)
         init_kwargs["dtype"] = torch.float32
@@ -77,6 +70,10 @@ def load_base(
         model = (auto_class or architecture_of(config)).from_pretrained(name, **init_kwargs)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise HFTError(f"cannot load {name}: {reason(error)}") from error
-    for key, parameter in model.named_parameters() if new_head else ():
-        parameter.data = parameter.data if key in new_head else parameter.data.to(asked)
+    for key, parameter in model.named_parameters():
+        if parameter.dtype == init_kwargs["dtype"] and key not in new_head:  # transformers may keep some wider
+            parameter.data = parameter.data.to(asked or stored[key])
+    for key, buffer in model.named_buffers():
+        if key in on_disk and buffer.is_floating_point():  # which transformers may have rounded
+            buffer.data = on_disk[key].to(buffer.device, widest((buffer.dtype, stored[key])))
     return model, stored

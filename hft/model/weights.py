@@ -92,7 +92,7 @@ def weights_of(folder: str | Path, names: Iterable[str]) -> Mapping[str, torch.T
 
     Where the files name all of them, they are read one at a time. Some families are stored in another form than
     they are computed in: mixtures of experts one expert at a time, vision-language models under older names. Those
-    are loaded whole by transformers, in the widest dtype they are stored in, which is exact.
+    are loaded whole by transformers, and each has the dtype that it is stored in.
     """
     stored = Weights(folder)
     if all(name in stored for name in names):
@@ -100,12 +100,33 @@ def weights_of(folder: str | Path, names: Iterable[str]) -> Mapping[str, torch.T
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
-    architecture = architecture_of(config)
-    if set(stored) <= meta_model(config).state_dict().keys():
+    model = meta_model(config)
+    if set(stored) <= model.state_dict().keys():
         return stored  # the same form, with tensors missing
-    dtype = widest(stored.dtypes().values())
-    model, info = architecture.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    return {name: p.detach() for name, p in model.named_parameters() if name not in info["missing_keys"]}
+    dtypes = dtypes_of(model, stored)
+    wide = widest(dtypes[name] for name, _ in model.named_parameters())
+    model, info = architecture_of(config).from_pretrained(folder, dtype=wide, output_loading_info=True)
+    missing = info["missing_keys"]
+    return {name: p.detach().to(dtypes[name]) for name, p in model.named_parameters() if name not in missing}
+
+
+def dtypes_of(model: torch.nn.Module, stored: Weights) -> dict[str, torch.dtype]:
+    """The dtype on disk of each parameter and stored buffer of a model, which may be on `meta`.
+
+    transformers says which tensors one consists of that is stored in another form. What is not on disk at all, such as
+    a new head, gets a dtype that holds whatever the model has no name for.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    on_disk, held = stored.dtypes(), model.state_dict()
+    if bad := [name for name, dtype in on_disk.items() if dtype.is_floating_point and dtype not in DTYPES.values()]:
+        raise HFTError(f"{bad[0]} is stored in {on_disk[bad[0]]}; give the model in bf16, fp16 or fp32")
+    others = [dtype for name, dtype in on_disk.items() if name not in held and dtype.is_floating_point]
+    found = {}
+    for name, tensor in held.items():
+        sources = [name] if name in on_disk else revert_weight_conversion(model, {name: tensor})
+        found[name] = widest([on_disk[s] for s in sources if s in on_disk] or others or on_disk.values())
+    return found
 
 
 def weights_fingerprint(folder: Path) -> str:

@@ -114,7 +114,7 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
     say(*check_prepared(trainer, plan.data, plan.config.objective.unit), *trainer.notes())
     say(*steps_of_packed(plan, len(trainer.train_dataset)), "")
     if plan.start.resume_from and is_main():  # before the folder is cleared
-        trainer.manifest.check_resumable(plan.start.resume_from)
+        trainer.check_resumable(plan.start.resume_from)
     if plan.config.run.activation_checkpointing_layers is not None:
         trainer.add_callback(CheckpointedLayers(len(plan.checkpointed)))
     for callback in method.strategy.callbacks(trainer) if method.strategy else []:

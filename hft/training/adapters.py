@@ -18,6 +18,7 @@ from hft.model.weights import checksum, local_folder, weights_of
 from hft.record.checkpoints import is_checkpoint
 from hft.record.manifest import Manifest
 from hft.training.base import ManifestMixin
+from hft.training.callbacks import HoldToPlan
 from hft.training.checkpointing import CheckpointedLayers
 from hft.training.reference import has_reference
 
@@ -43,13 +44,13 @@ class AdapterTuning(ManifestMixin):
         if self._checkpointing_off:
             args.gradient_checkpointing = args.activation_checkpointing = False  # transformers is renaming it
 
-        base, stored = load_base(model, args, **adapter.load_kwargs(args))
+        base, _ = load_base(model, args, **adapter.load_kwargs(args))
         keep_quantized_weights(base)
         base.requires_grad_(False)
         if adapter.upcasts_base:
             upcast(base, autocast=args.bf16 or args.fp16)
-        revision = (args.model_init_kwargs or {}).get("revision")
-        checksums = checksums_on_disk(local_folder(model, revision), stored) if is_main() else {}
+        revision, names = (args.model_init_kwargs or {}).get("revision"), [name for name, _ in base.named_parameters()]
+        checksums = checksums_on_disk(local_folder(model, revision), names) if is_main() else {}
         self.manifest = Manifest.of(adapter.footprint(base.config), model, checksums, revision=revision)
 
         super().__init__(model=base, args=args, peft_config=adapter.peft_config(), **kwargs)
@@ -60,7 +61,8 @@ class AdapterTuning(ManifestMixin):
         config = self.model.peft_config[self.model.active_adapter]
         config.base_model_name_or_path, config.revision = self.manifest.base, revision
         self._before = self._checksums()
-        for callback in [*adapter.callbacks(self.model), RestoreAdapter(self), CheckpointedLayers()]:
+        hold = HoldToPlan(self, None, {}, acts=adapter.acts_around_step)
+        for callback in [hold, *adapter.callbacks(self.model), RestoreAdapter(self), CheckpointedLayers()]:
             self.add_callback(callback)
 
     def notes(self) -> list[str]:
@@ -131,7 +133,7 @@ def keep_quantized_weights(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def checksums_on_disk(folder: Path, names: dict[str, torch.dtype]) -> dict[str, str]:
+def checksums_on_disk(folder: Path, names: list[str]) -> dict[str, str]:
     """Checksums of the base's tensors as its files have them, whatever they become in memory."""
     weights = weights_of(folder, names)
     return {name: checksum(weights[name]) for name in tqdm(names, desc="hashing the base", leave=False)}

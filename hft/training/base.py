@@ -14,7 +14,7 @@ from trl import SFTConfig
 from hft.errors import HFTError
 from hft.freezing import whole
 from hft.machine import peak_memory
-from hft.methods import check_parts
+from hft.methods import check_parts, steps_elsewhere
 from hft.record.card import changed_arguments, write_card
 from hft.record.checkpoints import TRAINER_STATE, last_checkpoint
 from hft.record.manifest import MANIFEST_NAME, Manifest
@@ -23,7 +23,7 @@ from hft.training.reference import has_reference
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
-    from transformers import TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
     from hft.methods.callback import ScheduleCallback
     from hft.methods.part import MethodPart
@@ -34,6 +34,7 @@ class ManifestMixin:
 
     manifest: Manifest
     schedule: ScheduleCallback | None = None
+    act_last: Sequence[TrainerCallback] = ()  # after those added since, such as a projection of gradients
     resumed_from: str | None = None
     resolved_config: Mapping[str, Any] | None = None  # where a command made the trainer
     verified: Mapping[str, int] | None = None  # what verify found of the saved model, once it has run
@@ -43,6 +44,7 @@ class ManifestMixin:
         """Refuse settings that cannot work, before anything is loaded; the parts are those of the run's method."""
         check_parts(args, *parts, has_reference=has_reference(args))
         check_checkpointing(args, selective=isinstance(args, SFTConfig))
+        check_batch(args)
 
     def notes(self) -> list[str]:
         """What is worth knowing about the trainer before it starts, one sentence each."""
@@ -58,10 +60,27 @@ class ManifestMixin:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         self.resumed_from = resume_from_checkpoint or None
         if self.resumed_from and self.is_world_process_zero():
-            self.manifest.check_resumable(self.resumed_from)
+            self.check_resumable(self.resumed_from)
+        for callback in self.act_last:
+            self.remove_callback(callback)
+            self.add_callback(callback)
         # It would hide what `log` looks for, and wait for the device at every batch.
         self.args.logging_nan_inf_filter = False
         return super().train(resume_from_checkpoint=self.resumed_from, **kwargs)
+
+    def check_resumable(self, checkpoint: str) -> None:
+        """Refuse to resume from a checkpoint that is not this run's, or that lacks the state of the optimizer."""
+        if steps_elsewhere(self.args) and "schedule_free" not in self.args.optim:
+            raise HFTError(
+                f"cannot resume from {checkpoint}: {self.args.optim.value} saves no state, so the run would not "
+                "continue exactly; start again with --resume_from_checkpoint none"
+            )
+        self.manifest.check_resumable(checkpoint)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let the precision be what `bf16` and `fp16` say, and not what the launcher's config or environment does."""
+        self.args.mixed_precision = "fp16" if self.args.fp16 else "bf16" if self.args.bf16 else "no"
+        super().create_accelerator_and_postprocess()
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
         """Leave no epoch to a run that resumes from its last step, where Trainer would take another."""
@@ -82,7 +101,12 @@ class ManifestMixin:
                 raise diverged(name, logs[key], self.state.global_step, self.args.output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, unless a trained weight is not finite: the last good checkpoint stays the last one."""
+        """Save the model, unless a trained weight is not finite: the last good checkpoint stays the last one.
+
+        A schedule-free optimizer's weights are saved as it evaluates them, whether or not there was an evaluation.
+        """
+        if self.optimizer is not None:
+            self.optimizer.eval()
         norm = whole(get_total_norm([p.detach() for p in self.model.parameters() if p.requires_grad]))
         if not norm.isfinite():
             raise diverged("norm of the weights", norm.item(), self.state.global_step, self.args.output_dir)
@@ -102,6 +126,23 @@ class ManifestMixin:
         saved = not self.is_in_train and (Path(folder) / MANIFEST_NAME).exists()
         manifest = Manifest.load(folder) if saved else self.manifest_so_far()
         write_card(folder, manifest, settings, tags, verified=self.verified, model_id=self.hub_model_id)
+
+
+def check_batch(args: TrainingArguments) -> None:
+    """Refuse what would change how many rows a step takes, or leave a process without any at an epoch's end."""
+    config = args.accelerator_config
+    changes = {
+        "accelerator_config's split_batches": config.split_batches,
+        "accelerator_config's dispatch_batches": config.dispatch_batches,
+        "even_batches: false in accelerator_config": not config.even_batches,
+        "accelerator_config's num_steps": (config.gradient_accumulation_kwargs or {}).get("num_steps", 1) != 1,
+        "auto_find_batch_size": args.auto_find_batch_size,
+    }
+    if found := [name for name, is_set in changes.items() if is_set]:
+        raise HFTError(
+            f"{found[0]} would change which rows a step takes; leave it out, and set per_device_train_batch_size and "
+            "gradient_accumulation_steps or the global batch"
+        )
 
 
 def diverged(name: str, value: float, step: int, out: str) -> HFTError:

@@ -1,24 +1,28 @@
-"""Keeps and checks what is frozen while a run trains."""
+"""Keeps what is frozen while a run trains, and holds what the engine has made of a run against its plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
+from hft.errors import HFTError
 from hft.freezing import PartFreezer, check_frozen
+from hft.methods import steps_elsewhere
 from hft.selection import Selection
+
+if TYPE_CHECKING:
+    from hft.training.base import ManifestMixin
 
 
 class KeepFrozen(TrainerCallback):
-    """Keeps frozen elements of partly frozen parameters in place, and checks that the others are frozen as they should.
+    """Keeps frozen elements of partly frozen parameters in place, once the engine has prepared the model."""
 
-    It does both once the engine has prepared the model. A schedule changes what is frozen, and needs no check.
-    """
-
-    def __init__(self, selection: Selection, dtypes: dict[str, torch.dtype], *, check: bool):
-        self.selection, self.dtypes, self.check = selection, dtypes, check
+    def __init__(self, selection: Selection, dtypes: dict[str, torch.dtype]):
+        self.selection, self.dtypes = selection, dtypes
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if self.check:
-            check_frozen(model, self.selection)
         self.freezer = PartFreezer(model, self.selection.frozen_masks, self.dtypes)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -26,3 +30,49 @@ class KeepFrozen(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.freezer.remove()
+
+
+class HoldToPlan(TrainerCallback):
+    """Refuses to train otherwise than planned, once the engine has prepared everything: every engine has its own ways.
+
+    A selection says what requires a gradient, unless a schedule changes that. Dtypes are those on disk: what trains is
+    held in fp32 or wider, the rest at least as wide as it is stored. `acts`: whether anything acts around the step.
+    """
+
+    def __init__(
+        self, trainer: ManifestMixin, selection: Selection | None, dtypes: dict[str, torch.dtype], *, acts: bool
+    ):
+        self.trainer, self.selection, self.dtypes, self.acts = trainer, selection, dtypes, acts
+        self.rows = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
+        if self.selection is not None:
+            check_frozen(model, self.selection)
+        for name, parameter in model.named_parameters():
+            stored = self.dtypes.get(name, parameter.dtype)
+            planned = torch.promote_types(stored, torch.float32) if parameter.requires_grad else stored
+            if torch.promote_types(parameter.dtype, planned) != parameter.dtype:
+                raise HFTError(
+                    f"{name} should be held in {planned} and the engine has made it {parameter.dtype}; launch with "
+                    "hft's own configs, and with an accelerate that hft allows"
+                )
+        if not self.trainer.is_deepspeed_enabled:  # which holds all of them flat
+            self.check_optimizer(args, model, getattr(optimizer, "optimizer", optimizer))
+        own_loader = type(self.trainer).get_train_dataloader is not Trainer.get_train_dataloader  # such as GRPO's
+        rows = None if own_loader else train_dataloader.total_batch_size * args.gradient_accumulation_steps
+        if rows not in (None, self.rows):
+            raise HFTError(f"a step would take {rows} rows, planned are {self.rows}; did something change the batch?")
+
+    def on_epoch_end(self, args, state, control, optimizer=None, **kwargs):
+        optimizer.eval()  # if it is schedule-free, before the best checkpoint is loaded over its weights
+
+    def check_optimizer(self, args, model, optimizer) -> None:
+        held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [name for name, p in model.named_parameters() if p.requires_grad and p not in held]
+        if missing and (self.acts or not steps_elsewhere(args)):
+            raise HFTError(f"{missing[0]} should train and the optimizer does not hold it; give it all that train")
+        if self.acts and callable(getattr(optimizer, "eval", None)):
+            raise HFTError(
+                f"{type(optimizer).__name__} keeps the weights that it moves to itself, where the method does not "
+                "reach them; set optim to adamw_torch"
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,7 +71,7 @@ def upcast_for(model: PreTrainedModel, args: TrainingArguments) -> None:
     """
     if is_zero3(args):
         upcast(model, autocast=True)
-    elif not is_sharded(args) or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
+    elif not is_sharded(args) or not (args.bf16 or args.fp16):
         upcast(model, autocast=args.bf16 or args.fp16)
 
 
@@ -111,8 +110,14 @@ def check_zero3(args: TrainingArguments, selection: Selection, *, save_only_trai
 def check_engine(trainer: Trainer) -> None:
     """Refuse an engine that cannot hold a half-frozen layer, would round it, or could not write the model."""
     engine = trainer.accelerator.state
-    if trainer.is_fsdp_enabled and engine.fsdp_plugin.fsdp_version != 2:
-        raise HFTError("FSDP1 cannot mix frozen and trained parameters in a layer; set fsdp_version: 2")
+    if trainer.is_fsdp_enabled:
+        plugin = engine.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise HFTError("FSDP1 cannot mix frozen and trained parameters in a layer; set fsdp_version: 2")
+        if plugin.activation_checkpointing:
+            raise HFTError("FSDP's activation checkpointing is in no plan; set the trainer's activation_checkpointing")
+        if "FULL" not in str(plugin.state_dict_type):
+            raise HFTError("no model would be written; set fsdp_state_dict_type: FULL_STATE_DICT")
     if not trainer.is_deepspeed_enabled:
         return
     config, advice = engine.deepspeed_plugin.deepspeed_config, "launch with hft's own config, --engine zero3"

@@ -15,6 +15,7 @@ from trl import RewardTrainer
 from hft.errors import HFTError
 from hft.freezing import freeze, whole
 from hft.machine import is_main, is_sharded
+from hft.methods import check_steps_here
 from hft.methods.callback import ScheduleCallback
 from hft.model.anatomy import anatomy_of
 from hft.model.load import load_base
@@ -24,7 +25,7 @@ from hft.record.manifest import Manifest
 from hft.selection import Selection, SelectionConfig, select
 from hft.selection.masks import frozen_values, save_masks
 from hft.training.base import ManifestMixin
-from hft.training.callbacks import KeepFrozen
+from hft.training.callbacks import HoldToPlan, KeepFrozen
 from hft.training.checkpointing import CheckpointedLayers
 from hft.training.engines import (
     EngineQuirks,
@@ -88,6 +89,8 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
             selection = select(anatomy_of(model), selection or SelectionConfig())
         self.selection = selection
         check_zero3(args, selection, save_only_trained=save_only_trained)
+        if selection.frozen_masks:
+            check_steps_here(args, "the selection freezes parts of tensors and")
         freeze(model, selection)
         self._record(model, args, update, schedule)
         if save_only_trained and selection.frozen_parameters:
@@ -110,8 +113,10 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
             share_frozen(self.ref_model, self.model, self._stored_dtypes, autocast=autocast)
         autocast_decoder(self.model, args)
         # KeepFrozen last: it puts back what any other callback has moved.
-        callbacks += [CheckpointedLayers(), KeepFrozen(selection, self._stored_dtypes, check=schedule is None)]
-        for callback in callbacks:
+        self.act_last = [*callbacks, KeepFrozen(selection, self._stored_dtypes)]
+        acts = bool(selection.frozen_masks or schedule or (update and update.acts_around_step))
+        hold = HoldToPlan(self, None if schedule else selection, self._stored_dtypes, acts=acts)
+        for callback in [hold, CheckpointedLayers(), *self.act_last]:
             self.add_callback(callback)
         check_engine(self)
         if selection.config.freeze_embeddings and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -214,12 +219,12 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
 def loaded(
     model: PreTrainedModel | str, args: TrainingArguments, *, rewards: bool
 ) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
-    """A model, with the head of one that rewards if asked for, and the dtype in which each parameter is stored."""
+    """A model, with the head of one that rewards if asked for, and the dtype of each tensor on disk."""
     if isinstance(model, str):
         head = {"auto_class": AutoModelForSequenceClassification, "num_labels": 1} if rewards else {}
         model, stored = load_base(model, args, **head)
     else:
-        stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        stored = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     if getattr(model.config, "quantization_config", None) is not None:
         raise HFTError("the model is quantized; half fine-tuning trains the weights themselves, give the original")
     return model, stored

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from trl import SFTConfig
 
 from hft.cli import main
-from hft.continual.gradients import dot_products, loss_gradient, take_gradient, tokenized
+from hft.continual.gradients import dot_products, loss_gradient, next_token_logits, take_gradient, tokenized
 from hft.continual.strategies.gem import GEM, dual_variables
 from hft.continual.strategies.replay import Replay
 from hft.errors import HFTError
@@ -129,6 +129,17 @@ def test_a_conflict_is_projected_to_the_boundary(rows, tiny, tmp_path, name, mar
     assert abs(float(gram[0, 1])) < 1e-4 * float(gram[1, 1])
 
 
+def test_the_largest_entries_are_those_of_the_projected_gradient(rows, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(GEM, "weights", lambda self, gram: [1.0])  # as if the tasks conflicted
+    one = ["--max_steps", "1", "--save_steps", "1", "--strategy", "gem", "--strategy_data", str(rows["other"])]
+    assert sft(rows, tiny, tmp_path / "gem", *one, "--weight_decay", "0.1", method="gmt") == 0
+    state = torch.load(tmp_path / "gem" / "checkpoint-1" / "optimizer.pt")["state"].values()
+    assert len(state) == len(tensors(tiny))
+    for moments in state:
+        average = moments["exp_avg"]
+        assert 0 < average.count_nonzero() <= round(0.2 * average.numel())
+
+
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -153,7 +164,14 @@ def test_gem_remembers_some_rows_of_each_earlier_task():
     assert GEM().remembered_rows(tasks[:1]) == []
 
 
-def test_self_replay_holds_the_model_to_its_own_text(rows, tiny, tmp_path):
+def test_self_replay_holds_the_model_to_its_own_text(rows, tiny, tmp_path, monkeypatch):
+    modes = set()
+
+    def observed(model, batch):
+        modes.add((model.training, torch.is_grad_enabled()))
+        return next_token_logits(model, batch)
+
+    monkeypatch.setattr("hft.continual.strategies.self_replay.next_token_logits", observed)
     own = ["--strategy", "self-replay", "--replay_texts", "8", "--replay_tokens", "12", "--replay_batch", "8"]
     own += ["--learning_rate", "2e-3", "--lr_scheduler_type", "constant", "--max_steps", "6", "--save_strategy", "no"]
     assert sft(rows, tiny, tmp_path / "held", *own, "--kl_weight", "100", method="fft") == 0
@@ -161,6 +179,7 @@ def test_self_replay_holds_the_model_to_its_own_text(rows, tiny, tmp_path):
     texts = json.loads((tmp_path / "held" / "self_replay.json").read_text())
     assert texts == json.loads((tmp_path / "free" / "self_replay.json").read_text())
     assert all(text[0] == 1 and 1 < len(text) <= 12 for text in texts)
+    assert modes == {(False, False), (True, True)}  # the reference evaluates, and the model always trains
     held, free = (divergence(tiny, tmp_path / name, texts) for name in ("held", "free"))
     assert 0 < held < free / 2
 

@@ -282,6 +282,15 @@ def test_resuming_with_another_update_is_refused(tmp_path, sft, capsys):
         (["--l2sp_strength", "-1"], "l2sp", "l2sp_strength must be above 0"),
         (["--update", "mufo"], "fft", "update: unknown update 'mufo', did you mean 'mofo'?"),
         (["--optim", "sgd"], "mofo", "set optim to adamw_torch or adamw_torch_fused, not sgd"),
+        (["--optim", "galore_adamw_layerwise"], "l2sp", "which galore_adamw_layerwise does not take there"),
+        (["--optim", "schedule_free_adamw"], "gmt", "which schedule_free_adamw does not take there"),
+        (["--optim", "adalomo"], "lisa", "schedule lisa acts on gradients and weights around the optimizer's step"),
+        (
+            ["--optim", "apollo_adamw_layerwise", "--strategy", "seqft", "--carry_moments", "true"],
+            "hft",
+            "strategy seqft",
+        ),
+        (["--optim", "lomo"], "random-element", "the selection freezes parts of tensors and acts on gradients"),
         (["--gradient_checkpointing_kwargs", '{"preserve_rng_state": false}'], "mixout", "drop preserve_rng_state"),
     ],
 )

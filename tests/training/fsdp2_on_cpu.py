@@ -2,17 +2,21 @@
 
 accelerate shards on a CPU as on a GPU and only declines to choose FSDP2 there, so this chooses it. Everything else is
 what `accelerate launch` with hft/accelerate/fsdp2.yaml sets up. With `--runs` the file's runs follow each other in
-one process: a JSON list of {"objective", "files", "flags"}, and of {"copy": [checkpoint, into]}.
+one process: a JSON list of {"objective", "files", "flags"}, and of {"copy": [checkpoint, into]}. With "refused", a run
+is to end with an error that says this, under an engine that leaves all weights in bf16.
 """
 
 import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
@@ -46,6 +50,25 @@ def choose_fsdp() -> None:
     AcceleratorState.__init__ = patched
 
 
+def check_refused(train: Callable[[], object], message: str) -> None:
+    """Check that a run is refused under an engine that leaves all weights in bf16."""
+    from hft.errors import HFTError
+
+    prepare = Accelerator.prepare
+
+    def halved(self, *args, **kwargs):
+        prepared = prepare(self, *args, **kwargs)
+        for model in prepared if isinstance(prepared, list | tuple) else (prepared,):
+            if isinstance(model, torch.nn.Module):
+                model.bfloat16()
+        return prepared
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Accelerator, "prepare", halved)
+        with pytest.raises(HFTError, match=message):
+            train()
+
+
 def main(words: list[str]) -> int:
     import hft
     from hft.cli import main as hft_main
@@ -61,6 +84,9 @@ def main(words: list[str]) -> int:
             torch.distributed.barrier()
             continue
         config = hft.load_config(run["objective"], *run["files"], **run["flags"])
+        if "refused" in run:
+            check_refused(lambda config=config: hft.train(hft.make_plan(config)), run["refused"])
+            continue
         assert hft.train(hft.make_plan(config)).ok, run
     leave_process_group()
     return 0

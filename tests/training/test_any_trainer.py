@@ -190,6 +190,11 @@ def test_an_unknown_parameter_outside_the_layers_is_refused_by_name(tiny, where)
         hft.select(model)
 
 
+def test_a_module_around_a_model_is_refused_in_a_sentence():
+    with pytest.raises(HFTError, match="give the one inside Sequential"):
+        hft.select(nn.Sequential(nn.Linear(2, 2)))
+
+
 def test_half_is_one_class_per_trainer():
     made = half(trl.GRPOTrainer)
     assert made is half(trl.GRPOTrainer)

@@ -19,7 +19,7 @@ from hft.record.verification import verify_tensors
 from hft.selection import Mask, SelectionConfig, select
 from hft.selection.masks import Masks
 from tests.conftest import error_of, identical, losses, tensors
-from tests.model.test_architectures import config_of
+from tests.model.test_architectures import config_of, small
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (8, 8), (1, 17), (4, 6, 1), (1,), (2, 3, 7)])
@@ -203,3 +203,15 @@ def test_frozen_embeddings_leave_the_residual_stream_in_fp32(tiny):
     with torch.autocast("cpu", torch.bfloat16):
         states = model(torch.arange(8)[None], output_hidden_states=True).hidden_states
     assert {state.dtype for state in states} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "bloom", "falcon", "gpt2"])
+def test_frozen_layer_norms_take_the_residual_stream_in_fp32(family):
+    """On a CPU, torch's LayerNorm takes no weight that is narrower than its input."""
+    model = small(family).to(torch.bfloat16)
+    freeze(model, select(anatomy_of(model), SelectionConfig()))
+    upcast(model, autocast=True)
+    assert torch.bfloat16 in {parameter.dtype for parameter in model.parameters()}
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())

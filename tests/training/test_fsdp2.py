@@ -26,8 +26,9 @@ RUNS = {
     "lisa": ("sft", "lisa", {"switch_every": 1}),
     # Evaluated between switches.
     "badam": ("sft", "badam", {"switch_every": 1, "eval_strategy": "steps", "eval_steps": 1, "eval_rows": 4}),
-    "mofo": ("sft", "mofo", {}),
-    "gem": ("sft", "hft", {"strategy": "gem", "strategy_data": "memory.jsonl"}),
+    "mofo": ("sft", "mofo", {"bf16": False}),  # whatever the launcher's config says
+    # Of the projected gradients the largest.
+    "gem": ("sft", "gmt", {"policy": "category", "strategy": "gem", "strategy_data": "memory.jsonl"}),
     "experts": ("sft", "hft", {}),
     "only-trained": ("sft", "hft", {"save_only_trained": True}),
 }
@@ -100,7 +101,13 @@ def folder(tmp_path_factory, tiny, data, pairs, rows):
     values = SETTINGS | {"model_name_or_path": str(tiny), "dataset_name": str(data), "output_dir": str(resumed)}
     values["per_device_train_batch_size"] = 4
     files = ["recipes/tiny/sft.yaml", "recipes/methods/hft.yaml"]
-    runs = [*listed(2), {"copy": [str(half), str(resumed)]}, {"objective": "sft", "files": files, "flags": values}]
+    refused = {"output_dir": str(folder / "two" / "refused")}
+    split = values | refused | {"accelerator_config": {"split_batches": True}}
+    runs = [
+        {"objective": "sft", "files": files, "flags": split, "refused": "would change which rows a step takes"},
+        {"objective": "sft", "files": files, "flags": values | refused, "refused": "should be held in torch.float32"},
+    ]
+    runs += [*listed(2), {"copy": [str(half), str(resumed)]}, {"objective": "sft", "files": files, "flags": values}]
     (folder / "runs.json").write_text(json.dumps(runs))
     launch(2, "--runs", folder / "runs.json")
     again = folder / "four" / "sft"
@@ -130,7 +137,9 @@ def test_two_processes_of_fsdp2_compute_what_one_process_does(folder, tiny, name
     assert {key: (t.dtype, t.shape) for key, t in ours.items()} == {
         key: (t.dtype, t.shape) for key, t in theirs.items()
     }
-    if name != "experts":  # whose files are not named as its parameters are
+    if name == "mofo":
+        assert moved(one, two, tiny) < 1e-2
+    elif name != "experts":  # whose files are not named as its parameters are
         assert moved(one, two, tiny) < 0.1  # bf16 rounds otherwise, and AdamW's first steps are of one size
 
 
@@ -142,6 +151,12 @@ def test_every_frozen_bit_stays_under_fsdp2(folder, name):
     assert one.frozen_checksums == two.frozen_checksums
     assert (one.masks, one.schedule) == (two.masks, two.schedule)
     assert json.loads((out / "results.json").read_text())["verify"]["not_finite"] == 0
+
+
+def test_only_the_largest_projected_gradients_reach_the_moments_under_fsdp2(folder):
+    state = torch.load(folder / "two" / "gem" / "checkpoint-2" / "optimizer.bin")["state"].values()
+    fractions = [moments["exp_avg"].count_nonzero() / moments["exp_avg"].numel() for moments in state]
+    assert 0.1 < max(fractions) <= 0.41  # a fifth in each of two steps
 
 
 def test_what_trained_is_put_back_into_the_base_under_fsdp2(folder, tmp_path):

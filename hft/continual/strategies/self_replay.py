@@ -101,6 +101,7 @@ class HoldToOwnText(TrainerCallback):
         texts = drawn.sample(self.texts, min(self.strategy.replay_batch, len(self.texts)))
         rows = [{"input_ids": text, "labels": text} for text in texts]
         tokens = trained_tokens(rows)
+        self.trainer.model_wrapped.train()  # as the task's pass is, also before the first step and after an evaluation
         for batch in micro_batches(self.trainer, rows):
             with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
                 before, _ = next_token_logits(self.reference, batch)
