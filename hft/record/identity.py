@@ -1,9 +1,80 @@
-"""Whether two runs are the same one."""
+"""What a number or a run depends on, computed from what was used; whether two runs are the same one."""
 
-from collections.abc import Mapping
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from hft.errors import HFTError
+from hft.errors import HFTError, reason
+from hft.model.weights import MODEL_CONFIG, weight_files
+
+# The files of a model's folder, beside its weights, that decide what it computes. Weights are found by their index.
+PARTS = {
+    "config": ("config.json", MODEL_CONFIG, "adapter_config.json"),
+    "generation_config": ("generation_config.json",),
+    "tokenizer": ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken"),
+    "chat_template": ("chat_template*", "additional_chat_templates/*"),
+}
+# Keys of a config that say who wrote it.
+WRITTEN_BY = ("_name_or_path", "transformers_version")
+
+
+def depends_on(model: str | Path, rows: Mapping[str, Iterable[Any]], /, **more: Any) -> dict[str, Any]:
+    """What a number that a model gets on some rows depends on: where two are equal, so is the number.
+
+    Args:
+        model: the folder of a model or an adapter (`hft.model.weights.downloaded`). An adapter's base is a model too:
+            give `base=digests_of(folder)`.
+        rows: what is read, by name, as JSON can hold it.
+        more: settings, seeds, versions, other digests; None counts as absent.
+
+    Returns:
+        `model`: SHA-256 of `weights` and of each of `PARTS` that the folder holds; `rows`: SHA-256 by name; and `more`.
+    """
+    read = {name: digest(list(some)) for name, some in rows.items()}
+    given = {key: value for key, value in more.items() if value is not None}
+    return {"model": digests_of(model), "rows": read} | given
+
+
+def digests_of(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of the weights of a model or adapter, and of each of `PARTS` that is in its folder."""
+    folder, adapter = Path(folder), Path(folder, "adapter_model.safetensors")
+    files = [adapter] if adapter.exists() else weight_files(folder)
+    found = {"weights": digest([file_digest(path) for path in files])}
+    for part, patterns in PARTS.items():
+        files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+        if files:
+            found[part] = digest([[path.name, _meaning(path)] for path in files])
+    return found
+
+
+def _meaning(path: Path) -> Any:
+    """A config without who wrote it; of any other file the digest."""
+    if path.name not in (*PARTS["config"], *PARTS["generation_config"]):
+        return file_digest(path)
+    try:
+        return {key: value for key, value in json.loads(path.read_text()).items() if key not in WRITTEN_BY}
+    except (ValueError, AttributeError) as error:
+        raise HFTError(f"{path} is not a valid config: {reason(error)}") from error
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of what JSON can hold, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes; a file that was replaced is read again, also by `cp -p`, which keeps all but ctime."""
+    stat = Path(path).stat()
+    return _file_digest(str(Path(path).absolute()), (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_digest(path: str, version: tuple[int, ...]) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def identity_of(
