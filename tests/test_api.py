@@ -154,5 +154,5 @@ def test_public_names_are_typed(tmp_path):
 
 
 def test_a_module_of_torch_alone_is_refused():
-    with pytest.raises(hft.HFTError, match="a model of transformers is needed, got Sequential"):
+    with pytest.raises(hft.HFTError, match="only a transformers model can be divided; give the one inside Sequential"):
         hft.select(nn.Sequential(nn.Linear(2, 2)))

@@ -1,6 +1,5 @@
 """Find a dataset's splits: a local file, a folder or a Hub id -> rows to train on and rows to evaluate on."""
 
-import hashlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,11 +16,14 @@ from datasets import (
     load_dataset,
     load_dataset_builder,
 )
+from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
+from hft import __version__
 from hft.config import RunConfig
 from hft.data.rows import are_text, rendered
 from hft.errors import HFTError, neighbor, reason
+from hft.record.identity import digest, file_digest
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 # A function of hft.data.rows: dataset and its name -> rows that a trainer reads, and notes.
@@ -50,13 +52,15 @@ def load_split(name: str, split: str, config: str | None = None, revision: str |
     `name` is a .jsonl, .json or .parquet file (all of it is the `train` split), a folder with one file per split, or a
     Hub id with its configuration and its branch, tag or commit.
     """
-    path = _local_path(name)
+    path, more = _local_path(name), {}
+    if path.exists():  # datasets would take rows that it has cached for other bytes of the same time and size
+        more = {"cache_dir": str(HF_DATASETS_CACHE / f"hft-{__version__}" / digest(fingerprint(name)))}
     with _loading(name):
         if path.is_file():
-            dataset = load_dataset(FORMATS[path.suffix], data_files=str(path), split=split)
+            dataset = load_dataset(FORMATS[path.suffix], data_files=str(path), split=split, **more)
         else:
             where = str(path) if path.is_dir() else name
-            dataset = load_dataset(where, config, split=split, revision=revision)
+            dataset = load_dataset(where, config, split=split, revision=revision, **more)
     if len(dataset) == 0:
         raise HFTError(f"dataset {name}, split {split}, is empty")
     return dataset
@@ -79,8 +83,7 @@ def fingerprint(name: str, config: str | None = None, revision: str | None = Non
     """
 
     def identity(path: Path) -> dict[str, Any]:
-        with path.open("rb") as file:
-            return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {"size": path.stat().st_size, "sha256": file_digest(path)}
 
     path = Path(name).expanduser()
     with _loading(name):
@@ -95,10 +98,12 @@ def fingerprint(name: str, config: str | None = None, revision: str | None = Non
 
 def load_data(run: RunConfig, read_rows: ReadRows, *, evaluate: bool) -> LoadedData:
     """The training rows and, if wanted, the rows to evaluate on (see `RunConfig.dataset_test_split`)."""
-    name, config, revision = run.dataset_name, run.dataset_config, run.dataset_revision
+    name, config = run.dataset_name, run.dataset_config
     if isinstance(name, list):
         each = [replace(run, dataset_name=one, dataset_weights=None) for one in name]
         return mixture([load_data(one, read_rows, evaluate=evaluate) for one in each], run.dataset_weights)
+    identity = fingerprint(name, config, run.dataset_revision)
+    revision = identity.get("revision") or run.dataset_revision  # the commit, which a branch may leave meanwhile
 
     def rows(split: str) -> tuple[Dataset, list[str]]:
         dataset = rendered(load_split(name, split, config, revision), run.prompt, run.completion)
@@ -108,7 +113,7 @@ def load_data(run: RunConfig, read_rows: ReadRows, *, evaluate: bool) -> LoadedD
             raise HFTError(f"dataset {name} is not UTF-8; save it as UTF-8") from error
 
     train, notes = rows(run.dataset_train_split)
-    identity = fingerprint(name, config, revision) | ({"form": "text"} if are_text(train) else {})
+    identity |= {"form": "text"} if are_text(train) else {}
     if not evaluate:
         return LoadedData(name, train, None, notes, identity)
     trained, splits = _splits(run.dataset_train_split), split_names(name, config, revision)

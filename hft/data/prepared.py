@@ -1,9 +1,11 @@
 """Check rows as TRL prepared them: what it dropped, what trains nothing, whose tokens are trained."""
 
+import hashlib
 from functools import partial
 from itertools import chain, islice
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 
@@ -42,6 +44,17 @@ def check_prepared(trainer: Trainer, loaded: LoadedData, unit: str = "rows") -> 
             trainer.eval_dataset, found = _learnable(dataset, loaded.test, name, eval_packed, args)
             notes += found
     return list(dict.fromkeys(notes))
+
+
+def tokens_digest(prepared: Dataset) -> str:
+    """SHA-256 of what a trainer is about to read; a template with a clock, say, makes other tokens another day."""
+    columns = [column for column in (*TOKENS, "labels", "seq_lengths") if column in prepared.column_names]
+    found = hashlib.sha256()
+    for batch in prepared.with_format("arrow").iter(batch_size=1000):
+        for lists in (batch[column].combine_chunks() for column in columns):
+            for values in (pc.list_value_length(lists), pc.list_flatten(lists)):
+                found.update(values.to_numpy(zero_copy_only=False).tobytes())
+    return found.hexdigest()
 
 
 def _learnable(prepared: Dataset, given: Dataset, rows: str, packed: bool, args: Any) -> tuple[Dataset, list[str]]:

@@ -49,6 +49,7 @@ class Manifest:
             `steps`, `fractions` and `history`. Units that trained at any step count as trained; those that never did
             count as frozen once the round is over (`finished`).
         data: what identifies the data files (`hft.data.fingerprint`).
+        tokens: SHA-256 of the tokens that it trains on (`hft.data.tokens_digest`); empty if unknown.
         processes: how many trained, each with a random state in a checkpoint; 0 if unknown.
         versions: the packages that made it.
     """
@@ -71,6 +72,7 @@ class Manifest:
     tuned: str | None = None
     schedule: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
+    tokens: str = ""
     processes: int = 0
     versions: dict[str, str] = field(
         default_factory=lambda: (
@@ -151,6 +153,12 @@ class Manifest:
         """Refuse to resume from a checkpoint of another run or with another base; for once the base is loaded."""
         other = Manifest.load(checkpoint)
         check_same_run(self.identity, other.identity, checkpoint)
+        if self.tokens and other.tokens not in ("", self.tokens):
+            raise HFTError(
+                f"cannot resume from {checkpoint}: the same rows have become other tokens since then, as with a chat "
+                "template that writes the date, or another tokenizer; give another --output_dir, or "
+                "--resume_from_checkpoint none"
+            )
         # A policy in a file of the user's own may have changed while its config stayed the same.
         same_names = self.frozen_checksums.keys() == other.frozen_checksums.keys()
         if not same_names or (self.frozen_units, self.masks) != (other.frozen_units, other.masks):

@@ -90,7 +90,7 @@ def push_to_hub(trainer: ManifestMixin, result: RunResult) -> None:
 
 def make_trainer(plan: RunPlan) -> ManifestMixin:
     """The trainer of a plan, its rows prepared and checked, ready to train."""
-    from hft.data import check_prepared, refusals
+    from hft.data import check_prepared, refusals, tokens_digest
     from hft.training.checkpointing import CheckpointedLayers
 
     method = plan.config.method
@@ -113,6 +113,7 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
     trainer.manifest.strategy = method.strategy.record() if method.strategy else {}
     say(*check_prepared(trainer, plan.data, plan.config.objective.unit), *trainer.notes())
     say(*steps_of_packed(plan, len(trainer.train_dataset)), "")
+    trainer.manifest.tokens = tokens_digest(trainer.train_dataset) if is_main() else ""
     if plan.start.resume_from and is_main():  # before the folder is cleared
         trainer.check_resumable(plan.start.resume_from)
     if plan.config.run.activation_checkpointing_layers is not None:

@@ -215,5 +215,23 @@ def test_a_revision_of_a_hub_dataset_is_asked_for_everywhere(monkeypatch):
     monkeypatch.setattr("hft.data.loading.load_dataset_builder", answer(builder))
     run = RunConfig(dataset_name="owner/name", dataset_revision="v2", eval_rows=1)
     loaded = load_data(run, sft_rows, evaluate=True)
-    assert asked == ["v2"] * 3
+    assert asked == ["v2", "abc", "abc"]
     assert loaded.fingerprint["revision"] == "abc"
+
+
+def test_a_file_of_the_same_time_and_size_is_read_again(tmp_path):
+    """As `cp -p` and `rsync -t` leave it; the same for a folder, and for all that is cached of the rows."""
+    import os
+
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "rows.jsonl", tmp_path / "folder" / "train.jsonl"):
+        seen = {}
+        for answer in ("old", "new"):
+            chat = [USER, ASSISTANT | {"content": answer}]
+            write_jsonl(path, [{"messages": chat}])
+            os.utime(path, ns=(1_700_000_000 * 10**9,) * 2)
+            name = str(path if path.parent == tmp_path else path.parent)
+            loaded = load_data(RunConfig(dataset_name=name), sft_rows, evaluate=False)
+            assert loaded.train[0]["messages"] == chat
+            seen[answer] = loaded.fingerprint
+        assert seen["old"] != seen["new"]
