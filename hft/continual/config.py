@@ -10,10 +10,13 @@ from hft.config import TURNS, Given, Keys, fill, option, read_arguments
 from hft.continual.tasks import TRACE, metrics_of
 from hft.errors import HFTError
 from hft.methods.strategy import Row, Strategy
-from hft.runs.config import Config, groups_of_keys, resolve_config, run_name
+from hft.runs.config import Config, check_shared, groups_of_keys, resolve_config, run_name
 
 PER_RUN = {"dataset_name", "output_dir", "run_name", "round", "strategy_data", "previous_run"}  # set by each run
 UNNAMED = ("strategy", "trace_dir", "score_batch_size")  # keys that do not name a sequence
+# What a pass of one epoch over few rows does not take from the rounds: their length, and rows held out to choose by.
+REPLAY_PASS = {"num_train_epochs": 1.0, "max_steps": -1, "warmup_steps": 0, "eval_strategy": "no"}
+REPLAY_PASS |= {"eval_on_start": False, "load_best_model_at_end": False, "save_strategy": "no"}
 RECIPE_NAME = "recipe.yaml"  # in the sequence's folder: what all of its runs have in common
 
 
@@ -75,7 +78,6 @@ class SequencePlan:
     settings: SequenceConfig
     strategy: Strategy
     common: dict[str, Any]  # what all runs have in common, the content of `recipe.yaml`
-    given_epochs: bool  # whether `num_train_epochs` was a flag, which wins over the epochs of the tasks
     first_round: int  # above 1 if the base has been through rounds before
     dry_run: bool
 
@@ -86,17 +88,16 @@ class SequencePlan:
         """A run of a round, counted from 0: that on its task, or the replay pass after it."""
         task, adapts = self.settings.tasks[number], self.strategy.takes_adapter
         name, start = f"{number + 1:02}-{task}{'-replay' if replay else ''}", previous and str(self.out / previous)
-        epochs = 1.0 if replay else None if self.given_epochs else self.settings.epochs_of(task)
         flags = {
             "model_name_or_path": None if adapts else start,
             "dataset_name": str(self.data(name)),
-            "num_train_epochs": epochs,
+            "num_train_epochs": self.settings.epochs_of(task),
             "round": None if adapts else self.first_round + number,  # an adapter selects nothing
             "previous_run": start if adapts else None,
             "strategy_data": str(self.data(f"{name}-memory")) if memory and self.strategy.acts_on_steps else None,
             "output_dir": str(self.out / name),
             "run_name": f"{self.name}-{name}",
-        }
+        } | (REPLAY_PASS if replay else {})
         return SequenceRun(name, task, {key: value for key, value in flags.items() if value is not None}, rows, memory)
 
     def config(self, run: SequenceRun) -> Config:
@@ -119,6 +120,8 @@ def resolve_sequence(given: Given) -> SequencePlan:
     """Divide keys between the sequence and its runs, and type and check both."""
     own, rest = given.split(SequenceConfig)
     values, flags = own.resolve(Keys((SequenceConfig,)))
+    if "num_train_epochs" in rest.flags and "epochs" not in flags:  # a flag wins over a file
+        values.pop("epochs", None)
     if "tasks" in flags and "metrics" not in flags:  # the recipe's metrics are of the recipe's tasks
         values["metrics"] = {task: name for task, name in values.get("metrics", {}).items() if task in values["tasks"]}
     settings = fill(SequenceConfig, values)
@@ -129,8 +132,7 @@ def resolve_sequence(given: Given) -> SequencePlan:
     placeholders = {"strategy": settings.strategy, "dataset_name": "-", "output_dir": "-", "run_name": "-"}
     config = resolve_config("sft", replace(rest, flags=rest.flags | placeholders))
 
-    if config.run.save_only_trained:
-        raise HFTError("each run of a sequence starts from the model of the one before; remove save_only_trained")
+    check_shared(config.values)
     name = merged.get("run_name") or _name(config, settings, given)
     common = {"max_length": settings.max_prompt_length + settings.max_answer_length} | config.values | TURNS
     strategy, dropped = config.method.strategy, PER_RUN
@@ -142,7 +144,6 @@ def resolve_sequence(given: Given) -> SequencePlan:
         settings=settings,
         strategy=strategy,
         common={key: value for key, value in common.items() if key not in dropped},
-        given_epochs="num_train_epochs" in rest.flags,
         first_round=config.values.get("round", 1),
         dry_run=config.run.dry_run,
     )

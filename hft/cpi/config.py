@@ -11,7 +11,7 @@ from hft.errors import HFTError
 from hft.evaluation.evaluate import Settings
 from hft.evaluation.suites import SUITES
 from hft.objectives import find_objective
-from hft.runs.config import check_base_is_a_model, name_of
+from hft.runs.config import check_base_is_a_model, check_shared, name_of
 
 # Keys of a single run that the stages set themselves.
 SET_BY_STAGES = ("prompt", "completion", "schedule", "update", "adapter", "run_name", "resume_from_checkpoint")
@@ -133,8 +133,8 @@ def plan_stages(given: Given) -> CPIPlan:
     check_base_is_a_model(values["model_name_or_path"])
     for key, classes in {"probe": of_run, "train": of_run, "eval": (Settings,)}.items():
         values[key] = typed(key, values.get(key), *classes)
-    if any(keys.get("save_only_trained") for keys in (values, values["probe"], values["train"])):
-        raise HFTError("each stage starts from the models of the one before; remove save_only_trained")
+    for keys in (values, values["probe"], values["train"]):
+        check_shared(keys)
     config = fill(CPIConfig, values)
     tasks = {name: make_task(name, keys) for name, keys in (config.tasks or {}).items()}
     if len(tasks) < 2:

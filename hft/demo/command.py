@@ -1,7 +1,13 @@
 """`hft fetch` and `hft demo`: a command line in, an exit status out."""
 
 import argparse
+import filecmp
+import shutil
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
+
+from hft.errors import HFTError
 
 
 def fetch(arguments: Sequence[str]) -> int:
@@ -30,8 +36,13 @@ def demo(arguments: Sequence[str]) -> int:
     from hft.demo.data import write_demo_data
     from hft.demo.tasks import write_conversations, write_tasks
 
-    counts = write_demo_data(folder)
-    tasks = write_tasks(f"{folder}/tasks") | write_conversations(f"{folder}/tasks")
-    for name, count in (counts | {f"tasks/{name}": count for name, count in tasks.items()}).items():
+    with tempfile.TemporaryDirectory() as made:
+        tasks = write_tasks(f"{made}/tasks") | write_conversations(f"{made}/tasks")
+        counts = write_demo_data(made) | {f"tasks/{name}": count for name, count in tasks.items()}
+        for name in counts:
+            if (path := Path(folder, name)).exists() and not filecmp.cmp(path, Path(made, name), shallow=False):
+                raise HFTError(f"{path} is not what hft demo writes; name another folder, or remove it")
+        shutil.copytree(made, folder, dirs_exist_ok=True)
+    for name, count in counts.items():
         print(f"{folder}/{name}: {count:,} rows")
     return 0

@@ -9,10 +9,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from hft.errors import HFTError, reason
-from hft.merging.checkpoint import Checkpoint, check_out, copy_companions, open_base, write_model
+from hft.merging.checkpoint import Checkpoint, check_out, check_verified, copy_companions, open_base, write_model
 from hft.merging.config import MergeConfig
 from hft.model.vocabulary import ids_beyond, vocabulary
 from hft.model.weights import local_folder, widest
+from hft.record.manifest import MANIFEST_NAME
 
 
 def merge_adapter(config: MergeConfig) -> Callable[[Path], str]:
@@ -23,6 +24,9 @@ def merge_adapter(config: MergeConfig) -> Callable[[Path], str]:
     [adapter], found = config.models, adapter_config(config.models[0])
     base = open_base(adapter, config.base, found.base_model_name_or_path, found.revision)
     check_out(Path(config.out), [base])
+    if proven := (local_folder(adapter) / MANIFEST_NAME).exists():
+        check_verified(adapter, local_folder(adapter), base)
+    unproven = f"\nNOTE: nothing but --base says that {adapter} was trained on {base.name}"
     known = vocabulary(base.folder)
     new = {token: index for token, index in vocabulary(local_folder(adapter)).items() if token not in known}
     # Ids beyond the embeddings that the base itself has are not this merge's matter.
@@ -33,7 +37,7 @@ def merge_adapter(config: MergeConfig) -> Callable[[Path], str]:
     def write(folder: Path) -> str:
         done = write_model(folder, base, state.__getitem__, max_shard_size=config.max_shard_size)
         copy_companions(local_folder(adapter), folder, but=("config.json", "generation_config.json"))
-        return done
+        return done if proven or not config.base else done + unproven
 
     return write
 

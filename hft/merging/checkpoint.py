@@ -22,11 +22,12 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from hft.errors import HFTError, reason, shorten
-from hft.model.anatomy import meta_model
+from hft.model.anatomy import anatomy_of, meta_model
 from hft.model.load import read_config
 from hft.model.vocabulary import check_same_ids, vocabulary
 from hft.model.weights import DTYPES, INTEGERS, SAFE_INDEX, Weights, as_bytes, is_weights, local_folder
-from hft.record.manifest import MANIFEST_NAME
+from hft.record.manifest import MANIFEST_NAME, Manifest, rounds_so_far
+from hft.record.verification import verify_folder
 from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME
 
 # Files of a model folder that belong to the run that made it, not to the model: ours and Trainer's.
@@ -97,6 +98,32 @@ def open_base(tuned: str, given: str | None, named: str | None, revision: str | 
         return Checkpoint.open(named, revision)
     except HFTError as error:
         raise HFTError(f"the base of {tuned} cannot be read: {error}; name it with --base") from error
+
+
+def why_not_base(tuned: Checkpoint, base: Checkpoint) -> str | None:
+    """A sentence if a run's manifest proves that a model was not tuned from some base; None if it may have been.
+
+    What no round in between has trained is the base's in the tuned model.
+    """
+    rounds, before = rounds_so_far(tuned.folder), rounds_so_far(base.folder)
+    rounds = rounds[len(before) :] if rounds[: len(before)] == before else rounds
+    if not rounds:
+        return None
+    anatomy, manifest = anatomy_of(meta_model(base.config)), Manifest.load(tuned.folder)
+    untouched = set.intersection(*(set(one["frozen_units"]) for one in rounds))
+    for name in manifest.frozen_checksums.keys() - manifest.masks.keys():
+        units = {unit.name for unit, _ in anatomy.parts_by_parameter.get(name, ())}
+        frozen = units <= untouched if units else len(rounds) == 1
+        if frozen and not torch.equal(tuned.fp32(name), base.fp32(name)):
+            return f"{base.name} is not the base of {tuned.name}: {name}, which was frozen, differs"
+    return None
+
+
+def check_verified(run: str, folder: Path, base: Checkpoint) -> None:
+    """Refuse a base that is not the one that a run's manifest was written for."""
+    if not (found := verify_folder(folder, str(base.folder))).ok:
+        wrong = [*found.broken, *found.lost, *found.unlisted][0]
+        raise HFTError(f"{base.name} is not the base of {run}, or one of the two is damaged: {wrong} differs")
 
 
 def check_stored(

@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from hft.errors import HFTError
-from hft.merging.checkpoint import check_out, copy_companions, open_base, write_model
+from hft.merging.checkpoint import check_out, check_verified, copy_companions, open_base, write_model
 from hft.merging.config import MergeConfig
 from hft.model.weights import MODEL_CONFIG, Weights, downloaded
 from hft.record.manifest import Manifest
-from hft.record.verification import verify_folder
 from hft.selection.masks import MASKS_NAME
 
 
@@ -26,9 +25,7 @@ def merge_delta(config: MergeConfig) -> Callable[[Path], str]:
         raise HFTError(f"{run} holds the whole model already")
     whole = open_base(run, config.base, manifest.base, manifest.revision)
     check_out(Path(config.out), [replace(whole, name=run, folder=folder), whole])
-    if not (found := verify_folder(folder, str(whole.folder))).ok:
-        wrong = [*found.broken, *found.lost, *found.unlisted][0]
-        raise HFTError(f"{whole.name} is not the base of {run}, or one of the two is damaged: {wrong} differs")
+    check_verified(run, folder, whole)
     trained = Weights(folder)
     specs = {name: spec for name, spec in whole.specs.items() if name in whole.parameters} | trained.specs()
     whole = replace(whole, weights=ChainMap(trained, whole.weights), specs=specs)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from hft.errors import HFTError
 from hft.machine import indented, say
-from hft.merging.checkpoint import Checkpoint, check_alike
+from hft.merging.checkpoint import Checkpoint, check_alike, why_not_base
 from hft.merging.operators import blocks
 from hft.model.anatomy import BLOCKS, Anatomy, Part, Unit, anatomy_of, meta_model
 from hft.record.manifest import rounds_so_far
@@ -103,6 +103,9 @@ def compare(start: Checkpoint, models: Sequence[Checkpoint], *, group: int = 1) 
             layers += [row(what, block, parts_of(units))] if units else []
     rounds, notes = {}, []
     for label, model in zip(labels, models, strict=True):
+        if sentence := why_not_base(model, start):
+            notes.append(f"no rounds of {label}: {sentence}")
+            continue
         counts, in_part = rounds_trained(anatomy, start, model)
         if in_part:
             notes.append(f"no rounds of {label}: the {in_part} policy trained its units in part")

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from hft.config import Keys, fill, read_arguments, to_yaml
+from hft.errors import HFTError
 from hft.machine import say
-from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, plan_files, write_model
+from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, plan_files, why_not_base, write_model
 from hft.merging.config import OPERATORS, MergeConfig, check_config
 from hft.merging.operators import (
     COLINEAR_COS,
@@ -20,6 +21,8 @@ from hft.merging.operators import (
     ties_merge,
     weighted_sum,
 )
+from hft.record.identity import companions_of
+from hft.record.manifest import absolute_or_hub_id, rounds_so_far
 from hft.runs.result import CONFIG_NAME
 
 TensorOf = Callable[[str], torch.Tensor]  # a parameter, by its name
@@ -52,19 +55,48 @@ def merge(config: MergeConfig) -> Callable[[Path], str]:
     inputs = [*models, *([base] if base else [])]
     check_out(Path(config.out), inputs)
     check_alike(*inputs)
+    if sentence := next(filter(None, (why_not_base(model, base) for model in models if base)), None):
+        raise HFTError(sentence)
+    like = tuned_of(models)
 
     def write(folder: Path) -> str:
         # Fails before passes over the models do.
-        plan_files(folder, models[0].specs, models[0].parameters, config.max_shard_size)
+        plan_files(folder, like.specs, like.parameters, config.max_shard_size)
         branches = Counter()
         merged = interpolated(config, models, branches) if base is None else with_deltas(config, models, base)
-        done = write_model(folder, models[0], merged, max_shard_size=config.max_shard_size)
+        done = write_model(folder, like, merged, max_shard_size=config.max_shard_size)
+        done += files_taken(like, models)
         if not branches:
             return done
         arc, line = f"{branches['arc']} tensors along the arc", f"{branches['line']} along the line"
         return f"slerp: {arc}, {line} (|cos| > {COLINEAR_COS})\n{done}"
 
     return write
+
+
+def tuned_of(models: Sequence[Checkpoint]) -> Checkpoint:
+    """Of models, one of which may be what others were tuned from, the one whose other files a merge takes.
+
+    The one that was tuned from others of them, by its manifest; or else the first with a chat template, or the first.
+    """
+    names = {absolute_or_hub_id(model.name) for model in models}
+    rounds = [sum(one["base"] in names for one in rounds_so_far(model.folder)) for model in models]
+    if not max(rounds):
+        rounds = [has_template(model.folder) for model in models]
+    return models[rounds.index(max(rounds))]
+
+
+def has_template(folder: Path) -> bool:
+    """Whether a model's tokenizer has a chat template, in a file or in its config."""
+    config = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").exists() or (config.exists() and '"chat_template"' in config.read_text())
+
+
+def files_taken(like: Checkpoint, models: Sequence[Checkpoint]) -> str:
+    """A line on whose tokenizer, template and configs a merge has, if they are not those of all models."""
+    ours, others = companions_of(like.folder), [companions_of(model.folder) for model in models]
+    differ = sorted({part for theirs in others for part in ours | theirs if ours.get(part) != theirs.get(part)})
+    return f"\nNOTE: not all models have the same {', '.join(differ)}; taken from {like.name}" if differ else ""
 
 
 def interpolated(config: MergeConfig, models: Sequence[Checkpoint], branches: Counter[str]) -> TensorOf:

@@ -9,7 +9,7 @@ import torch
 from hft.config import Keys, fill, option, read_arguments, to_yaml
 from hft.errors import HFTError
 from hft.machine import indented, say
-from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, write_model
+from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, why_not_base, write_model
 from hft.model.anatomy import anatomy_of, meta_model
 from hft.model.weights import checksum
 from hft.record.card import write_card
@@ -51,6 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     check_out(out, [tuned, base])
     check_alike(tuned, base)
     check_base(config.base)
+    if sentence := why_not_base(tuned, base):
+        raise HFTError(sentence)
     chosen = fill(SelectionConfig, given)
     check_scored_base(chosen, config.base)
     selection = select(anatomy_of(meta_model(base.config)), chosen)

@@ -40,9 +40,14 @@ def depends_on(model: str | Path, rows: Mapping[str, Iterable[Any]], /, **more: 
 
 def digests_of(folder: str | Path) -> dict[str, str]:
     """SHA-256 of the weights of a model or adapter, and of each of `PARTS` that is in its folder."""
-    folder, adapter = Path(folder), Path(folder, "adapter_model.safetensors")
-    files = [adapter] if adapter.exists() else weight_files(folder)
-    found = {"weights": digest([file_digest(path) for path in files])}
+    adapter = Path(folder, "adapter_model.safetensors")
+    files = [adapter] if adapter.exists() else weight_files(Path(folder))
+    return {"weights": digest([file_digest(path) for path in files])} | companions_of(Path(folder))
+
+
+def companions_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of each of `PARTS` that is in a model's folder."""
+    found = {}
     for part, patterns in PARTS.items():
         files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
         if files:

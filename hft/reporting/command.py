@@ -15,6 +15,8 @@ def report(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", default="report", help="folder for report.html, report.md and figures (%(default)s)")
     parser.add_argument("--report_to", choices=("none", "wandb"), default="none", help="log the page (%(default)s)")
     options = parser.parse_args(arguments)
+    if (old := Path(options.out)).is_dir() and any(old.iterdir()) and not (old / "report.html").exists():
+        raise HFTError(f"{old} holds other files than a report; name another folder with --out")
 
     from hft.reporting.collect import collect
     from hft.reporting.page import write_report

@@ -12,7 +12,7 @@ from hft.errors import HFTError, read_text
 from hft.methods import Method, all_classes, classes_of, method_of, owners_of
 from hft.model.weights import check_whole
 from hft.objectives import OBJECTIVES, Objective, find_objective
-from hft.record.manifest import rounds_so_far
+from hft.record.manifest import absolute_or_hub_id, rounds_so_far
 from hft.selection import SelectionConfig
 
 # What our commands set differently from TRL; a recipe or a flag still wins.
@@ -55,6 +55,12 @@ class Config:
     def revision(self) -> str | None:
         """The branch, tag or commit of the base on the Hub: of its weights, config and tokenizer alike."""
         return (self.values.get("model_init_kwargs") or {}).get("revision")
+
+    @property
+    def base(self) -> str:
+        """The base as it is told apart from others: an absolute path, or a Hub id with its revision."""
+        name = absolute_or_hub_id(self.run.model_name_or_path)
+        return f"{name}@{self.revision}" if self.revision and not Path(name).is_dir() else name
 
     @property
     def out(self) -> Path:
@@ -101,7 +107,7 @@ def resolve_config(objective: str, given: Given) -> Config:
     values = DEFAULTS | values
     if "model_name_or_path" in flags:  # in a file these two are about the file's model
         values = {key: value for key, value in values.items() if key not in ("architecture", "round") or key in flags}
-    if "learning_rate" in flags and "learning_rate_factor" in values:
+    if "learning_rate" in flags and "learning_rate_factor" in values and "learning_rate_factor" not in flags:
         values["learning_rate_factor"] = 1.0
     check_base_is_a_model(values["model_name_or_path"])
     method = method_of(values)
@@ -179,6 +185,16 @@ def check_base_is_a_model(base: str) -> None:
         raise HFTError(
             f"{base} is an adapter, not a model; `hft merge --method adapter --models {base} --out NEW` makes it one"
         )
+
+
+def check_shared(values: Mapping[str, Any]) -> None:
+    """Refuse keys that cannot hold for each of several runs, of a sequence or of `hft cpi`."""
+    if values.get("save_only_trained"):
+        raise HFTError("each run starts from the models of those before; remove save_only_trained")
+    if named := [key for key in ("push_to_hub", "hub_model_id") if values.get(key)]:
+        raise HFTError(f"{named[0]} would push every run; remove it, and push the one that you want")
+    if (start := values.get("resume_from_checkpoint")) not in (None, "auto", "none", "true", "false"):
+        raise HFTError(f"resume_from_checkpoint {start} is of one run; by default each resumes from its own checkpoint")
 
 
 def find_template(name: str) -> str:

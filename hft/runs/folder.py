@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-# What the optimizer's state restores, whatever the new settings are.
-RESTORED = ("learning_rate ", "weight_decay ", "adam_beta", "adam_epsilon ")
+# What the optimizer's state restores or was made by, whatever the new settings are.
+RESTORED = ("learning_rate ", "learning_rate_factor ", "weight_decay ", "adam_beta", "adam_epsilon ")
+RESTORED += ("optim ", "optim_args ", "optim_target_modules ", "lr_scheduler_type reduce_lr_on_plateau ")
+ADAMW = {"adamw_torch", "adamw_torch_fused"}  # whose state is the same
 
 
 def check_output(config: Config) -> None:
@@ -63,9 +65,11 @@ def find_start(config: Config, identity: dict[str, Any], args: TrainingArguments
     if not (is_auto or Path(start).is_dir()):
         raise HFTError(f"checkpoint {start} not found")
     saved = (out if is_auto else Path(start).resolve().parent) / CONFIG_NAME
-    changes = differences(comparable(values), comparable(read_saved_config(saved))) if saved.exists() else []
+    before = read_saved_config(saved) if saved.exists() else values
+    changes = differences(comparable(values), comparable(before))
     if is_auto and is_finished:
         if not changes:
+            check_same_run(identity, Manifest.load(out).identity, out)
             return Start(is_finished=True)
         raise HFTError(
             f"{out} holds a finished run with other settings ({'; '.join(changes)}): choose another "
@@ -79,7 +83,9 @@ def find_start(config: Config, identity: dict[str, Any], args: TrainingArguments
         notes.append(f"NOTE: {', '.join(path.name for path in later)} in {out} will be removed")
     if not start:
         return Start(notes=tuple(notes))
-    if restored := [change for change in changes if change.startswith(RESTORED)]:
+    optims = {str(one.get("optim") or config.objective.config.optim) for one in (values, before)}
+    restored = [change for change in changes if change.startswith(RESTORED)]
+    if restored := [change for change in restored if not (change.startswith("optim ") and optims <= ADAMW)]:
         other = "another --output_dir, or --resume_from_checkpoint none"
         remedy = other if is_auto else "the same ones, or the checkpoint as --model_name_or_path"
         raise HFTError(

@@ -206,7 +206,7 @@ def plan_selection(config: Config, model_config: PretrainedConfig) -> Selection:
     if method.adapter:
         return method.adapter.footprint(model_config)
     model = meta_model(model_config)
-    selection = planned_selection(model, method.selection, config.run.model_name_or_path)
+    selection = planned_selection(model, method.selection, config.base)
     if method.schedule:
         method.schedule.check(selection)
     if method.update:

@@ -13,9 +13,10 @@ from hft.errors import HFTError
 from hft.machine import broadcast, indented, is_main, reset_peak_memory, say
 from hft.model.weights import local_folder, weights_fingerprint
 from hft.objectives import OBJECTIVES
-from hft.record.manifest import PACKAGES, absolute_or_hub_id
+from hft.record.identity import companions_of
+from hft.record.manifest import PACKAGES
 from hft.runs.arguments import machine_settings, training_arguments
-from hft.runs.config import Config, read_command_line, resolve_config
+from hft.runs.config import Config, comparable, read_command_line, resolve_config
 from hft.runs.plan import RunPlan, check_template, load_model_config, load_tokenizer, plan_selection
 from hft.selection import select
 from hft.selection.selection import READ_TEXT
@@ -94,12 +95,14 @@ def sources(config: Config, args: TrainingArguments) -> dict[str, Any]:
     from hft.data import fingerprint
 
     chosen, base = config.method.selection, config.run.model_name_or_path
-    folder = local_folder(base, (args.model_init_kwargs or {}).get("revision"))
+    folder = local_folder(base, config.revision)
     return {
-        "base": absolute_or_hub_id(base),
+        "base": config.base,
         "weights": weights_fingerprint(folder),
         "selection": {key: value for key, value in asdict(chosen).items() if key in SCORED},
         "data": fingerprint(chosen.importance_data) if chosen.score in READ_TEXT else None,
+        "tokens": companions_of(folder) if chosen.score in READ_TEXT else None,
+        "template": comparable(config.values).get("chat_template_path") if chosen.score in READ_TEXT else None,
         "max_length": args.max_length,
     }
 

@@ -1,16 +1,18 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from hft.cli import main
 from hft.config import RunConfig
 from hft.data import load_data, load_split, sft_rows
 from hft.demo.data import docstring_chats, write_demo_data
 from hft.errors import HFTError
 from hft.evaluation.rows import general_texts
-from tests.conftest import write_jsonl
+from tests.conftest import error_of, write_jsonl
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
@@ -221,7 +223,6 @@ def test_a_revision_of_a_hub_dataset_is_asked_for_everywhere(monkeypatch):
 
 def test_a_file_of_the_same_time_and_size_is_read_again(tmp_path):
     """As `cp -p` and `rsync -t` leave it; the same for a folder, and for all that is cached of the rows."""
-    import os
 
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "rows.jsonl", tmp_path / "folder" / "train.jsonl"):
@@ -235,3 +236,14 @@ def test_a_file_of_the_same_time_and_size_is_read_again(tmp_path):
             assert loaded.train[0]["messages"] == chat
             seen[answer] = loaded.fingerprint
         assert seen["old"] != seen["new"]
+
+
+def test_demo_data_never_replaces_what_it_did_not_write(tmp_path, capsys):
+    mine = tmp_path / "sft" / "train.jsonl"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert main(["demo", str(tmp_path)]) == 2
+    assert f"{mine} is not what hft demo writes" in error_of(capsys)
+    assert (mine.read_text(), len(list(tmp_path.rglob("*")))) == ("mine", 2)
+    mine.unlink()
+    assert main(["demo", str(tmp_path)]) == main(["demo", str(tmp_path)]) == 0

@@ -158,8 +158,8 @@ def test_what_moved_in_memory_fails_verify(tiny, data, tmp_path, capsys):
     ("words", "message"),
     [
         (["sft", "--config", "recipes/tiny/sft.yaml", "recipes/methods/lora.yaml"], "an adapter's folder holds only"),
-        (["cpi", "--config", "recipes/tiny/cpi.yaml"], "each stage starts from the models of the one before"),
-        (["continual", "--config", "recipes/tiny/trace.yaml"], "each run of a sequence starts from the model"),
+        (["cpi", "--config", "recipes/tiny/cpi.yaml"], "each run starts from the models of those before"),
+        (["continual", "--config", "recipes/tiny/trace.yaml"], "each run starts from the models of those before"),
     ],
 )
 def test_where_whole_models_are_needed_it_is_refused(tmp_path, tiny, capsys, words, message):

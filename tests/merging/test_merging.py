@@ -441,6 +441,8 @@ def test_an_adapter_that_was_trained_merges_into_what_peft_computes(tmp_path, tr
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(words).logits
     assert (adapted - start).abs().max() > 1e-3
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
+    assert merge("adapter", tmp_path / "other", [tmp_path / "adapter"], trio[1]) == 2
+    assert f"{trio[1]} is not the base of {tmp_path / 'adapter'}" in error_of(capsys)
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path, tiny, capsys):
@@ -786,3 +788,35 @@ def test_models_stored_expert_by_expert_are_refused(tmp_path, capsys):
     message = error_of(capsys)
     assert "where transformers computes with model.layers.0.mlp." in message
     assert "only models stored as they are computed can be combined" in message
+
+
+def test_another_base_of_the_same_shapes_is_refused(tmp_path, finished, tiny, tuned, capsys):
+    """By the frozen half, which is the base's; `tuned` is the base, moved."""
+    name = "which was frozen, differs"
+    assert reset(finished, tuned, tmp_path / "out", "--seed", "1") == 2
+    assert name in error_of(capsys)
+    for method in ("wise-ft", "ties"):
+        assert merge(method, tmp_path / "out", [finished], tuned) == 2
+        assert name in error_of(capsys)
+    assert main(["diff", str(tuned), str(finished)]) == 0
+    assert name in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert reset(finished, tiny, tmp_path / "out", "--seed", "1") == 0
+
+
+def test_base_and_tuned_give_a_merge_with_the_tuned_models_files(tmp_path, finished, tiny, capsys):
+    """Whichever comes first; without a manifest the one with a chat template counts as tuned."""
+    model = shutil.copytree(finished, tmp_path / "model")
+    (model / "chat_template.jinja").write_text("of the tuned model")
+    generation = json.loads((model / "generation_config.json").read_text()) | {"eos_token_id": 7}
+    (model / "generation_config.json").write_text(json.dumps(generation))
+    assert merge("average", tmp_path / "out", [tiny, model]) == 0
+    said = f"NOTE: not all models have the same chat_template, generation_config; taken from {model}"
+    assert said in capsys.readouterr().out
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "of the tuned model"
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 7
+    plain = shutil.copytree(tiny, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    (model / "hft_manifest.json").unlink()
+    assert merge("slerp", tmp_path / "slerp", [plain, model]) == 0
+    assert (tmp_path / "slerp" / "chat_template.jinja").read_text() == "of the tuned model"

@@ -9,6 +9,7 @@ import torch
 from hft.config import option
 from hft.continual.gradients import TokenizedRow
 from hft.continual.strategies.gem import GEM
+from hft.errors import HFTError
 from hft.selection import Selection
 
 
@@ -25,6 +26,11 @@ class AGEM(GEM):
 
     gem_margin: ClassVar[float] = 0.0
     memory_batch: int = option("Remembered rows that each step looks at (32 is ours).", 32)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.memory_batch < 1:
+            raise HFTError(f"agem needs memory_batch >= 1, got {self.memory_batch}")
 
     def constraints(self, tasks: list[list[TokenizedRow]], step: int) -> list[list[TokenizedRow]]:
         rows = [row for task in tasks for row in task]

@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import gather_object
 from torch.nn.functional import kl_div
 from tqdm import tqdm
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import GenerationConfig, PreTrainedModel, TrainerCallback
 
 from hft.config import option
 from hft.continual.gradients import micro_batches, next_token_logits, trained_tokens
@@ -118,6 +118,10 @@ def sample_texts(model: PreTrainedModel, trainer: Trainer, strategy: SelfReplay)
         raise HFTError("self-replay starts texts with the tokenizer's BOS or EOS, and it has neither")
     mine = range(args.process_index, -(-strategy.replay_texts // BATCH), args.world_size)
     sampled: list[tuple[int, list[list[int]]]] = []
+    # What a base's own generation config says, such as a repetition penalty, is about answers to people.
+    settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_length": strategy.replay_tokens}
+    ids = {"bos_token_id": start, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config = GenerationConfig(**settings, **ids)
     devices = [args.device] if args.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
         for batch in tqdm(mine, desc="sampling texts", disable=not is_main(), leave=False):
@@ -125,12 +129,6 @@ def sample_texts(model: PreTrainedModel, trainer: Trainer, strategy: SelfReplay)
             ids = model.generate(
                 torch.full((BATCH, 1), start, device=args.device),
                 attention_mask=torch.ones(BATCH, 1, device=args.device, dtype=torch.long),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_length=strategy.replay_tokens,
-                pad_token_id=tokenizer.pad_token_id,
             )
             sampled.append((batch, [until_eos(text, tokenizer.eos_token_id) for text in ids.tolist()]))
     batches = sorted(gather_object(sampled)) if args.world_size > 1 else sampled
