@@ -6,7 +6,8 @@ from importlib.util import find_spec
 from hft.config import to_yaml
 from hft.continual.config import parse_sequence
 from hft.continual.data import SequenceData
-from hft.continual.sequence import first_plan, log_to_wandb, run_sequence, sequence_keys
+from hft.continual.planning import first_plan, plan_runs, table
+from hft.continual.sequence import log_to_wandb, run_sequence, sequence_keys
 from hft.errors import DoesNotFit, HFTError
 from hft.machine import indented, is_main, leave_process_group, say
 
@@ -23,17 +24,17 @@ def main(arguments: Sequence[str]) -> int:
     """Plan a sequence, print its commands, and run it: `--config RECIPE.yaml [METHOD.yaml ...] [--key value ...]`."""
     if missing := [package for package in NEEDED if find_spec(package) is None]:
         raise HFTError(f"a sequence of tasks needs {', '.join(missing)}: pip install 'half-fine-tuning[continual]'")
-    plan = parse_sequence(arguments)
+    plan, machine = parse_sequence(arguments)
     data = SequenceData(plan)
     rounds = data.rounds(plan)
     say("resolved config", indented(to_yaml(sequence_keys(plan))))
-    try:
+    planned = plan_runs(plan, rounds, machine)
+    say("runs", indented(table(planned)), "")
+    if not plan.dry_run and (misfit := next((run.misfit for run in planned if run.too_large), None)):
+        raise DoesNotFit(misfit)
+    if not (machine.gpus or planned[0].too_large):
         first = first_plan(plan, rounds[0][0])
         say("first run", indented(first.report()))
-    except DoesNotFit as error:
-        if not plan.dry_run:
-            raise
-        say(f"does not fit in memory on this machine: {error}", "")
     say(*(["notes on the data", indented("\n".join(data.notes)), ""] if data.notes else []))
     say("commands", *(f"  {plan.command(run)}" for runs in rounds for run in runs), "")
     if plan.dry_run:

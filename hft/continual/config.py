@@ -10,6 +10,7 @@ from hft.config import TURNS, Given, Keys, fill, option, read_arguments
 from hft.continual.tasks import TRACE, metrics_of
 from hft.errors import HFTError
 from hft.methods.strategy import Row, Strategy
+from hft.planning.forecast import Machine
 from hft.runs.config import Config, check_shared, groups_of_keys, resolve_config, run_name
 
 PER_RUN = {"dataset_name", "output_dir", "run_name", "round", "strategy_data", "previous_run"}  # set by each run
@@ -79,6 +80,7 @@ class SequencePlan:
     strategy: Strategy
     common: dict[str, Any]  # what all runs have in common, the content of `recipe.yaml`
     first_round: int  # above 1 if the base has been through rounds before
+    given_round: int | None  # the same, where it was asked for
     dry_run: bool
 
     def data(self, name: str) -> Path:
@@ -110,10 +112,15 @@ class SequencePlan:
         return shlex.join(["hft", "sft", "--config", str(self.out / RECIPE_NAME), *words])
 
 
-def parse_sequence(arguments: Sequence[str]) -> SequencePlan:
+def parse_sequence(arguments: Sequence[str]) -> tuple[SequencePlan, Machine]:
+    """A sequence, and the machine that it is to be planned for."""
     description = "Fine-tune on one task after another, and score all after each: a recipe, a method, and flags."
-    groups = {"sequence": (SequenceConfig,), **groups_of_keys()}
-    return resolve_sequence(read_arguments(arguments, "hft continual", description, groups))
+    groups = {"sequence": (SequenceConfig,), "plan, with --dry_run true": (Machine,), **groups_of_keys()}
+    of_machine, given = read_arguments(arguments, "hft continual", description, groups).split(Machine)
+    machine, plan = fill(Machine, of_machine.resolve(Keys((Machine,)))[0]), resolve_sequence(given)
+    if machine.gpus and not plan.dry_run:
+        raise HFTError("gpus is for a plan: add --dry_run true")
+    return plan, machine
 
 
 def resolve_sequence(given: Given) -> SequencePlan:
@@ -145,6 +152,7 @@ def resolve_sequence(given: Given) -> SequencePlan:
         strategy=strategy,
         common={key: value for key, value in common.items() if key not in dropped},
         first_round=config.values.get("round", 1),
+        given_round=config.values.get("round") if "round" in merged else None,
         dry_run=config.run.dry_run,
     )
 

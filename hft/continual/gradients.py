@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
 
 Gradient = list[torch.Tensor]
+BLOCK_NUMEL = 2**24  # elements of each gradient that are copied at a time
 TokenizedRow = dict[str, list[int]]  # `input_ids` and `labels`
 
 
@@ -81,8 +82,9 @@ def dot_products(gradients: list[Gradient], device: torch.device) -> torch.Tenso
     gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=device)
     for tensors in zip(*gradients, strict=True):
         shards = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
-        local = torch.stack([shard.flatten().float() for shard in shards])
-        gram += (local @ local.T).double()
+        for blocks in zip(*(shard.flatten().split(BLOCK_NUMEL) for shard in shards), strict=True):
+            local = torch.stack([block.float() for block in blocks])
+            gram += (local @ local.T).double()
     if any(isinstance(tensor, DTensor) for tensor in gradients[0]):
         dist.all_reduce(gram)
     return gram.cpu()

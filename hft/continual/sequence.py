@@ -1,36 +1,28 @@
 """Runs a sequence: runs and a row of the matrix per task; resumes where it was killed."""
 
 import gc
-import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hft.config import to_yaml
-from hft.continual.config import RECIPE_NAME, SequencePlan, SequenceRun
+from hft.continual.config import RECIPE_NAME, SequencePlan
 from hft.continual.data import SequenceData
 from hft.continual.matrix import BASE_ROW, MATRIX_NAME, Matrix
 from hft.continual.metrics import METRICS
 from hft.continual.scoring import SUITE, score_tasks
 from hft.errors import HFTError
-from hft.jsonl import read_jsonl, write_jsonl
+from hft.jsonl import read_jsonl
 from hft.machine import broadcast, is_main, reset_peak_memory, say
 from hft.methods.strategy import Row
+from hft.model.weights import local_folder
 from hft.record.identity import differences
 from hft.record.manifest import write_text
 from hft.runs.config import comparable, read_saved_config
-from hft.runs.plan import RunPlan, load_tokenizer, make_plan
+from hft.runs.plan import load_tokenizer, make_plan
 from hft.runs.train import train
 
 SEQUENCE_NAME = "sequence.yaml"  # in the sequence's folder: all its keys, written once its data are complete
-
-
-def first_plan(plan: SequencePlan, run: SequenceRun) -> RunPlan:
-    """The plan of the first run, made before the sequence has written anything."""
-    with tempfile.TemporaryDirectory() as temporary:
-        write_jsonl(path := Path(temporary) / f"{run.name}.jsonl", run.rows)
-        flags = run.flags | {"dataset_name": str(path), "resume_from_checkpoint": "none"}
-        return make_plan(plan.config(replace(run, flags=flags)))
 
 
 def run_sequence(plan: SequencePlan, data: SequenceData) -> Matrix:
@@ -40,7 +32,9 @@ def run_sequence(plan: SequencePlan, data: SequenceData) -> Matrix:
     tests = {task: read_jsonl(plan.data(f"{task}-test")) for task in plan.settings.tasks}
     matrix = broadcast(load_matrix(plan, tests) if is_main() else None)
     if plan.settings.score_start and not matrix.rounds:
-        add_row(plan, matrix, BASE_ROW, plan.common["model_name_or_path"], plan.out / BASE_ROW, tests)
+        base, revision = plan.common["model_name_or_path"], plan.config(rounds[0][0]).revision
+        start = str(local_folder(base, revision)) if revision else base
+        add_row(plan, matrix, BASE_ROW, start, plan.out / BASE_ROW, tests)
     done = len(matrix.after_rounds)
     for number, runs in enumerate(rounds[done:], done):
         for run in runs:
@@ -60,7 +54,8 @@ def sequence_keys(plan: SequencePlan) -> dict[str, Any]:
     """All keys of a sequence and its runs, as `hft continual` takes them."""
     own = asdict(plan.settings) | plan.strategy.keys()
     own = {key: value for key, value in own.items() if value is not None and key != "score_batch_size"}
-    return plan.common | own | {"output_dir": str(plan.out)}
+    first = {"round": plan.given_round} if plan.given_round else {}
+    return plan.common | own | first | {"output_dir": str(plan.out)}
 
 
 def prepare(plan: SequencePlan, data: SequenceData) -> None:

@@ -97,6 +97,11 @@ class CPIPlan:
         return self.values["model_name_or_path"]
 
     @property
+    def revision(self) -> str | None:
+        """The branch, tag or commit of the base on the Hub."""
+        return (self.values.get("model_init_kwargs") or {}).get("revision")
+
+    @property
     def stages(self) -> list[str]:
         """The stages that lead to the final model and its scores."""
         skipped = {"probe": not self.config.needs_cores, "fuse": not self.config.fusion}

@@ -17,14 +17,13 @@ import torch
 from hft.cpi.config import CPIPlan
 from hft.cpi.group import load_groups
 from hft.cpi.probe import core_folders, start_of
-from hft.cpi.runs import in_main_process, is_current, replaced_folder
+from hft.cpi.runs import in_main_process, is_current, replaced_folder, write_record
 from hft.cpi.train import train_groups
 from hft.errors import HFTError
 from hft.machine import say
 from hft.merging.checkpoint import Checkpoint, check_alike, write_model
 from hft.merging.operators import COLINEAR_COS, arc_factors, blocks, weighted_sum
 from hft.model.weights import weight_files
-from hft.record.manifest import write_json
 from hft.selection.masks import MASKS_NAME, Masks
 
 FUSED_NAME = "fuse.json"
@@ -37,6 +36,11 @@ class Fusion:
     backbone: str  # the model that the probes are folded into
     probes: list[str]  # models that were fine-tuned on one task each, in the order in which they are folded in
     cores: list[str]  # folders of their cores
+
+    def files(self) -> list[Path]:
+        """The files that it reads."""
+        weights = [path for model in (self.backbone, *self.probes) for path in weight_files(Path(model))]
+        return weights + [Path(core) / MASKS_NAME for core in self.cores]
 
 
 def fuse_probes(plan: CPIPlan) -> Path:
@@ -55,9 +59,7 @@ def fuse_probes(plan: CPIPlan) -> Path:
 @in_main_process
 def fuse_into(out: Path, fusion: Fusion) -> None:
     """Write the fused model, unless it is there."""
-    inputs = [path for model in (fusion.backbone, *fusion.probes) for path in weight_files(Path(model))]
-    inputs += [Path(core) / MASKS_NAME for core in fusion.cores]
-    if not is_current(out / FUSED_NAME, asdict(fusion), *inputs):
+    if not is_current(out / FUSED_NAME, asdict(fusion), *fusion.files()):
         say(write_fused(out, fusion), f"  {out}", "")
 
 
@@ -85,7 +87,7 @@ def write_fused(out: Path, fusion: Fusion) -> str:
         write_model(folder, backbone, fused)
         elements = claims.tolist()
         found = {"branches": branches, "elements_in_cores": {str(n): c for n, c in enumerate(elements) if c}}
-        write_json(folder / FUSED_NAME, asdict(fusion) | found)
+        write_record(folder / FUSED_NAME, asdict(fusion) | found, *fusion.files())
     return (
         f"fused {len(cores)} probes: {branches['arc']} tensors along the arc, {branches['line']} along the line "
         f"(|cos| > {COLINEAR_COS}); {elements[1]:,} elements in one core, {sum(elements[2:]):,} in several"

@@ -77,7 +77,7 @@ def compare_cores(plan: CPIPlan, tasks: Sequence[str]) -> tuple[torch.Tensor, to
     masks = [Masks(folder) for folder in core_folders(plan, tasks)]
     counts, by_parameter = overlaps(masks)
     similarity = jaccard(counts)
-    anatomy = anatomy_of(meta_model(Checkpoint.open(plan.base).config))
+    anatomy = anatomy_of(meta_model(Checkpoint.open(plan.base, plan.revision).config))
     shares = shares_of(anatomy, masks[0].shapes, by_parameter)
     plot_cores(tasks, similarity, shares).savefig(plan.out / CORES_PICTURE)
     inside = sum(by_parameter[name] for name in anatomy.in_layers)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from hft.cpi.config import CPIPlan
-from hft.cpi.runs import in_main_process, is_current, replaced_folder, train_sft
+from hft.cpi.runs import in_main_process, is_current, replaced_folder, train_sft, write_record
 from hft.cpi.tasks import TRAIN
 from hft.errors import HFTError
 from hft.freezing import HALF_PRECISION
@@ -23,7 +23,7 @@ from hft.machine import say
 from hft.merging.checkpoint import Checkpoint, check_alike, write_model
 from hft.merging.operators import MagnitudePruner, generator_of, magnitude_bits
 from hft.model.weights import weight_files
-from hft.record.manifest import MANIFEST_NAME, Manifest, absolute_or_hub_id, write_json
+from hft.record.manifest import MANIFEST_NAME, Manifest, absolute_or_hub_id
 from hft.selection.masks import Mask, save_masks
 
 CORE_NAME = "core.json"
@@ -42,6 +42,7 @@ class Core:
     probe: str  # the model that was fine-tuned on the task
     base: str  # the model that the probe started from
     random_seed: int | None = None  # of a core of random elements, which no probe was asked for
+    inputs: tuple[str, ...] = ()  # SHA-256 of the files that it was made from
 
     @classmethod
     def load(cls, folder: Path) -> Core:
@@ -81,7 +82,7 @@ def start_of(plan: CPIPlan) -> Path:
     All runs save their weights in the dtypes of their base. In bf16 most of a step at 2e-5 is rounded away, and what is
     left of the largest changes depends on how large the weights are.
     """
-    base, out = Checkpoint.open(plan.base), plan.probes / "base"
+    base, out = Checkpoint.open(plan.base, plan.revision), plan.probes / "base"
     record, made = plan.probes / "base.json", {"base": absolute_or_hub_id(plan.base)}
     if record.exists() and not is_current(record, made, *weight_files(base.folder)):
         raise HFTError(f"{plan.probes} holds probes of another base; give another --probe_dir, or remove it")
@@ -93,8 +94,7 @@ def start_of(plan: CPIPlan) -> Path:
             write_model(folder, base, base.fp32, specs=specs)
             base.config.dtype = torch.float32
             base.config.save_pretrained(folder)
-    plan.probes.mkdir(parents=True, exist_ok=True)
-    write_json(record, made)
+    write_record(record, made, *weight_files(base.folder))
     return out if in_half else base.folder
 
 
@@ -111,7 +111,8 @@ def find_core(run: Path, base: Path, plan: CPIPlan, task: str) -> None:
     say(core.summary(), f"  {out}", "")
     if plan.config.freeze == "random-cores":
         out = plan.core_of(task, random=True)
-        if not is_current(out / CORE_NAME, {"percent": percent, "random_seed": seed}, plan.core_of(task) / CORE_NAME):
+        like = {"percent": percent, "random_seed": seed, "elements": core.elements, "total": core.total}
+        if not is_current(out / CORE_NAME, like):
             write_random_core(out, core, Checkpoint.open(str(base)), seed)
 
 
@@ -152,7 +153,7 @@ def write_core(out: Path, task: str, probe: Checkpoint, base: Checkpoint, percen
         unmoved = cut.ties if cut.wanted and not smallest else 0
         total = sum(base.specs[name].numel() for name in base.parameters)
         core = Core(task, percent, cut.wanted, total, smallest, unmoved, probe.name, base.name)
-        write_json(folder / CORE_NAME, asdict(core))
+        write_record(folder / CORE_NAME, asdict(core), *weight_files(probe.folder), *weight_files(base.folder))
 
 
 def write_random_core(out: Path, like: Core, base: Checkpoint, seed: int) -> None:
@@ -166,7 +167,7 @@ def write_random_core(out: Path, like: Core, base: Checkpoint, seed: int) -> Non
 
     with replaced_folder(out, CORE_NAME) as folder:
         write_largest(folder, base, keys, like.percent)
-        write_json(folder / CORE_NAME, asdict(replace(like, smallest=0.0, unmoved=0, random_seed=seed)))
+        write_record(folder / CORE_NAME, asdict(replace(like, smallest=0.0, unmoved=0, random_seed=seed)))
 
 
 def write_largest(

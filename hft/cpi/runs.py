@@ -11,7 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 from hft.errors import HFTError
 from hft.machine import broadcast, is_main, say, world_size
 from hft.merging.checkpoint import new_folder
-from hft.record.manifest import MANIFEST_NAME
+from hft.record.identity import file_digest
+from hft.record.manifest import write_json
 from hft.runs.arguments import machine_settings
 from hft.runs.config import load_config
 from hft.runs.plan import make_plan
@@ -24,13 +25,15 @@ P, T = ParamSpec("P"), TypeVar("T")
 def train_sft(out: Path, values: Mapping[str, Any], *inputs: Path) -> None:
     """Train a run of `hft sft` with these keys, or resume it; a finished one is only verified.
 
-    The run refuses a folder with other settings. It cannot see that the files it started from, `inputs`, were written
-    again later; then it is refused here.
+    The run refuses a folder with other settings or rows; one that began from other `inputs`, files, is refused here.
     """
     name = "-".join(out.resolve().parts[-3:])  # of the stages' folder, the stage and the run
     plan = make_plan(load_config("sft", **values, output_dir=str(out), run_name=name))
-    if plan.start.is_finished and not is_current(out / MANIFEST_NAME, {}, *inputs):
-        raise HFTError(f"{out} was trained before its rows or the model it starts from; remove it to train again")
+    begun = out / "stage.json"
+    if begun.exists() and not is_current(begun, {}, *inputs):
+        raise HFTError(f"{out} was trained from other rows or another model than are there now; remove it")
+    if is_main():
+        write_record(begun, {}, *inputs)
     say(f"hft sft --config {out / CONFIG_NAME}", "", *([] if plan.start.is_finished else [plan.report()]))
     if not train(plan).ok:
         raise HFTError(f"verify failed for {out}: see above")
@@ -54,11 +57,16 @@ def in_main_process(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
+def write_record(record: Path, settings: Mapping[str, Any], *inputs: Path) -> None:
+    """Write an output's JSON, which comes last: settings, and SHA-256 of the files that it was made from."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, {**settings, "inputs": list(map(file_digest, inputs))})
+
+
 def is_current(record: Path, settings: Mapping[str, Any], *inputs: Path) -> bool:
-    """Whether an output's JSON, written last, holds these settings, and no input was written after it."""
-    if not (record.exists() and settings.items() <= json.loads(record.read_text()).items()):
-        return False
-    return all(path.stat().st_mtime_ns <= record.stat().st_mtime_ns for path in inputs)
+    """Whether an output's JSON holds these settings, and was made from what the files hold now."""
+    wanted = {**settings, "inputs": list(map(file_digest, inputs))}
+    return record.exists() and wanted.items() <= json.loads(record.read_text()).items()
 
 
 @contextmanager

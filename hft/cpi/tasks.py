@@ -9,11 +9,10 @@ from typing import Any
 
 from hft.config import RunConfig
 from hft.cpi.config import CPIPlan
-from hft.cpi.runs import in_main_process, is_current
+from hft.cpi.runs import in_main_process, is_current, write_record
 from hft.errors import HFTError
 from hft.jsonl import read_jsonl, write_jsonl
 from hft.machine import say
-from hft.record.manifest import write_json
 from hft.selection.policies import sample_names
 
 TRAIN, TEST = "train.jsonl", "test.jsonl"
@@ -23,15 +22,15 @@ EVAL_ROWS = 64  # that the loss of a task is measured on, where the config does 
 @in_main_process
 def write_task_rows(plan: CPIPlan) -> None:
     """Write the rows of each task to `probes/data/TASK/{train,test}.jsonl`, unless they are there."""
-    from hft.data import load_data, sft_rows
+    from hft.data import fingerprint, load_data, sft_rows
 
     for name, task in plan.tasks.items():
         folder, rows = plan.data_of(name), plan.sft.get("eval_rows") or EVAL_ROWS
         keys = {key: value for key, value in asdict(task).items() if key not in ("probe", "benchmark", "group")}
         made, record = keys | {"eval_rows": rows}, folder.with_name(f"{name}.json")
-        source = Path(task.dataset_name)
-        files = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
-        if is_current(record, made, *files):
+        if Path(task.dataset_name).exists():
+            made["data"] = fingerprint(task.dataset_name)
+        if is_current(record, made):
             continue
         given = {key: value for key, value in keys.items() if value is not None}
         try:
@@ -40,7 +39,7 @@ def write_task_rows(plan: CPIPlan) -> None:
             raise HFTError(f"task {name}: {error}") from error
         write_jsonl(folder / TRAIN, as_messages(loaded.train))
         write_jsonl(folder / TEST, as_messages(loaded.test))
-        write_json(record, made)
+        write_record(record, made)
         say(f"task {name}: {len(loaded.train):,} rows, {len(loaded.test):,} held out", *loaded.notes, "")
 
 
@@ -71,5 +70,5 @@ def write_sample(plan: CPIPlan, group: Sequence[str], folder: Path) -> Path:
         drawn = sample_names(map(str, range(len(every))), count, "sample", plan.config.draw_seed, task)
         rows += [every[index] for index in sorted(map(int, drawn))]
     write_jsonl(path, rows)
-    write_json(record, made)
+    write_record(record, made, *sources.values())
     return path

@@ -207,6 +207,8 @@ def open_lm(subject: Subject, settings: Settings) -> LM:
     import torch
     from lm_eval.api.registry import get_model
 
+    from hft.model.load import plain_generation
+
     arguments = {"pretrained": str(subject.weights), "tokenizer": str(subject.tokenizer), "dtype": settings.dtype}
     arguments |= {"batch_size": settings.batch_size} | ({"peft": str(subject.adapter)} if subject.adapter else {})
     if settings.backend == "hf":
@@ -216,9 +218,12 @@ def open_lm(subject: Subject, settings: Settings) -> LM:
             f"{settings.backend} takes no adapter here; make a plain model of it with `hft merge --method adapter`"
         )
     try:
-        return get_model(settings.backend)(**arguments, **settings.backend_args)
+        lm = get_model(settings.backend)(**arguments, **settings.backend_args)
     except (OSError, ValueError, KeyError, ModuleNotFoundError) as error:
         raise HFTError(f"cannot open {subject.weights} with {settings.backend}: {reason(error)}") from error
+    if settings.backend == "hf":
+        lm.model.generation_config = plain_generation(lm.model)
+    return lm
 
 
 def _spec(benchmark: Benchmark, subject: Subject, settings: Settings) -> Spec | None:

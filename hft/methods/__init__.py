@@ -90,6 +90,11 @@ def method_of(config: Mapping[str, Any]) -> Method:
     if (strategy := parts.get("strategy")) and strategy.takes_adapter != ("adapter" in parts):
         wanted = "needs an adapter, such as lora" if strategy.takes_adapter else "does not work with an adapter"
         raise HFTError(f"strategy {strategy.name} {wanted}; adapters learn one task after another with strategy lora")
+    if strategy and strategy.takes_adapter and not parts["adapter"].reloads:
+        raise HFTError(
+            f"strategy {strategy.name} starts each round with the adapter of the round before, whose ranks "
+            f"{parts['adapter'].name} has pruned; take another adapter, such as lora"
+        )
     return Method(_fill(SelectionConfig, config, "selection"), **parts)
 
 

@@ -47,7 +47,9 @@ class Adapter(MethodPart):
     matrix_bytes: ClassVar[float | None] = None
 
     learning_rate_factor: float = option(
-        "The adapter's learning rate as a multiple of the recipe's; --learning_rate wins over both.", 1.0, kw_only=True
+        "The adapter's learning rate as a multiple of the recipe's; --learning_rate alone wins over both.",
+        1.0,
+        kw_only=True,
     )
 
     def peft_config(self, **more: Any) -> PeftConfig:

@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 Row = dict[str, str]
 
 
+@dataclass(frozen=True)
+class ExtraRows:
+    """What a strategy computes in a run besides the run's own batches, for its plan."""
+
+    per_step: int = 0  # rows with gradients, over all processes
+    length: int | None = None  # tokens of each; by default as many as the run's own may have
+    reference: bool = False  # whether another model, which is kept, computes them too
+    sampled: int = 0  # rows that the model writes before the first step
+
+
 @dataclass
 class Strategy(MethodPart):
     """Sequential fine-tuning, and the base class of all other continual-learning strategies.
@@ -58,6 +68,10 @@ class Strategy(MethodPart):
     def remembered_rows(self, tasks: Sequence[list[Row]]) -> list[Row]:
         """The rows that become `strategy_data` of the round's run; by default none."""
         return []
+
+    def extra_rows(self) -> ExtraRows:
+        """The rows that it computes beside those of the run; by default none."""
+        return ExtraRows()
 
     def callbacks(self, trainer: Trainer) -> list[TrainerCallback]:
         """What a run needs. The trainer is ready to train, with the base's weights."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, set_seed
+from transformers import AutoConfig, GenerationConfig, set_seed
 
 from hft.errors import HFTError, reason
 from hft.model.anatomy import architecture_of, meta_model
@@ -34,6 +34,15 @@ def read_config(name: str, source: str | Path, revision: str | None = None) -> P
     if getattr(config, "quantization_config", None) is not None:
         raise HFTError(f"{name} is quantized; give the original model")
     return config
+
+
+def plain_generation(model: PreTrainedModel, **settings: Any) -> GenerationConfig:
+    """How a model generates where its own generation config, such as a repetition penalty or beams, is not meant.
+
+    Only the ids of its special tokens are kept; `settings` win over them.
+    """
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return GenerationConfig(**{name: getattr(model.generation_config, name) for name in names} | settings)
 
 
 def load_base(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hft.errors import HFTError
 from hft.methods import Method
+from hft.methods.strategy import ExtraRows
 from hft.planning.costs import StepCosts, costs_of, fewest_checkpointed_layers
 from hft.planning.engine import Engine, micro_batch
 from hft.planning.memory import GIB, Memory, memory_of
@@ -102,11 +104,33 @@ class Setup:
                 attention=batch.attention,
                 padded=batch.padded,
             )
-            return replace(step, reference=step.forward * batch.forward_rows * self.args.max_length // step.tokens)
+            step = replace(step, reference=step.forward * batch.forward_rows * self.args.max_length // step.tokens)
+            extra = method.strategy.extra_rows() if method.strategy else ExtraRows()
+            return self.with_extra(step, extra, selection, layers, examples) if extra.per_step else step
 
         reference = self.config.objective.has_reference(self.config.values)
         memory = memory_of(method, selection, self.engine, reference=reference, costs=costs(self.checkpointed))
         return Candidate(name, memory, costs, self.checkpointed, selection.anatomy.num_layers)
+
+    def with_extra(
+        self, step: StepCosts, extra: ExtraRows, selection: Selection, layers: range, examples: int | None
+    ) -> StepCosts:
+        """A micro-batch with its share of a strategy's rows, whose logits are the model's own, not TRL's tiles."""
+        args, length = self.args, extra.length or self.args.max_length
+        usual = args.per_device_train_batch_size
+        rows = min(examples or usual, math.ceil(extra.per_step / self.engine.processes))
+        how = {"checkpointed": layers, "precision": self.engine.precision, "padded": True, "fused_head": False}
+        more = costs_of(self.model_config, selection, rows, length, **how)
+        flops = more.flops + (more.forward if extra.reference else 0)
+        batches = usual * args.gradient_accumulation_steps * self.engine.processes / (examples or usual)
+        # A token's logits as the model has them and in fp32, their logarithm, and the gradients of all three; of a
+        # reference the first three.
+        wide = 2 if self.engine.precision.autocast else self.engine.precision.trained.itemsize
+        per_word = 2 * (wide + 4) + 4 + (wide + 8 if extra.reference else 0)
+        logits = rows * (length - 1) * self.model_config.get_text_config().vocab_size * per_word
+        share = flops * extra.per_step / rows / batches
+        sampling = more.forward * extra.sampled // rows
+        return replace(step, strategy=round(share), sampling=sampling, strategy_peak=more.peak + logits)
 
     def rivals(self, selection: Selection) -> list[Candidate]:
         """Full fine-tuning, the run unless it is that, and the cheapest half."""

@@ -27,7 +27,7 @@ def flops_block(candidates: list[Candidate]) -> tuple[str, NamedCells]:
     totals = [step.flops / step.tokens for step in steps]
     unit, size = ("GFLOPs", 1e9) if max(totals) >= 1e8 else ("MFLOPs", 1e6)
     rows = []
-    for name in ("forward", "backward", "recompute", "reference"):
+    for name in ("forward", "backward", "recompute", "reference", "strategy"):
         flops = [getattr(step, name) for step in steps]
         cells = [f"{f / step.tokens / size:.2f}" for f, step in zip(flops, steps, strict=True)]
         rows += [(name, cells)] if any(flops) else []

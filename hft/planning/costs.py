@@ -44,11 +44,14 @@ class StepCosts:
     tile: int  # bytes of a tile of logits, in the forward pass
     loss: int  # bytes that the backward pass of the loss takes for the moment: a tile of logits, and gradients in fp32
     reference: int = 0  # FLOPs of what is computed without gradients, such as by a reference model
+    strategy: int = 0  # FLOPs of a strategy's rows of a step, divided over its micro-batches
+    sampling: int = 0  # FLOPs of the texts that a strategy samples before the first step; not of the micro-batch
+    strategy_peak: int = 0  # bytes of activations and logits while a strategy's rows are computed
 
     @property
     def flops(self) -> int:
         """All FLOPs of the micro-batch."""
-        return self.forward + self.backward + self.recompute + self.reference
+        return self.forward + self.backward + self.recompute + self.reference + self.strategy
 
     @property
     def saved(self) -> int:
@@ -63,6 +66,7 @@ class StepCosts:
             "the end of the forward pass: bf16 copies of trained weights, a tile of logits": self.copies + self.tile,
             f"the loss: a tile of logits, its gradients in fp32{kept}": self.saved_copies + self.loss,
             f"a checkpointed layer, computed again{kept}": self.saved_copies + self.recomputed,
+            "the rows of the strategy: all their logits": self.strategy_peak - self.saved,
         }
 
     @property

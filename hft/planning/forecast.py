@@ -178,14 +178,18 @@ def forecast(config: Config, machine: Machine | None = None) -> Forecast:
             notes.append(f"steps and GPU-hours are not known: {error}; or give --max_steps")
     if (optim := config.values.get("optim")) and optim not in MOMENTS:
         notes.append(f"the state of {optim} is not known; planned is that of AdamW, 8 bytes per trained parameter")
-    if (strategy := config.method.strategy) and strategy.acts_on_steps:
-        notes.append(f"FLOPs and activations of the gradients that {strategy.name} computes are not counted")
+    if (strategy := config.method.strategy) and strategy.acts_on_steps and not strategy.takes_adapter:
+        extra = strategy.extra_rows()
+        if not extra.per_step:
+            notes.append(f"of {strategy.name} no row is counted; hft continual --dry_run true plans every round")
     setup = Setup(config, model_config, args, engine, checkpointed_of(config, settings, args, selection))
     reference = config.objective.has_reference(config.values)
     memory, candidates = memory_of(config.method, selection, engine, reference=reference), []
     try:
         candidates = setup.rivals(selection)
         memory = candidates[-2].memory
+        if sampling := candidates[-2].step.sampling:
+            notes.append(f"texts are sampled before the first step, about {sampling:.3g} FLOPs beside the table's")
     except HFTError as error:
         notes.append(str(error))
     return Forecast(config, machine, engine, selection, args, settings, data, memory, candidates, notes)

@@ -90,6 +90,7 @@ def memory_of(
         base = selection.base_bytes(engine.frozen_bytes)
         return Memory(base, 4 * held, 4 * held, moments * held, buckets=buckets, **working)
     at_once = method.schedule.peak_numel(selection) if method.schedule else held
+    reference |= bool(method.strategy and method.strategy.extra_rows().reference)
     kept = sum(part.memory(selection) for part in (method.update, method.strategy) if part)
     # Of partly frozen parameters, the frozen values are kept a second time.
     frozen = (selection.anatomy.numel - selection.num_trained) * engine.frozen_bytes

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # What the optimizer's state restores or was made by, whatever the new settings are.
 RESTORED = ("learning_rate ", "learning_rate_factor ", "weight_decay ", "adam_beta", "adam_epsilon ")
-RESTORED += ("optim ", "optim_args ", "optim_target_modules ", "lr_scheduler_type reduce_lr_on_plateau ")
+RESTORED += ("optim ", "optim_args ", "optim_target_modules ")
 ADAMW = {"adamw_torch", "adamw_torch_fused"}  # whose state is the same
 
 
@@ -84,7 +84,7 @@ def find_start(config: Config, identity: dict[str, Any], args: TrainingArguments
     if not start:
         return Start(notes=tuple(notes))
     optims = {str(one.get("optim") or config.objective.config.optim) for one in (values, before)}
-    restored = [change for change in changes if change.startswith(RESTORED)]
+    restored = [change for change in changes if change.startswith(RESTORED) or "reduce_lr_on_plateau" in change]
     if restored := [change for change in restored if not (change.startswith("optim ") and optims <= ADAMW)]:
         other = "another --output_dir, or --resume_from_checkpoint none"
         remedy = other if is_auto else "the same ones, or the checkpoint as --model_name_or_path"

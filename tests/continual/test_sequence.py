@@ -4,23 +4,34 @@ import json
 import re
 import shlex
 import shutil
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hft.cli import main
-from hft.continual.config import parse_sequence
+from hft.continual.config import SequencePlan, parse_sequence
 from hft.continual.data import SequenceData
 from hft.continual.matrix import Matrix
+from hft.continual.planning import config_at, plan_runs
 from hft.continual.scoring import score_tasks
+from hft.continual.sequence import sequence_keys
+from hft.continual.strategies import gem as gem_strategy
+from hft.continual.strategies.self_replay import SelfReplay, sample_texts
 from hft.continual.tasks import read_task, shorten_rows
 from hft.demo.tasks import write_tasks
 from hft.errors import HFTError
+from hft.planning.engine import engine_of
+from hft.planning.memory import memory_of
 from hft.record.manifest import Manifest
 from hft.record.scores import Scores
 from hft.reporting.paper import read_runs
+from hft.runs.plan import make_plan
+from hft.runs.train import make_trainer
 from tests.conftest import error_of, identical, tensors
 
 RAW = "hft/demo/templates/raw.jinja"
@@ -193,9 +204,115 @@ def test_dry_run_writes_nothing(tmp_path, tiny, tasks, capsys):
     assert "training rows, 2 steps" in out
 
 
+def planned(*words) -> tuple[list, SequencePlan]:
+    """All runs of a sequence as they are planned, and the plan."""
+    plan, machine = parse_sequence([str(word) for word in words])
+    return plan_runs(plan, SequenceData(plan).rounds(plan), machine), plan
+
+
+def test_flags_win_over_files_and_a_tasks_own_epochs_over_the_common_ones(tmp_path, tiny, tasks):
+    """And `sequence.yaml` is the same sequence."""
+    recipe = tmp_path / "recipe.yaml"
+    common = yaml.safe_load(Path("recipes/tiny/trace.yaml").read_text()) | {"max_steps": -1}
+
+    def epochs(content: dict, *flags: str) -> list[float | None]:
+        recipe.write_text(yaml.safe_dump(common | content))
+        words = sequence(tiny, tasks, tmp_path / "out", "--max_steps", "-1", *flags)[1:]
+        words[1] = str(recipe)
+        runs, plan = planned(*words)
+        recipe.write_text(yaml.safe_dump(sequence_keys(plan)))
+        again, _ = planned("--config", recipe)
+        assert [(run.run.flags, run.steps) for run in runs] == [(run.run.flags, run.steps) for run in again]
+        return [run.steps / 25 for run in runs]  # 400 rows, 16 at once
+
+    own = {"epochs": {"First": 3, "Swap": 2}}
+    assert epochs(own) == [3, 2]
+    assert epochs(own | {"num_train_epochs": 1}) == [3, 2]
+    assert epochs(own, "--num_train_epochs", "1") == [1, 1]
+    assert epochs({"num_train_epochs": 4}, "--epochs", "{First: 3}") == [3, 4]
+    assert epochs(own, "--epochs", "{First: 5}", "--num_train_epochs", "1") == [5, 1]
+
+
+def test_a_replay_pass_is_one_epoch_and_takes_nothing_else_from_the_rounds(tmp_path, tiny, tasks):
+    flags = ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_rows", "50", "--load_best_model_at_end", "true"]
+    flags += ["--save_strategy", "best", "--warmup_steps", "50", "--metric_for_best_model", "loss"]
+    runs, plan = planned(*sequence(tiny, tasks, tmp_path, *flags, strategy="replay")[1:])
+    assert [(run.run.name, len(run.run.rows), run.steps) for run in runs] == [
+        ("01-First", 400, 2),
+        ("02-Swap", 400, 2),
+        ("02-Swap-replay", 40, 3),
+    ]
+    values = plan.config(runs[-1].run).values
+    assert (values["max_steps"], values["num_train_epochs"], values["warmup_steps"]) == (-1, 1.0, 0)
+    assert (values["eval_strategy"], values["load_best_model_at_end"], values["save_strategy"]) == ("no", False, "no")
+
+
+def test_every_round_is_planned_before_the_first(tmp_path, tiny, tasks, capsys):
+    """GEM's memory grows by a gradient per task; FFT of a 13B model has room for seven on 8 x 80 GiB."""
+    recipe = "recipes/llama2-chat-13b/trace.yaml"
+    for task in yaml.safe_load(Path(recipe).read_text())["tasks"]:
+        shutil.copytree(tasks / "Swap", tmp_path / "trace" / task)
+    words = ["--config", recipe, "recipes/methods/fft.yaml", "--trace_dir", tmp_path / "trace", "--strategy", "gem"]
+    words += ["--output_dir", tmp_path / "out", "--gpus", "8", "--dry_run", "true", "--report_to", "none"]
+    runs, plan = planned(*words, "--gpu_memory", "80GiB")
+    assert not [run.misfit for run in runs if run.misfit]
+    gradient = 4 * 13_015_864_320 / 8
+    assert [b.size - a.size for a, b in pairwise(runs[1:])] == pytest.approx([gradient] * 6)
+    assert runs[-1].flops / runs[-1].steps > 2 * runs[0].flops / runs[0].steps
+    assert main(["continual", *map(str, words), "--gpu_memory", "75GiB"]) == 0
+    out = capsys.readouterr().out
+    assert "08-20Minuten does not fit: short by 2.4 GiB" in out
+    assert "07-NumGLUE-ds does not fit" not in out
+    assert not plan.out.exists()
+
+
+def test_a_round_that_this_machine_cannot_hold_is_named_before_anything_is_written(
+    tmp_path, tiny, tasks, capsys, monkeypatch
+):
+    monkeypatch.setattr("hft.planning.fit.device_bytes", lambda **_: 18 * 1_328_256)
+    words = sequence(tiny, tasks, tmp_path / "out", "--use_cpu", "true", strategy="gem", method="fft")
+    assert main(words) == 2
+    assert "02-Swap does not fit" in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_gems_gradients_are_those_of_its_plan(tmp_path, tiny, tasks, monkeypatch):
+    """The step's own, and one per earlier task, in fp32; no parameter has another at the same time."""
+    runs, plan = planned(*sequence(tiny, tasks, tmp_path / "out", "--memory_rows", "4", strategy="gem")[1:])
+    folder, seen = tmp_path / "rows", []
+    folder.mkdir()
+    made = make_plan(config_at(plan, runs[1].run, folder))
+    trainer = make_trainer(made)
+
+    def dot_products(gradients, device):
+        assert all(parameter.grad is None for parameter in trainer.model.parameters())
+        seen.append(sum(tensor.nbytes for gradient in gradients for tensor in gradient))
+        return original(gradients, device)
+
+    original = gem_strategy.dot_products
+    monkeypatch.setattr(gem_strategy, "dot_products", dot_products)
+    trainer.train()
+    memory = memory_of(made.config.method, made.selection, engine_of(made.config, trainer.model.config))
+    assert set(seen) == {memory.gradients + memory.method}
+
+
+def test_texts_are_sampled_whatever_the_bases_generation_config_says(tiny):
+    """As those of chat models, which are about answers to people."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    args = SimpleNamespace(process_index=0, world_size=1, device=torch.device("cpu"), bf16=False)
+    trainer = SimpleNamespace(args=args, processing_class=tokenizer)
+    texts = []
+    for changed in ({}, {"repetition_penalty": 5.0, "min_p": 0.5, "max_new_tokens": 2, "num_beams": 2}):
+        model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+        model.generation_config.update(**changed)
+        texts.append(sample_texts(model, trainer, SelfReplay(replay_texts=8, replay_tokens=16)))
+    assert texts[0] == texts[1]
+    assert max(map(len, texts[0])) == 16
+
+
 def test_other_tasks_than_the_recipes_need_no_metrics_of_its_own():
     words = ["--config", "recipes/smollm2-135m/trace.yaml", "--tasks", "ScienceQA", "Kind"]
-    plan = parse_sequence(words)
+    plan, _ = parse_sequence(words)
     assert plan.settings.metrics == {"ScienceQA": "choice_and_reason", "Kind": "choice"}
     with pytest.raises(HFTError, match="metrics has Swap"):
         parse_sequence([*words, "--metrics", "{Kind: choice, Swap: accuracy}"])
@@ -206,7 +323,7 @@ def test_the_documents_own_strategy_chooses_rows(tmp_path, tiny, tasks):
     [shown] = re.findall(r"```python\n(.*?)```", Path("docs/continual.md").read_text(), re.DOTALL)
     assert shown in example
     own = "docs/examples/balanced_replay.py:BalancedReplay"
-    plan = parse_sequence(sequence(tiny, tasks, tmp_path / "out", "--replay_seed", "1", strategy=own)[1:])
+    plan, _ = parse_sequence(sequence(tiny, tasks, tmp_path / "out", "--replay_seed", "1", strategy=own)[1:])
     [[first], [second]] = SequenceData(plan).rounds(plan)
     assert (len(first.rows), len(second.rows)) == (400, 800)
     assert {row["prompt"].split("\n")[0] for row in second.rows[400:]} == {"Give the first word."}
@@ -226,6 +343,11 @@ def test_the_documents_own_strategy_chooses_rows(tmp_path, tiny, tasks):
         (["--dataset_name", "data/sft"], "dataset_name is set by hft continual per run"),
         (["--replay_mode", "mixed"], "replay_mode is a key of strategy replay"),
         (["--test_rows", "0"], "test_rows must be at least 1"),
+        (["--strategy", "agem", "--memory_batch", "0"], "agem needs memory_batch >= 1, got 0"),
+        (["--config", "lora", "--strategy", "seqft"], "strategy seqft does not work with an adapter"),
+        (["--push_to_hub", "true"], "push_to_hub would push every run"),
+        (["--resume_from_checkpoint", "runs/x/checkpoint-2"], "is of one run; by default each resumes from its own"),
+        (["--gpus", "8"], "gpus is for a plan: add --dry_run true"),
         (["--strategy", "gem", "--fp16", "true"], "gem compares gradients, which fp16 scales"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value)[:30],
@@ -285,7 +407,7 @@ def test_the_commands_of_the_papers_rows_leave_the_folders_that_their_scores_are
         given = dict(word.split("=", 1) for word in words)
         files = [f"recipes/{given['MODEL']}/trace.yaml", f"recipes/methods/{target.removeprefix('trace-')}.yaml"]
         flags = ["--strategy", given["STRATEGY"], *shlex.split(given.get("ARGS", ""))]
-        plan = parse_sequence(["--config", *files, *flags])
+        plan, _ = parse_sequence(["--config", *files, *flags])
         assert str(plan.out) == f"runs/{run}"
         checked += 1
     assert checked > 15

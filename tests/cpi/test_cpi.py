@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -199,13 +200,14 @@ def test_what_is_there_is_used_again(finished, tiny, tasks, capsys):
     assert paths[2].stat().st_mtime_ns == before[2]
 
 
-def test_a_run_older_than_its_rows_is_refused(finished, tiny, tasks, capsys):
+def test_a_run_on_other_rows_than_are_there_is_refused(finished, tiny, tasks, capsys):
     [rows] = (finished.out / "data").glob("1-*/train.jsonl")
-    before = rows.stat().st_mtime_ns
-    os.utime(rows)
+    stat, before = rows.stat(), rows.read_text()
+    rows.write_text(before.replace("a", "b"))
+    os.utime(rows, ns=(stat.st_mtime_ns, stat.st_mtime_ns))  # as old as the run's rows, and as long
     assert main(words(tiny, tasks, finished.out, names=NAMES[:2], stage="train")) == 2
-    os.utime(rows, ns=(before, before))
-    assert "was trained before its rows or the model it starts from" in error_of(capsys)
+    rows.write_text(before)
+    assert "it was trained with other settings (sha256" in error_of(capsys)
 
 
 def test_the_saved_config_repeats_a_stage(finished, capsys):
@@ -481,6 +483,24 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, tiny, tasks, cap
     printed = capsys.readouterr().out
     assert "core: 1% of 1,328,256 elements" in printed
     assert "two random cores have a similarity of 0.50%" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_names_the_stage_that_does_not_fit(tmp_path, tiny, tasks, capsys, monkeypatch):
+    """Each stage with its own optimizer; the groups' cores have masters and a second copy of what is frozen."""
+
+    def sums(*flags: str) -> list[float]:
+        assert main(words(tiny, tasks, tmp_path / "out", "--dry_run", "true", "--bf16", "false", *flags)) == 0
+        printed = capsys.readouterr().out
+        return [float(size) for size in re.findall(r"sum +([\d.]+) GiB", printed)]
+
+    elements = 1_328_256
+    assert sums("--percent", "0") == pytest.approx([16 * elements / 2**30] * 2, abs=1e-3)
+    assert sums("--percent", "0", "--train", "{optim: sgd}")[1] == pytest.approx(8 * elements / 2**30, abs=1e-3)
+    monkeypatch.setattr("hft.planning.fit.device_bytes", lambda **_: 12 * elements)
+    flags = ["--probe", "{optim: sgd}", "--use_cpu", "true"]
+    assert main(words(tiny, tasks, tmp_path / "out", *flags)) == 2
+    assert "a run of stage train: 0.0B parameters need" in error_of(capsys)
     assert not (tmp_path / "out").exists()
 
 

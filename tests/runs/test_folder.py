@@ -1,14 +1,19 @@
 """What in a run's folder can be resumed, looked at without training."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import hft
 from hft.errors import HFTError
 from hft.record.manifest import Manifest
+from hft.runs.config import parse_config
 from hft.runs.folder import check_complete
+from tests.conftest import command, write_jsonl
 
 
 @pytest.fixture
@@ -38,3 +43,59 @@ def test_a_checkpoint_of_zero3_without_the_parts_of_another_node_is_refused(zero
     next(zero3.glob("*/*_rank_1_*")).unlink()
     with pytest.raises(HFTError, match="2 saved it, the parts of 1 are here, and this run has 2"):
         check_complete(zero3, here(2))
+
+
+@pytest.fixture
+def killed(tmp_path, finished) -> Path:
+    """A run that was killed after it had saved its last checkpoint."""
+    out = shutil.copytree(finished, tmp_path / "killed")
+    (out / "results.json").unlink()
+    return out
+
+
+def resumed(out: Path, tiny: Path, data: Path, *flags: str) -> hft.RunPlan:
+    evaluation = ["--eval_strategy", "steps", "--eval_on_start", "true", "--eval_steps", "4"]
+    words = command("sft", out, *evaluation, *flags, model=tiny, data=data)
+    return hft.make_plan(parse_config(words[0], words[1:]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--optim", "adafactor"], "optim unset there, adafactor here"),
+        (["--optim", "adamw_bnb_8bit"], "optim unset there, adamw_bnb_8bit here"),
+        (["--optim_args", "eps=1e-3"], "optim_args unset there, eps=1e-3 here"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "lr_scheduler_type linear there, reduce_lr_on_plateau here"),
+        (["--optim", "adamw_torch"], None),  # whose state is that of the default
+        (["--max_grad_norm", "0.5"], None),
+    ],
+    ids=lambda value: value[1] if isinstance(value, list) else "",
+)
+def test_a_resume_with_an_optimizer_that_its_state_is_not_of_is_refused(killed, tiny, data, flags, said):
+    if said is None:
+        assert resumed(killed, tiny, data, *flags).start.resume_from == str(killed / "checkpoint-4")
+        return
+    with pytest.raises(HFTError, match=f"whose optimizer keeps its own settings: {said}"):
+        resumed(killed, tiny, data, *flags)
+
+
+def test_a_finished_run_is_one_of_the_rows_that_are_there_now(tmp_path, finished, tiny, data):
+    rows = shutil.copytree(data, tmp_path / "rows")
+    out = shutil.copytree(finished, tmp_path / "out")
+    config = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(config.replace(str(data), str(rows)))
+    assert resumed(out, tiny, rows).start.is_finished
+    made = [json.loads(line) for line in (rows / "train.jsonl").read_text().splitlines()]
+    write_jsonl(rows / "train.jsonl", made[::-1])
+    with pytest.raises(HFTError, match=r"trained with other settings \(sha256"):
+        resumed(out, tiny, rows)
+
+
+def test_a_resume_with_other_tokens_is_refused(finished):
+    """As a chat template with a clock makes them the day after."""
+    manifest = Manifest.load(finished)
+    assert len(manifest.tokens) == 64
+    manifest.check_resumable(finished)
+    replace(manifest, tokens="").check_resumable(finished)
+    with pytest.raises(HFTError, match="the same rows have become other tokens"):
+        replace(manifest, tokens="0" * 64).check_resumable(finished)

@@ -10,6 +10,7 @@ from hft.config import option
 from hft.continual.gradients import TokenizedRow
 from hft.continual.strategies.gem import GEM
 from hft.errors import HFTError
+from hft.methods.strategy import ExtraRows
 from hft.selection import Selection
 
 
@@ -41,4 +42,7 @@ class AGEM(GEM):
         return [-product / square if product < 0 else 0.0]
 
     def memory(self, selection: Selection) -> int:
-        return 8 * selection.num_with_optimizer_state if self.strategy_data else 0  # fp32: g and m
+        return 4 * selection.num_with_optimizer_state if self.strategy_data else 0  # fp32: m
+
+    def extra_rows(self) -> ExtraRows:
+        return ExtraRows(min(self.memory_batch, super().extra_rows().per_step))

@@ -28,7 +28,7 @@ from hft.config import option
 from hft.continual.gradients import TokenizedRow, dot_products, loss_gradient, take_gradient, tokenized
 from hft.errors import HFTError
 from hft.jsonl import read_jsonl
-from hft.methods.strategy import Row, Strategy
+from hft.methods.strategy import ExtraRows, Row, Strategy
 from hft.selection import Selection
 
 if TYPE_CHECKING:
@@ -77,7 +77,10 @@ class GEM(Strategy):
         if not self.strategy_data:
             return 0
         tasks = len({row["task"] for row in read_jsonl(self.strategy_data)})
-        return 4 * (tasks + 1) * selection.num_with_optimizer_state  # fp32: g and every m_k
+        return 4 * tasks * selection.num_with_optimizer_state  # fp32: every m_k; g is the gradient that the run has
+
+    def extra_rows(self) -> ExtraRows:
+        return ExtraRows(len(read_jsonl(self.strategy_data)) if self.strategy_data else 0)
 
 
 class Projection(TrainerCallback):

@@ -21,16 +21,15 @@ import torch
 from accelerate.utils import gather_object
 from torch.nn.functional import kl_div
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from hft.config import option
 from hft.continual.gradients import micro_batches, next_token_logits, trained_tokens
 from hft.errors import HFTError
 from hft.freezing import upcast
 from hft.machine import is_main
-from hft.methods.strategy import Strategy
-from hft.model.load import load_base
-from hft.selection import Selection
+from hft.methods.strategy import ExtraRows, Strategy
+from hft.model.load import load_base, plain_generation
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -65,8 +64,8 @@ class SelfReplay(Strategy):
         if args.fp16:
             raise HFTError("self-replay adds a gradient that fp16 would have to scale; train in bf16 or fp32")
 
-    def memory(self, selection: Selection) -> int:
-        return 2 * selection.num_trained  # the trained half of the reference; it shares the frozen one
+    def extra_rows(self) -> ExtraRows:
+        return ExtraRows(self.replay_batch, self.replay_tokens, reference=True, sampled=self.replay_texts)
 
 
 def reference_of(trainer: Trainer) -> PreTrainedModel:
@@ -118,10 +117,9 @@ def sample_texts(model: PreTrainedModel, trainer: Trainer, strategy: SelfReplay)
         raise HFTError("self-replay starts texts with the tokenizer's BOS or EOS, and it has neither")
     mine = range(args.process_index, -(-strategy.replay_texts // BATCH), args.world_size)
     sampled: list[tuple[int, list[list[int]]]] = []
-    # What a base's own generation config says, such as a repetition penalty, is about answers to people.
     settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_length": strategy.replay_tokens}
     ids = {"bos_token_id": start, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model.generation_config = GenerationConfig(**settings, **ids)
+    model.generation_config = plain_generation(model, **settings, **ids)
     devices = [args.device] if args.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
         for batch in tqdm(mine, desc="sampling texts", disable=not is_main(), leave=False):

@@ -1,0 +1,103 @@
+"""What each run of a sequence will take, known before the first one starts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hft.continual.config import SequencePlan, SequenceRun
+from hft.errors import HFTError
+from hft.jsonl import write_jsonl
+from hft.planning.candidates import Setup
+from hft.planning.engine import engine_of
+from hft.planning.fit import why_state_does_not_fit
+from hft.planning.forecast import Machine
+from hft.planning.memory import GIB, memory_of
+from hft.runs.arguments import machine_settings, training_arguments
+from hft.runs.config import Config
+from hft.runs.plan import Batches, RunPlan, checkpointed_of, load_model_config, make_plan, plan_selection
+from hft.text import aligned
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sequence, before it starts."""
+
+    run: SequenceRun
+    steps: int | None  # None where rows are packed
+    size: float  # bytes per device, with activations where they are known
+    available: float | None  # that a run may take; None for GPUs that are not here and whose memory was not given
+    flops: float | None  # of the whole run, over all devices; None where they are not known
+    too_large: str | None  # a sentence if the device cannot hold the state
+    unknown: str | None  # why activations and FLOPs are not known
+
+    @property
+    def misfit(self) -> str | None:
+        """A sentence if a device has less than the run takes."""
+        short = 0 if self.available is None else (self.size - self.available) / GIB
+        reason = self.too_large or (f"short by {short:.1f} GiB" if short > 0 else None)
+        return f"{self.run.name} does not fit: {reason}" if reason else None
+
+    def row(self) -> list[str]:
+        steps = "-" if self.steps is None else f"{self.steps:,}"
+        flops = "-" if self.flops is None else f"{self.flops:.3g}"
+        return [self.run.name, f"{len(self.run.rows):,}", steps, f"{self.size / GIB:.2f}", flops]
+
+
+def plan_runs(plan: SequencePlan, rounds: Sequence[Sequence[SequenceRun]], machine: Machine) -> list[PlannedRun]:
+    """Plan every run of a sequence as if it started from the base, whose shapes all of them have.
+
+    Raises:
+        HFTError: one of them cannot be made as asked.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return [plan_one(run, config_at(plan, run, Path(folder)), machine) for runs in rounds for run in runs]
+
+
+def first_plan(plan: SequencePlan, run: SequenceRun) -> RunPlan:
+    """The plan of the first run, made before the sequence has written anything."""
+    with tempfile.TemporaryDirectory() as folder:
+        return make_plan(config_at(plan, run, Path(folder)))
+
+
+def config_at(plan: SequencePlan, run: SequenceRun, folder: Path) -> Config:
+    """The config of a run on the base, its rows in a folder."""
+    flags = {key: value for key, value in run.flags.items() if key not in ("model_name_or_path", "previous_run")}
+    flags |= {"dataset_name": str(folder / f"{run.name}.jsonl"), "resume_from_checkpoint": "none"}
+    write_jsonl(Path(flags["dataset_name"]), run.rows)
+    if "strategy_data" in flags:
+        flags["strategy_data"] = str(folder / f"{run.name}-memory.jsonl")
+        write_jsonl(Path(flags["strategy_data"]), run.memory)
+    return plan.config(replace(run, flags=flags))
+
+
+def plan_one(run: SequenceRun, config: Config, machine: Machine) -> PlannedRun:
+    model_config, method = load_model_config(config), config.method
+    selection, engine = plan_selection(config, model_config), engine_of(config, model_config, machine.gpus)
+    here = machine_settings(config.values)
+    args, _ = training_arguments(config, here, engine.processes)
+    packed = getattr(args, "packing", False) and args.max_steps <= 0
+    batches = Batches(args, config.objective, engine.processes)
+    steps = args.max_steps if args.max_steps > 0 else None if packed else batches.steps_over(len(run.rows))
+    size, flops, unknown = memory_of(method, selection, engine).total, None, None
+    try:
+        setup = Setup(config, model_config, args, engine, checkpointed_of(config, here, args, selection))
+        candidate = setup.candidate(run.name, method, selection)
+        size = candidate.memory.total
+        if steps is not None:
+            flops = candidate.step.flops * args.gradient_accumulation_steps * engine.processes * steps
+            flops += candidate.step.sampling
+    except HFTError as error:  # an adapter or a schedule
+        unknown = str(error)
+    too_large = None if machine.gpus else why_state_does_not_fit(config, selection, engine)
+    return PlannedRun(run, steps, size, machine.available(engine), flops, too_large, unknown)
+
+
+def table(runs: Sequence[PlannedRun]) -> str:
+    """The runs in columns, the sum of their FLOPs, and what is not known or does not fit."""
+    known, notes = [run.flops for run in runs if run.flops is not None], [run.unknown for run in runs if run.unknown]
+    rows = [["run", "rows", "steps", "GiB per device", "FLOPs"], *(run.row() for run in runs)]
+    total = [f"{sum(known):.3g} FLOPs in all"] if len(known) == len(runs) else []
+    return aligned([*rows, *total, *dict.fromkeys(notes), *(run.misfit for run in runs if run.misfit)])
