@@ -55,7 +55,7 @@ def sequence_keys(plan: SequencePlan) -> dict[str, Any]:
     own = asdict(plan.settings) | plan.strategy.keys()
     own = {key: value for key, value in own.items() if value is not None and key != "score_batch_size"}
     first = {"round": plan.given_round} if plan.given_round else {}
-    return plan.common | own | first | {"output_dir": str(plan.out)}
+    return plan.common | own | first | {"output_dir": str(plan.out), "run_name": plan.name}
 
 
 def prepare(plan: SequencePlan, data: SequenceData) -> None:

@@ -30,7 +30,7 @@ from hft.planning.memory import memory_of
 from hft.record.manifest import Manifest
 from hft.record.scores import Scores
 from hft.reporting.paper import read_runs
-from hft.runs.plan import make_plan
+from hft.runs.plan import load_model_config, make_plan
 from hft.runs.train import make_trainer
 from tests.conftest import error_of, identical, tensors
 
@@ -292,7 +292,7 @@ def test_gems_gradients_are_those_of_its_plan(tmp_path, tiny, tasks, monkeypatch
     original = gem_strategy.dot_products
     monkeypatch.setattr(gem_strategy, "dot_products", dot_products)
     trainer.train()
-    memory = memory_of(made.config.method, made.selection, engine_of(made.config, trainer.model.config))
+    memory = memory_of(made.config.method, made.selection, engine_of(made.config, load_model_config(made.config)))
     assert set(seen) == {memory.gradients + memory.method}
 
 
