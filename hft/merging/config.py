@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from hft.config import option
 from hft.errors import HFTError
 
 
@@ -13,31 +14,28 @@ from hft.errors import HFTError
 class MergeConfig:
     """How `hft merge` merges what."""
 
-    method: Literal["average", "ties", "dare", "dare-ties", "slerp", "wise-ft", "adapter", "delta"] | None = field(
-        default=None,
-        metadata={
-            "help": "average: the mean of the weights; ties: the largest deltas, by the sign that wins; dare: random "
-            "deltas, rescaled; dare-ties: those, by the sign that wins; slerp: on the arc between two models; wise-ft: "
-            "on the line from base to model; adapter: an adapter of PEFT's added to its base; delta: what a run saved "
-            "with save_only_trained, put back into its base."
-        },
+    method: Literal["average", "ties", "dare", "dare-ties", "slerp", "wise-ft", "adapter", "delta"] | None = option(
+        "average: the mean of the weights; ties: the largest deltas, by the sign that wins; dare: random "
+        "deltas, rescaled; dare-ties: those, by the sign that wins; slerp: on the arc between two models; wise-ft: "
+        "on the line from base to model; adapter: an adapter of PEFT's added to its base; delta: what a run saved "
+        "with save_only_trained, put back into its base."
     )
-    models: list[str] | None = field(default=None, metadata={"help": "Models to merge: folders or Hub ids."})
-    base: str | None = field(default=None, metadata={"help": "The model that they were all tuned from."})
-    out: str | None = field(default=None, metadata={"help": "Folder for the result."})
-    weights: list[float] | None = field(
-        default=None, metadata={"help": "One per model, by default equal; average divides by their sum, dare does not."}
+    models: list[str] | None = option("Models to merge: folders or Hub ids.")
+    base: str | None = option("The model that they were all tuned from.")
+    out: str | None = option("Folder for the result.")
+    weights: list[float] | None = option(
+        "One per model, by default equal; average divides by their sum, dare does not."
     )
-    density: float = field(default=0.2, metadata={"help": "Fraction of each model's deltas to keep (ties)."})
-    trim: Literal["tensor", "global"] = field(
-        default="tensor", metadata={"help": "Take that fraction of each tensor, or of the whole model (ties)."}
+    density: float = option("Fraction of each model's deltas to keep (ties).", 0.2)
+    trim: Literal["tensor", "global"] = option(
+        "Take that fraction of each tensor, or of the whole model (ties).", "tensor"
     )
-    drop: float = field(default=0.9, metadata={"help": "Probability to drop a delta (dare, dare-ties)."})
-    seed: int = field(default=0, metadata={"help": "Seed of what is dropped (dare, dare-ties)."})
-    scale: float = field(default=1.0, metadata={"help": "Factor of the merged deltas: TIES' lambda."})
-    t: float = field(default=0.5, metadata={"help": "From the first model, 0, to the second, 1 (slerp)."})
-    alpha: float = field(default=0.5, metadata={"help": "From the base, 0, to the model, 1 (wise-ft)."})
-    max_shard_size: str = field(default="5GB", metadata={"help": "Largest size of a file."})
+    drop: float = option("Probability to drop a delta (dare, dare-ties).", 0.9)
+    seed: int = option("Seed of what is dropped (dare, dare-ties).", 0)
+    scale: float = option("Factor of the merged deltas: TIES' lambda.", 1.0)
+    t: float = option("From the first model, 0, to the second, 1 (slerp).", 0.5)
+    alpha: float = option("From the base, 0, to the model, 1 (wise-ft).", 0.5)
+    max_shard_size: str = option("Largest size of a file.", "5GB")
 
     def __post_init__(self):
         for name in ("density", "drop", "t", "alpha"):

@@ -19,8 +19,9 @@ from hft.runs.arguments import machine_settings, training_arguments
 from hft.runs.config import Config, comparable, read_command_line, resolve_config
 from hft.runs.plan import RunPlan, check_template, load_model_config, load_tokenizer, plan_selection
 from hft.selection import select
+from hft.selection.masks import MASKS_NAME
 from hft.selection.selection import READ_TEXT
-from hft.selection.stored import SCORED, load_scores
+from hft.selection.stored import IMPORTANCE_NAME, SCORED, load_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -80,6 +81,9 @@ def score_base(config: Config, args: TrainingArguments, tokenizer: PreTrainedTok
     if is_made_from(folder, made_from):
         say(f"importance: read from {folder}", "")
         return
+    theirs = [path.name for path in folder.glob("*") if path.name not in (IMPORTANCE_NAME, MASKS_NAME)]
+    if theirs:
+        raise HFTError(f"{folder} holds {theirs[0]} beside scores; name another folder")
     say(f"scoring the base by {chosen.score}{by}")
     model, _ = load_base(config.run.model_name_or_path, args)
     texts = list(token_ids(tokenizer, rows, args.max_length, chosen.importance_rows or 0))

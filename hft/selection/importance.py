@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hft.errors import HFTError, reason
 from hft.model.anatomy import Anatomy, anatomy_of
-from hft.selection.masks import MASKS_NAME, Mask, largest, save_masks
+from hft.selection.masks import Mask, largest, save_masks
 from hft.selection.policies import build_selection, category, half_of_the_norms, select
 from hft.selection.selection import READ_TEXT, Selection, SelectionConfig
 from hft.selection.stored import IMPORTANCE_NAME, check_scored_base, top_of_each_type
@@ -93,8 +93,6 @@ def planned_selection(model: nn.Module, config: SelectionConfig, base: str) -> S
 def save_scored(folder: Path, selection: Selection, made_from: Mapping[str, Any]) -> None:
     """Write a selection as what of each parameter is frozen, True in its mask, and what it was made from."""
     folder.mkdir(parents=True, exist_ok=True)
-    if others := [path.name for path in folder.iterdir() if path.name not in (IMPORTANCE_NAME, MASKS_NAME)]:
-        raise HFTError(f"{folder} holds {others[0]} besides scores; name another folder")
     (folder / IMPORTANCE_NAME).unlink(missing_ok=True)
     anatomy, frozen, masks = selection.anatomy, set(selection.frozen_parameters), dict(selection.frozen_masks)
     outside = {name: (size,) for name, size in anatomy.numels.items() if name in selection.frozen_outside}

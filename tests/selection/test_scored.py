@@ -100,6 +100,8 @@ def test_a_folder_of_another_base_or_other_settings_is_refused(tmp_path, tiny, d
     assert sft(tmp_path / "out", "--policy", "importance", "--importance", str(tmp_path)) == 2
     assert "give a folder that `hft importance` wrote" in error_of(capsys)
     assert not (tmp_path / "out").exists()
+    assert score(other, *flags, model=tiny, data=data) == 2
+    assert "beside scores; name another folder" in error_of(capsys)
 
     model = AutoModelForCausalLM.from_pretrained(tiny)
     model.config.num_hidden_layers = 5
