@@ -85,7 +85,7 @@ def fingerprint(name: str, config: str | None = None, revision: str | None = Non
     def identity(path: Path) -> dict[str, Any]:
         return {"size": path.stat().st_size, "sha256": file_digest(path)}
 
-    path = Path(name).expanduser()
+    path = _local_path(name)
     with _loading(name):
         if path.is_file():
             return {"files": {path.name: identity(path)}}

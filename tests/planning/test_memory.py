@@ -7,6 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 import hft
+from hft.continual.strategies.self_replay import reference_of
 from hft.planning.costs import FLOAT32, MIXED
 from hft.planning.forecast import forecast
 from hft.runs.train import make_trainer
@@ -108,3 +109,11 @@ def test_a_step_of_a_run_holds_what_its_plan_says(tiny, data, tmp_path, packing)
         trainer.compute_loss(model, inputs)
     step = forecast(plan.config).run.step
     assert step.saved + step.saved_copies == pytest.approx(sum(saved.values()), rel=0.03)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_self_replays_reference_takes_what_its_plan_says(bf16, tiny, data, tmp_path):
+    plan = plan_of("sft", tmp_path / "out", tiny, data, bf16=bf16, strategy="self-replay")
+    trainer = make_trainer(plan)
+    trainer.ref_model = reference_of(trainer)
+    assert forecast(plan.config).memory.reference == reference_bytes(trainer)
