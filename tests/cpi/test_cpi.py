@@ -203,7 +203,7 @@ def test_what_is_there_is_used_again(finished, tiny, tasks, capsys):
 def test_a_run_on_other_rows_than_are_there_is_refused(finished, tiny, tasks, capsys):
     [rows] = (finished.out / "data").glob("1-*/train.jsonl")
     stat, before = rows.stat(), rows.read_text()
-    rows.write_text(before.replace("a", "b"))
+    rows.write_text("".join(before.splitlines(keepends=True)[::-1]))
     os.utime(rows, ns=(stat.st_mtime_ns, stat.st_mtime_ns))  # as old as the run's rows, and as long
     assert main(words(tiny, tasks, finished.out, names=NAMES[:2], stage="train")) == 2
     rows.write_text(before)
