@@ -163,17 +163,18 @@ def plot_cores(tasks: Sequence[str], similarity: torch.Tensor, shares: dict[str,
     """The similarity of the cores, and below it which fraction of each block of each layer is in each core."""
     from matplotlib.figure import Figure
 
+    from hft.record.picture import SHADES
+
     figure = Figure(figsize=(4.2 * (len(shares) + 1), 0.5 * len(tasks) + 2.2), dpi=120, layout="constrained")
     first, *others = figure.subplots(1, len(shares) + 1)
-    first.imshow(similarity, cmap="viridis", vmin=0, vmax=1)
+    first.imshow(similarity, cmap=SHADES, vmin=0, vmax=1)
     first.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
     first.set_title("similarity of cores", loc="left", fontsize=10)
     for row, column in ((row, column) for row in range(len(tasks)) for column in range(len(tasks))):
-        color = "black" if similarity[row, column] > 0.6 else "white"
-        first.text(column, row, f"{similarity[row, column]:.2f}", ha="center", va="center", color=color, fontsize=8)
+        first.text(column, row, f"{similarity[row, column]:.2f}", ha="center", va="center", fontsize=8)
     most = max(float(share.max()) for share in shares.values()) or 1.0
     for axes, (block, share) in zip(others, shares.items(), strict=True):
-        drawn = axes.imshow(100 * share, cmap="viridis", vmin=0, vmax=100 * most, aspect="auto")
+        drawn = axes.imshow(100 * share, cmap=SHADES, vmin=0, vmax=100 * most, aspect="auto")
         axes.set_title(block, loc="left", fontsize=10)
         axes.set_xlabel("layer")
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +19,15 @@ from hft.merging.checkpoint import Checkpoint, check_alike, why_not_base
 from hft.merging.operators import blocks
 from hft.model.anatomy import BLOCKS, Anatomy, Part, Unit, anatomy_of, meta_model
 from hft.record.manifest import rounds_so_far
+from hft.record.palette import DASHES, style_of
+from hft.runs.config import read_saved_config
+from hft.runs.result import CONFIG_NAME
 from hft.selection.selection import ELEMENTWISE
 from hft.text import aligned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-COLORS = ("#4f6d7a", "#e4572e", "#2e86ab", "#f2a541", "#7b5ea7", "#3c9d6b")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if options.out:
             Path(options.out).mkdir(parents=True, exist_ok=True)
-            plot_comparison(asdict(found)).savefig(Path(options.out, "diff.png"))
+            methods = dict(zip(found.models, map(method_of, models), strict=True))
+            plot_comparison(asdict(found), methods).savefig(Path(options.out, "diff.png"))
             Path(options.out, "diff.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
             say("", f"{options.out}/diff.png, diff.json")
     except OSError as error:
@@ -185,8 +187,17 @@ def comparison_text(found: Comparison) -> str:
     return f"mean absolute change from {found.start}\n" + indented(aligned(text))
 
 
-def plot_comparison(found: Mapping[str, Any]) -> Figure:
-    """Attention and MLP over the layers, and units over the rounds in which they were trained."""
+def method_of(model: Checkpoint) -> str:
+    """The method of a run; the name of any other model."""
+    config = model.folder / CONFIG_NAME
+    return (read_saved_config(config) if config.exists() else {}).get("method") or Path(model.name).name
+
+
+def plot_comparison(found: Mapping[str, Any], methods: Mapping[str, str]) -> Figure:
+    """Attention and MLP over the layers, and units over the rounds in which they were trained.
+
+    `methods` are the models' methods by name, each in its color; dashes tell models of one method apart.
+    """
     from matplotlib.figure import Figure
 
     panels = [
@@ -194,23 +205,24 @@ def plot_comparison(found: Mapping[str, Any]) -> Figure:
         for block, title in (("attention", "attention"), ("mlp", "MLP"))
     ]
     panels += [(f"units by how often {model} trained them", "rounds", rows) for model, rows in found["rounds"].items()]
-    models = found["layers"][0]["change"]
-    styles = {
-        name: {"color": color, "marker": "o", "markersize": 4, "label": name}
-        for name, color in zip(models, cycle(COLORS), strict=False)
-    }
-    figure = Figure(figsize=(4.4 * len(panels), 3.6), dpi=120)
+    models, drawn, styles = list(found["layers"][0]["change"]), [methods[name] for name in methods], {}
+    for number, name in enumerate(models):
+        color, marker = style_of(methods[name])
+        dashes = DASHES[drawn[:number].count(methods[name]) % len(DASHES)]
+        styles[name] = {"color": color, "marker": marker, "markersize": 4, "linestyle": dashes, "label": name}
+    figure = Figure(figsize=(4.4 * len(panels), 3.6), dpi=120, layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, xlabel, rows) in zip(all_axes, panels, strict=True):
         draw_changes(axes, rows, styles)
-        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_title("\n".join(textwrap.wrap(title, 42)), loc="left", fontsize=10)
         axes.set_xlabel(xlabel)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6")
         axes.set_axisbelow(True)
     all_axes[0].set_ylabel(f"mean |change| from {Path(found['start']).name}")
-    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(models), frameon=False)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    columns = max(1, int(12 * 4.4 * len(panels) / (max(map(len, models)) + 7)))
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
+    figure.set_figheight(3.4 + 0.2 * -(-len(models) // columns))
     return figure
 
 

@@ -10,17 +10,19 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from hft.methods.schedule import fractions_of, from_row, trained_fraction
+from hft.model.anatomy import Anatomy
+from hft.record.palette import FROZEN, TRAINED
 from hft.selection import Selection
 
-FROZEN, TRAINED = "#cfd8dc", "#e4572e"
 SHADES = LinearSegmentedColormap.from_list("fraction", [FROZEN, TRAINED])
 
 
 def plot_selection(selection: Selection, title: str = "", words: tuple[str, str] = ("trains", "frozen")) -> Figure:
     """One column per layer, one row per unit; trained units are colored, frozen ones gray.
 
-    A unit that trains in part, and experts of which some train, are colored in between. A unit that some layers lack
-    stays white there. `words` are the legend of trained and frozen.
+    Embeddings are rows above the units, and a head that is not tied to them is one below. A unit that trains in part,
+    and experts of which some train, are colored in between. A unit that some layers lack stays white there. `words` are
+    the legend of trained and frozen.
     """
     units, num_layers = selection.anatomy.units, selection.anatomy.num_layers
     kinds = list(dict.fromkeys((unit.block, unit.kind) for unit in sorted(units, key=lambda u: u.block)))
@@ -28,16 +30,21 @@ def plot_selection(selection: Selection, title: str = "", words: tuple[str, str]
     for unit in units:
         cell = kinds.index((unit.block, unit.kind)), unit.layer
         cells.setdefault(cell, []).append(selection.trained_fraction(unit))
-    grid = [[float("nan")] * num_layers for _ in kinds]
+    first, last = ends_of(selection.anatomy)
+    names = [kind if block not in ("experts", "router") else f"{block} {kind}" for block, kind in kinds]
+    names = [*(name.split(".")[-2] for name in first), *names, *(name.split(".")[-2] for name in last)]
+    grid = [[float("nan")] * num_layers for _ in names]
     for (row, layer), fractions in cells.items():
-        grid[row][layer] = sum(fractions) / len(fractions)
+        grid[len(first) + row][layer] = sum(fractions) / len(fractions)
 
     summary = f"{selection.fraction_of_layers:.1%} of the layers {words[0]}"
-    axes = _axes(max(5, 0.24 * num_layers + 2.2), 0.3 * len(kinds) + 1.4, title, summary)
-    axes.pcolormesh(grid, cmap=SHADES, vmin=0, vmax=1, edgecolors="white", linewidth=1)
-    names = [kind if block not in ("experts", "router") else f"{block} {kind}" for block, kind in kinds]
-    axes.set_yticks([row + 0.5 for row in range(len(kinds))], names)
-    ticks = range(0, num_layers, 1 if num_layers <= 8 else 4)
+    axes = _axes(max(5, 0.24 * num_layers + 2.2), 0.3 * len(names) + 1.4, title, summary)
+    cells_look = {"cmap": SHADES, "vmin": 0, "vmax": 1, "edgecolors": "white", "linewidth": 1}
+    axes.pcolormesh(grid, **cells_look)
+    for row, name in zip([*range(len(first)), *range(len(names) - len(last), len(names))], first + last, strict=True):
+        axes.pcolormesh([0, num_layers], [row, row + 1], [[fraction_of(selection, name)]], **cells_look)
+    axes.set_yticks([row + 0.5 for row in range(len(names))], names)
+    ticks = range(0, num_layers, every(num_layers))
     axes.set_xticks([tick + 0.5 for tick in ticks], [str(tick) for tick in ticks])
     axes.set_xlabel("layer")
     legend = [Patch(color=color, label=word) for color, word in zip((TRAINED, FROZEN), words, strict=True)]
@@ -48,23 +55,24 @@ def plot_selection(selection: Selection, title: str = "", words: tuple[str, str]
 def plot_schedule(selection: Selection, history: Sequence[dict[str, Any]], steps: int, title: str = "") -> Figure:
     """One row per layer, one column per phase, as wide as the phase is long; the color is the layer's trained fraction.
 
-    The rows above and below the layers are the input embeddings and, unless it is tied to them, the head. `history`
-    holds the phases as `hft.methods.schedule.to_row` writes them; `steps` are those of the whole run.
+    The rows above and below the layers are embeddings and, unless it is tied to them, the head. `history` holds
+    the phases as `hft.methods.schedule.to_row` writes them; `steps` are those of the whole run.
     """
     anatomy, phases = selection.anatomy, [from_row(selection, row) for row in history]
     layers = [[trained_fraction(layer, trained) for _, trained in phases] for layer in anatomy.layers]
-    first, *last = [[float(name in trained) for _, trained in phases] for name in anatomy.embeddings]
-    grid = [first, *layers, *last]
+    first, last = ends_of(anatomy)
+    above, below = ([[float(name in trained) for _, trained in phases] for name in names] for names in (first, last))
+    grid = [*above, *layers, *below]
 
     mean = fractions_of(selection, phases, steps)["mean"]
     summary = f"{mean:.1%} of the layers trains on average"
     axes = _axes(8, 0.2 * len(grid) + 1.6, title, summary)
     edges = [step for step, _ in phases] + [steps]
     drawn = axes.pcolormesh(edges, range(len(grid) + 1), grid, cmap=SHADES, vmin=0, vmax=1)
-    every = 1 if anatomy.num_layers <= 8 else 4
-    names = ["embeddings", *map(str, range(anatomy.num_layers)), *(["head"] if last else [])]
-    ticks = [0, *range(1, anatomy.num_layers + 1, every), *range(anatomy.num_layers + 1, len(grid))]
-    axes.set_yticks([tick + 0.5 for tick in ticks], [names[tick] for tick in ticks])
+    shown = range(0, anatomy.num_layers, every(anatomy.num_layers))
+    ticks = [*range(len(first)), *(len(first) + layer for layer in shown), *range(len(grid) - len(last), len(grid))]
+    names = [*(name.split(".")[-2] for name in first), *map(str, shown), *(name.split(".")[-2] for name in last)]
+    axes.set_yticks([tick + 0.5 for tick in ticks], names)
     axes.set_ylabel("layer")
     axes.set_xlabel("step")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -72,9 +80,27 @@ def plot_schedule(selection: Selection, history: Sequence[dict[str, Any]], steps
     return axes.figure
 
 
+def ends_of(anatomy: Anatomy) -> tuple[list[str], list[str]]:
+    """The embeddings, which are beside the layers in the module tree, and the head, which is not."""
+    tree = anatomy.units[0].name.partition(".")[0]
+    first = [name for name in anatomy.embeddings if name.partition(".")[0] == tree]
+    return first, [name for name in anatomy.embeddings if name not in first]
+
+
+def fraction_of(selection: Selection, name: str) -> float:
+    """Which fraction of a parameter outside the layers trains."""
+    mask = selection.frozen_masks.get(name)
+    return float(name in selection.trained_parameters) if mask is None else 1 - mask.count() / mask.numel
+
+
+def every(num_layers: int) -> int:
+    """At how many layers there is a label."""
+    return 1 if num_layers <= 8 else 4 if num_layers <= 40 else 8
+
+
 def _axes(width: float, height: float, title: str, summary: str) -> Axes:
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    lines = textwrap.wrap(f"{title}{': ' if title else ''}{summary}", int(11 * width))
+    lines = textwrap.wrap(f"{title}{': ' if title else ''}{summary}", int(9 * width))
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize="large")
     axes = figure.add_subplot()
     axes.invert_yaxis()

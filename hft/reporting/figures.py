@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from hft.config import fill
 from hft.merging.diff import draw_changes
 from hft.objectives import OBJECTIVES, find_objective
+from hft.record.palette import COLORS, DASHES, FAINT, INK, MARKERS, OWN, TRAINED, style_of
 from hft.reporting.collect import Group, LoadedRun, rate_text
 from hft.reporting.measure import Column, Measured
 
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH = 4.6  # inches, so that 9 points are readable on a phone
-INK, FAINT = "#1f2328", "#d0d7de"
-# Told apart by color-blind readers too (after Okabe and Ito).
-OWN_STYLES = {"base": ("#59636e", "X"), "fft": ("#0072b2", "^"), "hft": ("#d55e00", "o")}
-OTHER_COLORS = ("#009e73", "#aa4499", "#b8860b", "#4b4fc4", "#117a8b", "#7a4b2a")
-OTHER_MARKERS, DASHES = "sDv^Pph<>", ("-", "--", ":", "-.")
 # For matplotlib's `rc_context`.
 RC = {"rc": {"svg.hashsalt": "hft"}, "fname": Path(__file__).with_name("templates") / "report.mplstyle"}
 
@@ -38,13 +34,9 @@ Styles = Mapping[str, tuple[str, str]]
 
 
 def styles_of(kinds: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A style per kind: base, fft and hft have their own, the others take turns. An objective changes none."""
+    """A style per kind, that of its method. An objective changes none."""
     prefix = re.compile(f"^({'|'.join(map(str.upper, OBJECTIVES))}) ")
-    names = {kind: prefix.sub("", kind) for kind in (*OWN_STYLES, *kinds)}
-    styles = dict(OWN_STYLES)
-    for number, name in enumerate(sorted(set(names.values()) - styles.keys())):
-        styles[name] = OTHER_COLORS[number % len(OTHER_COLORS)], OTHER_MARKERS[number % len(OTHER_MARKERS)]
-    return {kind: styles[name] for kind, name in names.items()}
+    return {kind: style_of(prefix.sub("", kind)) for kind in (*OWN, *kinds)}
 
 
 def plot_style(style: tuple[str, str], objective: str = "") -> dict[str, Any]:
@@ -179,7 +171,7 @@ def heatmap(matrix: Mapping[str, Any]) -> Figure:
     known = [(x, y, v) for y, row in enumerate(scores) for x, v in enumerate(row) if v is not None and isfinite(v)]
     top = max((value for *_, value in known), default=0) or 1
     for x, y, value in known:
-        shade = {"color": OWN_STYLES["hft"][0], "alpha": 0.75 * max(0, value / top), "linewidth": 0}
+        shade = {"color": TRAINED, "alpha": 0.75 * max(0, value / top), "linewidth": 0}
         axes.add_patch(Rectangle((x, y), 1, 1, **shade))
         axes.text(x + 0.5, y + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=8)
     axes.set(xlim=(0, len(tasks)), ylim=(len(scores), 0), frame_on=False)
@@ -194,7 +186,7 @@ def task_curves(matrix: Mapping[str, Any]) -> Figure:
     figure, axes = canvas("after round", "score, %")
     for number, task in enumerate(matrix["tasks"]):
         known = [(x, row[number]) for x, row in enumerate(matrix["scores"]) if row[number] is not None]
-        style = plot_style((OTHER_COLORS[number % 6], OTHER_MARKERS[number % len(OTHER_MARKERS)]))
+        style = plot_style((COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]))
         axes.plot(*zip(*known, strict=True), label=task, **style) if known else None
     first = len(matrix["scores"]) - len(matrix["op"])
     axes.plot(range(first, first + len(matrix["op"])), matrix["op"], label="OP", color=INK, linewidth=2.5)

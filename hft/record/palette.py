@@ -1,0 +1,22 @@
+"""Colors and markers: those of a method are the same in every picture, whatever else is in it."""
+
+import zlib
+
+INK, FAINT = "#1f2328", "#d0d7de"
+# Told apart by color-blind readers too (after Okabe and Ito).
+OWN = {"base": ("#59636e", "X"), "fft": ("#0072b2", "^"), "hft": ("#d55e00", "o")}
+COLORS = ("#009e73", "#aa4499", "#b8860b", "#4b4fc4", "#117a8b", "#7a4b2a")
+MARKERS, DASHES = "sDv^Pph<>", ("-", "--", ":", "-.")
+TRAINED, FROZEN = OWN["hft"][0], "#cfd8dc"
+# The methods that come with hft take turns; append new ones.
+METHODS = ("lora", "lisa", "badam", "hft-layer", "hft-model", "random-element", "importance", "mixout", "l2sp", "gmt")
+METHODS += ("mofo", "qlora", "adalora", "osf", "p-tuning-v2", "lora-qv", "half-reset", "autofreeze", "smartfrz")
+METHODS += ("dynamic", "freeze-qk", "freeze-ov", "hft-ratio", "hft-freeze-io", "spectrum", "lota", "cpi")
+
+
+def style_of(kind: str) -> tuple[str, str]:
+    """Color and marker of a method; words after its name, such as a setting, change its marker alone."""
+    method, _, more = kind.partition(" ")
+    number = METHODS.index(method) if method in METHODS else zlib.crc32(method.encode())
+    color, marker = OWN.get(method, (COLORS[number % len(COLORS)], MARKERS[number // len(COLORS) % len(MARKERS)]))
+    return color, MARKERS[zlib.crc32(more.encode()) % len(MARKERS)] if more else marker
