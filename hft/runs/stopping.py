@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from hft.errors import Interrupted, Stopped
 from hft.machine import leave_process_group, say, world_size
@@ -49,7 +50,7 @@ class StopAfterStep(TrainerCallback):
 
     def __init__(self):
         self.signal = self.stopped_by = 0  # what this process got; what all of them stop for
-        self.group = None
+        self.group = self.strategy = None
 
     def ask(self, number: int, frame: Any) -> None:
         """The handler of a signal."""
@@ -66,10 +67,13 @@ class StopAfterStep(TrainerCallback):
         self.stopped_by = self._largest_signal()
         if self.stopped_by:
             control.should_save = True
+            if args.save_strategy == SaveStrategy.BEST:  # which saves nothing but what an evaluation finds better
+                args.save_strategy, self.strategy = SaveStrategy.STEPS, args.save_strategy
 
     def on_save(self, args, state, control, **kwargs):
         if not self.stopped_by:
             return
+        args.save_strategy = self.strategy or args.save_strategy
         leave_process_group()  # after the others have saved too
         # A checkpoint that the command names would be taken again.
         named = args.resume_from_checkpoint not in (None, "auto", "true", "none", "false")

@@ -85,6 +85,20 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(tmp_path, stra
     same(out, straight("sft"), "checkpoint-1/")
 
 
+def test_a_signal_saves_a_checkpoint_that_is_not_the_best(tmp_path, tiny, data):
+    """Where only better ones are saved: the loss that is evaluated falls, and the largest is asked for."""
+    out = tmp_path / "out"
+    best = ["--save_strategy", "best", "--metric_for_best_model", "loss", "--greater_is_better", "true"]
+    line = [*words("sft", out, tiny, data), *best, "--eval_steps", "1"]
+    assert faults.run(line, out, at="optimizer 1", does="interrupt") == [130]
+    assert f"stopped by SIGINT after step 2; run the same command again to resume from {out / 'checkpoint-2'}" in (
+        faults.printed(out)
+    )
+    state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(out / "checkpoint-1")
+    assert [row["step"] for row in state["log_history"] if "eval_loss" in row] == [0, 1, 2]
+
+
 def test_a_run_that_went_back_is_not_taken_for_the_one_before(tmp_path, straight, tiny, data):
     out = tmp_path / "out"
     shutil.copytree(straight("sft"), out)
@@ -170,4 +184,4 @@ def test_sigterm_to_the_launcher_saves_a_checkpoint(tmp_path, tiny, data):
             break
     *_, last = run.stderr
     assert run.wait() == 143
-    assert f"go on from {last_checkpoint(out)}" in last
+    assert f"resume from {last_checkpoint(out)}" in last
