@@ -77,11 +77,18 @@ def cpu_has_bfloat16() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
+def on_gpu() -> bool:
+    """Whether this process has used a GPU; one that is there may be passed over."""
+    import torch
+
+    return torch.cuda.is_initialized() and torch.cuda.max_memory_allocated() > 0
+
+
 def peak_memory() -> int:
     """Peak bytes so far: allocated on the GPU, or resident in this process."""
     import torch
 
-    if torch.cuda.is_available():
+    if on_gpu():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

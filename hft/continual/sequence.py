@@ -122,7 +122,8 @@ def log_to_wandb(plan: SequencePlan, matrix: Matrix) -> str:
 
     from hft.runs.tracking import finish, open_run
 
-    run, where = open_run(name=plan.name, job_type="sequence", config=sequence_keys(plan))
+    group = f"{Path(plan.common['model_name_or_path']).name} sft"  # that of its runs
+    run, where = open_run(name=plan.name, group=group, job_type="sequence", config=sequence_keys(plan))
     rows = [[name, *row] for name, row in zip(matrix.rounds, matrix.scores, strict=True)]
     run.log({"matrix": wandb.Table(["round", *matrix.tasks], rows)})
     found = matrix.summary()

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ def write_card(
     starts = [manifest.tuned, manifest.base, *(one["base"] for one in reversed(manifest.earlier))]
     data = ModelCardData(
         base_model=next((start for start in starts if start and not is_local(start)), None),
+        **next(filter(None, map(license_of, filter(None, starts))), {}),
         datasets=[one["id"] for one in datasets_of(manifest) if "id" in one] or None,
         library_name="peft" if manifest.is_adapter else "transformers",
         pipeline_tag="text-generation",
@@ -52,7 +54,7 @@ def write_card(
         data,
         template_path=str(TEMPLATE),
         name=name,
-        model_id=model_id or name,
+        model_id=model_id or ".",
         manifest=manifest,
         linked=linked,
         base_id=portable(manifest.base),
@@ -62,6 +64,17 @@ def write_card(
     )
     card.save(folder / CARD_NAME)
     return folder / CARD_NAME
+
+
+def license_of(model: str) -> dict[str, str]:
+    """What the card of a model says of its license, if the card is on this machine."""
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+
+    path = Path(model, CARD_NAME) if is_local(model) else try_to_load_from_cache(model, CARD_NAME)
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        return {}
+    data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
 
 
 def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
@@ -100,12 +113,15 @@ def card_facts(
     """Names and values: method, selection, data, verify's result."""
     rows = [("method", portable(config["method"]))] if config.get("method") else []
     rows += [*part_facts(manifest), *size_facts(manifest)]
-    for data in datasets_of(manifest):
-        if "id" in data:
+    names = config.get("dataset_name") or []
+    names = portable(names if isinstance(names, list) else [names])
+    for data, name in zip_longest(datasets_of(manifest), names):
+        if data and "id" in data:
             revision = f" at {data['revision']}" if data.get("revision") else ""
             rows.append(("data", linked(data["id"], "datasets/") + revision))
-        elif data.get("files"):
-            rows.append(("data", shorten([f"`{file}`" for file in data["files"]])))
+        elif data and data.get("files"):
+            files = shorten([f"`{file}`" for file in data["files"] if file != name])
+            rows.append(("data", ": ".join(filter(None, [name and f"`{name}`", files]))))
     result = verify_fact(Counter(verified), "reset" if manifest.tuned else "frozen") if verified else "has not run yet"
     return [*rows, ("verify", result)]
 

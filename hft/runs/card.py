@@ -9,11 +9,11 @@ from hft.runs.config import is_neutral, read_saved_config
 from hft.runs.result import CONFIG_NAME, RunResult
 
 
-def write_run_card(result: RunResult, out: Path) -> None:
-    """Write the model card of a finished run's folder, with the scores that are in it by now."""
+def write_run_card(result: RunResult, out: Path, into: Path | None = None, model_id: str | None = None) -> None:
+    """Write the model card of a finished run, with the scores that are there by now; `into` a copy of its folder."""
     config = read_saved_config(out / CONFIG_NAME)
-    tags, model_id = ("trl", result.objective, "hft"), config.get("hub_model_id")
-    write_card(out, Manifest.load(out), card_settings(config), tags, verified=result.verify, model_id=model_id)
+    tags, model_id = ("trl", result.objective, "hft"), model_id or config.get("hub_model_id")
+    write_card(into or out, Manifest.load(out), card_settings(config), tags, verified=result.verify, model_id=model_id)
 
 
 def card_settings(config: dict[str, Any]) -> dict[str, Any]:

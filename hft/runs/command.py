@@ -37,6 +37,8 @@ def summary(result: RunResult, out: Path) -> str:
     metrics = [("training loss", losses)] if None not in losses else []
     metrics += [(f"held-out {name}", values) for name, values in result.held_out.items()]
     changes = "\n".join(f"  {name:28} {' -> '.join(f'{value:.4f}' for value in values)}" for name, values in metrics)
+    cost = f"{result.tokens_per_second:,.0f} tokens/s, " if result.tokens_per_second else ""
+    cost += f"peak memory {result.peak_memory_gb} GB" + (f" of the {of}" if (of := result.peak_memory_of) else "")
     hft = sys.argv[0] if Path(sys.argv[0]).name == "hft" else "hft"  # as it was called, to be called again
     again = f"{hft} {result.objective} --config {out}/{CONFIG_NAME}"
     model = "model.safetensors       the model; loads in plain transformers"
@@ -56,7 +58,7 @@ def summary(result: RunResult, out: Path) -> str:
 result
   {result.steps} steps
 {changes}
-  {result.tokens_per_second or 0:,.0f} tokens/s, peak memory {result.peak_memory_gb} GB
+  {cost}
 
 {out}/
   {model}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft.errors import HFTError, reason
-from hft.machine import peak_memory
+from hft.machine import on_gpu, peak_memory
 from hft.objectives import Objective
 from hft.record.manifest import write_json
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 CONFIG_NAME = "config.yaml"
 RESULTS_NAME = "results.json"
 PICTURE_NAME = "selection.png"
+WANDB_NAME = "wandb_run.json"  # the wandb run that a resume continues
 
 
 @dataclass
@@ -31,7 +32,7 @@ class RunResult:
         last_loss: training loss, last logged.
         held_out: by metric, its value before training, if it was measured, and of the saved weights.
         tokens_per_second: over the whole run.
-        peak_memory_gb: of the GPU, or of the process on a CPU.
+        peak_memory_gb: of what `peak_memory_of` says, in the first process.
         trainable_fraction: of the layers and of the whole model.
         versions: packages.
         machine: settings that the machine decided.
@@ -39,6 +40,7 @@ class RunResult:
         ok: whether verify passed.
         wandb: id, project and entity of its wandb run, if it has one.
         schedule_fractions: trainable fraction of the layers first, last and on average, under a schedule.
+        peak_memory_of: the GPU or the process; None if an earlier version did not say.
     """
 
     objective: str
@@ -55,6 +57,7 @@ class RunResult:
     ok: bool = True
     schedule_fractions: dict[str, float] | None = None
     wandb: dict[str, str] | None = None
+    peak_memory_of: str | None = None
 
     def save(self, folder: str | Path) -> Path:
         """Write it into a run's folder, in one step."""
@@ -87,7 +90,7 @@ def result_of(
     def logged(key: str) -> list[float]:
         return [row[key] for row in history if key in row]
 
-    losses, speeds = logged("loss"), logged("train_tokens_per_second")
+    losses, speeds = logged("loss"), [speed for speed in logged("train_tokens_per_second") if speed]
     schedule = trainer.manifest_so_far().schedule
     return RunResult(
         objective=objective.name,
@@ -97,6 +100,7 @@ def result_of(
         held_out={n: v for n in objective.held_out if (v := before_and_after(objective, n, history, final))},
         tokens_per_second=speeds[-1] if speeds else None,
         peak_memory_gb=round(peak_memory() / 1e9, 2),
+        peak_memory_of="GPU" if on_gpu() else "process",
         trainable_fraction=trainer.manifest.trainable_fraction,
         versions=trainer.manifest.versions,
         machine=machine,

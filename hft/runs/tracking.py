@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,30 +10,61 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.integrations import WandbCallback
+from transformers.integrations.integration_utils import WandbLogModel
+
 from hft.errors import reason
 from hft.machine import say
-from hft.record.manifest import MANIFEST_NAME
-from hft.runs.result import PICTURE_NAME, RunResult
+from hft.record.manifest import MANIFEST_NAME, write_json
+from hft.runs.push import portable_copy
+from hft.runs.result import PICTURE_NAME, WANDB_NAME, RunResult
 
 if TYPE_CHECKING:
     import wandb
 
-    from hft.selection import Selection
+    from hft.runs.config import Config
+    from hft.runs.plan import RunPlan
+    from hft.training.base import ManifestMixin
 
 PROJECT = "hft"
 # Seconds; wandb itself would wait for its server forever. WANDB_FINISH_TIMEOUT changes it.
 FINISH_TIMEOUT = 60
+LOG_MODEL = "WANDB_LOG_MODEL"
+
+
+class WandbRun(WandbCallback):
+    """transformers' callback, which logs nothing that a resumed wandb run has, and uploads what was saved.
+
+    transformers' own saves the model again, which is another one, under a name that wandb refuses if it holds `=`.
+    """
+
+    def __init__(self):
+        import wandb
+
+        self.logged = wandb.run.summary.get("train/global_step", -1)
+        self.uploads = WandbLogModel(os.environ.get(LOG_MODEL, "false"))
+        os.environ[LOG_MODEL] = "false"  # to transformers' callback alone, which would upload the model too
+        super().__init__()
+        os.environ[LOG_MODEL] = self.uploads.value
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.global_step > self.logged or (state.global_step == self.logged and "loss" not in logs):
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.uploads == WandbLogModel.CHECKPOINT:
+            upload(Path(args.output_dir, f"checkpoint-{state.global_step}"), f"step_{state.global_step}")
 
 
 @contextmanager
-def tracked(on: bool, name: str, config: dict[str, Any], selection: Selection, out: Path) -> Iterator[None]:
+def tracked(on: bool, trainer: ManifestMixin, plan: RunPlan) -> Iterator[None]:
     """A wandb run around a training run; it ends as failed if the training raises."""
     if not on:
         yield
         return
     import wandb
 
-    say(start(name, config, selection, out / PICTURE_NAME), "")
+    say(start(trainer, plan), "")
     try:
         yield
     except BaseException:
@@ -42,20 +74,29 @@ def tracked(on: bool, name: str, config: dict[str, Any], selection: Selection, o
     wandb.teardown()  # another run in this process reads its settings again
 
 
-def start(name: str, config: dict[str, Any], selection: Selection, picture: Path) -> str:
-    """Start a wandb run with the resolved config and the selection; offline if no API key is found.
-
-    Trainer's `WandbCallback` uses the run that is already there.
-    """
-    import wandb
-
-    run, where = open_run(name=name, config=config)
+def start(trainer: ManifestMixin, plan: RunPlan) -> str:
+    """Start a wandb run with the resolved config and the selection, or resume it; offline if no API key is found."""
+    record, known = plan.out / WANDB_NAME, {}
+    checkpoint, selection = plan.start.resume_from, getattr(trainer, "selection", plan.selection)
+    if checkpoint and record.exists() and Path(checkpoint).resolve().parent == plan.out.resolve():
+        known = json.loads(record.read_text()) | {"resume": "allow"}
+    run, where = open_run(name=plan.args.run_name, config=plan.config.values, **labels(plan.config), **known)
+    write_json(record, current())
     fractions = {"layers": selection.fraction_of_layers, "model": selection.fraction_of_model}
     counts = {block: f"{trained}/{total}" for block, (trained, total) in selection.counts().items()}
-    run.config.update({"trainable_fraction": fractions, "trained_units": counts})
-    if picture.exists():
-        run.log({"selection": wandb.Image(str(picture))})
+    run.config.update({"trainable_fraction": fractions, "trained_units": counts}, allow_val_change=True)
+    if not known:
+        log_picture("selection", plan.out)
+    trainer.remove_callback(WandbCallback)
+    trainer.add_callback(WandbRun())
     return where
+
+
+def labels(config: Config) -> dict[str, Any]:
+    """Runs of one model and objective are a group, those of a method have one job type; wandb's own variables win."""
+    tags = [Path(config.run.model_name_or_path).name[:64], config.objective.name, config.run.method or "hft"]
+    found = {"RUN_GROUP": ("group", " ".join(tags[:2])), "JOB_TYPE": ("job_type", tags[2]), "TAGS": ("tags", tags)}
+    return dict(setting for variable, setting in found.items() if f"WANDB_{variable}" not in os.environ)
 
 
 def open_run(**settings: Any) -> tuple[wandb.Run, str]:
@@ -93,7 +134,7 @@ def finish(exit_code: int = 0) -> None:
 
 
 def current() -> dict[str, str]:
-    """What `log_scores` needs to find the wandb run again."""
+    """What finds the wandb run again."""
     import wandb
 
     found = {"id": wandb.run.id, "project": wandb.run.project, "entity": wandb.run.entity}
@@ -110,24 +151,34 @@ def log_scores(run: dict[str, str], scores: dict[str, float]) -> None:
     wandb.teardown()
 
 
-def log_picture(name: str, picture: Path) -> None:
-    """Log a picture under a name, if there is a wandb run."""
+def log_picture(name: str, out: Path) -> None:
+    """Log the picture of a run's folder under a name."""
     import wandb
 
-    if wandb.run is not None:
-        wandb.run.log({name: wandb.Image(str(picture))})
+    if (out / PICTURE_NAME).exists():
+        wandb.run.log({name: wandb.Image(str(out / PICTURE_NAME))})
 
 
 def log_result(result: RunResult, out: Path) -> None:
-    """Add the manifest as an artifact and the result to the summary, if there is a wandb run."""
+    """Add the result to the summary, the manifest as an artifact, and the model if `WANDB_LOG_MODEL` asks for it."""
     import wandb
 
-    if wandb.run is None:
-        return
-    artifact = wandb.Artifact(f"manifest-{wandb.run.id}", type="manifest")
-    artifact.add_file(str(out / MANIFEST_NAME))
     wandb.run.summary.update({"results": asdict(result)})
+    if result.schedule_fractions:  # drawn over the selection's
+        log_picture("schedule", out)
+    upload(out / MANIFEST_NAME, kind="manifest")
+    if WandbLogModel(os.environ.get(LOG_MODEL, "false")).is_enabled:
+        with portable_copy(result, out) as folder:
+            upload(folder, "final_model")
+
+
+def upload(path: Path, *aliases: str, kind: str = "model") -> None:
+    """Log a file or a folder as an artifact of the wandb run."""
+    import wandb
+
+    artifact = wandb.Artifact(f"{kind}-{wandb.run.id}", type=kind)
+    artifact.add_dir(str(path)) if path.is_dir() else artifact.add_file(str(path))
     try:
-        wandb.run.log_artifact(artifact)
+        wandb.run.log_artifact(artifact, aliases=list(aliases))
     except wandb.Error as error:  # it asks the server first whether it may
-        say(f"wandb has no artifact of {out / MANIFEST_NAME}: {reason(error)}")
+        say(f"wandb has no artifact of {path}: {reason(error)}")

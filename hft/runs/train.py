@@ -18,7 +18,8 @@ from hft.runs.arguments import trainer_class
 from hft.runs.card import card_settings, write_run_card
 from hft.runs.folder import replaced
 from hft.runs.plan import Batches, RunPlan
-from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, RunResult, result_of
+from hft.runs.push import push
+from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, WANDB_NAME, RunResult, result_of
 from hft.runs.scoring import with_scored_selection
 from hft.selection.masks import MASKS_NAME
 
@@ -58,8 +59,7 @@ def train(plan: RunPlan) -> RunResult:
     from hft.runs import tracking
     from hft.runs.stopping import saved_on_signal
 
-    selection = getattr(trainer, "selection", plan.selection)
-    with tracking.tracked(on_wandb, plan.args.run_name, plan.config.values, selection, plan.out):
+    with tracking.tracked(on_wandb, trainer, plan):
         with saved_on_signal(trainer):
             trainer.train(resume_from_checkpoint=plan.start.resume_from)
         trainer.save_model(_internal_call=True)  # is pushed to the Hub once it is verified
@@ -67,25 +67,18 @@ def train(plan: RunPlan) -> RunResult:
         trainer.accelerator.wait_for_everyone()
         result = None
         if is_main():
-            draw_history(trainer, plan, on_wandb)
             measured = result_of(plan.config.objective, trainer, plan.machine, final)
             measured.wandb = tracking.current() if on_wandb else None
+            if trainer.schedule:
+                draw_history(trainer, plan)
             result = conclude(measured, plan.out)
             if on_wandb:
                 tracking.log_result(result, plan.out)
         result = broadcast(result)
-        if plan.args.push_to_hub:
-            push_to_hub(trainer, result)
+        if plan.args.push_to_hub and is_main():
+            args = plan.args
+            push(result, plan.out, args.hub_model_id, private=args.hub_private_repo, revision=args.hub_revision)
     return result
-
-
-def push_to_hub(trainer: ManifestMixin, result: RunResult) -> None:
-    """Push a run's folder to the Hub with a card that says what verify found; nothing if it found something wrong."""
-    if not result.ok:
-        say("not pushed to the Hub: verify failed")
-        return
-    trainer.verified = result.verify
-    trainer.push_to_hub()
 
 
 def make_trainer(plan: RunPlan) -> ManifestMixin:
@@ -138,7 +131,8 @@ def claim_folder(plan: RunPlan, trainer: ManifestMixin) -> None:
         plan.out.mkdir(parents=True, exist_ok=True)
         clear(plan.out, plan.start.resume_from)
         write_text(plan.out / CONFIG_NAME, to_yaml(plan.config.values))
-        (plan.out / RESULTS_NAME).unlink(missing_ok=True)
+        for name in (RESULTS_NAME, *([] if plan.start.resume_from else [WANDB_NAME])):
+            (plan.out / name).unlink(missing_ok=True)
         if not plan.config.method.adapter:
             from hft.record.picture import plot_selection
 
@@ -178,18 +172,13 @@ def metrics_of_what_was_saved(trainer: ManifestMixin) -> dict[str, float]:
     return trainer.evaluate()
 
 
-def draw_history(trainer: ManifestMixin, plan: RunPlan, on_wandb: bool) -> None:
+def draw_history(trainer: ManifestMixin, plan: RunPlan) -> None:
     """Draw over the steps what trained under a schedule."""
-    if trainer.schedule is None:
-        return
     from hft.record.picture import plot_schedule
-    from hft.runs import tracking
 
     steps = trainer.state.global_step
     figure = plot_schedule(trainer.selection, trainer.schedule.history, steps, plan.args.run_name)
     figure.savefig(plan.out / PICTURE_NAME)
-    if on_wandb:
-        tracking.log_picture("schedule", plan.out / PICTURE_NAME)
 
 
 def conclude(result: RunResult, out: Path) -> RunResult:

@@ -37,7 +37,6 @@ class ManifestMixin:
     act_last: Sequence[TrainerCallback] = ()  # after those added since, such as a projection of gradients
     resumed_from: str | None = None
     resolved_config: Mapping[str, Any] | None = None  # where a command made the trainer
-    verified: Mapping[str, int] | None = None  # what verify found of the saved model, once it has run
 
     @classmethod
     def check(cls, args: TrainingArguments, *parts: MethodPart | None) -> None:
@@ -64,6 +63,7 @@ class ManifestMixin:
         for callback in self.act_last:
             self.remove_callback(callback)
             self.add_callback(callback)
+        self.args.eval_on_start = self.args.eval_on_start and not self.resumed_from  # it would not be at the start
         # It would hide what `log` looks for, and wait for the device at every batch.
         self.args.logging_nan_inf_filter = False
         return super().train(resume_from_checkpoint=self.resumed_from, **kwargs)
@@ -125,7 +125,7 @@ class ManifestMixin:
         settings = changed_arguments(self.args) if self.resolved_config is None else self.resolved_config
         saved = not self.is_in_train and (Path(folder) / MANIFEST_NAME).exists()
         manifest = Manifest.load(folder) if saved else self.manifest_so_far()
-        write_card(folder, manifest, settings, tags, verified=self.verified, model_id=self.hub_model_id)
+        write_card(folder, manifest, settings, tags, model_id=self.hub_model_id)
 
 
 def check_batch(args: TrainingArguments) -> None:

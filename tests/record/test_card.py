@@ -55,13 +55,12 @@ def test_a_run_leaves_a_card(finished, tiny, data):
         "selection": "seed 0, round 1",
         "units that train": "attention 8 of 16, mlp 6 of 12, norm 4 of 8, embeddings and head all",
         "trainable fraction": f"50.0% of the layers, {result.trainable_fraction['model']:.1%} of the whole model",
-        "data": "`test.jsonl`, `train.jsonl`",
+        "data": f"`{data.name}`: `test.jsonl`, `train.jsonl`",
         "verify": f"{SAME}, {result.verify['changed']} of 21 trained tensors changed",
     }
     saved = yaml.safe_load((finished / "config.yaml").read_text())
     here = {"model_name_or_path": "tiny", "dataset_name": data.name}
     assert settings_of(card) == {key: value for key, value in saved.items() if not is_neutral(key, saved)} | here
-    assert 'from_pretrained("finished")' in card.text
     assert "## Scores" not in card.text
     assert card.text.count("@article{hui2024hft") == card.text.count("@software{vonwerra2020trl") == 1
     assert str(tiny.parent) not in card.content
@@ -75,7 +74,7 @@ def test_scores_are_in_the_card_once_there_are_any(finished, tmp_path, capsys):
     assert main(again) == 0
     text = (out / "README.md").read_text()
     assert "| general | gsm8k | exact_match | 12.35 % | 3.21 | 200 |\n" in text
-    assert "| general | drift | loss | 2.50 nats/token |  | 40 |\n\n## How to load it" in text
+    assert "| general | drift | loss | 2.50 nats/token |  | 40 |\n\n## How to use it" in text
     assert f"| verify | {SAME}" in text
     (out / "scores/general.json").write_text("[]")
     assert main(again) == 2
@@ -95,7 +94,7 @@ def test_models_and_data_of_the_hub_are_linked_and_in_the_metadata(finished, tmp
     assert rows_of(card)["data"] == "[allenai/tulu](https://huggingface.co/datasets/allenai/tulu) at abc"
     assert rows_of(card)["verify"] == "has not run yet"
     assert settings_of(card) == {"method": "fft", "policy": "mine.py:choose", "list": ["y"]}
-    assert 'from_pretrained("me/mine")' in text
+    assert 'name = "me/mine"' in text
     # A second round from a folder: the Hub is told where the sequence began.
     second = replace(llama, base="/runs/first", earlier=[{"base": "meta-llama/Llama-2-7b-hf"}])
     card = ModelCard(write_card(tmp_path, second, {}, ["hft"], verified={"identical": 1, "broken": 2}).read_text())
@@ -139,7 +138,7 @@ def test_what_is_pushed_has_the_card_of_this_run_with_what_verify_found(finished
     [(repository, text)] = uploads
     assert repository == "me/mine"
     assert text == (out / "README.md").read_text()
-    assert 'from_pretrained("me/mine")' in text
+    assert 'name = "me/mine"' in text
     assert f"| verify | {SAME}" in text
     assert "## Scores" not in text
 

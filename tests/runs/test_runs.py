@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ import hft
 from hft.cli import main
 from hft.errors import HFTError
 from hft.planning.forecast import forecast
+from hft.runs.command import summary
 from hft.runs.plan import load_model_config
-from tests.conftest import ROOT, command, error_of, tensors
+from tests.conftest import ROOT, command, error_of, tensors, torchrun
 
 CHAIN = """
 import sys
@@ -47,18 +49,8 @@ def chains(tmp_path_factory, tiny, data, pairs):
     """SFT, then DPO from its result, in one process and in two."""
     folder = tmp_path_factory.mktemp("chains")
     (folder / "chain.py").write_text(CHAIN)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for name, words in (("one", []), ("two", launch)):
-        arguments = [tiny, data, pairs, folder / name]
-        run = subprocess.run(
-            [sys.executable, *words, str(folder / "chain.py"), *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        )
-        assert run.returncode == 0, run.stderr[-3000:]
+    for processes, name in ((1, "one"), (2, "two")):
+        torchrun(processes, folder / "chain.py", tiny, data, pairs, folder / name)
     return folder
 
 
@@ -154,6 +146,14 @@ def test_a_result_with_a_forecast_loads(finished, tmp_path):
     content = json.loads((finished / "results.json").read_text())
     (tmp_path / "results.json").write_text(json.dumps(content | {"planned": {"flops_to_fft": 0.88}}))
     assert hft.RunResult.load(tmp_path) == hft.RunResult.load(finished)
+
+
+def test_what_was_not_measured_is_not_printed(finished):
+    result = hft.RunResult.load(finished)
+    memory = f"peak memory {result.peak_memory_gb} GB"
+    assert f"  {result.tokens_per_second:,.0f} tokens/s, {memory} of the process\n" in summary(result, finished)
+    earlier = replace(result, tokens_per_second=None, peak_memory_of=None)
+    assert f"\n  {memory}\n" in summary(earlier, finished)
 
 
 def test_a_fork_without_planning_trains(tiny, data, tmp_path):

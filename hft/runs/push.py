@@ -1,0 +1,83 @@
+"""`hft push`: a finished run goes to the Hub, without the paths of the machine that it ran on."""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from httpx import HTTPError
+from huggingface_hub import HfApi
+
+from hft.config import read_yaml, to_yaml
+from hft.errors import HFTError, reason
+from hft.machine import indented, say
+from hft.record.card import CARD_NAME, portable
+from hft.record.manifest import MANIFEST_NAME, Manifest, write_json, write_text
+from hft.record.scores import SCORES_FOLDER
+from hft.record.verification import verify_folder
+from hft.runs.card import write_run_card
+from hft.runs.config import read_saved_config
+from hft.runs.result import CONFIG_NAME, RESULTS_NAME, WANDB_NAME, RunResult
+
+# What transformers and peft write of where a model came from.
+ORIGINS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
+STAYS = (CARD_NAME, WANDB_NAME, "training_args.bin", "moments.safetensors")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Verify a finished run and upload it; 1 if verify finds a difference."""
+    parser = argparse.ArgumentParser(prog="hft push", description="Upload a finished run to the Hub.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    parser.add_argument("repo", metavar="REPO", nargs="?", help="default: the run's hub_model_id, or its folder's name")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    options = parser.parse_args(arguments)
+    result, found = RunResult.load(options.run), verify_folder(options.run)
+    result.verify, result.ok = found.counts(), found.ok
+    say("verify", indented(found.report()))
+    repo = options.repo or read_saved_config(options.run / CONFIG_NAME).get("hub_model_id")
+    return 0 if push(result, options.run, repo, private=options.private or None) else 1
+
+
+def push(result: RunResult, out: Path, repo: str | None, *, private: bool | None, revision: str | None = None) -> bool:
+    """Upload a run that verify has passed, and say where it is."""
+    if not result.ok:
+        say("not pushed to the Hub: verify failed")
+        return False
+    api, base = HfApi(), Manifest.load(out).base
+    try:
+        repo = api.create_repo(repo_id=repo or out.resolve().name, private=private, exist_ok=True).repo_id
+        if not Path(base).is_dir() and api.file_exists(base, CARD_NAME):
+            api.hf_hub_download(base, CARD_NAME)  # it says the license
+        with portable_copy(result, out, repo) as folder:
+            more = {"revision": revision, "commit_message": f"{out.resolve().name}, trained with hft"}
+            api.upload_folder(repo_id=repo, folder_path=folder, **more)
+    except (OSError, HTTPError, ValueError) as error:
+        raise HFTError(f"cannot push {out} to {repo}: {reason(error)}") from error
+    say(f"pushed to https://huggingface.co/{repo}")
+    return True
+
+
+@contextmanager
+def portable_copy(result: RunResult, out: Path, model_id: str | None = None) -> Iterator[Path]:
+    """A folder with what of a run may leave this machine: its files, linked, or copied without local paths."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, out.resolve().name)
+        inside = [path for name in (SCORES_FOLDER, "additional_chat_templates") for path in (out / name).glob("*")]
+        for path in filter(Path.is_file, [*out.iterdir(), *inside]):
+            if path.name in STAYS or path.name.startswith("."):
+                continue
+            target = folder / path.relative_to(out)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.name == CONFIG_NAME:
+                write_text(target, to_yaml(portable(read_yaml(path))))
+            elif path.name in (MANIFEST_NAME, RESULTS_NAME) or path.parent.name == SCORES_FOLDER:
+                write_json(target, portable(json.loads(path.read_text(encoding="utf-8"))))
+            elif path.name.endswith("config.json"):
+                content = json.loads(path.read_text(encoding="utf-8"))
+                write_json(target, content | {key: portable(content[key]) for key in ORIGINS if key in content})
+            else:
+                target.symlink_to(path.resolve())
+        write_run_card(result, out, folder, model_id)
+        yield folder
