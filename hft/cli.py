@@ -6,13 +6,18 @@ import gc
 import logging
 import os
 import pkgutil
+import signal
 import sys
+import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from hft import __version__
 from hft.errors import HFTError, Interrupted, Stopped, cannot_write, did_you_mean
+from hft.machine import world_size
 from hft.objectives import OBJECTIVES, find_objective
 
 # Command, the function that takes the rest of the words and returns an exit status, and what it does.
@@ -71,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words:
         parser.print_help()
         return 0
+    if threading.current_thread() is threading.main_thread():  # a run that trains answers SIGTERM and Ctrl-C itself
+        signal.signal(signal.SIGTERM, functools.partial(_interrupt, os.getpid()))
     try:
         command, rest = parser.parse_args(words[:1]).command, words[1:]
         if command not in COMMANDS:
@@ -79,8 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _imported("hft.launch:run")(command, run, rest) if command in LAUNCHED else run(rest)
     except HFTError as error:
         failed = type(error)(*error.args)  # its frames keep progress bars open
-    except KeyboardInterrupt:
-        failed = Interrupted("interrupted")
+    except KeyboardInterrupt as stopped:
+        name, kind = ("SIGTERM", Stopped) if stopped.args else ("SIGINT", Interrupted)
+        resumed = "; run the same command again to continue from what is complete" if command in LAUNCHED else ""
+        failed = kind(f"stopped by {name}{resumed}")
     except BrokenPipeError:  # whoever read the output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # a shell's for SIGPIPE
@@ -88,10 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(done.code or 0)
     except Exception as error:
         if not (sentence := cannot_write(error)):
-            raise
+            if world_size() == 1:
+                raise
+            traceback.print_exc()
+            return _end_at_once(1)
         failed = HFTError(sentence)
     print_error(failed)
-    return failed.status
+    return failed.status if world_size() == 1 else _end_at_once(failed.status)
 
 
 def _run(command: str, words: Sequence[str]) -> int:
@@ -127,6 +139,24 @@ def _imported(target: str) -> Callable[[Sequence[str]], int]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _interrupt(process: int, number: int, frame: object) -> None:
+    """SIGTERM ends a command as Ctrl-C does, but a worker that its process has forked at once."""
+    if os.getpid() != process:
+        os._exit(128 + number)
+    raise KeyboardInterrupt(number)
+
+
+def _end_at_once(status: int) -> NoReturn:
+    """End one of several processes that has failed, past Python's own end.
+
+    There a thread of gloo that needs the GIL to free what it has sent aborts the process (torch 2.13), and SIGABRT
+    would hide the status.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def print_error(error: HFTError | str) -> None:

@@ -1,16 +1,21 @@
 """A loss that is not finite, an output that cannot be written, wandb out of reach: a sentence, and nothing is lost."""
 
 import json
+import os
 import re
+import shutil
+import signal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import lm_eval
 import pytest
 from transformers import Trainer
 
-from hft.cli import main
+from hft.cli import COMMANDS, main
 from hft.record.checkpoints import last_checkpoint
+from hft.record.scores import scores_of
 from tests.conftest import error_of
 from tests.cpi.test_cpi import words as cpi
 
@@ -55,6 +60,48 @@ def test_a_read_only_file_system_is_named(tmp_path, monkeypatch, sft, capsys):
     assert sft(tmp_path / "out") == 2
     error = error_of(capsys)
     assert error.endswith("optimizer.pt: Read-only file system; choose a folder that you may write to")
+
+
+@pytest.mark.parametrize("command", ["eval", "continual", "cpi", "diff"])
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_ends_every_command_in_a_sentence(capsys, monkeypatch, command, number, status):
+    module, _, function = COMMANDS[command][0].partition(":")
+    monkeypatch.setattr(f"{module}.{function}", lambda words: signal.raise_signal(signal.Signals[number]))
+    assert main([command, *(["--num_processes", "1"] if command != "diff" else [])]) == status
+    more = "" if command == "diff" else "; run the same command again to continue from what is complete"
+    assert error_of(capsys) == f"hft: stopped by {number}{more}"
+
+
+def test_an_evaluation_that_is_stopped_keeps_what_is_scored(finished, tmp_path, capsys, monkeypatch):
+    out = shutil.copytree(finished, tmp_path / "out")
+    words, evaluate, calls = ["eval", str(out), "--tasks", "drift", "task", "--limit", "2"], lm_eval.evaluate, []
+
+    def stopped_in_the_second(**settings):
+        calls.append(settings)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(**settings)
+
+    monkeypatch.setattr(lm_eval, "evaluate", stopped_in_the_second)
+    assert main(words) == 143
+    assert "run the same command again to continue" in error_of(capsys)
+    assert {score.task for score in scores_of(out)["quick"].scores} == {"drift"}
+    assert main(words) == 0
+    assert len(calls) == 3
+    assert {score.task for score in scores_of(out)["quick"].scores} == {"drift", "task"}
+
+
+def test_one_of_several_processes_that_fails_ends_at_once(tmp_path, capsys, monkeypatch):
+    """Python's own end would abort it while gloo's threads need the GIL, and the status would be SIGABRT's."""
+    ends = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "_exit", ends.append)
+    main(["verify", str(tmp_path)])
+    assert "has no hft_manifest.json" in error_of(capsys)
+    monkeypatch.setattr("hft.record.verification.main", lambda words: 1 / 0)
+    main(["verify", str(tmp_path)])
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert ends == [2, 1]
 
 
 @pytest.fixture
