@@ -88,7 +88,7 @@ def test_models_and_data_of_the_hub_are_linked_and_in_the_metadata(finished, tmp
     config = {"method": "fft", "hub_token": "secret", "policy": "/home/me/mine.py:choose", "list": ["~/x/y"]}
     text = write_card(tmp_path, llama, config, ["hft", "hft"], model_id="me/mine").read_text()
     card = ModelCard(text)
-    assert (card.data.base_model, card.data.datasets) == ("meta-llama/Llama-2-7b-hf", "allenai/tulu")
+    assert (card.data.base_model, card.data.datasets) == ("meta-llama/Llama-2-7b-hf", ["allenai/tulu"])
     assert card.data.tags == ["hft"]
     assert "[meta-llama/Llama-2-7b-hf](https://huggingface.co/meta-llama/Llama-2-7b-hf), fine-tuned" in text
     assert rows_of(card)["data"] == "[allenai/tulu](https://huggingface.co/datasets/allenai/tulu) at abc"
