@@ -7,6 +7,7 @@ import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from hft import __version__
 from hft.config import option
 from hft.errors import HFTError, reason
-from hft.evaluation.local import GROUP, as_dataset, local_spec, on_rows
+from hft.evaluation.drawn import SEED as DRAWING_SEED
+from hft.evaluation.drawn import drawn_rows
+from hft.evaluation.local import GROUP, TASK_FOLDER, as_dataset, local_spec, on_rows
 from hft.evaluation.rows import answer_rows, general_texts, held_out_rows, text_rows
-from hft.evaluation.suites import LOSS, METRIC_UNITS, SUITES, Benchmark
+from hft.evaluation.suites import LOSS, METRIC_UNITS, PROTOCOLS, SUITES, Benchmark
 from hft.machine import is_main, say
 from hft.record.scores import SCORES_FOLDER, Score, Scores
 from hft.runs.result import RESULTS_NAME
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
 
 Spec = str | dict[str, Any]  # what lm-eval runs: the name of a task or group, or the config of one
 SEED = 1234  # lm-eval's default
-TASK_FOLDER = Path(__file__).with_name("tasks")
 SCORED_WITH = ("lm_eval", "torch", "transformers", "datasets")
 # Settings that decide which benchmarks are run and how fast, not what comes out.
 NEUTRAL = ("tasks", "batch_size", "dtype", "allow_code")
@@ -169,12 +171,14 @@ def _chosen(suite: str, settings: Settings) -> list[Benchmark]:
     refused = [benchmark for benchmark in chosen if benchmark.runs_code and not settings.allow_code]
     for benchmark in refused:
         say(f"{benchmark.name} is skipped: it runs generated code, which needs --allow_code")
-    return [benchmark for benchmark in chosen if benchmark not in refused]
+    chosen = [benchmark for benchmark in chosen if benchmark not in refused]
+    return [replace(one, task=one.chat_task) if settings.chat and one.chat_task else one for one in chosen]
 
 
 def _earlier(suite: str, subject: Subject, settings: Settings, out: str | Path | None) -> Scores:
     """The scores that a folder has for the same weights and settings, or none."""
     same = {key: value for key, value in asdict(settings).items() if key not in NEUTRAL}
+    same["protocol"] = PROTOCOLS.get(suite, "hft")
     versions = {package: version(package) for package in SCORED_WITH} | {"hft": __version__}
     new = Scores(suite, subject.name, subject.sha256, settings.dtype, same, {}, versions)
     path = Path(out or "", SCORES_FOLDER, f"{suite}.json")
@@ -271,7 +275,9 @@ def _run_tasks(benchmark: Benchmark, spec: Spec, lm: LM, subject: Subject, setti
         from hft.evaluation.divergence import Divergence
 
         lm = Divergence(lm, open_lm(replace(subject, weights=Path(subject.base), adapter=None), settings))
-    limits = [n for n in (settings.limit, benchmark.paper_rows if settings.paper_subsets else None) if n is not None]
+    if settings.chat and not benchmark.turns:
+        lm = _without_system_turn(lm)
+    limit, samples, drawing = settings.limit, None, random.Random(DRAWING_SEED)
     say(f"{subject.name}: {benchmark.name}")
     random.seed(0)
     np.random.seed(SEED)  # noqa: NPY002  lm-eval's tasks draw from the global generator
@@ -285,17 +291,40 @@ def _run_tasks(benchmark: Benchmark, spec: Spec, lm: LM, subject: Subject, setti
                 shots = task.get_config("num_fewshot") if benchmark.num_fewshot is None else benchmark.num_fewshot
                 task.set_config("num_fewshot", shots or 0)
             task.set_fewshot_seed(seed=SEED)
+        if settings.paper_subsets and benchmark.paper_rows:
+            sizes = {name: len(task.eval_docs) for name, task in loaded["tasks"].items()}
+            samples = {name: rows[:limit] for name, rows in drawn_rows(sizes, benchmark.paper_rows, drawing).items()}
+            limit = None
+        if benchmark.prepare:
+            benchmark.prepare(loaded["tasks"], _tokenizer(subject.tokenizer), drawing)
         results = lm_eval.evaluate(
             lm=lm,
             task_dict=loaded,
-            limit=min(limits, default=None),
+            limit=limit,
+            samples=samples,
+            system_instruction=benchmark.instruction,
             apply_chat_template=settings.chat,
+            fewshot_as_multiturn=benchmark.turns,
             bootstrap_iters=1000,
             confirm_run_unsafe_code=settings.allow_code,
         )
     except (DatasetsError, ImportError, LookupError, OSError, ValueError) as error:
         raise HFTError(f"{benchmark.name} cannot be run: {reason(error)}") from error
     return results or {}
+
+
+def _without_system_turn(lm: LM) -> LM:
+    """A model in whose chat format the description of a task starts the user's message."""
+    render, lm = lm.apply_chat_template, copy(lm)
+
+    def apply_chat_template(chat: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if chat[0]["role"] == "system":
+            system, user, *rest = chat
+            chat = [user | {"content": system["content"] + user["content"]}, *rest]
+        return render(chat, add_generation_prompt=add_generation_prompt)
+
+    lm.apply_chat_template = apply_chat_template
+    return lm
 
 
 def _scores_of(benchmark: Benchmark, results: dict[str, Any]) -> list[Score]:

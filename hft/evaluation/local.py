@@ -1,8 +1,11 @@
 """Rows of the benchmarks from a folder of JSON Lines files, instead of lm-eval's data on the Hub."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from hft.errors import HFTError
 from hft.evaluation.suites import Benchmark
@@ -12,6 +15,7 @@ from hft.machine import say
 Rows = list[dict[str, Any]]
 MakesDataset = Callable[..., Any]  # takes lm-eval's keywords and returns a DatasetDict
 MakesSpec = Callable[..., dict[str, Any]]  # takes the name of a task and the rows of each file
+TASK_FOLDER = Path(__file__).with_name("tasks")
 OUTER, INNER = "local", "rows"
 GROUP = f"{OUTER}::{INNER}"  # lm-eval's name of the inner one
 
@@ -24,24 +28,43 @@ def as_dataset(**splits: Rows) -> MakesDataset:
     return lambda **_: dataset
 
 
-def on_rows(tasks: dict[str, MakesDataset], aggregate: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+def on_rows(tasks: dict[str, MakesDataset], group: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     """A group of lm-eval's tasks on other rows, since only a task inside a group may differ from its YAML.
 
-    `aggregate` says how the group's score follows from the tasks'; `more` are other keys that differ from the YAML.
+    `group` is the group that the tasks belong to, whose keys hold for all; `more` are others that differ from the YAML.
     """
-    members = [{"task": task, "custom_dataset": rows, "training_split": None, **more} for task, rows in tasks.items()]
-    if aggregate is None:
-        return {"group": OUTER, "task": members}
+    differ = {member["task"]: member for member in (group or {}).get("task", ()) if isinstance(member, dict)}
+    more |= {"training_split": None}
+    members = [{"task": task, **differ.get(task, {}), "custom_dataset": rows, **more} for task, rows in tasks.items()]
     # lm-eval 0.4.13 hands all keys of the outermost group to its tasks, which know no aggregate_metric_list.
-    return {"group": OUTER, "task": [{"group": INNER, "task": members, "aggregate_metric_list": [aggregate]}]}
+    return {"group": OUTER, "task": [{**group, "group": INNER, "task": members}] if group else members}
+
+
+def read_group(task: str) -> dict[str, Any]:
+    """Our YAML of a group, as lm-eval reads it."""
+    return _read_yaml(next(TASK_FOLDER.glob(f"*/{task.removeprefix('hft_')}.yaml")))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    from lm_eval.utils import import_function
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("!function", partial(import_function, yaml_path=path))
+    content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    included = content.pop("include", [])
+    for name in [included] if isinstance(included, str) else included:
+        content = _read_yaml(path.parent / name) | content
+    return content
 
 
 def local_spec(benchmark: Benchmark, folder: Path) -> dict[str, Any] | None:
     """The task or group of a benchmark, on the rows of a folder; None if the folder has none of it.
 
-    docs/evaluation.md lists the files and their fields. Prompts, shots, filters and metrics are lm-eval's.
+    docs/evaluation.md lists the files and their fields. Prompts, shots, filters and metrics are the task's.
     """
-    names, make = FORMS.get(benchmark.task, ((), None))
+    names, make = FORMS.get(benchmark.task.removesuffix("_chat"), ((), None))
     paths = [folder / f"{name}.jsonl" for name in names]
     if make is None or not all(path.exists() for path in paths if path.stem not in OPTIONAL):
         return None
@@ -51,9 +74,16 @@ def local_spec(benchmark: Benchmark, folder: Path) -> dict[str, Any] | None:
         raise HFTError(f"the rows of {benchmark.name} in {folder} lack the field {error}") from error
 
 
-def _plain(split: str, convert: Callable[[dict[str, Any]], dict[str, Any]] = dict, **more: Any) -> MakesSpec:
-    """A task of one file, whose rows are those of a split once they are converted."""
-    return lambda task, rows: on_rows({task: as_dataset(**{split: [convert(row) for row in rows]})}, **more)
+def _plain(
+    split: str, convert: Callable[[dict[str, Any]], dict[str, Any]] = dict, member: str | None = None, **more: Any
+) -> MakesSpec:
+    """A task of one file, whose rows are those of a split once they are converted; `member` is the one of a group."""
+
+    def make(task: str, rows: Rows) -> dict[str, Any]:
+        dataset = as_dataset(**{split: [convert(row) for row in rows]})
+        return on_rows({member or task: dataset}, read_group(task) if member else None, **more)
+
+    return make
 
 
 def _closed_book(answer: Callable[[list[str]], Any]) -> MakesSpec:
@@ -69,15 +99,24 @@ def _mbpp(task: str, test: Rows, prompt: Rows | None) -> dict[str, Any]:
     return on_rows({task: as_dataset(test=test)}, **zero_shot)
 
 
-def _mmlu(task: str, test: Rows, dev: Rows) -> dict[str, Any]:
-    shots = _by("subject", dev)
-    leaves = {f"{task}_{s}": as_dataset(test=rows, dev=shots[s]) for s, rows in _by("subject", test).items()}
-    return on_rows(leaves, {"metric": "acc", "weight_by_size": True})
+def _parts(prefix: str, key: str, *splits: str, **more: Any) -> MakesSpec:
+    """The tasks of a group, one for each value of a field; each file is one of their splits."""
+
+    def make(task: str, *files: Rows) -> dict[str, Any]:
+        parts = [_by(key, rows) for rows in files]
+        datasets = {name: {split: part[name] for split, part in zip(splits, parts, strict=True)} for name in parts[0]}
+        tasks = {prefix + name: as_dataset(**dataset) for name, dataset in datasets.items()}
+        return on_rows(tasks, read_group(task), **more)
+
+    return make
 
 
-def _bbh(task: str, rows: Rows) -> dict[str, Any]:
-    leaves = {f"{task}_{name}": as_dataset(test=own) for name, own in _by("task", rows).items()}
-    return on_rows(leaves, {"metric": "exact_match", "weight_by_size": True, "filter_list": "get-answer"})
+def _gold(row: dict[str, Any]) -> dict[str, Any]:
+    return {"query": row["query"], "choices": row["choices"], "gold": row["label"]}
+
+
+def _question_and_answer(row: dict[str, Any]) -> dict[str, Any]:
+    return {"question": row["question"], "answer": row["answer"]}
 
 
 def _by(key: str, rows: Rows) -> dict[str, Rows]:
@@ -88,17 +127,30 @@ def _by(key: str, rows: Rows) -> dict[str, Rows]:
 
 
 OPTIONAL = ("mbpp_prompt",)
-# By lm-eval's name of the task: the files, and what makes a task of their rows.
+MMLU = (("mmlu_test", "mmlu_dev"), _parts("mmlu_", "subject", "test", "dev"))
+BBH = (("bbh",), _parts("bbh_cot_fewshot_", "task", "test"))
+TYDIQA = (("tydiqa_dev", "tydiqa_train"), _parts("tydiqa_goldp_", "language", "validation", "train", process_docs=None))
+GSM8K = ("gsm8k_test",)
+QUESTION = _plain("test", lambda row: {"question": row["question"], "answers": row["answers"]}, process_docs=None)
+# By the name of the task: the files, and what makes a task of their rows.
 FORMS: dict[str, tuple[tuple[str, ...], MakesSpec]] = {
-    "mmlu": (("mmlu_test", "mmlu_dev"), _mmlu),
-    "gsm8k_cot": (("gsm8k_test",), _plain("test", lambda row: {key: row[key] for key in ("question", "answer")})),
-    "bbh_cot_fewshot": (("bbh",), _bbh),
-    "truthfulqa_mc2": (("truthfulqa_mc",), _plain("validation")),
+    "hft_mmlu_open_instruct": MMLU,
+    "hft_mmlu_opencompass": MMLU,
+    "hft_gsm8k_open_instruct": (GSM8K, _plain("test", _question_and_answer, "gsm8k_cot")),
+    "hft_gsm8k_opencompass": (GSM8K, _plain("test", _question_and_answer)),
+    "hft_bbh_open_instruct": BBH,
+    "hft_bbh_opencompass": BBH,
+    "hft_tydiqa_open_instruct": TYDIQA,
+    "hft_truthfulqa_open_instruct": (("truthfulqa_mc",), _plain("validation", member="truthfulqa_mc2")),
     "hft_humaneval": (("humaneval",), _plain("test")),
     "nq_open": (("nq_open",), _closed_book(list)),
     "triviaqa": (("triviaqa",), _closed_book(lambda answers: {"aliases": answers})),
     "hft_hotpotqa": (("hotpotqa",), _closed_book(lambda answers: answers[0])),
+    "hft_nq_opencompass": (("nq_open",), QUESTION),
+    "hft_triviaqa_opencompass": (("triviaqa_dev",), QUESTION),
     "ifeval": (("ifeval",), _plain("train")),
     "hft_mbpp": (("mbpp_test", "mbpp_prompt"), _mbpp),
-    "hellaswag": (("hellaswag",), _plain("validation", process_docs=None)),  # as lm-eval's process_docs leaves them
+    "hft_hellaswag_opencompass": (("hellaswag",), _plain("validation", _gold, "hellaswag", process_docs=None)),
+    "hft_math_opencompass": (("math",), _plain("test", member="minerva_math_algebra")),
+    "hft_execution_opencompass": (("execution",), _plain("test")),
 }

@@ -1,8 +1,10 @@
 """The benchmarks of each suite, and which of lm-eval's results is their score."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from hft.evaluation.drawn import prepare_tydiqa
 
 # Metrics that are not percentages; of these, less is better.
 METRIC_UNITS = {"loss": "nats/token", "kl": "nats/token", "choice_loss": "nats/question"}
@@ -19,14 +21,26 @@ class Benchmark:
     num_fewshot: int | None = None  # examples in the prompt; None for the task's own number
     paper_rows: int | None = None  # rows of each subtask where the HFT paper's evaluation takes a subset
     parts: Mapping[str, str] = field(default_factory=dict)  # subtasks whose scores are saved too, by our name
+    chat_task: str | None = None  # the task under a chat template, where its prompt is another
+    turns: bool = False  # under a chat template the examples are turns, not one user message
+    instruction: str | None = None  # what the prompt starts with, before what the task says
+    prepare: Callable[..., None] | None = None  # changes the rows of the tasks, for a tokenizer and a random generator
     runs_code: bool = False
     spec: dict[str, Any] | None = None  # its config as lm-eval takes it, where it differs from the task's
     digest: str | None = None  # SHA-256 of its rows, where a change of them means to score again
 
 
 LOSS = {"loss": "loss,none"}
+ACC = {"acc": "acc,none"}
+EXACT = {"exact_match": "exact_match,none"}
+CONTAINS = {"contains": "contains,none"}
 CLOSED_BOOK = {"exact_match": "exact_match,remove_whitespace"}
-BBH = ("bbh/cot_fewshot",)
+MMLU, BBH = ("mmlu/default",), ("bbh/cot_fewshot",)
+MMLU_OPEN_INSTRUCT = ("hft_mmlu_open_instruct", ACC, MMLU)
+FOLLOW_EXAMPLES = "Follow the given examples and answer the question.\n"
+
+# Whose prompts and rules a suite has; docs/evaluation.md says for each table of the HFT paper what is exact.
+PROTOCOLS = {"quick": "hft", "general": "open-instruct", "knowledge": "lm-eval", "recent": "opencompass"}
 
 # Quick's last three read rows that depend on the model and the run (hft.evaluation.rows).
 SUITES: dict[str, tuple[Benchmark, ...]] = {
@@ -44,25 +58,28 @@ SUITES: dict[str, tuple[Benchmark, ...]] = {
     # A.3.2. On 200 rows of GSM8K, 40 of each BBH task and 100 of each TyDiQA language, as in open-instruct's scripts,
     # which the paper follows.
     "general": (
-        Benchmark("mmlu_0shot", "mmlu", {"acc": "acc,none"}, ("mmlu/default",), num_fewshot=0),
-        Benchmark("mmlu_5shot", "mmlu", {"acc": "acc,none"}, ("mmlu/default",), num_fewshot=5),
+        Benchmark("mmlu_0shot", *MMLU_OPEN_INSTRUCT, num_fewshot=0, chat_task="hft_mmlu_open_instruct_chat"),
+        Benchmark("mmlu_5shot", *MMLU_OPEN_INSTRUCT, num_fewshot=5, chat_task="hft_mmlu_open_instruct_chat"),
         Benchmark(
             "gsm8k",
-            "gsm8k_cot",
-            {"exact_match": "exact_match,flexible-extract", "exact_match_strict": "exact_match,strict-match"},
+            "hft_gsm8k_open_instruct",
+            EXACT,
             ("gsm8k",),
             paper_rows=200,
+            chat_task="hft_gsm8k_open_instruct_chat",
         ),
-        Benchmark("bbh", "bbh_cot_fewshot", {"exact_match": "exact_match,get-answer"}, BBH, paper_rows=40),
+        Benchmark("bbh", "hft_bbh_open_instruct", EXACT, BBH, paper_rows=40),
         Benchmark(
             "tydiqa",
-            "hft_tydiqa",
+            "hft_tydiqa_open_instruct",
             {"f1": "f1,none", "exact_match": "exact_match,none"},
             ("tydiqa",),
             num_fewshot=1,
             paper_rows=100,
+            chat_task="hft_tydiqa_open_instruct_chat",
+            prepare=prepare_tydiqa,
         ),
-        Benchmark("truthfulqa", "truthfulqa_mc2", {"acc": "acc,none"}, ("truthfulqa",)),
+        Benchmark("truthfulqa", "hft_truthfulqa_open_instruct", ACC, ("truthfulqa",)),
         Benchmark("humaneval", "hft_humaneval", {"pass@10": "pass@10,code", "pass@1": "pass@1,code"}, runs_code=True),
     ),
     "knowledge": (
@@ -70,8 +87,14 @@ SUITES: dict[str, tuple[Benchmark, ...]] = {
         Benchmark("triviaqa", "triviaqa", CLOSED_BOOK, ("triviaqa",), num_fewshot=0),
         Benchmark("hotpotqa", "hft_hotpotqa", CLOSED_BOOK, num_fewshot=0),
     ),
-    # A.4.9, Tables 16-21.
+    # A.4.9 to A.4.12, Tables 16 to 23.
     "recent": (
+        Benchmark("mmlu", "hft_mmlu_opencompass", ACC, MMLU, num_fewshot=5, turns=True),
+        Benchmark("hellaswag", "hft_hellaswag_opencompass", ACC, ("hellaswag",)),
+        Benchmark("gsm8k", "hft_gsm8k_opencompass", EXACT, turns=True),
+        Benchmark("bbh", "hft_bbh_opencompass", EXACT, BBH, instruction=FOLLOW_EXAMPLES),
+        Benchmark("nq", "hft_nq_opencompass", CONTAINS),
+        Benchmark("triviaqa", "hft_triviaqa_opencompass", CONTAINS, chat_task="hft_triviaqa_opencompass_chat"),
         Benchmark(
             "ifeval",
             "ifeval",
@@ -84,12 +107,7 @@ SUITES: dict[str, tuple[Benchmark, ...]] = {
             ("ifeval",),
         ),
         Benchmark("mbpp", "hft_mbpp", {"pass@1": "pass@1,code"}, runs_code=True),
-        Benchmark(
-            "math",
-            "minerva_math",
-            {"exact_match": "exact_match,none", "math_verify": "math_verify,none"},
-            ("minerva_math",),
-        ),
-        Benchmark("hellaswag", "hellaswag", {"acc_norm": "acc_norm,none", "acc": "acc,none"}, ("hellaswag",)),
+        Benchmark("livecodebench", "hft_execution_opencompass", {"pass@1": "pass@1,none"}),
+        Benchmark("math", "hft_math_opencompass", EXACT, ("minerva_math",), turns=True),
     ),
 }

@@ -14,7 +14,12 @@ from hft.reporting.page import Cell, Drawing, ReportTable, Section
 from hft.reporting.paper import SEED_IN_NAME, find_table, rows_of_run
 
 # Suites and tasks in the order of their tables, by the names that people know; others follow under their own.
-SUITE_LABELS = {"quick": "task, drift and facts", "general": "general ability", "knowledge": "basic knowledge"}
+SUITE_LABELS = {
+    "quick": "task, drift and facts",
+    "general": "general ability",
+    "knowledge": "basic knowledge",
+    "recent": "OpenCompass",
+}
 TASK_LABELS = {
     "task": "task loss",
     "drift": "drift",
@@ -34,6 +39,9 @@ TASK_LABELS = {
     "mbpp": "MBPP",
     "math": "MATH",
     "hellaswag": "HellaSwag",
+    "mmlu": "MMLU",
+    "nq": "NQ",
+    "livecodebench": "LiveCodeBench",
 }
 TASK_LOSS = Column((("quick", "task", "loss"),), "task loss", "nats/token", False)
 DRIFT = Column((("quick", "drift", "loss"),), "drift", "nats/token", False)
