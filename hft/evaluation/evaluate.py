@@ -194,8 +194,16 @@ def _resolved(suite: str, subject: Subject, settings: Settings) -> Settings:
 
     chat, dtype = settings.chat, settings.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     if chat is None:
-        chat = suite != "quick" and bool(_tokenizer(subject.tokenizer).chat_template)
+        chat = suite != "quick" and _has_chat_format(_tokenizer(subject.tokenizer))
     return replace(settings, chat=chat, dtype=dtype)
+
+
+def _has_chat_format(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether there is a chat template that puts words around a message; TRACE's puts none."""
+    if not tokenizer.chat_template:
+        return False
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True)
+    return text.removeprefix(tokenizer.bos_token or "") != "?"
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -14,6 +14,7 @@ from hft.machine import say
 
 Rows = list[dict[str, Any]]
 MakesDataset = Callable[..., Any]  # takes lm-eval's keywords and returns a DatasetDict
+Convert = Callable[[dict[str, Any]], dict[str, Any]]
 MakesSpec = Callable[..., dict[str, Any]]  # takes the name of a task and the rows of each file
 TASK_FOLDER = Path(__file__).with_name("tasks")
 OUTER, INNER = "local", "rows"
@@ -74,21 +75,27 @@ def local_spec(benchmark: Benchmark, folder: Path) -> dict[str, Any] | None:
         raise HFTError(f"the rows of {benchmark.name} in {folder} lack the field {error}") from error
 
 
-def _plain(
-    split: str, convert: Callable[[dict[str, Any]], dict[str, Any]] = dict, member: str | None = None, **more: Any
-) -> MakesSpec:
-    """A task of one file, whose rows are those of a split once they are converted; `member` is the one of a group."""
+def _form(*splits: str, convert: Convert = dict, member: str | None = None, **more: Any) -> MakesSpec:
+    """A task on the rows of one file for each split, once they are converted.
 
-    def make(task: str, rows: Rows) -> dict[str, Any]:
-        dataset = as_dataset(**{split: [convert(row) for row in rows]})
-        return on_rows({member or task: dataset}, read_group(task) if member else None, **more)
+    `member` says which task of a group a row belongs to, by the row's fields.
+    """
+
+    def make(task: str, *files: Rows) -> dict[str, Any]:
+        tasks: dict[str, dict[str, Rows]] = {}
+        for split, rows in zip(splits, files, strict=True):
+            for row in rows:
+                name = (member or task).format(**row)
+                tasks.setdefault(name, {}).setdefault(split, []).append(convert(row))
+        datasets = {name: as_dataset(**parts) for name, parts in tasks.items() if splits[0] in parts}
+        return on_rows(datasets, read_group(task) if member else None, **more)
 
     return make
 
 
 def _closed_book(answer: Callable[[list[str]], Any]) -> MakesSpec:
     """A task of questions without a passage; `answer` brings the right answers into its form."""
-    return _plain("validation", lambda row: {"question": row["question"], "answer": answer(row["answers"])})
+    return _form("validation", convert=lambda row: {"question": row["question"], "answer": answer(row["answers"])})
 
 
 def _mbpp(task: str, test: Rows, prompt: Rows | None) -> dict[str, Any]:
@@ -99,58 +106,38 @@ def _mbpp(task: str, test: Rows, prompt: Rows | None) -> dict[str, Any]:
     return on_rows({task: as_dataset(test=test)}, **zero_shot)
 
 
-def _parts(prefix: str, key: str, *splits: str, **more: Any) -> MakesSpec:
-    """The tasks of a group, one for each value of a field; each file is one of their splits."""
-
-    def make(task: str, *files: Rows) -> dict[str, Any]:
-        parts = [_by(key, rows) for rows in files]
-        datasets = {name: {split: part[name] for split, part in zip(splits, parts, strict=True)} for name in parts[0]}
-        tasks = {prefix + name: as_dataset(**dataset) for name, dataset in datasets.items()}
-        return on_rows(tasks, read_group(task), **more)
-
-    return make
-
-
-def _gold(row: dict[str, Any]) -> dict[str, Any]:
-    return {"query": row["query"], "choices": row["choices"], "gold": row["label"]}
-
-
 def _question_and_answer(row: dict[str, Any]) -> dict[str, Any]:
     return {"question": row["question"], "answer": row["answer"]}
 
 
-def _by(key: str, rows: Rows) -> dict[str, Rows]:
-    parts: dict[str, Rows] = {}
-    for row in rows:
-        parts.setdefault(row[key], []).append(row)
-    return parts
-
-
 OPTIONAL = ("mbpp_prompt",)
-MMLU = (("mmlu_test", "mmlu_dev"), _parts("mmlu_", "subject", "test", "dev"))
-BBH = (("bbh",), _parts("bbh_cot_fewshot_", "task", "test"))
-TYDIQA = (("tydiqa_dev", "tydiqa_train"), _parts("tydiqa_goldp_", "language", "validation", "train", process_docs=None))
-GSM8K = ("gsm8k_test",)
-QUESTION = _plain("test", lambda row: {"question": row["question"], "answers": row["answers"]}, process_docs=None)
+QUESTIONS = _form(
+    "test", convert=lambda row: {"question": row["question"], "answers": row["answers"]}, process_docs=None
+)
+MMLU = (("mmlu_test", "mmlu_dev"), _form("test", "dev", member="mmlu_{subject}"))
+BBH = (("bbh",), _form("test", member="bbh_cot_fewshot_{task}"))
 # By the name of the task: the files, and what makes a task of their rows.
 FORMS: dict[str, tuple[tuple[str, ...], MakesSpec]] = {
     "hft_mmlu_open_instruct": MMLU,
     "hft_mmlu_opencompass": MMLU,
-    "hft_gsm8k_open_instruct": (GSM8K, _plain("test", _question_and_answer, "gsm8k_cot")),
-    "hft_gsm8k_opencompass": (GSM8K, _plain("test", _question_and_answer)),
+    "hft_gsm8k_open_instruct": (("gsm8k_test",), _form("test", convert=_question_and_answer, member="gsm8k_cot")),
+    "hft_gsm8k_opencompass": (("gsm8k_test",), _form("test", convert=_question_and_answer)),
     "hft_bbh_open_instruct": BBH,
     "hft_bbh_opencompass": BBH,
-    "hft_tydiqa_open_instruct": TYDIQA,
-    "hft_truthfulqa_open_instruct": (("truthfulqa_mc",), _plain("validation", member="truthfulqa_mc2")),
-    "hft_humaneval": (("humaneval",), _plain("test")),
+    "hft_tydiqa_open_instruct": (
+        ("tydiqa_dev", "tydiqa_train"),
+        _form("validation", "train", member="tydiqa_goldp_{language}", process_docs=None),
+    ),
+    "hft_truthfulqa_open_instruct": (("truthfulqa_mc",), _form("validation", member="truthfulqa_mc2")),
+    "hft_humaneval": (("humaneval",), _form("test")),
     "nq_open": (("nq_open",), _closed_book(list)),
     "triviaqa": (("triviaqa",), _closed_book(lambda answers: {"aliases": answers})),
     "hft_hotpotqa": (("hotpotqa",), _closed_book(lambda answers: answers[0])),
-    "hft_nq_opencompass": (("nq_open",), QUESTION),
-    "hft_triviaqa_opencompass": (("triviaqa_dev",), QUESTION),
-    "ifeval": (("ifeval",), _plain("train")),
+    "hft_nq_opencompass": (("nq_open",), QUESTIONS),
+    "hft_triviaqa_opencompass": (("triviaqa_dev",), QUESTIONS),
+    "ifeval": (("ifeval",), _form("train")),
     "hft_mbpp": (("mbpp_test", "mbpp_prompt"), _mbpp),
-    "hft_hellaswag_opencompass": (("hellaswag",), _plain("validation", _gold, "hellaswag", process_docs=None)),
-    "hft_math_opencompass": (("math",), _plain("test", member="minerva_math_algebra")),
-    "hft_execution_opencompass": (("execution",), _plain("test")),
+    "hft_hellaswag_opencompass": (("hellaswag",), _form("validation", member="hellaswag", process_docs=None)),
+    "hft_math_opencompass": (("math",), _form("test", member="minerva_math_algebra")),
+    "hft_execution_opencompass": (("execution",), _form("test")),
 }

@@ -7,9 +7,11 @@ templates and parsers of opencompass 0.5.4 (opencompass/configs/datasets/), whos
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
 from lm_eval.api.model import LM
 from transformers import AutoTokenizer
 
@@ -91,14 +93,13 @@ def tokenizer(tiny):
 def ask(tiny, tokenizer, tmp_path, monkeypatch):
     """Score a stub on a benchmark as `hft eval` does; returns the scores and the stub."""
 
-    def run(suite: str, benchmark: str, answer: str = "", rows: dict | None = None, chat: bool = True, **settings):
+    def run(suite: str, benchmark: str, answer: str = "", rows: dict | None = None, model=tiny, **settings):
         for name, own in (ROWS | (rows or {})).items():
             write_jsonl(tmp_path / f"{name}.jsonl", own)
-        model = Chat(tokenizer, answer)
-        monkeypatch.setattr(module, "open_lm", lambda *_: model)
-        return evaluate(
-            str(tiny), suite, Settings(tasks=(benchmark,), data=str(tmp_path), chat=chat, **settings)
-        ), model
+        stub = Chat(tokenizer, answer)
+        monkeypatch.setattr(module, "open_lm", lambda *_: stub)
+        settings = {"tasks": (benchmark,), "data": str(tmp_path), "chat": True} | settings
+        return evaluate(str(model), suite, Settings(**settings)), stub
 
     return run
 
@@ -235,3 +236,64 @@ def test_tydiqa_draws_its_example_after_its_rows_and_cuts_passages(ask, tokenize
     cut = tokenizer.decode(tokenizer.encode(long)[:512])
     assert f"Question: Shot {first}?\nAnswer: Rome\n\nPassage: {cut}\nQuestion: Row 0?" in model.prompts[0]
     assert len(cut) < len(long)
+
+
+def test_a_template_without_words_is_no_chat_format(ask, tiny, tokenizer, tmp_path):
+    """What TRACE trains on is the prompt and the answer, so a question is put as to a base model."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    for name, originals in (("raw", "base"), ("tulu", "chat")):
+        (model / "chat_template.jinja").write_text((ROOT / f"hft/demo/templates/{name}.jinja").read_text())
+        scores, stub = ask("general", "gsm8k", model=model, chat=None)
+        assert scores.settings["chat"] == (originals == "chat")
+        assert stub.prompts[0].removeprefix("<s>") == ORIGINALS["general"]["gsm8k"][originals][0]
+
+
+LANGUAGES = ("arabic", "bengali", "english", "finnish", "indonesian", "korean", "russian", "swahili", "telugu")
+PASSAGES = [{"id": f"{name}-1", "title": "", **BERN, "answers": {"text": ["Bern"]}} for name in LANGUAGES]
+BAKING = {
+    "activity_label": "Baking",
+    "ctx_a": "He takes",
+    "ctx_b": "flour",
+    "endings": ["a", "b", "c", "d"],
+    "label": "2",
+}
+HUB = {  # what the datasets on the Hub, or files elsewhere, have
+    "cais/mmlu": {"test": ROWS["mmlu_test"], "dev": ROWS["mmlu_dev"]},
+    "SaylorTwift/bbh": {"test": [{"input": "Which?", "target": "No"}]},
+    "google-research-datasets/tydiqa": {"validation": PASSAGES, "train": PASSAGES},
+    "EleutherAI/hendrycks_math": {"test": ROWS["math"], "train": ROWS["math"]},
+    "openai/gsm8k": {"test": ROWS["gsm8k_test"]},
+    "truthfulqa/truthful_qa": {"validation": ROWS["truthfulqa_mc"]},
+    "Rowan/hellaswag": {"validation": [BAKING], "train": [BAKING]},
+    "livecodebench/execution-v2": {"test": ROWS["execution"]},
+    "csv": {"test": [{"question": "who wrote faust", "answers": "['Bern', \"Goethe's\"]"}]},
+}
+
+
+@pytest.mark.parametrize(
+    ("suite", "benchmark", "answer", "n", "value"),
+    [
+        ("general", "mmlu_0shot", " C", 57, 100),
+        ("general", "gsm8k", "1200", 1, 100),
+        ("general", "bbh", "No", 27, 100),
+        ("general", "tydiqa", "Bern", 9, 100),
+        ("general", "truthfulqa", " Yes.", 1, 99.99546),
+        ("recent", "mmlu", "C", 57, 100),
+        ("recent", "hellaswag", "C", 1, 100),
+        ("recent", "gsm8k", "1200", 1, 100),
+        ("recent", "bbh", "No", 27, 100),
+        ("recent", "nq", "Bern", 1, 100),
+        ("recent", "triviaqa", "Bern", 1, 100),
+        ("recent", "livecodebench", "[1]", 1, 100),
+        ("recent", "math", "$\\boxed{1/2}$", 7, 100),
+    ],
+)
+def test_rows_of_the_hub_are_read(suite, benchmark, answer, n, value, ask, monkeypatch):
+    def load_dataset(path, **_):
+        return DatasetDict({split: Dataset.from_list(rows) for split, rows in HUB[path].items()})
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    scores, _ = ask(suite, benchmark, answer, data=None)
+    assert scores.scores[0].n == n
+    assert scores.scores[0].value == pytest.approx(value)

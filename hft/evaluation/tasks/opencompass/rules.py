@@ -24,12 +24,9 @@ OPTION = [
 ]
 
 
-def mmlu(doc, results) -> dict[str, float]:
-    return {"acc": float(option(results[0]) == "ABCD"[doc["answer"]])}
-
-
-def hellaswag(doc, results) -> dict[str, float]:
-    return {"acc": float(option(results[0]) == "ABCD"[doc["gold"]])}
+def letter(doc, results) -> dict[str, float]:
+    right = int(doc["answer"] if "answer" in doc else doc["label"])
+    return {"acc": float(option(results[0]) == "ABCD"[right])}
 
 
 def option(text: str) -> str | None:
