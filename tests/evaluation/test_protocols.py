@@ -286,7 +286,7 @@ HUB = {  # what the datasets on the Hub, or files elsewhere, have
         ("recent", "hellaswag", "C", 1, 100),
         ("recent", "gsm8k", "1200", 1, 100),
         ("recent", "bbh", "No", 27, 100),
-        ("recent", "nq", "Bern", 1, 100),
+        ("recent", "nq", "Erfurt", 1, 0),  # has letters of the right answers
         ("recent", "triviaqa", "Bern", 1, 100),
         ("recent", "livecodebench", "[1]", 1, 100),
         ("recent", "math", "$\\boxed{1/2}$", 7, 100),

@@ -117,4 +117,4 @@ def execution(doc, results) -> dict[str, float]:
         right = ast.literal_eval(text) == ast.literal_eval(doc["output"])
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # no literal
         right = False
-    return {"pass@1": float(right and doc["input"] not in text)}
+    return {"pass@1": float(right)}
