@@ -47,22 +47,19 @@ def answers(dataset):
 
 def nq(doc, results) -> dict[str, float]:
     """datasets/natural_question.py, NQEvaluator."""
-    return _contains(_first_line(results[0]).split("answer is")[-1], doc)
+    return _contains(doc, results[0], "answer is")
 
 
 def triviaqa(doc, results) -> dict[str, float]:
     """datasets/triviaqa.py, TriviaQAEvaluator."""
-    text = _first_line(results[0])
-    for cue in ("answer is", "a:", "answer:"):
+    return _contains(doc, results[0], "answer is", "a:", "answer:")
+
+
+def _contains(doc, text: str, *cues: str) -> dict[str, float]:
+    """Whether a right answer is in the first line, after each cue's last occurrence."""
+    text = text.strip().split("\n")[0].lower()
+    for cue in cues:
         text = text.split(cue)[-1]
-    return _contains(text.strip(), doc)
-
-
-def _first_line(text: str) -> str:
-    return text.strip().split("\n")[0].lower()
-
-
-def _contains(text: str, doc) -> dict[str, float]:
     return {"contains": float(any(_plain(answer).lower() in _plain(text) for answer in doc["answers"]))}
 
 
@@ -92,7 +89,7 @@ def gsm8k(doc, results) -> dict[str, float]:
 
 
 def math(doc, results) -> dict[str, float]:
-    """evaluator/math_evaluator.py, MATHVerifyEvaluator (since 0.4.3): math-verify on LaTeX, a box first."""
+    """evaluator/math_evaluator.py, MATHVerifyEvaluator (since April 2025): math-verify on LaTeX, a box first."""
     from latex2sympy2_extended import NormalizationConfig
     from lm_eval.tasks.minerva_math.utils import last_boxed_only_string, remove_boxed
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
