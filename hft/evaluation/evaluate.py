@@ -219,6 +219,7 @@ def open_lm(subject: Subject, settings: Settings) -> LM:
     import torch
     from lm_eval.api.registry import get_model
 
+    from hft.evaluation.reader import Reader
     from hft.model.load import plain_generation
 
     arguments = {"pretrained": str(subject.weights), "tokenizer": str(subject.tokenizer), "dtype": settings.dtype}
@@ -230,7 +231,8 @@ def open_lm(subject: Subject, settings: Settings) -> LM:
             f"{settings.backend} takes no adapter here; make a plain model of it with `hft merge --method adapter`"
         )
     try:
-        lm = get_model(settings.backend)(**arguments, **settings.backend_args)
+        backend = Reader if settings.backend == "hf" else get_model(settings.backend)
+        lm = backend(**arguments, **settings.backend_args)
     except (OSError, ValueError, KeyError, ModuleNotFoundError) as error:
         raise HFTError(f"cannot open {subject.weights} with {settings.backend}: {reason(error)}") from error
     if settings.backend == "hf":

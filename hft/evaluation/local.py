@@ -10,7 +10,6 @@ import yaml
 from hft.errors import HFTError
 from hft.evaluation.suites import Benchmark
 from hft.jsonl import read_jsonl
-from hft.machine import say
 
 Rows = list[dict[str, Any]]
 MakesDataset = Callable[..., Any]  # takes lm-eval's keywords and returns a DatasetDict
@@ -67,10 +66,10 @@ def local_spec(benchmark: Benchmark, folder: Path) -> dict[str, Any] | None:
     """
     names, make = FORMS.get(benchmark.task.removesuffix("_chat"), ((), None))
     paths = [folder / f"{name}.jsonl" for name in names]
-    if make is None or not all(path.exists() for path in paths if path.stem not in OPTIONAL):
+    if make is None or not all(path.exists() for path in paths):
         return None
     try:
-        return make(benchmark.task, *(read_jsonl(path) if path.exists() else None for path in paths))
+        return make(benchmark.task, *map(read_jsonl, paths))
     except KeyError as error:
         raise HFTError(f"the rows of {benchmark.name} in {folder} lack the field {error}") from error
 
@@ -98,25 +97,16 @@ def _closed_book(answer: Callable[[list[str]], Any]) -> MakesSpec:
     return _form("validation", convert=lambda row: {"question": row["question"], "answer": answer(row["answers"])})
 
 
-def _mbpp(task: str, test: Rows, prompt: Rows | None) -> dict[str, Any]:
-    if prompt is not None:
-        return on_rows({task: as_dataset(test=test, prompt=prompt)})
-    say("mbpp runs without examples in its prompt: mbpp_prompt.jsonl not found")
-    zero_shot = {"fewshot_split": None, "fewshot_config": None, "num_fewshot": 0}
-    return on_rows({task: as_dataset(test=test)}, **zero_shot)
-
-
 def _question_and_answer(row: dict[str, Any]) -> dict[str, Any]:
     return {"question": row["question"], "answer": row["answer"]}
 
 
-OPTIONAL = ("mbpp_prompt",)
 QUESTIONS = _form(
     "test", convert=lambda row: {"question": row["question"], "answers": row["answers"]}, process_docs=None
 )
 MMLU = (("mmlu_test", "mmlu_dev"), _form("test", "dev", member="mmlu_{subject}"))
 BBH = (("bbh",), _form("test", member="bbh_cot_fewshot_{task}"))
-# By the name of the task: the files, and what makes a task of their rows.
+# By the name of the task without a final `_chat`: the files, and what makes a task of their rows.
 FORMS: dict[str, tuple[tuple[str, ...], MakesSpec]] = {
     "hft_mmlu_open_instruct": MMLU,
     "hft_mmlu_opencompass": MMLU,
@@ -129,14 +119,15 @@ FORMS: dict[str, tuple[tuple[str, ...], MakesSpec]] = {
         _form("validation", "train", member="tydiqa_goldp_{language}", process_docs=None),
     ),
     "hft_truthfulqa_open_instruct": (("truthfulqa_mc",), _form("validation", member="truthfulqa_mc2")),
-    "hft_humaneval": (("humaneval",), _form("test")),
+    "hft_humaneval_open_instruct": (("humaneval",), _form("test")),
+    "hft_humaneval_opencompass": (("humaneval",), _form("test")),
     "nq_open": (("nq_open",), _closed_book(list)),
     "triviaqa": (("triviaqa",), _closed_book(lambda answers: {"aliases": answers})),
     "hft_hotpotqa": (("hotpotqa",), _closed_book(lambda answers: answers[0])),
     "hft_nq_opencompass": (("nq_open",), QUESTIONS),
     "hft_triviaqa_opencompass": (("triviaqa_dev",), QUESTIONS),
     "ifeval": (("ifeval",), _form("train")),
-    "hft_mbpp": (("mbpp_test", "mbpp_prompt"), _mbpp),
+    "hft_mbpp_opencompass": (("mbpp_test",), _form("test")),
     "hft_hellaswag_opencompass": (("hellaswag",), _form("validation", member="hellaswag", process_docs=None)),
     "hft_math_opencompass": (("math",), _form("test", member="minerva_math_algebra")),
     "hft_execution_opencompass": (("execution",), _form("test")),

@@ -34,6 +34,7 @@ LOSS = {"loss": "loss,none"}
 ACC = {"acc": "acc,none"}
 EXACT = {"exact_match": "exact_match,none"}
 CONTAINS = {"contains": "contains,none"}
+PASS = {"pass@1": "pass@1,code"}
 CLOSED_BOOK = {"exact_match": "exact_match,remove_whitespace"}
 MMLU, BBH = ("mmlu/default",), ("bbh/cot_fewshot",)
 MMLU_OPEN_INSTRUCT = ("hft_mmlu_open_instruct", ACC, MMLU)
@@ -80,7 +81,13 @@ SUITES: dict[str, tuple[Benchmark, ...]] = {
             prepare=prepare_tydiqa,
         ),
         Benchmark("truthfulqa", "hft_truthfulqa_open_instruct", ACC, ("truthfulqa",)),
-        Benchmark("humaneval", "hft_humaneval", {"pass@10": "pass@10,code", "pass@1": "pass@1,code"}, runs_code=True),
+        Benchmark(
+            "humaneval",
+            "hft_humaneval_open_instruct",
+            {"pass@10": "pass@10,code", "pass@1": "pass@1,code"},
+            chat_task="hft_humaneval_open_instruct_chat",
+            runs_code=True,
+        ),
     ),
     "knowledge": (
         Benchmark("nq_open", "nq_open", CLOSED_BOOK, ("nq_open",), num_fewshot=0),
@@ -106,7 +113,10 @@ SUITES: dict[str, tuple[Benchmark, ...]] = {
             },
             ("ifeval",),
         ),
-        Benchmark("mbpp", "hft_mbpp", {"pass@1": "pass@1,code"}, runs_code=True),
+        Benchmark("humaneval_greedy", "hft_humaneval_opencompass", PASS, runs_code=True),
+        Benchmark(
+            "mbpp", "hft_mbpp_opencompass", PASS, chat_task="hft_mbpp_opencompass_chat", turns=True, runs_code=True
+        ),
         Benchmark("livecodebench", "hft_execution_opencompass", {"pass@1": "pass@1,none"}),
         Benchmark("math", "hft_math_opencompass", EXACT, ("minerva_math",), turns=True),
     ),

@@ -36,6 +36,7 @@ TASK_LABELS = {
     "triviaqa": "TriviaQA",
     "hotpotqa": "HotpotQA",
     "ifeval": "IFEval",
+    "humaneval_greedy": "HumanEval greedy",
     "mbpp": "MBPP",
     "math": "MATH",
     "hellaswag": "HellaSwag",

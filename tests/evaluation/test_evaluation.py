@@ -17,9 +17,7 @@ from hft.cli import main
 from hft.evaluation import evaluate as module
 from hft.evaluation.evaluate import Settings, evaluate
 from hft.evaluation.rows import answer_rows, general_texts, held_out_rows, replay_texts
-from hft.evaluation.sandbox import passes
 from hft.evaluation.suites import SUITES
-from hft.evaluation.tasks.code.code import pass_at
 from hft.evaluation.tasks.quick import facts
 from hft.record.scores import Scores
 from tests.conftest import error_of, finished_run, write_jsonl
@@ -122,8 +120,6 @@ def rows_of_ours(tmp_path) -> Path:
             }
         ],
     )
-    mbpp = {"task_id": 11, "text": "Return 1.", "code": "", "test_list": ["assert one() == 1"], "test_setup_code": ""}
-    write_jsonl(tmp_path / "mbpp_test.jsonl", [mbpp])
     return tmp_path
 
 
@@ -158,10 +154,6 @@ def test_closed_book_answers(answer, correct, tiny, rows_of_ours, monkeypatch):
     [
         ("nq_open", "knowledge", "Goethe", 100 / 3),
         ("hotpotqa", "knowledge", "Goethe", 100 / 3),
-        ("humaneval", "general", "    return 1\n", 100),
-        ("humaneval", "general", "    return 2\n", 0),
-        ("mbpp", "recent", "def one():\n    return 1\n", 100),
-        ("mbpp", "recent", "import sys; sys.exit(0)", 0),
     ],
 )
 def test_a_model_that_always_says_one_thing(task, suite, answer, value, tiny, rows_of_ours, monkeypatch):
@@ -241,32 +233,6 @@ def test_texts_to_drift_on_and_to_replay_have_nothing_in_common():
     assert len(general_texts()) > 40
     assert len(replay_texts()) > 40
     assert not set(general_texts()) & set(replay_texts())
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        "assert False",
-        "import sys; sys.exit(0)",
-        "import os; os._exit(0)",
-        "while True: pass",
-        "x = 'a' * 2**31",
-        "import socket; socket.create_connection(('127.0.0.1', 9))",
-        "import subprocess; subprocess.run(['true'])",
-        "open('big', 'wb').write(bytes(2**22))",
-    ],
-)
-def test_a_program_that_fails_or_does_what_it_may_not_does_not_pass(program):
-    assert not passes(f"try_it = 1\n{program}", seconds=1)
-
-
-def test_a_program_that_runs_to_its_end_passes():
-    assert passes("print('no newline at the end', end='')\nassert sorted([2, 1]) == [1, 2]")
-
-
-def test_pass_at_k_is_the_unbiased_estimate():
-    programs = ["assert True"] * 2 + ["assert False"] * 3
-    assert pass_at(programs, (1, 2, 10)) == pytest.approx({"pass@1": 2 / 5, "pass@2": 1 - 3 / 10})
 
 
 def test_code_runs_only_when_allowed(tiny, rows_of_ours, capsys, monkeypatch):
