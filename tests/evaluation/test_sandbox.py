@@ -1,12 +1,11 @@
 """A generated program passes or not, and leaves everything but its own folder as it was."""
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from hft.evaluation.sandbox import GUARD, passes
+from hft.evaluation.sandbox import passes
 
 
 @pytest.mark.parametrize(
@@ -17,7 +16,7 @@ from hft.evaluation.sandbox import GUARD, passes
         "import os; os._exit(0)",
         "while True: pass",
         "while True: print('x' * 2**20)",
-        "x = 'a' * 2**31",
+        "import mmap; mmap.mmap(-1, 2**31)",
         "open('big', 'wb').write(bytes(2**22))",
         "\ud800 is no text",
     ],
@@ -57,6 +56,7 @@ os.remove("link")
 with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as file:
     file.write(b"text")
     numpy.ones(2).tofile(os.path.join(folder, "array"))
+print("shown", flush=True)
 with open(os.devnull, "w") as sys.stdout:
     print("hidden")
 sys.stdout = None  # and no newline at the end
@@ -84,6 +84,7 @@ REFUSED = {
     "a symbolic link": "os.symlink(VICTIM, 'link'); open('link', 'w')",
     "a hard link": "os.link(VICTIM, 'link'); open('link', 'w')",
     "an open folder": "os.remove('victim', dir_fd=os.open(HOME, os.O_RDONLY))",
+    "a file in an open folder": "os.open('victim', os.O_WRONLY, dir_fd=os.open(HOME, os.O_RDONLY))",
     "a folder of its own and dots": "os.mkdir('a'); os.chdir('a'); own = os.open('..', os.O_RDONLY); "
     "os.remove(os.path.relpath(VICTIM, '..'), dir_fd=own)",
     "dots that os.open does not tell": "os.makedirs('a/b'); own = os.open('.', os.O_RDONLY); os.chdir('a'); "
@@ -94,8 +95,11 @@ REFUSED = {
     "chown": "os.chown(VICTIM, 1, 1)",
     "times": "os.utime(VICTIM, (0, 0))",
     "attributes": "os.setxattr(VICTIM, 'user.a', b'')",
+    "attributes removed": "os.removexattr(VICTIM, 'user.a')",
+    "link there": "os.symlink(VICTIM, VICTIM + '2')",
     "mkdir": "os.mkdir(HOME + '/new')",
     "mkfifo": "os.mkfifo(HOME + '/new')",
+    "mknod": "os.mknod(HOME + '/new')",
     "rmdir": "os.rmdir(HOME)",
     "memory": "open(f'/proc/{os.getppid()}/mem', 'wb')",
     "copy": "shutil.copyfile(__import__('sys').executable, VICTIM)",
@@ -113,11 +117,15 @@ REFUSED = {
     "ctypes": "ctypes.CDLL(None).remove(VICTIM.encode())",
     "socket": "socket.create_connection(('127.0.0.1', 9))",
     "sqlite": "sqlite3.connect(VICTIM)",
+    "system log": "syslog.syslog('x')",
+    "priority": "os.setpriority(os.PRIO_USER, os.getuid(), 19)",
+    "history": "__import__('readline')",
     "limits": "resource.setrlimit(resource.RLIMIT_CORE, (1, 1))",
 }
-MODULES = "ctypes, multiprocessing, os, pathlib, pty, resource, shutil, signal, socket, sqlite3, subprocess, threading"
+MODULES = "ctypes, multiprocessing, os, pathlib, pty, resource, shutil, signal, socket, sqlite3, subprocess, syslog"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="not every function is there")
 def test_what_reaches_beyond_its_folder_is_refused(tmp_path):
     """By the audit hook itself: a read-only file system or a network namespace would raise other errors."""
     victim = tmp_path / "home" / "victim"
@@ -126,7 +134,7 @@ def test_what_reaches_beyond_its_folder_is_refused(tmp_path):
     before = victim.stat()
     actions = "".join(f"\ndef f{number}():\n    {action}\n" for number, action in enumerate(REFUSED.values()))
     program = f"""
-import {MODULES}
+import {MODULES}, threading
 VICTIM, HOME = {str(victim)!r}, {str(victim.parent)!r}
 START = os.getcwd()
 {actions}
@@ -137,8 +145,8 @@ for number, name in enumerate({list(REFUSED)!r}):
         os.remove(own)
     try:
         globals()[f"f{{number}}"]()
-    except PermissionError as error:
-        assert "refused" in str(error), name
+    except (ImportError, PermissionError) as error:
+        assert str(error).endswith("refused"), name
     else:
         raise AssertionError(name)
 """
@@ -146,7 +154,6 @@ for number, name in enumerate({list(REFUSED)!r}):
     assert victim.read_text() == "kept"
     assert (victim.stat().st_mode, victim.stat().st_mtime) == (before.st_mode, before.st_mtime)
     assert [path.name for path in tmp_path.rglob("*")] == ["home", "victim"]
-    assert not passes("import dbm.gnu") or sys.platform != "linux"
 
 
 def test_where_linux_makes_namespaces_only_its_folder_can_be_written_to_by_whatever_means(tmp_path):
@@ -157,10 +164,5 @@ def test_where_linux_makes_namespaces_only_its_folder_can_be_written_to_by_whate
     assert passes("import posix; posix.mkfifo('here')")
     assert not passes(f"import posix; posix.mkfifo({str(tmp_path / 'there')!r})")
     assert list(tmp_path.iterdir()) == []
-    assert passes("assert open('/proc/net/dev').read().count(':') == 1")  # lo
-
-
-def test_the_guard_is_a_file_of_the_package():
-    assert GUARD.is_file()
-    assert os.access(GUARD, os.R_OK)
-    assert GUARD.parent == Path(__file__).parents[2] / "hft/evaluation"
+    network = Path("/proc/self/ns/net")
+    assert passes(f"import os; assert os.readlink({str(network)!r}) != {str(network.readlink())!r}")

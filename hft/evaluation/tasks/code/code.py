@@ -66,16 +66,17 @@ def code_in(answer: str) -> str:
     if text.startswith("'"):  # as in the examples
         text = text[1:].removesuffix("'")
     code, *_ = text.replace("\\_", "_").split("```")
-    if defined := definitions(code):
-        return code if parsed(code) else defined
-    return next(iter(BLOCK.findall(text)), code)
+    return definitions(code) or next(iter(BLOCK.findall(text)), code)
 
 
 def definitions(text: str) -> str:
-    """The imports, functions, classes and constants of a text; empty if no function or class is among them."""
-    statements = ((text, parsed(text)) for text in STATEMENT.findall(text.strip()))
-    kept = "\n".join(text for text, tree in statements if tree and all(isinstance(n, DEFINITIONS) for n in tree.body))
-    return kept if re.search(r"^(async def|def|class)\b", kept, re.MULTILINE) else ""
+    """A text if it is code, else the imports, functions, classes and constants in it; empty if it defines nothing."""
+    code = text.strip()
+    if not parsed(code):
+        statements = ((statement, parsed(statement)) for statement in STATEMENT.findall(code))
+        kept = (one for one, tree in statements if tree and all(isinstance(node, DEFINITIONS) for node in tree.body))
+        code = "\n".join(kept)
+    return code if re.search(r"^(async def|def|class)\b", code, re.MULTILINE) else ""
 
 
 def parsed(code: str) -> ast.Module | None:
