@@ -1,6 +1,7 @@
 """Code tasks: an answer is read as its reader would, in the prompts of the paper's evaluations."""
 
 import json
+from textwrap import indent
 
 import pytest
 import torch
@@ -41,8 +42,8 @@ MBPP = [
     {
         "task_id": 11,
         "text": "Write a function to join words with a dash.",
-        "code": "def dashed(words):\n    return '-'.join(words)",
-        "test_list": ["assert dashed(['a', 'b']) == 'a-b'", "assert dashed([]) == ''"],
+        "code": "def join_words(words):\n    return '-'.join(words)",
+        "test_list": ["assert join_words(['a', 'b']) == 'a-b'", "assert join_words([]) == ''"],
     },
     {
         "task_id": 12,
@@ -51,18 +52,23 @@ MBPP = [
         "test_list": ["assert halve(3) == 1.5"],
     },
 ]
-HELPERS = "import math\nfrom typing import List\n\n\ndef same(x):\n    return x\n\n\nLIMIT = same(\n    3\n)\n\n\n"
+HELPERS = (
+    "import math\nfrom typing import List\n\n\ndef same(x):\n    return x if LIMIT else None\n\n\n"
+    "LIMIT = len(\n    [3]\n)\n\n\n"
+)
 AFTER = "\nThis loops once.\nComplexity: O(n)\n\nDone"
 # An answer from the head of a function, its body, and the code that has neither around it.
 STYLES = {
     "continuation": lambda head, body: body,
+    "continuation that closes its block": lambda head, body: f"{body}```\n{AFTER}\n```python\nprint(1)\n```",
+    "block in a list": lambda head, body: f"1. Like this:\n   ```\n{indent(head + body, '   ')}   ```",
     "whole function": lambda head, body: head + body,
     "block": lambda head, body: f"```python\n{head}{body}```",
     "after a lead-in": lambda head, body: f"Here is the completed function:\n\n{head}{body}",
     "block with imports and helpers": lambda head, body: (
         f" Sure!\n\n```python\n{HELPERS}{head}{body}```\n{AFTER}\n```python\nprint(1)\n```"
     ),
-    "text after": lambda head, body: f"\n{HELPERS}{head}{body}{AFTER}",
+    "text after": lambda head, body: f"\n{HELPERS}@same\n{head}{body}{AFTER}",
 }
 # task: its suite and the number of answers to each row
 TASKS = {"humaneval": ("general", 20), "humaneval_greedy": ("recent", 1), "mbpp": ("recent", 1)}
@@ -95,8 +101,11 @@ class Answers(LM):
             head, body = row["prompt"][row["prompt"].index(f"def {row['entry_point']}") :], row["canonical_solution"]
         if not self.right:
             body = "    pass\n"
-        bare_mbpp = "code" in row and self.style == "continuation"
-        return f" '{head}{body}' \n" if bare_mbpp else STYLES[self.style](head, body)
+        if "code" in row and self.style == "continuation":
+            return f" '{head}{body}' \n"
+        if "code" in row and self.style == "continuation that closes its block":
+            return f"Sure.\n[BEGIN]\n '{head}{body}' \n[DONE]\n{AFTER}".replace("_", "\\_")
+        return STYLES[self.style](head, body)
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         return "".join(f"<{message['role']}>{message['content']}" for message in chat_history)
@@ -169,7 +178,7 @@ def test_prompts_are_those_of_open_instruct_and_opencompass(tiny, rows, monkeypa
 
     question = (
         "You are an expert Python programmer, and here is your task: Write a function to join words with a dash. "
-        "Your code should pass these tests:\n\n assert dashed(['a', 'b']) == 'a-b'\nassert dashed([]) == ''  \n"
+        "Your code should pass these tests:\n\n assert join_words(['a', 'b']) == 'a-b'\nassert join_words([]) == ''  \n"
     )
     bare, chat = ask("mbpp", False), ask("mbpp", True)
     assert bare.endswith(f"\n[DONE] \n\n \n{question}\n[BEGIN]\n")

@@ -66,7 +66,7 @@ def code_in(answer: str) -> str:
     if text.startswith("'"):  # as in the examples
         text = text[1:].removesuffix("'")
     code, *_ = text.replace("\\_", "_").split("```")
-    return definitions(code) or next(iter(BLOCK.findall(text)), code)
+    return definitions(code) or textwrap.dedent(next(iter(BLOCK.findall(text)), code))
 
 
 def definitions(text: str) -> str:
