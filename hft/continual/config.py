@@ -163,4 +163,4 @@ def _name(config: Config, settings: SequenceConfig, given: Given) -> str:
     values = {"method": f"{config.run.method or 'hft'}-{strategy}"}
     values["model_name_or_path"] = config.run.model_name_or_path
     flags = {key: value for key, value in given.flags.items() if key not in UNNAMED}
-    return run_name("trace", values, flags, given.files)
+    return run_name("trace", values, flags, given)

@@ -16,17 +16,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Objective:
-    """An objective as data. TRL is imported when its trainer or its config is asked for.
+    """An objective as data. Its trainer and its config are imported when they are asked for.
 
     Attributes:
         name: the command, `hft NAME`, and the name of its recipes.
         description: one line for `hft --help`.
-        trainer_name: TRL's trainer; its config is named likewise.
+        trainer_name: its trainer; its config is named likewise.
         reader: of `hft.data.rows`, which checks a dataset and brings it into the form that the trainer reads.
         unit: what a row of the dataset is called.
         sequences: that a row puts through the model with gradients.
         forward_sequences: that it puts through the policy without gradients.
         reference_sequences: that it puts through a reference model; 0 if the objective has none.
+        reference_key: the key that gives it a reference, if it has none without.
+        pads: whether TRL 1.16 pads its rows whatever `padding_free` says.
+        module: where its trainer and its config are.
         held_out: metrics whose held-out values a run ends with.
         not_at_start: those of them that mean nothing before the first step.
         order: among the objectives of a model, in reports.
@@ -41,6 +44,9 @@ class Objective:
     sequences: int = 1
     forward_sequences: int = 0
     reference_sequences: int = 0
+    reference_key: str | None = None
+    pads: bool = False
+    module: str = "trl"
     held_out: tuple[str, ...] = ("loss",)
     not_at_start: tuple[str, ...] = ()
     order: int = 0
@@ -48,13 +54,13 @@ class Objective:
 
     @property
     def trainer(self) -> type[Trainer]:
-        """TRL's trainer."""
-        return getattr(import_module("trl"), self.trainer_name)
+        """Its trainer, one of TRL's or a subclass."""
+        return getattr(import_module(self.module), self.trainer_name)
 
     @property
     def config(self) -> type[TrainingArguments]:
-        """TRL's config."""
-        return getattr(import_module("trl"), self.trainer_name.replace("Trainer", "Config"))
+        """The trainer's config."""
+        return getattr(import_module(self.module), self.trainer_name.replace("Trainer", "Config"))
 
     @property
     def read_rows(self) -> Callable[[Dataset, str], tuple[Dataset, list[str]]]:
@@ -63,7 +69,8 @@ class Objective:
 
     def has_reference(self, values: dict[str, Any]) -> bool:
         """Whether a run with these settings keeps a reference model beside the policy."""
-        return self.reference_sequences > 0 and not values.get("precompute_ref_log_probs")
+        has_one = self.reference_sequences > 0 and (self.reference_key is None or bool(values.get(self.reference_key)))
+        return has_one and not values.get("precompute_ref_log_probs")
 
 
 OBJECTIVES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))

@@ -10,6 +10,7 @@ OBJECTIVE = Objective(
     unit="pairs",
     sequences=2,
     reference_sequences=2,
+    pads=True,
     held_out=("loss", "rewards/accuracies", "rewards/margins"),
     not_at_start=("rewards/accuracies",),  # every margin is 0 then, and TRL counts none of them as won
     order=1,

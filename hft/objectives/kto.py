@@ -10,6 +10,7 @@ OBJECTIVE = Objective(
     unit="answers",
     forward_sequences=1,  # the mismatched answer of the KL term
     reference_sequences=2,
+    pads=True,
     held_out=("loss", "rewards/margins"),
     order=2,
     linestyle=":",

@@ -15,12 +15,11 @@ from hft.planning.costs import StepCosts, costs_of, fewest_checkpointed_layers
 from hft.planning.engine import Engine, micro_batch
 from hft.planning.memory import GIB, Memory, memory_of
 from hft.selection import Selection, SelectionConfig
-from hft.selection.policies import build_selection, select
+from hft.selection.policies import select
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, TrainingArguments
 
-    from hft.model.anatomy import Anatomy
     from hft.runs.config import Config
 
 
@@ -136,16 +135,11 @@ class Setup:
         """Full fine-tuning, the run unless it is that, and the cheapest half."""
         method = self.config.method
         run = self.candidate(self.config.values.get("method") or "hft", method, selection)
-        everything, half = select(selection.anatomy, SelectionConfig(policy="all")), upper_half(selection.anatomy)
+        everything, half = (
+            select(selection.anatomy, SelectionConfig(policy=policy, freeze_embeddings=policy == "bottom"))
+            for policy in ("all", "bottom")
+        )
         fft = self.candidate("fft", Method(everything.config), everything)
         rest = self.candidate("upper half", Method(half.config), half)
         is_fft = selection.config.policy == "all" and not selection.config.freeze_embeddings
         return [fft, rest] if is_fft and not (method.update or method.strategy) else [fft, run, rest]
-
-
-def upper_half(anatomy: Anatomy) -> Selection:
-    """The upper half of the layers and the last norm train: the cheapest half, since the backward pass ends early."""
-    units = [unit for unit in anatomy.units if unit.layer >= anatomy.num_layers // 2]
-    lower = sorted({f"*.{unit.layer}.*" for unit in anatomy.units} - {f"*.{unit.layer}.*" for unit in units})
-    config = SelectionConfig(policy="explicit", freeze=lower or ["*"], freeze_embeddings=True)
-    return build_selection(anatomy, config, units)

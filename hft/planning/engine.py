@@ -95,6 +95,10 @@ def micro_batch(config: Config, args: TrainingArguments, examples: int | None = 
         raise HFTError("FLOPs and activations are not known without max_length")
     if getattr(args, "activation_offloading", False):
         raise HFTError("FLOPs and activations with activation_offloading are not known")
+    if getattr(args, "kl_weight", 0):
+        raise HFTError(
+            "FLOPs and activations with kl_weight are not known: the logits of model and base, another forward"
+        )
     kwargs = args.activation_checkpointing_kwargs or {}
     if named := [key for key in ("use_reentrant", "selective", "offload") if kwargs.get(key)]:
         raise HFTError(f"FLOPs and activations with {named[0]} checkpointing are not known")
@@ -107,8 +111,7 @@ def micro_batch(config: Config, args: TrainingArguments, examples: int | None = 
     forward = examples * (objective.forward_sequences + reference)
     packed = getattr(args, "packing", False)
     full = packed and args.packing_strategy == "wrapped"
-    # With a reference TRL 1.16 pads whatever `padding_free` says.
-    flat = (packed and not full) or (getattr(args, "padding_free", False) and not objective.reference_sequences)
+    flat = (packed and not full) or (getattr(args, "padding_free", False) and not objective.pads)
     if flat and not flash:  # one row of them all, in which a mask keeps them apart
         rows, length = 1, rows * length
     return MicroBatch(rows, length, attention, not flash and (flat or (rows > 1 and not full)), forward)

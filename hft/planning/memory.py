@@ -94,7 +94,7 @@ def memory_of(
     kept = sum(part.memory(selection) for part in (method.update, method.strategy) if part)
     # Of partly frozen parameters, the frozen values are kept a second time.
     frozen = (selection.anatomy.numel - selection.num_trained) * engine.frozen_bytes
-    if shards == 1 and selection.config.freeze_embeddings:  # those of the input hand their fp32 on to the layers
+    if shards == 1 and selection.freezes_embeddings:  # those of the input hand their fp32 on to the layers
         frozen += (4 - engine.frozen_bytes) * next(iter(selection.anatomy.embeddings.values()))
     return Memory(
         weights=frozen / shards,

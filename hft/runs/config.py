@@ -114,7 +114,7 @@ def resolve_config(objective: str, given: Given) -> Config:
     if not method.adapter and (rounds := rounds_so_far(values["model_name_or_path"])):
         values = {"round": rounds[-1]["selection"]["round"] + 1} | values
         method = method_of(values)
-    values["run_name"] = run_name(objective, values, flags, given.files)
+    values["run_name"] = run_name(objective, values, flags, given)
     values = {"output_dir": f"runs/{values['run_name']}", **values}
     run = fill(RunConfig, values)
     kept = {key: value for key, value in values.items() if key != "dry_run"}
@@ -142,13 +142,15 @@ def replaced_keys(config: Mapping[str, Any]) -> set[str]:
     return (names | {"method"}) - {"selection_seed", "round"}
 
 
-def run_name(objective: str, values: dict[str, Any], flags: dict[str, Any], files: Sequence[str]) -> str:
-    """The name of a run: that of the output folder if one is given, else recipe, objective, method and flags."""
+def run_name(objective: str, values: dict[str, Any], flags: dict[str, Any], given: Given) -> str:
+    """The name of a run: that of the output folder if one is given, else recipe, objective, method, files and flags."""
+    files, contents = given.files, given.contents
     if "output_dir" in flags and "run_name" not in flags:
         return Path(flags["output_dir"]).name
     if "run_name" in values:
         return values["run_name"]
-    return name_of(values, flags, files, objective, values.get("method") or "hft")
+    more = [Path(path).stem for path, content in zip(files[1:], contents[1:], strict=True) if "method" not in content]
+    return name_of(values, flags, files, objective, values.get("method") or "hft", *more)
 
 
 def name_of(values: dict[str, Any], flags: dict[str, Any], files: Sequence[str], *words: str) -> str:

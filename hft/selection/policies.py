@@ -24,6 +24,7 @@ def select(anatomy: Anatomy, config: SelectionConfig) -> Selection:
         "category": category,
         "layer": _layer,
         "model": _model,
+        "bottom": _bottom,
         "explicit": _explicit,
         "all": lambda anatomy, config: anatomy.units,
         "random-element": _random_element,
@@ -180,6 +181,12 @@ def _model(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
     count = round(config.fraction * len(matrices))
     drawn = set(sample_names(matrices, count, "model", config.selection_seed, config.round))
     return [unit for unit in half_of_the_norms(anatomy, config) if unit.block == "norm" or unit.name in drawn]
+
+
+def _bottom(anatomy: Anatomy, config: SelectionConfig) -> Choice:
+    """The upper layers train; those below and the input embeddings are frozen (Spurious Forgetting, 2501.13453)."""
+    first = anatomy.num_layers - round(config.fraction * anatomy.num_layers)
+    return [unit for unit in anatomy.units if unit.layer >= first], {next(iter(anatomy.embeddings)): None}
 
 
 def _explicit(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:

@@ -17,6 +17,7 @@ POLICIES = {
     "category": "a fraction of each block of each layer trains (the paper's HFT, Algorithm 1)",
     "layer": "every other layer trains as a whole",
     "model": "half of all matrices train, anywhere in the model",
+    "bottom": "the upper layers train, and the lower ones and the input embeddings are frozen",
     "explicit": "all but the units that match `freeze` train",
     "all": "everything trains (FFT)",
     "random-element": "random elements of every matrix train",
@@ -171,6 +172,11 @@ class Selection:
         frozen = set(self.frozen_parameters)
         return [name for name in self.anatomy.parameters if name not in frozen]
 
+    @property
+    def freezes_embeddings(self) -> bool:
+        """Whether the input embeddings are frozen."""
+        return next(iter(self.anatomy.embeddings)) in self.frozen_parameters
+
     @functools.cached_property
     def frozen_masks(self) -> dict[str, Mask]:
         """Of each partly frozen parameter, which elements are frozen; a mask broadcasts to its parameter."""
@@ -225,7 +231,10 @@ class Selection:
         """A few lines for people: the policy, what trains of each block, and the two fractions."""
         c = self.config
         counts = ", ".join(f"{block} {trained}/{total}" for block, (trained, total) in self.counts().items())
-        ends = "frozen" if c.freeze_embeddings else "train"
+        held = self.anatomy.embeddings.keys() & self.frozen_parameters
+        ends = (
+            "train" if not held else "frozen" if len(held) == len(self.anatomy.embeddings) else f"frozen: {min(held)}"
+        )
         parts = f"{len(self.frozen_masks)} tensors train in part\n" if self.frozen_masks else ""
         return (
             f"{c.policy} policy, seed {c.selection_seed}, round {c.round}: {counts} units train; embeddings and head "

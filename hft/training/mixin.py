@@ -105,6 +105,7 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
             kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self.schedule]
         autocast, sharded = args.bf16 or args.fp16, is_sharded(args)
         takes_reference = "ref_model" in inspect.signature(super().__init__).parameters
+        takes_reference &= getattr(args, "kl_weight", 1) > 0
         if takes_reference and not (sharded or kwargs.get("ref_model") or getattr(args, "precompute_ref_log_probs", 0)):
             kwargs["ref_model"] = shared_reference(model, autocast=autocast)
         upcast_for(model, args)
@@ -119,7 +120,7 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         for callback in [hold, CheckpointedLayers(), *self.act_last]:
             self.add_callback(callback)
         check_engine(self)
-        if selection.config.freeze_embeddings and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        if selection.freezes_embeddings and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             # Reentrant checkpointing finds no gradient to pass on when nothing before the first layer has one.
             self.model.enable_input_require_grads()
 

@@ -153,6 +153,15 @@ def test_layer_policy_spaces_other_fractions_evenly(llama2_7b):
     assert {b - a for a, b in itertools.pairwise(trained)} == {4}
 
 
+@pytest.mark.parametrize(("fraction", "first"), [(0.5, 16), (0.8, 6), (0.0, 32), (1.0, 0)])
+def test_bottom_policy_freezes_the_lower_layers_and_the_input_embeddings(llama2_7b, fraction, first):
+    selection = select(llama2_7b, SelectionConfig(policy="bottom", fraction=fraction))
+    assert {unit.name for unit in llama2_7b.units if unit.layer >= first} == selection.trained_units
+    outside = [name for name in selection.trained_parameters if name not in llama2_7b.in_layers]
+    assert outside == ["lm_head.weight", "model.norm.weight"]
+    assert "embeddings and head frozen: model.embed_tokens.weight" in selection.summary()
+
+
 def test_model_policy_trains_half_of_the_units_wherever_they_are(llama2_7b):
     selection = select(llama2_7b, SelectionConfig(policy="model"))
     assert len(selection.trained_units) * 2 == len(llama2_7b.units)

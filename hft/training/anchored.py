@@ -1,0 +1,87 @@
+"""SFT that holds the model to its base: TRL's loss plus a KL term."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import kl_div, nll_loss
+from trl import SFTConfig, SFTTrainer
+
+from hft.errors import HFTError
+from hft.machine import is_sharded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IGNORED = -100  # label of a token that is not trained on
+
+
+@dataclass
+class AnchoredSFTConfig(SFTConfig):
+    """TRL's config of SFT with the weight of a KL term."""
+
+    kl_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of KL(base || model), per trained token, in the loss of SFT; 0: TRL's own loss."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kl_weight < 0:
+            raise HFTError(f"kl_weight must be at least 0, got {self.kl_weight}")
+
+
+class AnchoredSFTTrainer(SFTTrainer):
+    """`SFTTrainer` whose loss is, with p0 the base and p the model,
+
+        sum over trained tokens of (-log p(token) + kl_weight * KL(p0 || p)) / number of trained tokens.
+
+    This is the forward KL over the whole vocabulary, in nats. Held-out losses are without it, and comparable with those
+    of other runs. With `kl_weight` 0 the trainer is TRL's.
+
+    Args:
+        ref_model: the base; `half` makes one that shares the frozen half. None with an adapter, which is switched off.
+        kwargs: whatever else `SFTTrainer` takes.
+    """
+
+    def __init__(self, *args: Any, ref_model: PreTrainedModel | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.ref_model = ref_model
+        if not self.args.kl_weight:
+            return
+        others = {
+            f"loss_type {self.args.loss_type}": self.args.loss_type != "nll",
+            "label smoothing": self.args.label_smoothing_factor,
+            "Liger's kernels": self.args.use_liger_kernel,
+            "the routers' auxiliary loss": self.aux_loss_enabled,
+            "a sharded model": is_sharded(self.args),
+        }
+        if given := next((name for name, is_on in others.items() if is_on), None):
+            raise HFTError(f"kl_weight does not go with {given}; remove one")
+        if ref_model is not None:
+            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss, and in training the KL term."""
+        if not self.args.kl_weight or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        features = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
+        labels = inputs["labels"][:, 1:]
+        trained = labels != IGNORED
+        now = model(**features).logits[:, :-1][trained].log_softmax(-1, dtype=torch.float32)
+        with torch.no_grad():
+            before = self._reference_logits(model, features)[:, :-1][trained].log_softmax(-1, dtype=torch.float32)
+        divergence = kl_div(now, before, log_target=True, reduction="sum")
+        total = nll_loss(now, labels[trained], reduction="sum") + self.args.kl_weight * divergence
+        loss = total / torch.as_tensor(trained.sum() if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # as in Trainer, since DDP averages the gradients
+        return loss
+
+    def _reference_logits(self, model: PreTrainedModel, features: dict[str, Any]) -> torch.Tensor:
+        if self.ref_model is not None:
+            return self.ref_model(**features).logits
+        with self.accelerator.unwrap_model(model).disable_adapter():
+            return model(**features).logits
