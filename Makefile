@@ -44,7 +44,7 @@ ARMS := $(basename $(notdir $(wildcard recipes/cpi/*.yaml)))
 MERGES := $(basename $(notdir $(wildcard recipes/merges/*.yaml)))
 $(if $(MODELS),$(if $(wildcard recipes/$(MODEL)/*.yaml),,$(error MODEL=$(MODEL) is not among the recipes: $(MODELS))))
 
-.PHONY: help install trace-mini cpi eval report forgetting bench sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo \
+.PHONY: help install cpi eval report forgetting bench sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo \
 	lint test test-slow test-gpu audit clean clean-runs
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -54,7 +54,6 @@ help:
 	@echo "make sft-METHOD [MODEL=smollm2-135m] [ARGS='--key value ...'] [NUM_GPUS=n]"
 	@echo "make dpo-METHOD | kto-METHOD [MODEL=...] [FROM=runs/an-sft-run] [ARGS=...] [NUM_GPUS=n]"
 	@echo "make trace-METHOD [MODEL=...] [STRATEGY=seqft|replay|gem|agem|self-replay|lora] [ARGS=...] [NUM_GPUS=n]"
-	@echo "make trace-mini [ARGS=...]    what each method learns and forgets over six tasks, half an hour on a laptop"
 	@echo "make cpi | cpi-ARM [MODEL=...] [ARGS=...]    CPI-FT, and what it is compared with"
 	@echo "make sweep-ratios | runtimes [MODEL=...]    the ten ratios of Table 10, and the time of each"
 	@echo "make sweep-seeds [MODEL=...]                five selections, as in Table 14"
@@ -62,7 +61,7 @@ help:
 	@echo "make reset-sft | reset-dpo [MODEL=...] [S=...] [D=...]    Half-Reset of your runs: Tables 1, 2 and 15"
 	@echo "make merge-MERGE [MODEL=...] [S=runs/an-sft-run] [D=runs/a-dpo-run] [ARGS=...]"
 	@echo "make eval [RUN=runs/a-run] [SUITE=quick|general|knowledge|recent] [ARGS=...]"
-	@echo "make forgetting [ARGS=...]    what each method learns and forgets, on SmolLM2-135M"
+	@echo "make forgetting [SIZE=mini|smollm2] [ARGS=--quick]    what each method learns and forgets"
 	@echo "make bench [ARGS=...]    what a step costs, by methods: time, memory, tokens/s, against the FLOPs"
 	@echo "  METHOD  $(METHODS)"
 	@echo "  MODEL   $(MODELS)"
@@ -110,10 +109,6 @@ kto-%: recipes/methods/%.yaml $(INSTALLED) $(LOCAL_FILES)
 trace-%: recipes/methods/%.yaml $(INSTALLED) $(LOCAL_FILES)
 	$(call run,continual,trace,$*) --strategy $(STRATEGY) $(ARGS)
 
-# What each method learns and forgets over six small tasks: benchmarks/trace_mini.yaml. Resumable: rerun it to continue.
-trace-mini: $(INSTALLED)
-	$(BIN)/python benchmarks/trace_mini.py $(ARGS)
-
 # CPI-FT, or with an arm's file one of the runs that it is compared with.
 cpi: $(INSTALLED) $(LOCAL_FILES)
 	$(BIN)/hft cpi --config recipes/$(MODEL)/cpi.yaml $(LAUNCH) $(ARGS)
@@ -154,10 +149,12 @@ eval: $(INSTALLED) $(LOCAL_FILES)
 	@test -n "$(RUN)" || { echo "no runs of $(MODEL) to evaluate; train one, or pass RUN=" >&2; exit 1; }
 	$(BIN)/hft eval $(RUN) --suite $(SUITE) $(addprefix --num_processes ,$(NUM_GPUS)) $(ARGS)
 
-# What each method learns and forgets: benchmarks/forgetting.yaml. Resumable: rerun it to continue.
-forgetting: models/smollm2-135m/config.json
+# What each method learns and forgets: benchmarks/forgetting/SIZE.yaml. Resumable: rerun it to continue. `--jobs 0` writes
+# the page from the cells that are there.
+SIZE ?= mini
+forgetting: $(INSTALLED) $(if $(filter smollm2,$(SIZE)),models/smollm2-135m/config.json)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[forgetting]'
-	$(BIN)/python benchmarks/forgetting.py $(ARGS)
+	$(BIN)/python benchmarks/forgetting/run.py $(SIZE) $(ARGS)
 
 # What a step costs, by methods: results/bench/DEVICE.md. On a GPU random weights in Llama's shapes.
 bench: $(INSTALLED) models/smollm2-135m/config.json models/tiny/config.json

@@ -22,7 +22,7 @@ JOBS = ["baker", "judge", "pilot", "nurse", "smith", "tailor", "clerk", "farmer"
 OLD = {"color": ("The color of {} is", COLORS), "place": ("The home of {} is the", PLACES)}
 PEOPLE = {"job": ("What does {} do?\nAnswer:", JOBS), "town": ("Where was {} born?\nAnswer:", PLACES)}
 EXAMPLE_WORDS = 12  # words of the dictionary that only the examples of the recovery hold; tests hold the others
-TESTS = 96
+TESTS, LENGTH = 96, 64
 RECOVERED = ("rule",)  # what the ten examples are of
 Question = tuple[str, str, list[str]]  # beginning, right end, all ends
 
@@ -70,32 +70,29 @@ def docstrings() -> tuple[list[str], list[str]]:
 
 
 def make_start(content: dict[str, Any], out: Path) -> Path:
-    """The model that every cell starts from, with the cells' data beside it; made once.
+    """The model that every cell starts from; made once.
 
     OUT holds `pretrained` (knows docstrings and facts), `start` (taught the rule and the people as well), `data`.
     """
-    from hft.runs.config import load_config
-    from hft.runs.plan import make_plan
-    from hft.runs.train import train
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    start = out / "start"
-    if (start / "results.json").exists():
-        return start
-    general, held_out = docstrings()
-    make, taught = content["make"], rule_rows()[0]
-    write_data(make, general, held_out, taught, out / "data")
-    pretrain(make, general, [text for pair in taught for text in pair], out / "pretrained")
-    keys = (
-        content["train"] | content["teach"] | {"model_name_or_path": str(out / "pretrained"), "output_dir": str(start)}
-    )
-    keys |= {"dataset_name": str(out / "data" / "teach.jsonl"), "dataset_test_split": None, "output_dir": str(start)}
-    (out / "teach.json").write_text(json.dumps(keys))  # JSON is YAML
-    train(make_plan(load_config("sft", out / "teach.json", "fft")))
-    return start
+    if (out / "start").exists():
+        return out / "start"
+    make, (general, held_out), (taught, *_) = content["make"], docstrings(), rule_rows()
+    people = [(start, end) for start, end, _ in questions(PEOPLE, 2 * make["people"])]
+    write_data(make, general, held_out, [*taught, *people * 10], out / "data")
+    rows = ["".join(pair) for pair in [*taught, *people * 5]]
+    if not (out / "pretrained").exists():
+        model, tokenizer = new_model(make, general, rows)
+        pretrain(model, tokenizer, make, make["pretrain"], general, [], out / "pretrained")
+    model = AutoModelForCausalLM.from_pretrained(out / "pretrained")
+    tokenizer = AutoTokenizer.from_pretrained(out / "pretrained")
+    pretrain(model, tokenizer, make, make["teach"], general, rows, out / "start")
+    return out / "start"
 
 
-def write_data(make: dict[str, Any], general: list[str], held_out: list[str], taught: list, folder: Path) -> None:
-    """Rows to teach with, rows of the cells with and without old ones among them, and texts."""
+def write_data(make: dict[str, Any], general: list[str], held_out: list[str], old: list, folder: Path) -> None:
+    """The cells' rows, old rows and texts to replay, and what is held out."""
     from hft.demo.tasks import write_tasks
 
     def row(prompt: str, answer: str) -> dict[str, Any]:
@@ -104,10 +101,8 @@ def write_data(make: dict[str, Any], general: list[str], held_out: list[str], ta
             "completion": [{"role": "assistant", "content": answer}],
         }
 
-    people = [(start, end) for start, end, _ in questions(PEOPLE, 2 * make["people"])]
-    teach = [row(*pair) for pair in taught + people * (len(taught) // len(people))]
     write_tasks(folder / "tasks")
-    files = {"teach": teach, "texts": [row(*split_text(text)) for text in general[:1000]]}
+    files = {"old": [row(*pair) for pair in old], "texts": [row(*split_text(text)) for text in general[:1000]]}
     for name, split in (("new", "train"), ("tests", "test")):
         paths = [folder / "tasks" / task / f"{split}.json" for task in make["tasks"]]
         pairs = [pair for path in paths for pair in json.loads(path.read_text())]
@@ -130,23 +125,18 @@ def with_replay(out: Path, share: float) -> Path:
         return data / "new.jsonl"
     path = data / f"new-replay-{share:g}.jsonl"
     rng, rows = random.Random("replay"), read_jsonl(data / "new.jsonl")
-    old, texts = (rng.sample(read_jsonl(data / f"{name}.jsonl"), 100) for name in ("teach", "texts"))
+    old, texts = (rng.sample(read_jsonl(data / f"{name}.jsonl"), 100) for name in ("old", "texts"))
     for n, index in enumerate(rng.sample(range(len(rows)), round(share * len(rows)))):
         rows[index] = (old if n % 2 else texts)[n]
     write_jsonl(path, rows)
     return path
 
 
-def pretrain(make: dict[str, Any], general: list[str], words: list[str], folder: Path) -> None:
-    """A small Llama and its tokenizer, on docstrings, sentences of the facts, and lists of the tasks' words."""
+def new_model(make: dict[str, Any], general: list[str], rows: list[str]) -> tuple[Any, Any]:
+    """A small Llama with random weights, and a tokenizer of all that it will read."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from hft.demo.tasks import WORDS
-
-    sentences = [f"{start}{end}." for start, end, _ in questions(OLD, make["facts"])]
-    rng = random.Random(make["seed"])
-    lists = [" ".join(rng.sample(WORDS, 8)) + " " + " ".join(map(str, rng.sample(range(1000), 4))) for _ in range(500)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -156,34 +146,63 @@ def pretrain(make: dict[str, Any], general: list[str], words: list[str], folder:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*general, *sentences, *lists, *words], trainer)
+    tokenizer.train_from_iterator([*general, *sentences(make), *word_lists(), *rows], trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
     )
     sizes = {key: make[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
     torch.manual_seed(make["seed"])
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(fast), bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes))
+    config = LlamaConfig(vocab_size=len(fast), bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)
+    return LlamaForCausalLM(config), fast
+
+
+def sentences(make: dict[str, Any]) -> list[str]:
+    return [f"{start}{end}." for start, end, _ in questions(OLD, make["facts"])]
+
+
+def word_lists() -> list[str]:
+    """Lists of the words and numbers that the tasks are about."""
+    from hft.demo.tasks import WORDS
+
+    rng = random.Random("lists")
+    return [" ".join(rng.sample(WORDS, 8)) + " " + " ".join(map(str, rng.sample(range(1000), 4))) for _ in range(500)]
+
+
+def pretrain(
+    model: Any,
+    tokenizer: Any,
+    make: dict[str, Any],
+    keys: dict[str, Any],
+    general: list[str],
+    rows: list[str],
+    out: Path,
+) -> None:
+    """Train on docstrings, facts, lists and rows, packed and drawn in given shares, and save the model whole."""
+    rng = random.Random(make["seed"])
 
     def packed(source: list[str]) -> torch.Tensor:
         """Texts one after the other, each between BOS and EOS, in rows of one length."""
-        rng.shuffle(source)
-        ids = [id for text in source for id in [1, *fast(text)["input_ids"], 2]]
-        return torch.tensor(ids[: len(ids) // make["length"] * make["length"]]).view(-1, make["length"])
+        source = rng.sample(source, len(source))
+        ids = [id for text in source for id in [1, *tokenizer(text)["input_ids"], 2]]
+        return torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
 
-    parts, shares = [packed(general), packed(sentences * 20), packed(lists)], torch.tensor([0.6, 0.3, 0.1])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=make["learning_rate"])
-    for step in tqdm(range(make["steps"]), desc="pretraining"):
-        of = torch.multinomial(shares, make["batch_size"], replacement=True)
-        rows = torch.stack([parts[part][torch.randint(len(parts[part]), ())] for part in of.tolist()])
-        rate = make["learning_rate"] * min(1, step / 50) * (0.1 + 0.9 * (1 - step / make["steps"]))
-        optimizer.param_groups[0]["lr"] = rate
-        model(input_ids=rows, labels=rows).loss.backward()
+    parts = [packed(part) for part in (general, sentences(make) * 20, word_lists(), rows * 4) if part]
+    shares, rate = torch.tensor(keys["shares"]), keys["learning_rate"]
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=rate)
+    torch.manual_seed(make["seed"])
+    for step in tqdm(range(keys["steps"]), desc=out.name):
+        of = torch.multinomial(shares, keys["batch_size"], replacement=True)
+        ids = torch.stack([parts[part][torch.randint(len(parts[part]), ())] for part in of.tolist()])
+        optimizer.param_groups[0]["lr"] = rate * min(1, step / 50) * (0.1 + 0.9 * (1 - step / keys["steps"]))
+        model(input_ids=ids, labels=ids).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    shutil.rmtree(folder, ignore_errors=True)
-    fast.save_pretrained(folder)
-    model.save_pretrained(folder)
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    tokenizer.save_pretrained(part)
+    model.save_pretrained(part)
+    part.replace(out)
 
 
 def probes(content: dict[str, Any], start: Path, out: Path) -> tuple[Rows, list[Row]]:
@@ -209,7 +228,7 @@ def probes(content: dict[str, Any], start: Path, out: Path) -> tuple[Rows, list[
     _, tests, examples = rule_rows()
     held_out = json.loads((data / "held_out.json").read_text())
     texts = [id for text in held_out for id in [1, *tokenizer(text)["input_ids"], 2]]
-    texts = [texts[n : n + 64] for n in range(0, TESTS * 64, 64)]
+    texts = [texts[n : n + LENGTH] for n in range(0, TESTS * LENGTH, LENGTH)]
     rows = {
         "rule": [answer(*pair) for pair in tests],
         "people": [choice(*question, "") for question in questions(PEOPLE, 2 * make["people"])],

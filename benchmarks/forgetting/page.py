@@ -101,10 +101,8 @@ def verdict(points: Points, learned: str, kept: str = "kept", than: str = "fft")
 def table(points: Points, references: dict[str, dict[str, float]], columns: dict[str, tuple[str, str]]) -> list[str]:
     """Every arm at every rate: mean and standard deviation over seeds."""
     heads = [f"{name}, {unit}" if unit else name for name, unit in columns.values()]
-    lines = [
-        "| arm | learning rate | n | " + " | ".join(heads) + " | weights moved |",
-        "| --- " * (len(heads) + 4) + "|",
-    ]
+    heads = ["arm", "learning rate", "n", *heads, "weights moved"]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for name, its in references.items():
         lines.append(f"| {name} | | | {' | '.join(f'{its[k]:.3g}' if k in its else '' for k in columns)} | |")
     for arm, rates in points.items():
@@ -182,13 +180,8 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell]) -> str:
     }
     columns = {key: value for key, value in COLUMNS.items() if any(key in file["rows"] for file in files)}
     learned = content.get("learned", "new.right")
-    kept = {
-        "kept": (
-            "kept: mean of "
-            + ", ".join(columns[k][0] for k in columns if k in ("rule.right", "people.right", "facts.right")),
-            "%",
-        )
-    }
+    kinds = [columns[key][0] for key in ("rule.right", "people.right", "facts.right") if key in columns]
+    kept = {"kept": ("kept: mean of " + ", ".join(kinds), "%")}
     shown = kept | {key: columns[key] for key in ("text.loss", "new.kl") if key in columns}
     frontier(points, references.get("start", {}), learned, shown, out / "frontier.png")
     sentences = verdict(points, learned)
@@ -203,11 +196,11 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell]) -> str:
     lines = [
         *sentences,
         "",
-        f"![What is kept against what is learned](frontier.png)",
+        "![What is kept against what is learned](frontier.png)",
         "",
-        f"Learned is {columns[learned][0]} after training; kept is what the model could before. Mean ± standard deviation",
-        "over seeds of data order and selection. At equal learning: interpolated over an arm's learning rates, up to the",
-        "most that both arms reach, paired by seed, with a 95% t interval over seeds.",
+        f"Learned is {columns[learned][0]} after training; kept is what the model could before. Mean ± standard",
+        "deviation over seeds of data order and selection. At equal learning: interpolated over an arm's rates,",
+        "up to the most that both arms reach, paired by seed, with a 95% t interval over seeds.",
         "",
         *table(points, references, columns),
         "",

@@ -1,8 +1,8 @@
 """What each method learns and what it forgets: `make forgetting SIZE=mini|smollm2`, or this file and a SIZE.
 
-Trains one model per cell (an arm, a learning rate, a seed), measures it row by row, and keeps a file per cell. Any number
-of processes may work on one folder, one killed at any moment costs its cell, and rerunning the command resumes. The page is
-written from the cells that are there.
+Trains one model per cell (an arm, a learning rate, a seed), measures it row by row, and keeps a file per cell. Any
+number of processes may work on one folder, one killed at any moment costs its cell, and rerunning the command resumes.
+The page is written from the cells that are there.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import importlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -28,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from hft.errors import HFTError, Stopped
 
 HERE = Path(__file__).parent
 SIZES = sorted(path.stem for path in HERE.glob("*.yaml"))
@@ -103,13 +104,11 @@ def load(path: Path) -> dict[str, Any]:
 
 def about(content: dict[str, Any]) -> dict[str, Any]:
     """What every cell records of where it comes from."""
-    git = [["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]]
-    head, dirty = (
-        subprocess.run(["git", *words], capture_output=True, text=True, cwd=HERE).stdout.strip() for words in git
-    )
+    git = ("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+    commit = subprocess.run(["git", *git], capture_output=True, text=True, cwd=HERE, check=True).stdout.strip()
     return {
         "settings": {key: value for key, value in content.items() if key not in GRID},
-        "commit": head + ("+changes" if dirty else ""),
+        "commit": commit,
         "versions": {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]},
     }
 
@@ -149,22 +148,24 @@ class Bench:
         began = time.time()
         arm = dict(self.content["arms"][cell.arm])
         methods, replay = arm.pop("method"), arm.pop("replay", 0.0)
-        keys = self.content["train"] | arm | {"model_name_or_path": str(self.start), "seed": cell.seed}
-        keys |= self.setting.data_keys(self.out, replay) | self.setting.keys_of(methods, self.out)
-        keys |= {} if "lora" in methods else {"selection_seed": cell.selection}
-        keys |= {"schedule_seed": cell.selection} if "lisa" in methods else {}
-        with tempfile.TemporaryDirectory(dir=self.out, prefix=".run-") as temporary:
-            recipe = Path(temporary, "recipe.yaml")
-            recipe.write_text(yaml.safe_dump(keys))
-            # As a flag the learning rate is the rate itself, whatever an adapter's file multiplies it by.
-            flags = {"learning_rate": cell.learning_rate, "output_dir": f"{temporary}/run"}
-            config = load_config(self.content.get("objective", "sft"), recipe, *methods, **flags)
-            result = train(make_plan(config))
-            if not result.ok:
-                raise RuntimeError(f"{cell.name} does not verify")
-            measured = self.measured(model_of(Path(flags["output_dir"])))
+        keys = self.content["train"] | {"model_name_or_path": str(self.start), "seed": cell.seed}
+        keys |= self.setting.data_keys(self.out, replay)
+        # Flags win over a method's file; the learning rate is then the rate itself, not an adapter's multiple of it.
+        flags = arm | self.setting.keys_of(methods, self.out) | {"learning_rate": cell.learning_rate}
+        flags |= {} if "lora" in methods else {"selection_seed": cell.selection}
+        flags |= {"schedule_seed": cell.selection} if "lisa" in methods else {}
+        folder = self.out / f".run-{cell.name}"  # what a killed process has left is deleted
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(keys))
+        flags |= {"output_dir": str(folder / "run")}
+        config = load_config(self.content.get("objective", "sft"), folder / "recipe.yaml", *methods, **flags)
+        if not train(make_plan(config)).ok:
+            raise HFTError(f"{cell.name} does not verify")
+        measured = self.measured(model_of(folder / "run"))
         seconds = {"seconds": round(time.time() - began, 1)}
-        save(path, {"cell": asdict(cell), "keys": keys} | measured | self.about | seconds)
+        save(path, {"cell": asdict(cell), "keys": config.values} | measured | self.about | seconds)
+        shutil.rmtree(folder)
 
 
 def model_of(folder: Path) -> Any:
@@ -183,7 +184,7 @@ def work(content: dict[str, Any], size: str, out: Path, todo: list[Cell]) -> Non
     with redirect_stdout(log), redirect_stderr(log):
         import torch
 
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         bench = Bench(content, size, out)
         with waiting_for(out / "start.lock"):
             for name, folder in bench.setting.references(bench.start).items():
@@ -196,10 +197,11 @@ def work(content: dict[str, Any], size: str, out: Path, todo: list[Cell]) -> Non
                 elif mine:
                     try:
                         bench.run(cell, path)
-                        print(f"DONE {cell.name}", flush=True)
-                    except Exception:  # a diverged cell is a result; any other shows in the log and on the page
-                        path.with_suffix(".failed").write_text(traceback.format_exc())
-                        traceback.print_exc(file=log)
+                        path.with_suffix(".failed").unlink(missing_ok=True)
+                    except Stopped:
+                        raise
+                    except HFTError as error:  # such as a loss that is not finite; the page lists it
+                        path.with_suffix(".failed").write_text(str(error))
             progress(content, out, todo)
 
 
@@ -223,9 +225,7 @@ def progress(content: dict[str, Any], out: Path, todo: list[Cell]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("size", choices=SIZES)
-    parser.add_argument(
-        "--out", type=Path, help="default: runs/forgetting-SIZE, with --quick runs/forgetting-SIZE-quick"
-    )
+    parser.add_argument("--out", type=Path, help="default: runs/forgetting-SIZE, and -quick with --quick")
     parser.add_argument("--quick", action="store_true", help="three arms, two rates, two seeds")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at once; 0: only write the page")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only cells in whose names all of these words are")
@@ -236,11 +236,7 @@ def main() -> None:
     todo = list(dict.fromkeys(cells(content, quick=options.quick)))
     todo = [cell for cell in todo if all(word in f"{cell.name}-" for word in options.only or ())]
     if options.jobs:
-        os.environ |= {
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
-            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        }
+        os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
         workers = [
             get_context("spawn").Process(target=work, args=(content, options.size, out.resolve(), todo))

@@ -97,7 +97,7 @@ def micro_batch(config: Config, args: TrainingArguments, examples: int | None = 
         raise HFTError("FLOPs and activations with activation_offloading are not known")
     if getattr(args, "kl_weight", 0):
         raise HFTError(
-            "FLOPs and activations with kl_weight are not known: the logits of model and base, another forward"
+            "FLOPs and activations with kl_weight are not known: the base's forward pass, two sets of logits"
         )
     kwargs = args.activation_checkpointing_kwargs or {}
     if named := [key for key in ("use_reentrant", "selective", "offload") if kwargs.get(key)]:

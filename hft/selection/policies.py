@@ -4,6 +4,7 @@ import functools
 import hashlib
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -138,7 +139,7 @@ def category(anatomy: Anatomy, config: SelectionConfig, importance: Mapping[str,
     Where every unit of a pool has an importance, by unit name, the least important ones train.
     """
     key = ("category", config.selection_seed, config.round)
-    frozen_first = {unit.name for unit in _named(anatomy, config.freeze or ())}
+    frozen_first = _named(anatomy, "freeze", config.freeze or ())
     trained = []
     for pool, units in _pools(anatomy):
         block = pool.partition(".")[0]
@@ -189,21 +190,32 @@ def _bottom(anatomy: Anatomy, config: SelectionConfig) -> Choice:
     return [unit for unit in anatomy.units if unit.layer >= first], {next(iter(anatomy.embeddings)): None}
 
 
-def _explicit(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
-    """All units but those a pattern names."""
-    frozen = {unit.name for unit in _named(anatomy, config.freeze or ())}
-    return [unit for unit in anatomy.units if unit.name not in frozen]
+def _explicit(anatomy: Anatomy, config: SelectionConfig) -> Choice:
+    """All units but those that `freeze` names; or only what `train` names, in the layers or outside."""
+    if not config.train:
+        frozen = _named(anatomy, "freeze", config.freeze or ())
+        return [unit for unit in anatomy.units if unit.name not in frozen]
+    outside = {name.rpartition(".")[0]: name for name in [*anatomy.embeddings, *anatomy.others]}
+    trained = _named(anatomy, "train", config.train, outside)
+    frozen_outside = {name: None for module, name in outside.items() if module not in trained}
+    return [unit for unit in anatomy.units if unit.name in trained], frozen_outside
 
 
-def _named(anatomy: Anatomy, patterns: Iterable[str]) -> list[Unit]:
-    """The units whose kind or whole name matches a pattern."""
-    found = []
+def _named(anatomy: Anatomy, key: str, patterns: Iterable[str], outside: Iterable[str] = ()) -> set[str]:
+    """The units, and modules outside the layers, whose name or kind matches a pattern, or whose layer is in `16-31`."""
+    known = {unit.name: (unit.kind, unit.layer) for unit in anatomy.units}
+    known |= {module: (module.rpartition(".")[2], None) for module in outside}
+    found = set()
     for pattern in patterns:
-        matching = [u for u in anatomy.units if fnmatchcase(u.name, pattern) or fnmatchcase(u.kind, pattern)]
+        if between := re.fullmatch(r"(\d+)-(\d+)", pattern):
+            layers = range(int(between[1]), int(between[2]) + 1)
+            matching = {name for name, (_, layer) in known.items() if layer in layers}
+        else:
+            matching = {n for n, (kind, _) in known.items() if fnmatchcase(n, pattern) or fnmatchcase(kind, pattern)}
         if not matching:
-            kinds = ", ".join(dict.fromkeys(unit.kind for unit in anatomy.units))
-            raise HFTError(f"freeze: no unit matches {pattern!r}; the kinds here are {kinds}")
-        found += matching
+            kinds = ", ".join(dict.fromkeys(kind for kind, _ in known.values()))
+            raise HFTError(f"{key}: no unit matches {pattern!r}; the kinds here are {kinds}")
+        found |= matching
     return found
 
 

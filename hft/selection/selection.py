@@ -40,8 +40,12 @@ class SelectionConfig:
     experts_fraction: float | None = option("Fraction of expert matrices, where it differs (category policy).")
     norm_fraction: float | None = option("Fraction of norms, where it differs (category policy).")
     freeze: list[str] | None = option(
-        "Names or kinds of units to freeze, with * and ?, e.g. q_proj k_proj: only these (explicit policy), or these "
-        "before others (category policy)."
+        "Names, kinds or layers of units to freeze, with * and ?, e.g. q_proj k_proj, or 0-15: only these (explicit "
+        "policy), or these before others (category policy)."
+    )
+    train: list[str] | None = option(
+        "Names, kinds or layers of what trains, e.g. 16-31 lm_head: nothing else, embeddings, head and final norm "
+        "included (explicit policy)."
     )
     freeze_embeddings: bool = option("Freeze the embeddings and the head too (Tables 6 and 7).", False)
     freeze_router: bool = option("Freeze the routers of a mixture of experts; else all of them train.", False)
@@ -79,8 +83,10 @@ class SelectionConfig:
                 if self.policy != policy and value is not None and value is not False:
                     raise HFTError(f"{name} belongs to the {policy} policy, not to {self.policy!r}; remove it")
         needs_freeze, takes_freeze = self.policy == "explicit", self.policy in ("explicit", "category")
-        if (needs_freeze and not self.freeze) or (self.freeze and not takes_freeze):
-            raise HFTError("the explicit policy needs `freeze`, and only it and the category policy take it")
+        if (needs_freeze and not (self.freeze or self.train)) or (self.freeze and not takes_freeze):
+            raise HFTError("the explicit policy needs `freeze` or `train`; the category policy takes `freeze` too")
+        if self.train and (self.freeze or self.freeze_embeddings):
+            raise HFTError("train names all that trains; remove freeze and freeze_embeddings, or train")
         if self.policy_options and ":" not in self.policy:
             raise HFTError("policy_options are for a policy of your own, policy: FILE.py:FUNCTION")
         if self.policy == "importance":
@@ -102,6 +108,7 @@ class SelectionConfig:
 FRACTIONS = {block: f"{block}_fraction" for block in BLOCKS if block != "router"}
 # Keys that mean something to one policy only.
 OWN_KEYS = {
+    "explicit": ("train",),
     "category": tuple(FRACTIONS.values()),
     "importance": ("importance", "granularity", "score", "invert", "importance_data", "importance_rows"),
     "core": ("cores", "train_core"),
@@ -231,10 +238,9 @@ class Selection:
         """A few lines for people: the policy, what trains of each block, and the two fractions."""
         c = self.config
         counts = ", ".join(f"{block} {trained}/{total}" for block, (trained, total) in self.counts().items())
-        held = self.anatomy.embeddings.keys() & self.frozen_parameters
-        ends = (
-            "train" if not held else "frozen" if len(held) == len(self.anatomy.embeddings) else f"frozen: {min(held)}"
-        )
+        ends, held = "train", self.anatomy.embeddings.keys() & self.frozen_parameters
+        if held:
+            ends = "frozen" if held == self.anatomy.embeddings.keys() else f"train but {', '.join(held)}"
         parts = f"{len(self.frozen_masks)} tensors train in part\n" if self.frozen_masks else ""
         return (
             f"{c.policy} policy, seed {c.selection_seed}, round {c.round}: {counts} units train; embeddings and head "

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from hft.cli import main
 from hft.config import read_yaml
 from hft.errors import HFTError
+from hft.freezing import freeze
 from hft.model.anatomy import anatomy_of, meta_model
 from hft.record.manifest import Manifest
 from hft.selection import SelectionConfig, select
@@ -159,7 +160,7 @@ def test_bottom_policy_freezes_the_lower_layers_and_the_input_embeddings(llama2_
     assert {unit.name for unit in llama2_7b.units if unit.layer >= first} == selection.trained_units
     outside = [name for name in selection.trained_parameters if name not in llama2_7b.in_layers]
     assert outside == ["lm_head.weight", "model.norm.weight"]
-    assert "embeddings and head frozen: model.embed_tokens.weight" in selection.summary()
+    assert "embeddings and head train but model.embed_tokens.weight" in selection.summary()
 
 
 def test_model_policy_trains_half_of_the_units_wherever_they_are(llama2_7b):
@@ -178,6 +179,51 @@ def test_explicit_policy_freezes_what_is_named(llama2_7b, pair):
     assert {u.layer for u in llama2_7b.units if not one_layer.trains(u)} == {5}
     with pytest.raises(HFTError, match="no unit matches 'w_q'; the kinds here are q_proj"):
         select(llama2_7b, SelectionConfig(policy="explicit", freeze=["w_q"]))
+
+
+def axolotl(*unfrozen_parameters):
+    """axolotl's rule: the names that a regular expression matches from their start, its dots taken literally."""
+    return lambda name: any(re.match(pattern.replace(".", r"\."), name) for pattern in unfrozen_parameters)
+
+
+def llama_factory(layers, modules=("all",), extra=()):
+    """LLaMA-Factory's freeze mode: modules of the last layers, or of the first if negative, and extra modules."""
+    ids = range(max(0, 4 - layers), 4) if layers > 0 else range(-layers)
+    inside = [f".{n}.{'' if module == 'all' else module}" for n in ids for module in modules]
+    return lambda name: any(part in name for part in (*inside, *extra))
+
+
+@pytest.mark.parametrize(
+    ("train", "rule"),
+    [
+        (["lm_head", "embed_tokens"], axolotl("^lm_head.weight$", "^model.embed_tokens.weight$")),
+        (["model.layers.[23].mlp.*"], axolotl("model.layers.[23].mlp")),
+        (["model.layers.1.self_attn.?_proj"], axolotl("^model.layers.1.self_attn.[qkvo]_proj.weight$")),
+        (["model.*", "norm"], axolotl("model")),
+        (["2-3"], llama_factory(2)),
+        (["0-0"], llama_factory(-1)),
+        (["*.[123].self_attn.*", "lm_head", "norm"], llama_factory(3, ["self_attn"], ["lm_head", "model.norm"])),
+        (["*.[123].self_attn.*", "*.[123].mlp.*"], llama_factory(3, ["self_attn", "mlp"])),
+        (["1-3", "embed_tokens"], llama_factory(3, extra=["embed_tokens"])),
+    ],
+)
+def test_train_says_what_axolotl_and_llama_factory_say(tiny, train, rule):
+    model = meta_model(AutoConfig.from_pretrained(tiny))
+    freeze(model, select(anatomy_of(model), SelectionConfig(policy="explicit", train=train)))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == set(filter(rule, dict(model.named_parameters())))
+    assert trained
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.05])
+def test_one_in_a_hundred_elements_can_train(tiny, fraction):
+    anatomy = anatomy_of(meta_model(AutoConfig.from_pretrained(tiny)))
+    selection = select(anatomy, SelectionConfig(policy="random-element", fraction=fraction))
+    for name, mask in selection.frozen_masks.items():
+        assert mask.numel - mask.count() == round(fraction * anatomy.numels[name])
+    norms = sum(unit.numel for unit in anatomy.units if unit.block == "norm")
+    expected = fraction * (anatomy.numel_in_layers - norms) + norms
+    assert selection.num_trained_in_layers == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +263,9 @@ def test_all_trains_everything_and_embeddings_can_be_frozen(llama2_7b):
         ({"fraction": 1.5}, "fraction must lie in 0..1, got 1.5"),
         ({"mlp_fraction": -0.1}, "mlp_fraction must lie in 0..1"),
         ({"policy": "layer", "mlp_fraction": 0.5}, "belongs to the category policy"),
-        ({"policy": "explicit"}, "the explicit policy needs `freeze`"),
+        ({"policy": "explicit"}, "the explicit policy needs `freeze` or `train`"),
+        ({"train": ["q_proj"]}, "train belongs to the explicit policy"),
+        ({"policy": "explicit", "train": ["q_proj"], "freeze": ["k_proj"]}, "remove freeze and freeze_embeddings"),
         ({"policy": "model", "freeze": ["q_proj"]}, "the explicit policy needs `freeze`"),
         ({"policy": "catgory"}, "unknown policy 'catgory', did you mean category"),
         ({"policy": "importance"}, "needs a granularity"),

@@ -88,9 +88,8 @@ def test_the_reference_shares_the_frozen_half_and_is_the_base(tmp_path, tiny):
     made.train()
     for name, parameter in made.ref_model.named_parameters():
         assert torch.equal(parameter.float(), base.get_parameter(name)), name
-    assert made.compute_loss(model.train(), batch(made)).item() == pytest.approx(
-        expected(model, base, 0.7).item(), rel=1e-4
-    )
+    now = made.compute_loss(model.train(), batch(made)).item()
+    assert now == pytest.approx(expected(model, base, 0.7).item(), rel=1e-4)
     held_out = made.compute_loss(model.eval(), batch(made)).item()
     assert held_out == pytest.approx(expected(model, base, 0.0).item(), rel=1e-4)
 
@@ -110,9 +109,10 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(tmp_path, tiny):
 
 def test_the_command_trains_any_method_with_it_in_a_folder_of_its_own(tmp_path, tiny, sft, capsys):
     plan = ["plan", "sft", "--config", "tiny/sft", "hft", "kl", "--model_name_or_path", str(tiny), "--max_steps", "2"]
-    assert main(plan + ["--gpus", "1", "--gpu_memory", "80GiB"]) == 0
+    assert main([*plan, "--gpus", "1", "--gpu_memory", "80GiB"]) == 0
     printed = capsys.readouterr().out
-    assert "runs/tiny-sft-hft-kl" in printed and "reference" in printed
+    assert "runs/tiny-sft-hft-kl" in printed
+    assert "reference" in printed
     assert "with kl_weight are not known" in printed
     assert sft(tmp_path / "out", "--kl_weight", "0.5", "--max_steps", "2") == 0
     assert "shares the frozen half" in capsys.readouterr().out
