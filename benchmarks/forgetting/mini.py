@@ -23,6 +23,7 @@ OLD = {"color": ("The color of {} is", COLORS), "place": ("The home of {} is the
 PEOPLE = {"job": ("What does {} do?\nAnswer:", JOBS), "town": ("Where was {} born?\nAnswer:", PLACES)}
 EXAMPLE_WORDS = 12  # words of the dictionary that only the examples of the recovery hold; tests hold the others
 TESTS, LENGTH = 96, 64
+HELD_OUT = "held_out.json"  # texts; of the cells' data it is written last
 RECOVERED = ("rule",)  # what the ten examples are of
 Question = tuple[str, str, list[str]]  # beginning, right end, all ends
 
@@ -76,7 +77,7 @@ def make_start(content: dict[str, Any], out: Path) -> Path:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if (out / "start").exists():
+    if (out / "start").exists() and (out / "data" / HELD_OUT).exists():
         return out / "start"
     make, (general, held_out), (taught, *_) = content["make"], docstrings(), rule_rows()
     people = [(start, end) for start, end, _ in questions(PEOPLE, 2 * make["people"])]
@@ -85,6 +86,8 @@ def make_start(content: dict[str, Any], out: Path) -> Path:
     if not (out / "pretrained").exists():
         model, tokenizer = new_model(make, general, rows)
         pretrain(model, tokenizer, make, make["pretrain"], general, [], out / "pretrained")
+    if (out / "start").exists():
+        return out / "start"
     model = AutoModelForCausalLM.from_pretrained(out / "pretrained")
     tokenizer = AutoTokenizer.from_pretrained(out / "pretrained")
     pretrain(model, tokenizer, make, make["teach"], general, rows, out / "start")
@@ -109,7 +112,7 @@ def write_data(make: dict[str, Any], general: list[str], held_out: list[str], ol
         files[name] = [row(pair["prompt"], f" {pair['answer']}") for pair in pairs]
     for name, rows in files.items():
         write_jsonl(folder / f"{name}.jsonl", rows)
-    (folder / "held_out.json").write_text(json.dumps(held_out))
+    (folder / HELD_OUT).write_text(json.dumps(held_out))
 
 
 def split_text(text: str) -> tuple[str, str]:
@@ -226,7 +229,7 @@ def probes(content: dict[str, Any], start: Path, out: Path) -> tuple[Rows, list[
 
     data, make = out / "data", content["make"]
     _, tests, examples = rule_rows()
-    held_out = json.loads((data / "held_out.json").read_text())
+    held_out = json.loads((data / HELD_OUT).read_text())
     texts = [id for text in held_out for id in [1, *tokenizer(text)["input_ids"], 2]]
     texts = [texts[n : n + LENGTH] for n in range(0, TESTS * LENGTH, LENGTH)]
     rows = {
