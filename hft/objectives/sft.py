@@ -9,5 +9,5 @@ OBJECTIVE = Objective(
     trainer_name="AnchoredSFTTrainer",
     reader="sft_rows",
     reference_sequences=1,
-    reference_key="kl_weight",
+    reference_key="kl_to_base",
 )

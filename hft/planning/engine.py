@@ -95,9 +95,9 @@ def micro_batch(config: Config, args: TrainingArguments, examples: int | None = 
         raise HFTError("FLOPs and activations are not known without max_length")
     if getattr(args, "activation_offloading", False):
         raise HFTError("FLOPs and activations with activation_offloading are not known")
-    if getattr(args, "kl_weight", 0):
+    if getattr(args, "kl_to_base", 0):
         raise HFTError(
-            "FLOPs and activations with kl_weight are not known: the base's forward pass, two sets of logits"
+            "FLOPs and activations with kl_to_base are not known: the base's forward pass, two sets of logits"
         )
     kwargs = args.activation_checkpointing_kwargs or {}
     if named := [key for key in ("use_reentrant", "selective", "offload") if kwargs.get(key)]:

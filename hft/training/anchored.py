@@ -22,24 +22,32 @@ IGNORED = -100  # label of a token that is not trained on
 class AnchoredSFTConfig(SFTConfig):
     """TRL's config of SFT with the weight of a KL term."""
 
-    kl_weight: float = field(
+    kl_to_base: float = field(
         default=0.0,
         metadata={"help": "Weight of KL(base || model), per trained token, in the loss of SFT; 0: TRL's own loss."},
     )
 
     def __post_init__(self):
         super().__post_init__()
-        if self.kl_weight < 0:
-            raise HFTError(f"kl_weight must be at least 0, got {self.kl_weight}")
+        if self.kl_to_base < 0:
+            raise HFTError(f"kl_to_base must be at least 0, got {self.kl_to_base}")
+        others = {
+            f"loss_type {self.loss_type}": self.loss_type != "nll",
+            "label smoothing": self.label_smoothing_factor,
+            "Liger's kernels": self.use_liger_kernel,
+            "a sharded model": is_sharded(self),
+        }
+        if given := next((name for name, is_on in others.items() if self.kl_to_base and is_on), None):
+            raise HFTError(f"kl_to_base does not go with {given}; remove one")
 
 
 class AnchoredSFTTrainer(SFTTrainer):
     """`SFTTrainer` whose loss is, with p0 the base and p the model,
 
-        sum over trained tokens of (-log p(token) + kl_weight * KL(p0 || p)) / number of trained tokens.
+        sum over trained tokens of (-log p(token) + kl_to_base * KL(p0 || p)) / number of trained tokens.
 
     This is the forward KL over the whole vocabulary, in nats. Held-out losses are without it, and comparable with those
-    of other runs. With `kl_weight` 0 the trainer is TRL's.
+    of other runs. With `kl_to_base` 0 the trainer is TRL's.
 
     Args:
         ref_model: the base; `half` makes one that shares the frozen half. None with an adapter, which is switched off.
@@ -49,23 +57,14 @@ class AnchoredSFTTrainer(SFTTrainer):
     def __init__(self, *args: Any, ref_model: PreTrainedModel | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.ref_model = ref_model
-        if not self.args.kl_weight:
-            return
-        others = {
-            f"loss_type {self.args.loss_type}": self.args.loss_type != "nll",
-            "label smoothing": self.args.label_smoothing_factor,
-            "Liger's kernels": self.args.use_liger_kernel,
-            "the routers' auxiliary loss": self.aux_loss_enabled,
-            "a sharded model": is_sharded(self.args),
-        }
-        if given := next((name for name, is_on in others.items() if is_on), None):
-            raise HFTError(f"kl_weight does not go with {given}; remove one")
+        if self.args.kl_to_base and self.aux_loss_enabled:
+            raise HFTError("kl_to_base does not go with the routers' auxiliary loss; give router_aux_loss_coef 0")
         if ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss, and in training the KL term."""
-        if not self.args.kl_weight or not model.training:
+        if not self.args.kl_to_base or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         features = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
         labels = inputs["labels"][:, 1:]
@@ -74,7 +73,7 @@ class AnchoredSFTTrainer(SFTTrainer):
         with torch.no_grad():
             before = self._reference_logits(model, features)[:, :-1][trained].log_softmax(-1, dtype=torch.float32)
         divergence = kl_div(now, before, log_target=True, reduction="sum")
-        total = nll_loss(now, labels[trained], reduction="sum") + self.args.kl_weight * divergence
+        total = nll_loss(now, labels[trained], reduction="sum") + self.args.kl_to_base * divergence
         loss = total / torch.as_tensor(trained.sum() if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # as in Trainer, since DDP averages the gradients

@@ -105,7 +105,7 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
             kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self.schedule]
         autocast, sharded = args.bf16 or args.fp16, is_sharded(args)
         takes_reference = "ref_model" in inspect.signature(super().__init__).parameters
-        takes_reference &= getattr(args, "kl_weight", 1) > 0
+        takes_reference &= getattr(args, "kl_to_base", 1) > 0
         if takes_reference and not (sharded or kwargs.get("ref_model") or getattr(args, "precompute_ref_log_probs", 0)):
             kwargs["ref_model"] = shared_reference(model, autocast=autocast)
         upcast_for(model, args)

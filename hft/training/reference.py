@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def has_reference(args: TrainingArguments) -> bool:
     """Whether a trainer with this config compares the policy with a reference: TRL's configs then can sync it."""
-    return getattr(args, "kl_weight", 0) > 0 or (hasattr(args, "sync_ref_model") and getattr(args, "beta", None) != 0)
+    return getattr(args, "kl_to_base", 0) > 0 or (hasattr(args, "sync_ref_model") and getattr(args, "beta", None) != 0)
 
 
 def check_reference(args: TrainingArguments) -> None:

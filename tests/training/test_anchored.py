@@ -24,7 +24,7 @@ ROWS = Dataset.from_list(
 def trainer(tiny, out, *, rows=8, weight=0.7, steps=1, adapter: Adapter | None = None, **selected):
     args = AnchoredSFTConfig(
         output_dir=str(out),
-        kl_weight=weight,
+        kl_to_base=weight,
         completion_only_loss=True,
         max_steps=steps,
         per_device_train_batch_size=rows,
@@ -113,10 +113,10 @@ def test_the_command_trains_any_method_with_it_in_a_folder_of_its_own(tmp_path, 
     printed = capsys.readouterr().out
     assert "runs/tiny-sft-hft-kl" in printed
     assert "reference" in printed
-    assert "with kl_weight are not known" in printed
-    assert sft(tmp_path / "out", "--kl_weight", "0.5", "--max_steps", "2") == 0
+    assert "with kl_to_base are not known" in printed
+    assert sft(tmp_path / "out", "--kl_to_base", "0.5", "--max_steps", "2") == 0
     assert "shares the frozen half" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "results.json").read_text())["objective"] == "sft"
     for flags, reason in ((["0.5", "--loss_type", "dft"], "loss_type dft"), (["-1"], "at least 0")):
-        assert sft(tmp_path / "refused", "--kl_weight", *flags) == 2
+        assert sft(tmp_path / "refused", "--kl_to_base", *flags) == 2
         assert reason in error_of(capsys)
