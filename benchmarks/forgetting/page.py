@@ -68,34 +68,34 @@ def at_equal_learning(a: dict, b: dict, seed: int, learned: str, kept: str) -> f
     return here - there
 
 
-def interval(values: list[float]) -> str:
-    """Mean and 95% t interval over seeds."""
+def interval(values: list[float]) -> tuple[str, str]:
+    """Mean and 95% t interval over seeds as text, and whether it is more, less, or not told apart."""
     mean, n = statistics.fmean(values), len(values)
     if n < 2:
-        return f"{mean:+.2f} (n = 1)"
+        return f"{mean:+.2f}", "n = 1"
     half = student.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}] (n = {n} seeds)"
+    word = "not told apart" if abs(mean) <= half else "more" if mean > 0 else "less"
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]", word
 
 
-def told(values: list[float]) -> str:
-    n, mean = len(values), statistics.fmean(values)
-    half = student.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else float("inf")
-    return "not told apart" if abs(mean) <= half else "more" if mean > 0 else "less"
-
-
-def verdict(points: Points, learned: str, kept: str = "kept", than: str = "fft") -> list[str]:
-    """One sentence per arm: what it keeps beside FFT where both have learned as much."""
-    lines = []
-    for arm in (arm for arm in points if arm != than and than in points):
+def beside_fft(points: Points, learned: str, keys: list[str]) -> tuple[list[str], list[str]]:
+    """What each arm keeps beside FFT where both have learned as much: sentences, and a table of all measures."""
+    names = {"kept": "kept, points"} | {key: name for key, (name, _) in COLUMNS.items()}
+    sentences, lines = [], [f"| arm | n | {' | '.join(names[key] for key in keys)} |", "| --- " * (len(keys) + 2) + "|"]
+    for arm in (arm for arm in points if arm != "fft" and "fft" in points):
         seeds = sorted({seed for rates in points[arm].values() for seed in rates})
-        found = [at_equal_learning(points[arm], points[than], seed, learned, kept) for seed in seeds]
-        found = [value for value in found if value is not None]
-        if found:
-            word = told(found)
-            says = f"{arm} keeps {word} {'' if word == 'not told apart' else 'than'} {than}"
-            says = f"{arm} and {than} are not told apart" if word == "not told apart" else says.replace("  ", " ")
-            lines.append(f"- At equal learning {says}: {interval(found)} {'points' if kept == 'kept' else 'nats'}.")
-    return lines
+        cells = []
+        for key in keys:
+            found = [at_equal_learning(points[arm], points["fft"], seed, learned, key) for seed in seeds]
+            found = [value for value in found if value is not None]
+            text, word = interval(found) if found else ("", "not compared")
+            cells.append(text)
+            if key == "kept":
+                sentences.append(
+                    f"- {arm} against fft at equal learning: {word}, {text} points kept (n = {len(found)})."
+                )
+        lines.append(f"| {arm} | {len(seeds)} | {' | '.join(cells)} |")
+    return sentences, lines
 
 
 def table(points: Points, references: dict[str, dict[str, float]], columns: dict[str, tuple[str, str]]) -> list[str]:
@@ -180,17 +180,22 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell]) -> str:
     }
     columns = {key: value for key, value in COLUMNS.items() if any(key in file["rows"] for file in files)}
     learned = content.get("learned", "new.right")
-    kinds = [columns[key][0] for key in ("rule.right", "people.right", "facts.right") if key in columns]
-    kept = {"kept": ("kept: mean of " + ", ".join(kinds), "%")}
+    kinds = [key.partition(".")[0] for key in ("rule.right", "people.right", "facts.right") if key in columns]
+    kept = {"kept": (f"kept: right answers, mean of {', '.join(kinds)}", "%")}
     shown = kept | {key: columns[key] for key in ("text.loss", "new.kl") if key in columns}
     frontier(points, references.get("start", {}), learned, shown, out / "frontier.png")
-    sentences = verdict(points, learned)
+    compared = [key for key in ("kept", *columns) if key not in ("new.right", "new.loss")]
+    sentences, differences = beside_fft(points, learned, compared)
     best = []
     for arm, rates in points.items():
         top = best_rate(rates, learned)
         inside = min(rates) < top < max(rates)
         best.append(f"{arm} {top:g}" + ("" if inside else " (at the edge of its rates)"))
-    missing = [cell.name for cell in todo if not (out / "cells" / f"{cell.name}.json.gz").exists()]
+    arms = dict.fromkeys(cell.arm for cell in todo)
+    missing = [arm for arm in arms if arm not in points]
+    failed = {
+        path.name.removesuffix(".json.failed"): path.read_text() for path in sorted((out / "cells").glob("*.failed"))
+    }
     commits = sorted({file["commit"] for file in files})
     versions = ", ".join(f"{name} {value}" for name, value in files[0]["versions"].items())
     lines = [
@@ -202,12 +207,20 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell]) -> str:
         "deviation over seeds of data order and selection. At equal learning: interpolated over an arm's rates,",
         "up to the most that both arms reach, paired by seed, with a 95% t interval over seeds.",
         "",
+        "Difference from fft at equal learning, with its interval:",
+        "",
+        *differences,
+        "",
+        "## Every arm at every learning rate",
+        "",
         *table(points, references, columns),
         "",
         "Learning rate at which each arm learns the most: " + ", ".join(best) + ".",
         *halves(out, content),
         "",
-        f"{len(files)} cells of {len(todo)}; not run yet: {len(missing)}. Commit {', '.join(commits)}. {versions}.",
+        *(f"- {name} failed: {why}" for name, why in failed.items()),
+        f"{len(files)} cells of {len(todo)}. Arms not run yet: {', '.join(missing) or 'none'}. "
+        f"Commit {', '.join(commits)}. {versions}.",
     ]
     (out / "report.md").write_text("\n".join(lines) + "\n")
     return "\n".join(sentences)
