@@ -1,4 +1,4 @@
-"""The page of a folder of cells: report.md and frontier.png. It can be written again whenever there are more cells."""
+"""The page of a folder of cells, and its picture. They can be written again whenever there are more cells."""
 
 from __future__ import annotations
 
@@ -168,22 +168,19 @@ def halves(out: Path, content: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write_page(out: Path, content: dict[str, Any], todo: list[Cell]) -> str:
-    """Write OUT/report.md and OUT/frontier.png, and return the verdict."""
+def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path, command: str) -> str:
+    """Write a page and a picture beside it, and return the verdict."""
     points, files = read(out, todo)
     if not files:
         return "no cells yet"
-    references = {
-        path.name.partition(".")[0]: summary(load(path))
-        for name in ("pretrained", "start")
-        if (path := out / "cells" / f"{name}.json.gz").exists()
-    }
+    others = {name: out / "cells" / f"{name}.json.gz" for name in ("pretrained", "start")}
+    references = {name: summary(load(cell)) for name, cell in others.items() if cell.exists()}
     columns = {key: value for key, value in COLUMNS.items() if any(key in file["rows"] for file in files)}
     learned = content.get("learned", "new.right")
     kinds = [key.partition(".")[0] for key in ("rule.right", "people.right", "facts.right") if key in columns]
     kept = {"kept": (f"kept: right answers, mean of {', '.join(kinds)}", "%")}
     shown = kept | {key: columns[key] for key in ("text.loss", "new.kl") if key in columns}
-    frontier(points, references.get("start", {}), learned, shown, out / "frontier.png")
+    frontier(points, references.get("start", {}), learned, shown, path.with_suffix(".png"))
     compared = [key for key in ("kept", *columns) if key not in ("new.right", "new.loss")]
     sentences, differences = beside_fft(points, learned, compared)
     best = []
@@ -199,9 +196,13 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell]) -> str:
     commits = sorted({file["commit"] for file in files})
     versions = ", ".join(f"{name} {value}" for name, value in files[0]["versions"].items())
     lines = [
+        "# What each method learns and what it forgets",
+        "",
+        f"    {command}",
+        "",
         *sentences,
         "",
-        "![What is kept against what is learned](frontier.png)",
+        f"![What is kept against what is learned]({path.stem}.png)",
         "",
         f"Learned is {columns[learned][0]} after training; kept is what the model could before. Mean ± standard",
         "deviation over seeds of data order and selection. At equal learning: interpolated over an arm's rates,",
@@ -222,5 +223,5 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell]) -> str:
         f"{len(files)} cells of {len(todo)}. Arms not run yet: {', '.join(missing) or 'none'}. "
         f"Commit {', '.join(commits)}. {versions}.",
     ]
-    (out / "report.md").write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n")
     return "\n".join(sentences)

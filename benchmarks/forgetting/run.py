@@ -228,6 +228,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: runs/forgetting-SIZE, and -quick with --quick")
     parser.add_argument("--quick", action="store_true", help="three arms, two rates, two seeds")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at once; 0: only write the page")
+    parser.add_argument("--page", type=Path, help="the page to write; default: OUT/report.md")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only cells in whose names all of these words are")
     options = parser.parse_args()
     out = options.out or Path(f"runs/forgetting-{options.size}{'-quick' if options.quick else ''}")
@@ -247,7 +248,8 @@ def main() -> None:
         watch(workers, out)
     from page import write_page
 
-    print(write_page(out, content, todo))
+    command = f"make forgetting SIZE={options.size}" + (' ARGS="--quick"' if options.quick else "")
+    print(write_page(out, content, todo, options.page or out / "report.md", command))
 
 
 def watch(workers: list, out: Path) -> None:
