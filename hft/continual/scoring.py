@@ -17,7 +17,7 @@ def score_tasks(
 ) -> Scores:
     """Score a model on test rows, in percent; answers are greedy and taken as they are.
 
-    What `scores/trace.json` in the folder `out` holds for this model is not scored again. The scores are complete in
+    What `scores/trace` in the folder `out` holds for this model is not scored again. The scores are complete in
     the first process only.
 
     Args:
@@ -47,4 +47,4 @@ def benchmark_of(task: str, rows: list[Row], metric: str, longest_answer: int) -
         "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics],
         "metadata": {"version": 1.0},
     }
-    return Benchmark(task, f"{SUITE}_{task}", {name: f"{name},none" for name in metrics}, spec=spec)
+    return Benchmark(task, f"{SUITE}_{task}", {name: f"{name},none" for name in metrics}, spec=spec, rendered=True)

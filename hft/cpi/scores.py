@@ -1,5 +1,6 @@
 """What every model of the stages scores on every task: its benchmark where the task has one, else its held-out loss."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from hft.evaluation.evaluate import Settings, evaluate, losses_on
 from hft.jsonl import read_jsonl
 from hft.machine import indented, say
 from hft.record.manifest import write_json
-from hft.record.scores import Score, scores_of
+from hft.record.scores import SCORES_FOLDER, Score
 from hft.runs.result import RESULTS_NAME
 from hft.text import aligned
 
@@ -39,8 +40,7 @@ def score_models(plan: CPIPlan) -> None:
             settings = Settings(**plan.config.eval | {"tasks": (benchmark,)})
             if score := evaluate(str(folder), suite_of(benchmark), settings, out).find(benchmark):
                 found[name][task] = score
-    for scores in scores_of(final).values():  # where `hft paper` looks for them
-        scores.save(plan.out)
+    shutil.copytree(final / SCORES_FOLDER, plan.out / SCORES_FOLDER, dirs_exist_ok=True)  # where `hft paper` looks
     content = {name: {task: asdict(value) for task, value in by_task.items()} for name, by_task in found.items()}
     measured = measures(groups, found)
     write_json(plan.out / SCORES_NAME, {"scores": content, **measured})

@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
 from hft.config import Keys, fill, option, read_arguments
 from hft.errors import HFTError
-from hft.evaluation.evaluate import Settings, evaluate
+from hft.evaluation.alpaca import ALPACA, score_alpaca
+from hft.evaluation.evaluate import Settings, evaluate, suites_of
+from hft.evaluation.subject import folder_of, subject_of
 from hft.evaluation.suites import SUITES
 from hft.machine import is_main, leave_process_group, say
 from hft.record.scores import Scores
@@ -25,26 +27,46 @@ MODELS = "MODEL is a run, a model's folder, an adapter or a Hub id"
 class EvalCommand:
     """What `hft eval` takes besides models and `Settings`."""
 
-    suite: Literal[tuple(SUITES)] = option(f"One of {', '.join(SUITES)}.", "quick")
+    suite: Literal[(*SUITES, ALPACA)] | None = option(
+        f"One of {', '.join(SUITES)}, {ALPACA}; default: quick, or those of --tasks."
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Score models, print the scores, and save each model's beside it."""
+    """Score models, print the scores, and save each model's beside it; 1 if a model has no weights."""
     models = list(takewhile(lambda word: not word.startswith("-"), arguments))
     groups = {"evaluation": (EvalCommand, Settings)}
     given = read_arguments(arguments[len(models) :], "hft eval MODEL [MODEL ...]", f"{DESCRIPTION} {MODELS}.", groups)
     values, _ = given.resolve(Keys((EvalCommand, Settings)))
     if not models:
         raise HFTError(f"name what to score: hft eval MODEL [MODEL ...]; {MODELS}")
-    suite, settings = fill(EvalCommand, values).suite, fill(Settings, values)
+    settings = fill(Settings, values)
+    suites = suites_of(settings.tasks, fill(EvalCommand, values).suite)
+    skipped = []
     for model in models:
-        out = folder_of(model)
-        scores = evaluate(model, suite, settings, out)
-        say("", scores_text(scores), "", f"saved in {out}/scores/{suite}.json")
-        if is_main() and (out / RESULTS_NAME).exists():
-            _record(scores, out)
+        try:
+            subject_of(model, settings.base)
+        except HFTError as error:
+            if len(models) == 1:
+                raise
+            say(f"{model} is skipped: {error}")
+            skipped.append(model)
+            continue
+        for suite, tasks in suites.items():
+            _score(model, suite, replace(settings, tasks=tasks))
+    if skipped:
+        say("", f"not scored: {', '.join(skipped)}")
     leave_process_group()
-    return 0
+    return 1 if skipped else 0
+
+
+def _score(model: str, suite: str, settings: Settings) -> None:
+    out = folder_of(model)
+    scores = score_alpaca(model, settings, out) if suite == ALPACA else evaluate(model, suite, settings, out)
+    if scores.scores:
+        say("", scores_text(scores), "", f"saved in {out}/scores/{suite}")
+    if scores.scores and is_main() and (out / RESULTS_NAME).exists():
+        _record(scores, out)
 
 
 def _record(scores: Scores, out: Path) -> None:
@@ -56,11 +78,6 @@ def _record(scores: Scores, out: Path) -> None:
 
         named = {f"{scores.suite}/{score.task}/{score.metric}": score.value for score in scores.scores}
         log_scores(result.wandb, named)
-
-
-def folder_of(model: str) -> Path:
-    """Where a model's scores are saved: its own folder; for a Hub id one of its name under runs/."""
-    return Path(model) if Path(model).is_dir() else Path("runs", Path(model).name)
 
 
 def scores_text(scores: Scores) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
@@ -19,22 +19,27 @@ from hft.config import option
 from hft.errors import HFTError, reason
 from hft.evaluation.drawn import SEED as DRAWING_SEED
 from hft.evaluation.drawn import drawn_rows
-from hft.evaluation.local import GROUP, TASK_FOLDER, as_dataset, local_spec, on_rows
+from hft.evaluation.find import LM_EVAL, find_task
+from hft.evaluation.local import TASK_FOLDER, as_dataset, local_spec, on_rows
+from hft.evaluation.results import check_finite, count_truncated, rows_of_results, scores_of_results
 from hft.evaluation.rows import answer_rows, general_texts, held_out_rows, text_rows
-from hft.evaluation.suites import LOSS, METRIC_UNITS, PROTOCOLS, SUITES, Benchmark
+from hft.evaluation.subject import Subject, check_weights, load_tokenizer, subject_of
+from hft.evaluation.suites import LOSS, PROTOCOLS, SUITES, Benchmark
 from hft.machine import is_main, say
-from hft.record.scores import SCORES_FOLDER, Score, Scores
+from hft.record.identity import digest
+from hft.record.scores import Scores, save_rows
 from hft.runs.result import RESULTS_NAME
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
+    from lm_eval.tasks.manager import TaskDict
     from transformers import PreTrainedTokenizerBase
 
 Spec = str | dict[str, Any]  # what lm-eval runs: the name of a task or group, or the config of one
 SEED = 1234  # lm-eval's default
 SCORED_WITH = ("lm_eval", "torch", "transformers", "datasets")
 # Settings that decide which benchmarks are run and how fast, not what comes out.
-NEUTRAL = ("tasks", "batch_size", "dtype", "allow_code")
+NEUTRAL = ("tasks", "batch_size", "dtype", "allow_code", "log_samples")
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,9 @@ class Settings:
 
     limit: int | None = option("Rows of each task; default: all.")
     paper_subsets: bool = option("GSM8K 200, BBH 40 a task, TyDiQA 100 a language.", False)
-    tasks: list[str] = field(default_factory=list, metadata={"help": "Only these benchmarks of the suite."})
+    tasks: list[str] = field(
+        default_factory=list, metadata={"help": "Benchmarks, lm-eval's tasks (NAME:METRIC) or YAML files."}
+    )
     max_gen_toks: int | None = option("Most tokens of an answer; default: the task's.")
     chat: bool | None = option("Use the chat template; default: if any, not in quick.")
     dtype: Literal["bfloat16", "float16", "float32", "auto"] | None = option(
@@ -56,49 +63,7 @@ class Settings:
     task_data: str | None = option("A run with held-out rows, for models without any.")
     data: str | None = option("Folder of JSON Lines files to score on, not the Hub.")
     allow_code: bool = option("Run generated code (HumanEval, MBPP).", False)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model to score."""
-
-    name: str  # as it was given
-    weights: Path  # folder of the model itself, or of the base under an adapter
-    adapter: Path | None
-    base: str | None  # what it was tuned from
-    sha256: str  # of its weight files; for a model from the Hub the commit
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.adapter or self.weights
-
-
-def subject_of(model: str, base: str | None = None) -> Subject:
-    """Find a model, its adapter and what it was tuned from."""
-    from hft.model.weights import local_folder
-    from hft.record.manifest import MANIFEST_NAME, Manifest
-    from hft.record.verification import ADAPTER_NAME
-
-    folder = local_folder(model)
-    if (folder / MANIFEST_NAME).exists():
-        base = base or Manifest.load(folder).base
-    if (folder / ADAPTER_NAME).exists():
-        if base is None:
-            raise HFTError(f"{model} is an adapter without a manifest; name its base with --base")
-        return Subject(model, local_folder(base), folder, base, _weights_sha256(folder))
-    sha256 = _weights_sha256(folder) if Path(model).is_dir() else folder.name
-    return Subject(model, folder, None, base, sha256)
-
-
-def _weights_sha256(folder: Path) -> str:
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    if not files:
-        raise HFTError(f"{folder} has no weights to score")
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    log_samples: bool = option("Keep each row's outcome, in scores/.", True)
 
 
 def evaluate(
@@ -114,29 +79,42 @@ def evaluate(
         model: a model, a run's folder, an adapter, a checkpoint, or a Hub id.
         suite: a key of `SUITES`, or a name for the benchmarks that are given.
         settings: how.
-        out: folder whose `scores/SUITE.json` is written after each benchmark. Benchmarks that it already holds for the
-            same weights and settings are not run again.
+        out: folder in whose `scores/SUITE/` each benchmark's scores and rows are written. A benchmark that is there
+            for the same settings, weights, tokenizer, rows and packages is not run again.
         benchmarks: others than those of `SUITES`.
     """
     if find_spec("lm_eval") is None:
         raise HFTError("evaluation needs lm-evaluation-harness: pip install 'half-fine-tuning[eval]'")
     settings = settings or Settings()
     subject = subject_of(model, settings.base)
-    settings = _resolved(suite, subject, settings)
-    scores, lm = _earlier(suite, subject, settings, out), None
+    settings = resolved(suite, subject, settings)
+    scores, lm = unscored(suite, subject, settings), None
     for benchmark in _chosen(suite, settings) if benchmarks is None else benchmarks:
-        name, digest = benchmark.name, benchmark.digest
-        known = scores.data.get(name) == digest if digest else scores.find(name)
-        if known or (spec := benchmark.spec or _spec(benchmark, subject, settings)) is None:
+        if (spec := benchmark.spec or _spec(benchmark, subject, settings)) is None:
+            continue
+        tasks = _load(benchmark, spec, settings)
+        one = _on_rows(scores, benchmark, tasks, subject)
+        path = None if out is None else one.path(out, benchmark.name)
+        if path and (saved := _saved(path, one)):
+            scores.scores += saved.scores
+            scores.data |= saved.data
             continue
         lm = lm or open_lm(subject, settings)
-        results = _run_tasks(benchmark, spec, lm, subject, settings)
+        results = _run_tasks(benchmark, tasks, lm, subject, settings)
         if not is_main():
             continue
-        scores.scores = [score for score in scores.scores if score.task != name] + _scores_of(benchmark, results)
-        scores.data[name] = digest or _rows_sha256(results)
-        if out is not None:
-            scores.save(out)
+        check_finite(benchmark, results)
+        one.scores = scores_of_results(benchmark, results)
+        if cut := count_truncated(lm, results):
+            one.truncated[benchmark.name] = cut
+            n = one.scores[0].n
+            say(f"{benchmark.name}: {cut:,} of {n:,} prompts were longer than the context, and cut from the left")
+        if path and settings.log_samples:
+            save_rows(rows_of_results(benchmark, results), path)
+        if path:
+            one.save(out)
+        scores.scores += one.scores
+        scores.data |= one.data
     return scores
 
 
@@ -152,21 +130,36 @@ def losses_on(
     `rows` has the conversations of each task as a trainer takes them; the run `template` has the chat template that
     renders them. Only tasks whose rows have changed are scored again.
     """
-    from hft.model.weights import local_folder
-
-    tokenizers, benchmarks = (_tokenizer(Path(template)), _tokenizer(local_folder(model))), []
-    for task, conversations in rows.items():
-        made = answer_rows(conversations, *tokenizers)
-        digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()
-        spec = on_rows({"hft_task": as_dataset(test=made)})
-        benchmarks.append(Benchmark(task, "hft_task", LOSS, spec=spec, digest=digest))
+    made = {task: answer_rows(some, load_tokenizer(Path(template))) for task, some in rows.items()}
+    benchmarks = [Benchmark(task, "hft_task", LOSS, spec=_answers("hft_task", some)) for task, some in made.items()]
     return evaluate(model, suite, Settings(chat=False), out, benchmarks)
 
 
+def _answers(task: str, rows: list[dict[str, Any]]) -> Spec:
+    return on_rows({task: as_dataset(test=rows)})
+
+
+def suites_of(words: Sequence[str], suite: str | None = None) -> dict[str, list[str]]:
+    """The suite of each of `--tasks`, where none is given the one that has it; else `LM_EVAL`, lm-eval's own tasks."""
+    if suite or not words:
+        return {suite or "quick": list(words)}
+    found: dict[str, list[str]] = {}
+    for word in words:
+        owners = [name for name, benchmarks in SUITES.items() if word in {each.name for each in benchmarks}]
+        if len(owners) > 1:
+            raise HFTError(f"{word} is in the suites {' and '.join(owners)}; choose one with --suite")
+        found.setdefault(owners[0] if owners else LM_EVAL, []).append(word)
+    return found
+
+
 def _chosen(suite: str, settings: Settings) -> list[Benchmark]:
+    if suite == LM_EVAL:
+        return [find_task(word) for word in settings.tasks]
     benchmarks = {benchmark.name: benchmark for benchmark in SUITES[suite]}
-    if unknown := set(settings.tasks) - benchmarks.keys():
-        raise HFTError(f"suite {suite} has no {', '.join(sorted(unknown))}, only {', '.join(benchmarks)}")
+    if unknown := sorted(set(settings.tasks) - benchmarks.keys()):
+        others = [name for name, found in SUITES.items() if {benchmark.name for benchmark in found} & set(unknown)]
+        hint = f"; --suite {' or '.join(others)} has it" if others else "; without --suite lm-eval's tasks are searched"
+        raise HFTError(f"suite {suite} has no {', '.join(unknown)}, only {', '.join(benchmarks)}{hint}")
     chosen = [benchmarks[name] for name in settings.tasks or benchmarks]
     refused = [benchmark for benchmark in chosen if benchmark.runs_code and not settings.allow_code]
     for benchmark in refused:
@@ -175,26 +168,49 @@ def _chosen(suite: str, settings: Settings) -> list[Benchmark]:
     return [replace(one, task=one.chat_task) if settings.chat and one.chat_task else one for one in chosen]
 
 
-def _earlier(suite: str, subject: Subject, settings: Settings, out: str | Path | None) -> Scores:
-    """The scores that a folder has for the same weights and settings, or none."""
+def unscored(suite: str, subject: Subject, settings: Settings) -> Scores:
+    """No scores yet, of a model under settings, with what every score depends on."""
     same = {key: value for key, value in asdict(settings).items() if key not in NEUTRAL}
     same["protocol"] = PROTOCOLS.get(suite, "hft")
-    versions = {package: version(package) for package in SCORED_WITH} | {"hft": __version__}
-    new = Scores(suite, subject.name, subject.sha256, settings.dtype, same, {}, versions)
-    path = Path(out or "", SCORES_FOLDER, f"{suite}.json")
-    if out is None or not path.exists():
-        return new
-    old = Scores.load(path)
-    return old if replace(old, scores=[], data={}) == new else new
+    packages = [*SCORED_WITH, *(["peft"] if subject.adapter else []), *filter(find_spec, {settings.backend} - {"hf"})]
+    versions = {package: version(package) for package in packages} | {"hft": __version__}
+    return Scores(suite, subject.name, subject.sha256, settings.dtype, same, {}, versions, inputs=subject.inputs)
 
 
-def _resolved(suite: str, subject: Subject, settings: Settings) -> Settings:
+def _on_rows(scores: Scores, benchmark: Benchmark, tasks: TaskDict, subject: Subject) -> Scores:
+    """The same for one benchmark, with its rows and, where it compares with the base, what that is."""
+    about = {key: value for key, value in asdict(replace(benchmark, spec=None)).items() if not callable(value)}
+    inputs = scores.inputs | {"benchmark": digest(about)}
+    if benchmark.task == "hft_kl":
+        inputs["kl_base"] = subject.base_subject().inputs
+    return replace(scores, data={benchmark.name: _rows_sha256(tasks)}, scores=[], inputs=inputs, truncated={})
+
+
+def _saved(path: Path, wanted: Scores) -> Scores | None:
+    """What is saved under the same settings, if it depends on the same weights, rows and packages."""
+    if not path.exists():
+        return None
+    found = Scores.load(path)
+    return found if replace(found, scores=[], truncated={}, model=wanted.model) == wanted else None
+
+
+def _rows_sha256(tasks: TaskDict) -> str:
+    """Of all that lm-eval may read: the rows to score, and those that examples are taken from."""
+    digests = {}
+    for name, task in tasks["tasks"].items():
+        shots = list(task.fewshot_docs()) if task.config.num_fewshot else []
+        rows = [json.dumps(row, default=str, sort_keys=True) for row in (*task.eval_docs, *shots)]
+        digests[name] = digest(rows)
+    return digest(digests)
+
+
+def resolved(suite: str, subject: Subject, settings: Settings) -> Settings:
     """Settings whose chat format and dtype are decided."""
     import torch
 
     chat, dtype = settings.chat, settings.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     if chat is None:
-        chat = suite != "quick" and _has_chat_format(_tokenizer(subject.tokenizer))
+        chat = suite != "quick" and _has_chat_format(load_tokenizer(subject.tokenizer))
     return replace(settings, chat=chat, dtype=dtype)
 
 
@@ -206,13 +222,26 @@ def _has_chat_format(tokenizer: PreTrainedTokenizerBase) -> bool:
     return text.removeprefix(tokenizer.bos_token or "") != "?"
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+class LMEvalWarnings(logging.Handler):
+    """Prints each of lm-eval's warnings once, and none about what is counted or meant here."""
 
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise HFTError(f"cannot load the tokenizer of {folder}: {reason(error)}") from error
+    MEANT = ("Custom kwargs can be passed", "Combined length of context", "Left truncation applied")
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self.said and not any(known in text for known in self.MEANT):
+            self.said.add(text)
+            print(f"lm-eval: {text}", file=sys.stderr)
+
+
+def hear_warnings() -> None:
+    logger = logging.getLogger("lm_eval")
+    if not any(isinstance(handler, LMEvalWarnings) for handler in logger.handlers):
+        logger.addHandler(LMEvalWarnings())
 
 
 def open_lm(subject: Subject, settings: Settings) -> LM:
@@ -236,15 +265,18 @@ def open_lm(subject: Subject, settings: Settings) -> LM:
     except (OSError, ValueError, KeyError, ModuleNotFoundError) as error:
         raise HFTError(f"cannot open {subject.weights} with {settings.backend}: {reason(error)}") from error
     if settings.backend == "hf":
+        check_weights(lm.model, subject.name)
         lm.model.generation_config = plain_generation(lm.model)
     return lm
 
 
 def _spec(benchmark: Benchmark, subject: Subject, settings: Settings) -> Spec | None:
     """What lm-eval runs, on our rows where they are not the task's; None if there are none."""
-    if benchmark.name in ("drift", "task", "kl"):
-        made = _quick_rows(benchmark.name, subject, settings)
-        return None if made is None else on_rows({benchmark.task: as_dataset(test=made)})
+    if benchmark.name == "drift":
+        return _answers(benchmark.task, text_rows(general_texts(), load_tokenizer(subject.tokenizer)))
+    if benchmark.task in ("hft_task", "hft_kl"):
+        made = _held_out(benchmark.name, subject, settings)
+        return None if made is None else _answers(benchmark.task, made)
     if settings.data is None:
         return benchmark.task
     spec = local_spec(benchmark, Path(settings.data))
@@ -253,63 +285,73 @@ def _spec(benchmark: Benchmark, subject: Subject, settings: Settings) -> Spec | 
     return spec
 
 
-def _quick_rows(name: str, subject: Subject, settings: Settings) -> list[dict[str, Any]] | None:
-    tokenizer = _tokenizer(subject.tokenizer)
-    if name == "drift":
-        return text_rows(general_texts(), tokenizer)
+def _held_out(name: str, subject: Subject, settings: Settings) -> list[dict[str, Any]] | None:
     run = Path(settings.task_data or subject.name)
     if not (run / RESULTS_NAME).exists():
         say(f"{name} is skipped: {run} is not a finished run with held-out rows; name one with --task_data")
-        return None
-    if name == "kl" and subject.base is None:
+    elif name == "kl" and subject.base is None:
         say(f"{name} is skipped: {subject.name} says no base; name it with --base")
-        return None
-    return answer_rows(held_out_rows(run), _tokenizer(run), tokenizer)
+    elif settings.backend != "hf":
+        say(f"{name} is skipped: it scores token ids, which needs --backend hf")
+    else:
+        return answer_rows(held_out_rows(run), load_tokenizer(run))
+    return None
 
 
-def _run_tasks(benchmark: Benchmark, spec: Spec, lm: LM, subject: Subject, settings: Settings) -> dict[str, Any]:
+def _load(benchmark: Benchmark, spec: Spec, settings: Settings) -> TaskDict:
+    """lm-eval's tasks with their rows."""
+    import lm_eval
+    from datasets.exceptions import DatasetsError
+    from lm_eval.tasks import TaskManager
+    from yaml import YAMLError
+
+    hear_warnings()
+    _seed()  # some tasks shuffle while they load
+    folders = [Path(lm_eval.__file__).parent / "tasks" / folder for folder in benchmark.folders]
+    try:
+        loaded = TaskManager(include_path=[*folders, TASK_FOLDER], include_defaults=False).load([spec])
+    except (DatasetsError, ImportError, LookupError, OSError, TypeError, ValueError, YAMLError) as error:
+        raise HFTError(f"{benchmark.name} cannot be run: {reason(error)}") from error
+    for task in loaded["tasks"].values():
+        if settings.max_gen_toks and task.get_config("output_type") == "generate_until":
+            task.set_config("generation_kwargs", {"max_gen_toks": settings.max_gen_toks}, update=True)
+        if task.get_config("num_fewshot") != 0:
+            shots = task.get_config("num_fewshot") if benchmark.num_fewshot is None else benchmark.num_fewshot
+            task.set_config("num_fewshot", shots or 0)
+        task.set_fewshot_seed(seed=SEED)
+    return loaded
+
+
+def _run_tasks(benchmark: Benchmark, tasks: TaskDict, lm: LM, subject: Subject, settings: Settings) -> dict[str, Any]:
     """lm-eval's results of one benchmark; empty in all processes but the first.
 
     These are the steps of `lm_eval.simple_evaluate`, which also runs `pip list` each time, for a second or two.
     """
     import lm_eval
-    import numpy as np
-    import torch
     from datasets.exceptions import DatasetsError
-    from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    folders = [Path(lm_eval.__file__).parent / "tasks" / folder for folder in benchmark.folders]
-    manager = TaskManager(include_path=[*folders, TASK_FOLDER], include_defaults=False)
-    if benchmark.task == "hft_kl":
-        from hft.evaluation.divergence import Divergence
+    # A chat template writes the special tokens itself: none is added, in training neither.
+    rendered = settings.chat or benchmark.rendered
+    lm.add_bos_token = settings.backend_args.get("add_bos_token", False if rendered else None)
+    if benchmark.task in ("hft_task", "hft_kl"):
+        from hft.evaluation.divergence import AnswerTokens
 
-        lm = Divergence(lm, open_lm(replace(subject, weights=Path(subject.base), adapter=None), settings))
+        lm = AnswerTokens(lm, open_lm(subject.base_subject(), settings) if benchmark.task == "hft_kl" else None)
     if settings.chat and not benchmark.turns:
         lm = _without_system_turn(lm)
     limit, samples, drawing = settings.limit, None, random.Random(DRAWING_SEED)
     say(f"{subject.name}: {benchmark.name}")
-    random.seed(0)
-    np.random.seed(SEED)  # noqa: NPY002  lm-eval's tasks draw from the global generator
-    torch.manual_seed(SEED)
+    _seed()
     try:
-        loaded = manager.load([spec])
-        for task in loaded["tasks"].values():
-            if settings.max_gen_toks and task.get_config("output_type") == "generate_until":
-                task.set_config("generation_kwargs", {"max_gen_toks": settings.max_gen_toks}, update=True)
-            if task.get_config("num_fewshot") != 0:
-                shots = task.get_config("num_fewshot") if benchmark.num_fewshot is None else benchmark.num_fewshot
-                task.set_config("num_fewshot", shots or 0)
-            task.set_fewshot_seed(seed=SEED)
         if settings.paper_subsets and benchmark.paper_rows:
-            sizes = {name: len(task.eval_docs) for name, task in loaded["tasks"].items()}
+            sizes = {name: len(task.eval_docs) for name, task in tasks["tasks"].items()}
             samples = {name: rows[:limit] for name, rows in drawn_rows(sizes, benchmark.paper_rows, drawing).items()}
             limit = None
         if benchmark.prepare:
-            benchmark.prepare(loaded["tasks"], _tokenizer(subject.tokenizer), drawing)
+            benchmark.prepare(tasks["tasks"], load_tokenizer(subject.tokenizer), drawing)
         results = lm_eval.evaluate(
             lm=lm,
-            task_dict=loaded,
+            task_dict=tasks,
             limit=limit,
             samples=samples,
             system_instruction=benchmark.instruction,
@@ -318,7 +360,7 @@ def _run_tasks(benchmark: Benchmark, spec: Spec, lm: LM, subject: Subject, setti
             bootstrap_iters=1000,
             confirm_run_unsafe_code=settings.allow_code,
         )
-    except (DatasetsError, ImportError, LookupError, OSError, ValueError) as error:
+    except (AssertionError, DatasetsError, ImportError, LookupError, OSError, ValueError) as error:
         raise HFTError(f"{benchmark.name} cannot be run: {reason(error)}") from error
     return results or {}
 
@@ -337,24 +379,11 @@ def _without_system_turn(lm: LM) -> LM:
     return lm
 
 
-def _scores_of(benchmark: Benchmark, results: dict[str, Any]) -> list[Score]:
-    """lm-eval's numbers under our names, fractions as percentages."""
-    scores = []
-    counts = {name: n["effective"] for name, n in results["n-samples"].items()}
-    for name, task in {benchmark.name: benchmark.task, **benchmark.parts}.items():
-        where = next(name for name in (task, GROUP) if name in results["results"])
-        leaves, values = results["group_subtasks"].get(where) or [where], results["results"][where]
-        for metric, key in benchmark.metrics.items():
-            base, _, kind = key.partition(",")
-            unit, scale = (METRIC_UNITS[metric], 1) if metric in METRIC_UNITS else ("%", 100)
-            error = values.get(f"{base}_stderr,{kind}")
-            stderr = None if error in (None, "N/A") else scale * error
-            n = sum(counts[leaf] for leaf in leaves)
-            scores.append(Score(name, metric, scale * values[key], stderr, n, unit, metric not in METRIC_UNITS))
-    return scores
+def _seed() -> None:
+    """As `lm_eval.simple_evaluate` does; its tasks draw from the global generators."""
+    import numpy as np
+    import torch
 
-
-def _rows_sha256(results: dict[str, Any]) -> str:
-    """Of the rows that were scored, in order."""
-    hashes = [sample["doc_hash"] for task in sorted(results["samples"]) for sample in results["samples"][task]]
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    random.seed(0)
+    np.random.seed(SEED)  # noqa: NPY002
+    torch.manual_seed(SEED)

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from hft.errors import HFTError
 from hft.evaluation.suites import Benchmark
@@ -17,7 +18,6 @@ Convert = Callable[[dict[str, Any]], dict[str, Any]]
 MakesSpec = Callable[..., dict[str, Any]]  # takes the name of a task and the rows of each file
 TASK_FOLDER = Path(__file__).with_name("tasks")
 OUTER, INNER = "local", "rows"
-GROUP = f"{OUTER}::{INNER}"  # lm-eval's name of the inner one
 
 
 def as_dataset(**splits: Rows) -> MakesDataset:
@@ -68,10 +68,21 @@ def local_spec(benchmark: Benchmark, folder: Path) -> dict[str, Any] | None:
     paths = [folder / f"{name}.jsonl" for name in names]
     if make is None or not all(path.exists() for path in paths):
         return None
-    try:
-        return make(benchmark.task, *map(read_jsonl, paths))
-    except KeyError as error:
-        raise HFTError(f"the rows of {benchmark.name} in {folder} lack the field {error}") from error
+    return make(benchmark.task, *map(read_rows, paths))
+
+
+def read_rows(path: Path) -> Rows:
+    """The rows of a file of a benchmark, each with the fields that `FIELDS` asks for, in their types."""
+    model = create_model(path.stem, __config__=ConfigDict(extra="allow"), **FIELDS[path.stem])
+    rows = []
+    for number, row in enumerate(read_jsonl(path)):
+        try:
+            rows.append(model.model_validate(row).model_dump())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where, what = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+            raise HFTError(f"{path}, row {number} (the first is 0), {where}: {what}") from None
+    return rows
 
 
 def _form(*splits: str, convert: Convert = dict, member: str | None = None, **more: Any) -> MakesSpec:
@@ -99,6 +110,54 @@ def _closed_book(answer: Callable[[list[str]], Any]) -> MakesSpec:
 
 def _question_and_answer(row: dict[str, Any]) -> dict[str, Any]:
     return {"question": row["question"], "answer": row["answer"]}
+
+
+def _number_of(letter: Any) -> Any:
+    """0 for A, as other copies of a benchmark have it; digits as text are read."""
+    return LETTERS.index(letter) if isinstance(letter, str) and letter in LETTERS else letter
+
+
+LETTERS = ("A", "B", "C", "D")
+Text = (str, ...)
+Texts = Annotated[list[str], Field(min_length=1)]
+# One text counts as a list of one.
+Answers = (Annotated[Texts, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)], ...)
+Four = (Annotated[list[str], Field(min_length=4, max_length=4)], ...)
+OneOfFour = (Annotated[int, BeforeValidator(_number_of), Field(ge=0, le=3)], ...)
+
+
+class Targets(BaseModel):
+    """TruthfulQA's candidates and which of them are true."""
+
+    choices: Texts
+    labels: list[Literal[0, 1]]
+
+
+CLOSED_BOOK_ROW = {"question": Text, "answers": Answers}
+MMLU_ROW = {"question": Text, "choices": Four, "answer": OneOfFour, "subject": Text}
+TYDIQA_ROW = CLOSED_BOOK_ROW | {"language": Text, "context": Text}
+MBPP_ROW = {"text": Text, "code": Text, "test_list": (Texts, ...)}
+# By name of the file: the fields of its rows; others may be there.
+FIELDS: dict[str, dict[str, Any]] = {
+    "mmlu_test": MMLU_ROW,
+    "mmlu_dev": MMLU_ROW,
+    "gsm8k_test": {"question": Text, "answer": Text},
+    "bbh": {"task": Text, "input": Text, "target": Text},
+    "truthfulqa_mc": {"question": Text, "mc1_targets": (Targets, ...), "mc2_targets": (Targets, ...)},
+    "humaneval": dict.fromkeys(("prompt", "entry_point", "canonical_solution", "test"), Text),
+    "nq_open": CLOSED_BOOK_ROW,
+    "triviaqa": CLOSED_BOOK_ROW,
+    "triviaqa_dev": CLOSED_BOOK_ROW,
+    "hotpotqa": CLOSED_BOOK_ROW,
+    "ifeval": {"prompt": Text, "instruction_id_list": (Texts, ...), "kwargs": (list[dict[str, Any]], ...)},
+    "mbpp_test": MBPP_ROW,
+    "hellaswag": {"query": Text, "choices": Four, "label": OneOfFour},
+    "tydiqa_dev": TYDIQA_ROW,
+    "tydiqa_train": TYDIQA_ROW,
+    "math": {"problem": Text, "solution": Text},
+    "execution": {"code": Text, "input": Text, "output": Text},
+    "alpaca_eval": {"instruction": Text},
+}
 
 
 QUESTIONS = _form(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hft.data.templates import template_arguments
 from hft.errors import HFTError
 
 if TYPE_CHECKING:
@@ -14,6 +18,7 @@ if TYPE_CHECKING:
 CHARACTERS = 1000  # of each text: 200 to 300 tokens
 TEXTS_PER_TOPIC = 3
 HELD_OUT_ROWS = 64
+MARK = re.compile(r"{%-?\s*generation\b")  # before what an assistant writes
 
 
 def general_texts(first: int = 0) -> list[str]:
@@ -30,48 +35,53 @@ def replay_texts() -> list[str]:
     return general_texts(first=1)
 
 
-def text_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    return [_task_row(tokenizer, "", text) for text in texts]
+def text_rows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    counts = (len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    return [{"context": "", "answer": text, "tokens": count} for text, count in zip(texts, counts, strict=True)]
 
 
-def answer_rows(
-    rows: Iterable[dict[str, Any]], template: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, Any]]:
-    """The last answer of each conversation or pair, up to its end token, after what comes before it.
+def answer_rows(rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    """The last answer of each conversation or pair, up to its end token, and what stands before it.
 
-    `template` is the run's tokenizer, whose chat template is used; `tokenizer` that of the model that is scored.
+    The chat template of `tokenizer`, the run's, renders them. Where it marks what trains, the answer is what it marks.
     """
-    made = []
     rows = list(rows)
     if rows and ("text" in rows[0] or isinstance(rows[0].get("prompt"), str)):  # without a chat template
-        return [_task_row(tokenizer, row.get("prompt", ""), row.get("completion", row.get("text"))) for row in rows]
-    for prompt, answer in _prompts_and_answers(rows):
-        context = template.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if prompt else ""
-        whole = template.apply_chat_template([*prompt, answer], tokenize=False).rstrip()
-        if not whole.startswith(context):
-            raise HFTError("the chat template renders an answered prompt differently; quick cannot score that")
-        made.append(_task_row(tokenizer, context, whole[len(context) :]))
-    return made
+        texts = ((row.get("prompt", ""), row.get("completion", row.get("text"))) for row in rows)
+        return [{"context": prompt, "answer": answer, "is_plain": True} for prompt, answer in texts]
+    split = _marked if MARK.search(str(tokenizer.chat_template)) else _after_prompt
+    return [
+        split(*prompt_and_answer(row), partial(tokenizer.apply_chat_template, **template_arguments(row)))
+        for row in rows
+    ]
 
 
-def _prompts_and_answers(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[list[dict], dict]]:
-    for row in rows:
-        if "messages" in row:
-            messages = row["messages"]
-            last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-            yield messages[:last], messages[last]
-        else:
-            completion = row.get("completion") or row["chosen"]
-            yield [*row["prompt"], *completion[:-1]], completion[-1]
+def _marked(prompt: list[dict], answer: dict, render: Callable[..., Any]) -> dict[str, str]:
+    chat = [*prompt, answer]
+    text = render(chat, tokenize=False)
+    offsets = {"return_offsets_mapping": True}
+    found = render(chat, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=offsets)
+    trained = [index for index, bit in enumerate(found["assistant_masks"]) if bit]
+    first = max(index for index in trained if index - 1 not in trained)
+    start, end = found["offset_mapping"][first][0], found["offset_mapping"][trained[-1]][1]
+    return {"context": text[:start], "answer": text[start:end].rstrip()}
 
 
-def _task_row(tokenizer: PreTrainedTokenizerBase, context: str, answer: str) -> dict[str, Any]:
-    """A row as the tasks read it; lm-eval tokenizes the context without the whitespace that ends it."""
-    stripped = context.rstrip()
-    answer = context[len(stripped) :] + answer
-    before = len(tokenizer(stripped, add_special_tokens=False)["input_ids"])
-    tokens = len(tokenizer(stripped + answer, add_special_tokens=False)["input_ids"]) - before
-    return {"context": stripped, "answer": answer, "tokens": tokens}
+def _after_prompt(prompt: list[dict], answer: dict, render: Callable[..., Any]) -> dict[str, str]:
+    context = render(prompt, tokenize=False, add_generation_prompt=True) if prompt else ""
+    whole = render([*prompt, answer], tokenize=False).rstrip()
+    if not whole.startswith(context):
+        raise HFTError("the chat template renders an answered prompt differently; quick cannot score that")
+    return {"context": context, "answer": whole[len(context) :]}
+
+
+def prompt_and_answer(row: dict[str, Any]) -> tuple[list[dict], dict]:
+    if "messages" in row:
+        messages = row["messages"]
+        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+        return messages[:last], messages[last]
+    completion = row.get("completion") or row["chosen"]
+    return [*row["prompt"], *completion[:-1]], completion[-1]
 
 
 def held_out_rows(folder: Path) -> list[dict[str, Any]]:
@@ -84,4 +94,5 @@ def held_out_rows(folder: Path) -> list[dict[str, Any]]:
     objective = RunResult.load(folder).objective
     config = load_config(objective, folder / CONFIG_NAME)
     test = load_data(config.run, find_objective(objective).read_rows, evaluate=True).test
-    return list(test.select(range(min(HELD_OUT_ROWS, len(test)))))
+    wanted = (row for row in test if row.get("label", True))  # of unpaired preferences the answers to learn
+    return list(islice(wanted, HELD_OUT_ROWS))

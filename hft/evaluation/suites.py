@@ -27,7 +27,12 @@ class Benchmark:
     prepare: Callable[..., None] | None = None  # changes the rows of the tasks, for a tokenizer and a random generator
     runs_code: bool = False
     spec: dict[str, Any] | None = None  # its config as lm-eval takes it, where it differs from the task's
-    digest: str | None = None  # SHA-256 of its rows, where a change of them means to score again
+    rendered: bool = False  # whether its prompts are rendered by a chat template already
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it says itself which of lm-eval's results are its metrics."""
+        return bool(self.metrics) and all("," in key for key in self.metrics.values())
 
 
 LOSS = {"loss": "loss,none"}

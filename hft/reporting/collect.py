@@ -10,7 +10,7 @@ from hft.errors import HFTError, reason
 from hft.objectives import OBJECTIVES, find_objective
 from hft.record.checkpoints import TRAINER_STATE, checkpoints
 from hft.record.manifest import MANIFEST_NAME, Manifest
-from hft.record.scores import Scores, scores_of
+from hft.record.scores import SuiteScores, scores_of
 from hft.reporting.measure import Column, Measured, measure
 from hft.reporting.paper import SEED_IN_NAME
 from hft.runs.config import is_neutral, read_saved_config, replaced_keys
@@ -33,8 +33,8 @@ class LoadedRun:
     settings: dict[str, Any]  # without seeds; runs that agree in all of them form a group
     manifest: Manifest | None  # None for merges and plain models
     result: RunResult | None  # None for an unfinished run, and for what was not trained
-    scores: dict[str, Scores]  # by suite
-    steps: dict[int, dict[str, Scores]] = field(default_factory=dict)  # those of checkpoints, by step
+    scores: dict[str, SuiteScores]  # by suite
+    steps: dict[int, dict[str, SuiteScores]] = field(default_factory=dict)  # those of checkpoints, by step
     losses: list[tuple[int, float]] = field(default_factory=list)  # step and training loss, as logged
     optimizer_bytes: int | None = None  # in the last checkpoint
 
@@ -122,7 +122,7 @@ def read_run(folder: Path) -> LoadedRun | None:
     if not (config or manifest or scores):
         return None
     if not (config or manifest):
-        name = next(iter(scores.values())).model
+        name = next(iter(scores.values()))[0].model
         return LoadedRun(folder, Path(name).name, "base", {"model": name}, None, None, scores)
     states = [path / TRAINER_STATE for path in checkpoints(folder) if (path / TRAINER_STATE).exists()]
     log = read_json(states[-1], ["log_history"])["log_history"] if states else []

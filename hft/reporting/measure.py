@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hft.record.scores import Score, Scores
+from hft.record.scores import Score, SuiteScores
 
 Key = tuple[str, str, str]  # suite, task and metric of a score
 
@@ -38,7 +38,7 @@ class Measured:
     partial: bool = False  # whether any of them was scored with --limit
 
 
-def parts_of(keys: Sequence[Key], scores: Mapping[str, Scores]) -> list[Score]:
+def parts_of(keys: Sequence[Key], scores: Mapping[str, SuiteScores]) -> list[Score]:
     """A model's scores, given by suite, under some keys; empty unless all are there."""
     found = [scores[suite].find(task, metric) if suite in scores else None for suite, task, metric in keys]
     return [] if None in found else found
@@ -51,10 +51,10 @@ def mean_of(parts: Sequence[Score]) -> tuple[float, float | None]:
     return statistics.fmean(part.value for part in parts), error
 
 
-def measure(keys: Sequence[Key], runs: Iterable[Mapping[str, Scores]]) -> Measured | None:
+def measure(keys: Sequence[Key], runs: Iterable[Mapping[str, SuiteScores]]) -> Measured | None:
     """The mean of the scores under some keys over the runs that have all of them; None if none has."""
     scored = [(scores, parts) for scores in runs if (parts := parts_of(keys, scores))]
-    partial = any(scores[suite].settings.get("limit") is not None for scores, _ in scored for suite, *_ in keys)
+    partial = any(scores[suite].of(task).settings.get("limit") for scores, _ in scored for suite, task, _ in keys)
     return summarize([mean_of(parts) for _, parts in scored], partial=partial)
 
 

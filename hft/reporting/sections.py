@@ -313,7 +313,7 @@ def runs(found: Collection, styles: Styles) -> Parts:
     rows = []
     for group in found.groups:
         for run in group.runs:
-            done, suites = run.result, [f"{name} ({one.dtype})" for name, one in run.scores.items()]
+            done, suites = run.result, [f"{name} ({one[0].dtype})" for name, one in run.scores.items()]
             verify = "not finished" if "dataset_name" in run.settings and not done else ""
             if done:
                 verify = f"passed, {done.verify.get('identical', 0)} frozen" if done.ok else "failed"

@@ -64,7 +64,8 @@ def portable_copy(result: RunResult, out: Path, model_id: str | None = None) -> 
     """A folder with what of a run may leave this machine: its files, linked, or copied without local paths."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, out.resolve().name)
-        inside = [path for name in (SCORES_FOLDER, "additional_chat_templates") for path in (out / name).glob("*")]
+        scores = list((out / SCORES_FOLDER).rglob("*.json"))  # without the rows behind them, which may be private
+        inside = [*scores, *(out / "additional_chat_templates").glob("*")]
         for path in filter(Path.is_file, [*out.iterdir(), *inside]):
             if path.name in STAYS or path.name.startswith("."):
                 continue
@@ -72,7 +73,7 @@ def portable_copy(result: RunResult, out: Path, model_id: str | None = None) -> 
             target.parent.mkdir(parents=True, exist_ok=True)
             if path.name == CONFIG_NAME:
                 write_text(target, to_yaml(portable(read_yaml(path))))
-            elif path.name in (MANIFEST_NAME, RESULTS_NAME) or path.parent.name == SCORES_FOLDER:
+            elif path.name in (MANIFEST_NAME, RESULTS_NAME) or path in scores:
                 write_json(target, portable(json.loads(path.read_text(encoding="utf-8"))))
             elif path.name.endswith("config.json"):
                 content = json.loads(path.read_text(encoding="utf-8"))

@@ -43,13 +43,13 @@ def words(*args, processes: int = 1, sharded: bool = False) -> list[str]:
 MOMENTS = [
     "write recipe.tmp",
     "write data/02-Swap.jsonl",
-    "rename start/scores/trace.tmp",
+    "rename start/scores/trace/{saved}.tmp",
     "mkdir 01-First/checkpoint-5",
     "write 01-First/checkpoint-15/optimizer.pt",
     "write 01-First/model.safetensors",
     "verify 01-First",
     "rename 01-First/results.tmp",
-    "write 01-First/scores/trace.tmp",
+    "write 01-First/scores/trace/{saved}.tmp",
     "optimizer 12",
     "write 02-Swap/hft_manifest.tmp",
     "write matrix.tmp",
@@ -69,7 +69,9 @@ def straight(tmp_path_factory, tiny):
 def test_a_sequence_that_is_killed_ends_with_the_same_matrix(straight, tiny, tmp_path):
     whole, tasks = straight
     out = tmp_path / "out"
-    faults.killed_at(MOMENTS, sequence(tiny, tasks, out, *GEM), out)
+    saved = next((whole / "start/scores/trace").glob("First-*.json")).stem
+    moments = [moment.format(saved=saved) for moment in MOMENTS]
+    faults.killed_at(moments, sequence(tiny, tasks, out, *GEM), out)
     for name in ("01-First", "02-Swap"):
         ours, theirs = tensors(out / name), tensors(whole / name)
         assert all(identical(ours[key], theirs[key]) for key in theirs), name

@@ -28,7 +28,7 @@ from hft.errors import HFTError
 from hft.planning.engine import engine_of
 from hft.planning.memory import memory_of
 from hft.record.manifest import Manifest
-from hft.record.scores import Scores
+from hft.record.scores import scores_of
 from hft.reporting.paper import read_runs
 from hft.runs.plan import load_model_config, make_plan
 from hft.runs.train import make_trainer
@@ -90,7 +90,7 @@ def test_the_matrix_has_a_row_for_the_start_and_each_round(gem):
     assert saved["counts"] == [8, 8]
     assert saved["op"][-1] == pytest.approx(sum(saved["scores"][2]) / 2)
     assert saved["about"]["dtype"] == "float32"
-    whole = Scores.load(gem / "scores" / "trace.json")  # what `hft paper 3` reads
+    whole = scores_of(gem)["trace"]  # what `hft paper 3` reads
     assert whole.find("op", "op").value == saved["op"][-1]
     assert whole.find("bwt", "bwt").value == saved["bwt"][-1]
 
@@ -117,7 +117,8 @@ def test_a_killed_sequence_goes_on_and_a_finished_one_is_left_alone(gem, tiny, t
         rows.pop()
     cut.save(gem)
     shutil.rmtree(gem / "02-Swap" / "checkpoint-2")
-    for name in ("results.json", "model.safetensors", "scores/trace.json"):
+    shutil.rmtree(gem / "02-Swap" / "scores")
+    for name in ("results.json", "model.safetensors"):
         (gem / "02-Swap" / name).unlink()
     assert main(again) == 0
     assert (gem / "matrix.json").read_text() == matrix

@@ -14,7 +14,7 @@ from hft.evaluation import evaluate as module
 from hft.evaluation.evaluate import Settings, evaluate
 from hft.evaluation.reader import Reader
 from hft.evaluation.tasks.code.code import pass_at, with_instructions
-from hft.record.scores import Scores
+from hft.record.scores import scores_of
 from tests.conftest import write_jsonl
 
 PROBLEMS = [
@@ -233,7 +233,7 @@ def test_a_llama_tokenizer_keeps_the_indent_of_an_answer(tmp_path, rows):
     words = ["--data", str(rows), "--allow_code", "--max_gen_toks", "64"]
     for task, (suite, _) in list(TASKS.items())[:2]:
         assert main(["eval", str(folder), "--suite", suite, "--tasks", task, *words]) == 0
-        assert Scores.load(folder / f"scores/{suite}.json").find(task).value == 100
+        assert scores_of(folder)[suite].find(task).value == 100
 
 
 def llama_tokenizer(texts: list[str]) -> LlamaTokenizer:

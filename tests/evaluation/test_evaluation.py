@@ -1,8 +1,11 @@
 """Scores: known answers, lm-eval's own tasks on the same rows, and what plain torch computes."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lm_eval
@@ -11,16 +14,20 @@ import torch
 import yaml
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
+from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hft.cli import main
 from hft.evaluation import evaluate as module
 from hft.evaluation.evaluate import Settings, evaluate
 from hft.evaluation.rows import answer_rows, general_texts, held_out_rows, replay_texts
+from hft.evaluation.subject import folder_of, subject_of
 from hft.evaluation.suites import SUITES
 from hft.evaluation.tasks.quick import facts
-from hft.record.scores import Scores
-from tests.conftest import error_of, finished_run, write_jsonl
+from hft.jsonl import read_jsonl
+from hft.record.scores import rows_of, scores_of
+from tests.conftest import error_of, finished_run, tensors, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +39,7 @@ def run(tmp_path_factory, tiny, data) -> Path:
 
 
 def test_quick_saves_every_score_with_what_it_depends_on(run, tiny):
-    scores = Scores.load(run / "scores/quick.json")
+    scores = scores_of(run)["quick"]
     assert {(score.task, score.metric) for score in scores.scores} >= {
         ("facts", "acc_centered"),
         ("facts_capitals", "acc"),
@@ -42,44 +49,98 @@ def test_quick_saves_every_score_with_what_it_depends_on(run, tiny):
     }
     assert all(score.stderr is not None and score.n == (18 if score.task == "facts" else 6) for score in scores.scores)
     assert scores.find("facts", "choice_loss").higher_is_better is False
-    assert scores.dtype == "float32"
-    assert scores.settings["limit"] == 6
-    assert scores.versions["lm_eval"] == "0.4.13" or scores.versions["lm_eval"]
-    assert len(scores.model_sha256) == 64
-    assert set(scores.data) == {"facts", "drift", "task", "kl"}
+    assert {path.name.split("-")[0] for path in (run / "scores/quick").iterdir()} == {"facts", "drift", "task", "kl"}
+    about = scores.of("kl")
+    assert about.dtype == "float32"
+    assert about.settings["limit"] == 6
+    assert set(about.versions) == {"lm_eval", "torch", "transformers", "datasets", "hft"}
+    assert {"weights", "config", "tokenizer", "chat_template"} <= set(about.inputs["model"])
+    assert about.inputs["kl_base"]["model"]["weights"] != about.model_sha256 == about.inputs["model"]["weights"]
 
 
-def test_losses_and_kl_are_what_torch_computes(run, tiny):
-    scores = Scores.load(run / "scores/quick.json")
+def test_losses_and_kl_are_what_torch_computes_on_the_ids_that_were_trained(run, tiny):
     tokenizer = AutoTokenizer.from_pretrained(run)
     tuned, base = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (run, tiny))
-
-    def log_probabilities(model, row):
-        ids = tokenizer(row["context"] + row["answer"], return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            return model(ids).logits[0, -row["tokens"] - 1 : -1].log_softmax(-1), ids[0, -row["tokens"] :]
-
     losses, divergences = [], []
-    rows = answer_rows(held_out_rows(run)[:6], tokenizer, tokenizer)
-    for row in rows:
-        q, ids = log_probabilities(tuned, row)
-        p, _ = log_probabilities(base, row)
-        losses.append(-q.gather(1, ids[:, None]).mean().item())
+    for row in held_out_rows(run)[:6]:
+        encoded = tokenizer.apply_chat_template(
+            row["messages"], return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+        )
+        mask = encoded["assistant_masks"][0, 1:].bool()
+        with torch.no_grad():
+            q, p = (model(encoded["input_ids"]).logits[0, :-1][mask].log_softmax(-1) for model in (tuned, base))
+        losses.append(-q.gather(1, encoded["input_ids"][0, 1:][mask, None]).mean().item())
         divergences.append((p.exp() * (p - q)).sum(-1).mean().item())
-    assert rows[0]["context"].startswith("<s><|user|>")
-    assert rows[0]["answer"].endswith("</s>")
+    scores = scores_of(run)["quick"]
+    assert rows_of(run, "quick", "task")["loss"].tolist() == pytest.approx(losses, rel=1e-5)
+    assert rows_of(run, "quick", "kl")["kl"].tolist() == pytest.approx(divergences, rel=1e-3)
     assert scores.find("task").value == pytest.approx(sum(losses) / 6, rel=1e-5)
     assert scores.find("kl").value == pytest.approx(sum(divergences) / 6, rel=1e-3)
     assert scores.find("kl").value > 0
 
 
-def test_a_second_call_asks_nothing_again_but_another_setting_does(run, monkeypatch):
-    before = (run / "scores/quick.json").read_bytes()
-    monkeypatch.setattr(module, "open_lm", lambda *_: pytest.fail("the model was opened again"))
-    assert main(["eval", str(run), "--limit", "6"]) == 0
-    assert (run / "scores/quick.json").read_bytes() == before
-    monkeypatch.setattr(module, "open_lm", lambda *_: Says(""))
-    assert evaluate(str(run), "quick", Settings(limit=2, tasks=("facts",)), run.parent).find("facts").n == 6
+def test_an_answer_is_its_tokens_and_its_end_whether_or_not_the_template_marks_them(run, tiny):
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    rows = held_out_rows(run)[:3]
+    marked = answer_rows(rows, tokenizer)
+    assert marked[0]["context"].endswith("<|assistant|>\n")
+    assert marked[0]["answer"] == rows[0]["messages"][-1]["content"].strip() + "</s>"
+    template = tokenizer.chat_template
+    unmarked = re.sub(r"{%- (end)?generation %}", "", template)
+    for other in (unmarked, template.replace("+ eos_token", "+ eos_token + '\\n'")):
+        tokenizer.chat_template = other
+        assert answer_rows(rows, tokenizer) == marked
+
+
+def test_rows_add_up_to_the_score_and_pair_with_those_of_another_model(run, tiny, tmp_path):
+    facts = rows_of(run, "quick", "facts")
+    assert list(facts.columns) == ["row", "task", "acc", "acc_centered", "choice_loss", "answer"]
+    scores = scores_of(run)["quick"]
+    for metric in ("acc", "acc_centered", "choice_loss"):
+        assert facts[metric].mean() == pytest.approx(scores.find("facts", metric).value)
+    assert len(rows_of(run, "quick", "facts_capitals")) == 6
+    assert facts["row"].is_unique
+    settings = Settings(limit=6, tasks=["facts", "task"], task_data=str(run))
+    evaluate(str(tiny), "quick", settings, tmp_path)
+    for task in ("facts", "task"):
+        assert rows_of(tmp_path, "quick", task)["row"].tolist() == rows_of(run, "quick", task)["row"].tolist()
+    evaluate(str(tiny), "quick", Settings(limit=2, tasks=["facts"], log_samples=False), tmp_path)
+    assert len(rows_of(tmp_path, "quick", "facts")) == 18  # the fuller one
+    assert rows_of(tmp_path, "quick", "drift") is None
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "scores/quick").iterdir()}
+
+
+def test_what_is_scored_is_not_asked_again_until_what_it_depends_on_changes(run, tmp_path, monkeypatch):
+    copy = shutil.copytree(run, tmp_path / "run")
+    evaluate(str(copy), "quick", Settings(limit=6), copy)
+    before, asked = contents(copy), []
+    run_tasks = module._run_tasks
+    monkeypatch.setattr(module, "_run_tasks", lambda b, *more: asked.append(b.name) or run_tasks(b, *more))
+    assert main(["eval", str(copy), "--limit", "6"]) == 0
+    assert main(["eval", str(copy), "--limit", "6", "--tasks", "facts"]) == 0
+    assert (contents(copy), asked) == (before, [])
+    assert main(["eval", str(copy), "--limit", "2", "--tasks", "drift", "facts"]) == 0  # deletes nothing
+    assert asked == ["drift", "facts"]
+    assert before.items() < contents(copy).items()
+    assert scores_of(copy)["quick"].find("facts").n == 18
+
+    def change(file: str, old: str, new: str) -> None:
+        text = (copy / file).read_text()
+        assert old in text
+        (copy / file).write_text(text.replace(old, new))
+
+    everything = ["facts", "drift", "task", "kl"]
+    changes = [("config.json", '"rope_theta": 10000', '"rope_theta": 20000', everything)]
+    changes += [("chat_template.jinja", "<|assistant|>", "<|model|>", everything)]
+    for *changed, again in changes:
+        asked.clear()
+        change(*changed)
+        assert main(["eval", str(copy), "--limit", "6"]) == 0
+        assert asked == again
+        assert len(contents(copy)) == len(before) + 4  # those with --limit 2
 
 
 class Says(LM):
@@ -106,6 +167,7 @@ def rows_of_ours(tmp_path) -> Path:
     """One folder with rows of the benchmarks in the documented forms."""
     questions = [("Who wrote Faust", ["Goethe"]), ("Where is ETH", ["Zürich", "Zurich"]), ("How many", ["1,234"])]
     closed = [{"question": question, "answers": answers} for question, answers in questions]
+    closed[0]["answers"] = "Goethe"  # a text is read as a list of one
     for name in ("triviaqa", "nq_open", "hotpotqa"):
         write_jsonl(tmp_path / f"{name}.jsonl", closed)
     write_jsonl(
@@ -121,6 +183,10 @@ def rows_of_ours(tmp_path) -> Path:
         ],
     )
     return tmp_path
+
+
+def _mmlu(subject: str, answer: int | str) -> dict:
+    return {"question": "Which?", "choices": ["p", "q", "r", "s"], "answer": answer, "subject": subject}
 
 
 def score_of(task: str, suite: str, answer, tiny, rows, monkeypatch, **settings):
@@ -159,6 +225,13 @@ def test_closed_book_answers(answer, correct, tiny, rows_of_ours, monkeypatch):
 def test_a_model_that_always_says_one_thing(task, suite, answer, value, tiny, rows_of_ours, monkeypatch):
     score, _ = score_of(task, suite, answer, tiny, rows_of_ours, monkeypatch)
     assert score.value == pytest.approx(value)
+
+
+def test_letters_are_read_as_answers(tiny, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "mmlu_test.jsonl", [_mmlu("anatomy", "C"), _mmlu("virology", "B")])
+    write_jsonl(tmp_path / "mmlu_dev.jsonl", [_mmlu(s, 0) for s in ("anatomy", "virology") for _ in range(5)])
+    score, _ = score_of("mmlu_0shot", "general", "C", tiny, tmp_path, monkeypatch)
+    assert score.value == 50
 
 
 def test_a_failed_generation_is_an_error_and_never_a_zero(tiny, rows_of_ours, monkeypatch):
@@ -254,26 +327,214 @@ def test_another_backend_gets_the_model_and_its_own_arguments(tiny, rows_of_ours
     assert main(["eval", str(tiny), *words, "--backend", "vllm", "--backend_args", '{"tensor_parallel_size": 2}']) == 0
     assert got["pretrained"] == str(tiny)
     assert got["tensor_parallel_size"] == 2
-    assert Scores.load(tiny / "scores/knowledge.json").settings["backend"] == "vllm"
+    assert scores_of(tiny)["knowledge"].of("nq_open").settings["backend"] == "vllm"
+    monkeypatch.setattr("lm_eval.api.registry.get_model", lambda _: pytest.fail("the model was opened again"))
+    assert main(["eval", str(tiny), *words, "--backend", "vllm", "--backend_args", '{"tensor_parallel_size": 2}']) == 0
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["none"], "none is neither a folder nor found on the Hub"),
-        (["TINY", "--tasks", "gsm8k"], "suite quick has no gsm8k, only facts, drift, task, kl"),
+        (
+            ["TINY", "--suite", "quick", "--tasks", "gsm8k"],
+            "suite quick has no gsm8k, only facts, drift, task, kl; --suite general ",
+        ),
+        (["TINY", "--tasks", "arc_eazy"], "lm-eval has no task 'arc_eazy', did you mean arc_easy or "),
+        (["TINY", "--tasks", "mine.yaml"], "there is no task file mine.yaml"),
         (
             ["TINY", "--suite", "knowledge", "--tasks", "triviaqa", "--data", "BAD"],
             "triviaqa.jsonl is not JSON Lines: line 2: ",
         ),
-        (["TINY", "--suite", "knowledge", "--tasks", "nq_open", "--data", "BAD"], "lack the field 'question'"),
-        (["EMPTY"], "has no weights to score"),
+        (
+            ["TINY", "--tasks", "nq_open", "--data", "BAD"],
+            "nq_open.jsonl, row 0 (the first is 0), question: Field required",
+        ),
+        (["TINY", "--tasks", "hellaswag", "--data", "BAD"], "row 1 (the first is 0), label: Field required"),
+        (
+            ["TINY", "--tasks", "mmlu_0shot", "--data", "BAD"],
+            "row 0 (the first is 0), answer: Input should be a valid integer",
+        ),
+        (["NAN"], "of its tensors hold NaN or infinity, model.norm.weight first"),
+        (["EMPTY"], "holds no weights: neither"),
     ],
 )
 def test_a_mistake_is_one_sentence(words, sentence, tiny, tmp_path, capsys):
     (tmp_path / "triviaqa.jsonl").write_text('{"question": "q"}\n{broken\n')
     (tmp_path / "nq_open.jsonl").write_text(json.dumps({"q": 1}) + "\n")
+    choices = {"query": "q", "choices": ["a", "b", "c", "d"]}
+    write_jsonl(tmp_path / "hellaswag.jsonl", [choices | {"label": 0}, choices])
+    for file in ("mmlu_test", "mmlu_dev"):
+        write_jsonl(tmp_path / f"{file}.jsonl", [_mmlu("anatomy", "E")])
     (tmp_path / "empty").mkdir()
-    names = {"TINY": str(tiny), "BAD": str(tmp_path), "EMPTY": str(tmp_path / "empty")}
+    names = {"TINY": str(tiny), "BAD": str(tmp_path), "EMPTY": str(tmp_path / "empty"), "NAN": str(tmp_path / "nan")}
+    if "NAN" in words:
+        shutil.copytree(tiny, tmp_path / "nan", ignore=shutil.ignore_patterns("scores"))
+        weights = tensors(tiny)
+        weights["model.norm.weight"][0] = float("nan")
+        save_file(weights, tmp_path / "nan/model.safetensors", {"format": "pt"})
     assert main(["eval", *(names.get(word, word) for word in words)]) == 2
     assert sentence in error_of(capsys)
+
+
+TASK = """
+task: own_sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{sum}} ="
+doc_to_choice: "{{options}}"
+doc_to_target: label
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+
+
+def test_a_task_of_ones_own_is_scored_from_its_file_and_again_when_its_rows_change(tiny, tmp_path, capsys, monkeypatch):
+    rows = [{"sum": f"{n}+1", "options": [str(n + 1), str(n)], "label": 0} for n in range(4)]
+    task = tmp_path / "sums.yaml"
+    task.write_text(TASK.replace("ROWS", str(write_jsonl(tmp_path / "rows.jsonl", rows))))
+    out = shutil.copytree(tiny, tmp_path / "tiny", ignore=shutil.ignore_patterns("scores"))
+    monkeypatch.setattr(module, "open_lm", lambda *_: Says(lambda prompt: prompt.removesuffix("+1 =")))
+    assert main(["eval", str(out), "--tasks", f"{task}", "facts", "--chat", "false", "--limit", "3"]) == 0
+    assert (scores_of(out)["lm_eval"].find("sums", "acc").value, scores_of(out)["quick"].find("facts").n) == (0, 9)
+    assert rows_of(out, "lm_eval", "sums")["answer"].tolist() == ["0", "1", "2"]
+    assert "acc is defined, but aggregation is not" in capsys.readouterr().err  # lm-eval's own warning
+    words = ["eval", str(out), "--chat", "false", "--limit", "3", "--tasks"]
+    write_jsonl(tmp_path / "rows.jsonl", [row | {"label": 1} for row in rows])
+    assert main([*words, str(task), f"{task}:acc_norm"]) == 0
+    found = [(score.task, score.metric, score.value) for score in scores_of(out)["lm_eval"].scores]
+    assert sorted(found) == [("sums", "acc", 100), ("sums", "acc_norm", 100), ("sums:acc_norm", "acc_norm", 100)]
+    assert main([*words, f"{task}:f1"]) == 2
+    assert "own_sums has no metric f1, only acc,none, acc_norm,none" in error_of(capsys)
+    group = tmp_path / "both.yaml"
+    group.write_text("group: both\ntask: [own_sums, other_sums]\n")
+    perplexity = (
+        "output_type: loglikelihood\ndoc_to_target: is {{options[label]}}\nmetric_list: [{metric: perplexity}]\n"
+    )
+    (tmp_path / "other.yaml").write_text(f"include: sums.yaml\ntask: other_sums\n{perplexity}")
+    assert main([*words, str(group)]) == 0  # a group without a score of its own: those of its tasks
+    found = {score.task: score for score in scores_of(out)["lm_eval"].scores}
+    assert (found["own_sums"].unit, found["other_sums"].unit, found["other_sums"].higher_is_better) == ("%", "", False)
+    assert rows_of(out, "lm_eval", "both")["task"].tolist() == ["own_sums"] * 3 + ["other_sums"] * 3
+
+
+def test_two_commands_at_once_keep_each_others_scores(tiny, tmp_path, monkeypatch):
+    def answer(prompt):  # while one scores, another one starts and ends
+        if not (tmp_path / "scores/quick").exists():
+            evaluate(str(tiny), "quick", Settings(tasks=["drift"], limit=1), tmp_path)
+        return ""
+
+    opened = iter([Says(answer), HFLM(pretrained=str(tiny), dtype="float32", device="cpu")])
+    monkeypatch.setattr(module, "open_lm", lambda *_: next(opened))
+    evaluate(str(tiny), "quick", Settings(tasks=["facts"], limit=1), tmp_path)
+    assert {score.task for score in scores_of(tmp_path)["quick"].scores} >= {"facts", "drift"}
+
+
+def test_an_adapter_depends_on_its_base_too(tiny, tmp_path):
+    base = shutil.copytree(tiny, tmp_path / "base", ignore=shutil.ignore_patterns("scores"))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    save_file({"a": torch.zeros(1)}, adapter / "adapter_model.safetensors")
+    before = subject_of(str(adapter), str(base))
+    save_file({name: tensor + 1 for name, tensor in tensors(base).items()}, base / "model.safetensors")
+    after = subject_of(str(adapter), str(base))
+    assert before.inputs["model"] == after.inputs["model"]
+    assert before.inputs["base"] != after.inputs["base"]
+
+
+def test_prompts_that_do_not_fit_are_counted(tiny, rows_of_ours, tmp_path, capsys):
+    long = {"question": "word " * 3000, "answers": ["x"]}
+    write_jsonl(rows_of_ours / "nq_open.jsonl", [long, {"question": "q", "answers": ["x"]}])
+    settings = Settings(tasks=["nq_open"], data=str(rows_of_ours), max_gen_toks=4, backend_args={"max_length": 512})
+    evaluate(str(tiny), "knowledge", settings, tmp_path / "out")
+    assert "nq_open: 1 of 2 prompts were longer than the context" in capsys.readouterr().out
+    assert scores_of(tmp_path / "out")["knowledge"].of("nq_open").truncated == {"nq_open": 1}
+
+
+def test_a_model_without_weights_is_skipped_and_the_others_are_scored(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "open_lm", lambda *_: Says(""))
+    (tmp_path / "unfinished").mkdir()
+    folders = [shutil.copytree(tiny, tmp_path / name, ignore=shutil.ignore_patterns("scores")) for name in "ac"]
+    models = [str(folders[0]), str(tmp_path / "unfinished"), str(folders[1])]
+    assert main(["eval", *models, "--tasks", "facts", "--limit", "2"]) == 1
+    assert f"not scored: {models[1]}" in capsys.readouterr().out
+    assert all(scores_of(folder)["quick"].find("facts") for folder in folders)
+
+
+def test_a_model_of_the_hub_has_a_folder_that_no_run_is_called(tiny):
+    assert folder_of("acme/hft") == Path("runs/models--acme--hft") != folder_of("other/hft")
+    assert folder_of(str(tiny)) == tiny
+
+
+def test_a_rendered_prompt_gets_no_second_bos(tiny, tmp_path):
+    """A template that writes no BOS, on a tokenizer that adds one: trained ids have none."""
+    folder = shutil.copytree(tiny, tmp_path / "tiny", ignore=shutil.ignore_patterns("scores"))
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    rows = write_jsonl(tmp_path / "gsm8k_test.jsonl", [{"question": "6*7?", "answer": "#### 42"}]).parent
+    tokenizer, seen = AutoTokenizer.from_pretrained(folder), []
+    adds = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = adds
+    tokenizer.save_pretrained(folder)
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+    class Sees(HFLM):
+        def generate_until(self, requests, **_):
+            seen.append(self.tok_encode(requests[0].args[0]))
+            return [""] * len(requests)
+
+    [known] = [benchmark for benchmark in SUITES["general"] if benchmark.name == "gsm8k"]
+    for chat, rendered in ((True, False), (False, True), (False, False)):
+        lm = Sees(pretrained=str(folder), dtype="float32", device="cpu")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "open_lm", lambda *_, lm=lm: lm)
+            benchmarks = [replace(known, rendered=rendered)]
+            evaluate(str(folder), "general", Settings(data=str(rows), chat=chat), benchmarks=benchmarks)
+    assert [ids[0] == tokenizer.bos_token_id for ids in seen] == [False, False, True]
+
+
+def test_alpaca_writes_answers_for_the_judge_and_reads_its_leaderboard(run, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "alpaca_eval.jsonl", [{"instruction": "Say hi", "dataset": "d"}] * 3).parent
+    words = ["eval", str(run), "--suite", "alpaca", "--data", str(data), "--max_gen_toks", "4"]
+    assert main([*words, "--limit", "1"]) == main(words) == 0
+    command = next(line for line in capsys.readouterr().out.splitlines()[::-1] if "alpaca_eval --model_outputs" in line)
+    outputs = Path(command.split()[3])
+    answers = json.loads(outputs.read_text())
+    assert [sorted(answer) for answer in answers] == [["dataset", "generator", "instruction", "output"]] * 3
+    board = outputs.parent / command.split()[-1] / "leaderboard.csv"  # as alpaca-eval 0.6.6 writes it
+    board.parent.mkdir()
+    columns = "win_rate,standard_error,n_wins,n_wins_base,n_draws,n_total,discrete_win_rate,mode,avg_length"
+    row = f"{answers[0]['generator']},5.5,0.7,40,760,5,805,5.3,community,900,6.25,0.4"
+    board.write_text(
+        f",{columns},length_controlled_winrate,lc_standard_error\ngpt4_turbo,50,0,0,0,805,805,50,minimal,2049,50,0\n{row}\n"
+    )
+    assert main(words) == 0
+    scores = scores_of(run)["alpaca"]
+    found = {score.metric: (score.value, score.stderr, score.n) for score in scores.scores}
+    assert found == {"length_controlled_winrate": (6.25, 0.4, 805), "win_rate": (5.5, 0.7, 805)}
+    board.write_text(f",{columns}\n")
+    assert main(words) == 2
+    assert "leaderboard.csv has no scores of" in error_of(capsys)
+
+
+def test_a_base_and_its_run_answer_side_by_side(run, tiny, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["generate", str(run), "--max_new_tokens", "6"]) == 0
+    text = capsys.readouterr().out
+    names = next(line for line in text.splitlines() if " | " in line)
+    assert [name.strip()[-9:] for name in names.split(" | ")] == [str(tiny)[-9:], str(run)[-9:], "eference)"]
+    saved = read_jsonl(run / "scores/answers.jsonl")
+    assert [row["reference"] for row in saved] == [row["messages"][-1]["content"] for row in held_out_rows(run)[:3]]
+    # What the models themselves say, one prompt at a time and without padding.
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    for name, folder in (("answer", run), ("base_answer", tiny)):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for row in saved:
+            chat = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_tensors="pt")
+            made = model.generate(**chat, max_new_tokens=6, do_sample=False)[0, chat["input_ids"].shape[1] :]
+            assert row[name] == tokenizer.decode(made, skip_special_tokens=True).strip()
+    assert main(["generate", str(run), "--prompt", "Hi", "Who?", "--base", "false", "--max_new_tokens", "3"]) == 0
+    assert [row["base_answer"] for row in read_jsonl(run / "scores/answers.jsonl")] == [None, None]
+    assert main(["generate", str(tiny)]) == 2
+    assert "say what to ask with --prompt" in error_of(capsys)

@@ -2,13 +2,13 @@
 
 import re
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hft.cli import main
 from hft.errors import HFTError
+from hft.evaluation.alpaca import ALPACA, COLUMNS, TASK
 from hft.evaluation.suites import SUITES
 from hft.record.scores import Score, Scores
 from hft.reporting.paper import find_table, measure_row, rows_of_run, tables
@@ -82,6 +82,7 @@ def test_tables_agree_on_the_runs_that_they_share():
 def test_every_column_is_a_score_that_the_evaluation_saves():
     saved = {(suite, one.name, metric) for suite, found in SUITES.items() for one in found for metric in one.metrics}
     saved |= {("trace", "op", "op"), ("trace", "bwt", "bwt")}  # by a sequence (tests/continual/test_sequence.py)
+    saved |= {(ALPACA, TASK, metric) for metric in COLUMNS}
     for table in tables().values():
         assert set(table.scores.values()) <= saved, table.name
         assert table.name in NOT_SCORED or not (set(table.columns) - set(table.means) - set(table.scores))
@@ -94,10 +95,10 @@ def test_runtimes_and_their_differences_agree():
         assert float(row.label.removesuffix("%")) == trained
 
 
-def save(folder: Path, suite: str, **values: float) -> None:
+def save(folder: Path, suite: str, settings: dict | None = None, **values: float) -> None:
     """Scores of some tasks with a standard error of 3; a metric follows its task after two underscores."""
     scores = [Score(*name.split("__"), value, stderr=3.0, n=100) for name, value in values.items()]
-    Scores(suite, str(folder), "sha", "bfloat16", scores=scores).save(folder)
+    Scores(suite, str(folder), "sha", "bfloat16", settings or {}, scores=scores).save(folder)
 
 
 @pytest.fixture
@@ -165,14 +166,13 @@ def test_the_command_prints_commands_the_papers_numbers_and_ours(runs, capsys):
 
 def test_scores_of_some_rows_only_are_marked(tmp_path, capsys):
     run = "llama2-7b-sft-hft"
-    save(tmp_path / run, "knowledge", nq_open__exact_match=7.0, triviaqa__exact_match=30.0)
-    scores = Scores.load(tmp_path / run / "scores" / "knowledge.json")
-    replace(scores, settings={"limit": 100}).save(tmp_path / run)
+    numbers = {"nq_open__exact_match": 7.0, "triviaqa__exact_match": 30.0}
+    save(tmp_path / run, "knowledge", settings={"limit": 100}, **numbers)
     assert main(["paper", "2", "--model", "llama2-7b", "--runs", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "7.0±3.0*" in text
     assert "* on some of the rows only (--limit)" in text
-    scores.save(tmp_path / run)
+    save(tmp_path / run, "knowledge", **numbers)  # other settings are another file, and all rows win
     assert main(["paper", "2", "--model", "llama2-7b", "--runs", str(tmp_path)]) == 0
     assert "*" not in capsys.readouterr().out
 

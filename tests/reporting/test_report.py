@@ -130,7 +130,7 @@ def test_every_section_is_there_when_its_data_is(runs, tmp_path):
         runs["hft-a"],
         runs["fft"],
         runs["diff"],
-        benchmarks(tmp_path / "Llama-2-7b-hf", 0.5, "meta/Llama-2-7b-hf"),
+        benchmarks(tmp_path / "models--meta-llama--Llama-2-7b-hf", 0.5, "meta/Llama-2-7b-hf"),
     ]
     for fraction, name in ((0.25, "a"), (0.75, "b")):
         folders.append(copied(runs["hft-b"], tmp_path / name, method="hft-ratio", attention_fraction=fraction))
@@ -178,7 +178,7 @@ def test_every_section_is_there_when_its_data_is(runs, tmp_path):
 def test_the_papers_number_stands_beside_ours(tmp_path):
     folders = [
         benchmarks(tmp_path / name, more, "meta-llama/Llama-2-7b-hf")
-        for name, more in (("Llama-2-7b-hf", 0.5), ("another-copy", 1.5))
+        for name, more in (("models--meta-llama--Llama-2-7b-hf", 0.5), ("another-copy", 1.5))
     ]
     _, text = report(tmp_path / "out", folders[0])
     row = table(text, "Llama-2-7b-hf: general ability")["base"]
@@ -191,8 +191,10 @@ def test_the_papers_number_stands_beside_ours(tmp_path):
 
 def test_the_papers_number_is_of_the_same_metric(tmp_path):
     scores = [Score("gsm8k", metric, 12.5, 1.0, 200) for metric in ("exact_match", "exact_match_strict")]
-    Scores("general", "x/Llama-2-7b-hf", "0" * 64, "bfloat16", scores=scores).save(tmp_path / "Llama-2-7b-hf")
-    _, text = report(tmp_path / "out", tmp_path / "Llama-2-7b-hf")
+    Scores("general", "x/Llama-2-7b-hf", "0" * 64, "bfloat16", scores=scores).save(
+        tmp_path / "models--meta-llama--Llama-2-7b-hf"
+    )
+    _, text = report(tmp_path / "out", tmp_path / "models--meta-llama--Llama-2-7b-hf")
     row = table(text, "Llama-2-7b-hf: general ability")["base"]
     assert row["GSM8K, exact match"] == "12.5 (se 1.0, paper 12.0)"
     assert row["GSM8K, exact match strict"] == "12.5 (se 1.0)"

@@ -58,7 +58,8 @@ def test_a_finished_run_is_pushed_without_a_path_of_this_machine(finished, tiny,
     assert "pushed to https://huggingface.co/me/mine" in capsys.readouterr().out
     pushed = hub / "me" / "mine"
     names = {path.relative_to(pushed).as_posix() for path in pushed.rglob("*") if path.is_file()}
-    assert {"model.safetensors", "hft_manifest.json", "config.yaml", "README.md", "scores/quick.json"} <= names
+    assert {"model.safetensors", "hft_manifest.json", "config.yaml", "README.md"} <= names
+    assert any(re.fullmatch(r"scores/quick/drift-\w+\.json", name) for name in names)
     assert {"config.json", "tokenizer.json", "chat_template.jinja", "results.json", "selection.png"} <= names
     assert not [name for name in names if "checkpoint" in name or name in ("training_args.bin", "wandb_run.json")]
     here = [str(tmp_path), str(data), str(tiny.parent), str(Path.home())]

@@ -13,15 +13,17 @@ def choice(doc, results) -> dict[str, float]:
     return {"acc": correct, "acc_centered": (correct - chance) / (1 - chance), "choice_loss": total - scores[label]}
 
 
-def per_token(doc, results) -> float:
-    """Minus the mean over a row's tokens of what the model returns for the row: nats per token."""
-    ((total, _),) = results
-    return -total / doc["tokens"]
-
-
 def loss(doc, results) -> dict[str, float]:
-    return {"loss": per_token(doc, results)}
+    """Nats per token of a text."""
+    ((total, _),) = results
+    return {"loss": -total / doc["tokens"]}
+
+
+def answer_loss(doc, results) -> dict[str, float]:
+    ((mean, _),) = results
+    return {"loss": mean}
 
 
 def kl(doc, results) -> dict[str, float]:
-    return {"kl": per_token(doc, results)}
+    ((mean, _),) = results
+    return {"kl": mean}
