@@ -70,7 +70,7 @@ def probes(content: dict[str, Any], start: Path, out: Path) -> tuple[Rows, list[
     texts, problems = general_texts()[:limit], read_jsonl(out / "data" / "tests.jsonl")[:limit]
     questions = [q for make in (facts.capitals, facts.currencies, facts.elements) for q in list(make()["test"])[:limit]]
     rows = {
-        "new": [row(its["context"], its["answer"]) for its in answer_rows(problems, tokenizer, tokenizer)],
+        "new": [row(its["context"], its["answer"]) for its in answer_rows(problems, tokenizer)],
         "text": [row(its["context"], its["answer"]) for its in text_rows(texts, tokenizer)],
         "facts": [],
     }
