@@ -45,7 +45,7 @@ MERGES := $(basename $(notdir $(wildcard recipes/merges/*.yaml)))
 $(if $(MODELS),$(if $(wildcard recipes/$(MODEL)/*.yaml),,$(error MODEL=$(MODEL) is not among the recipes: $(MODELS))))
 
 .PHONY: help install cpi eval report forgetting bench sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo \
-	lint test test-slow test-gpu audit clean clean-runs
+	lint test test-slow test-gpu audit docs clean clean-runs
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PRECIOUS: models/%/config.json
@@ -69,12 +69,12 @@ help:
 	@echo "  MERGE   $(MERGES)"
 	@echo "make report [RUNS='runs/a runs/b'] [ARGS=...]    runs side by side, as a page: report/report.html"
 	@echo "NUM_GPUS=n ENGINE=fsdp2|zero3|ddp    by default all visible GPUs, with fsdp2, or ddp for what cannot be sharded"
-	@echo "make install | test | lint | test-slow | test-gpu | audit | clean | clean-runs"
+	@echo "make install | test | lint | test-slow | test-gpu | audit | docs | clean | clean-runs"
 
 # A target that does not exist: the nearest one that does.
 TARGETS := $(foreach one,sft dpo kto trace,$(addprefix $(one)-,$(METHODS))) $(addprefix cpi-,$(ARMS)) \
 	$(addprefix merge-,$(MERGES)) help install trace-mini cpi eval report forgetting bench sweep-ratios sweep-seeds runtimes \
-	reset reset-sft reset-dpo lint test test-slow test-gpu audit clean clean-runs
+	reset reset-sft reset-dpo lint test test-slow test-gpu audit docs clean clean-runs
 NEAREST := import difflib, sys; near = difflib.get_close_matches(sys.argv[1], sys.argv[2:], n=1); \
 	sys.exit(f"no target {sys.argv[1]}, did you mean {near[0]}?" if near else f"no target {sys.argv[1]}; make lists them")
 
@@ -203,9 +203,20 @@ audit: $(INSTALLED)
 	@echo "asking pypi.org; this needs the network"
 	$(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt $(ARGS)
 
+# The documentation as a site, site/index.html. MkDocs is in a separate environment; the build needs no network and fails
+# on a broken link.
+docs: $(VENV)/docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build $(ARGS)
+	@echo "open site/index.html"
+
+$(VENV)/docs/.installed:
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.7,<10' 'mkdocstrings[python]>=1,<2' ruff
+	@touch $@
+
 # What can be made again. Runs take hours: `make clean-runs` lists them and asks.
 clean:
-	rm -rf data/sft data/dpo data/tasks models/tiny models/smollm2-135m report .pytest_cache .ruff_cache
+	rm -rf data/sft data/dpo data/tasks models/tiny models/smollm2-135m report site .pytest_cache .ruff_cache
 
 clean-runs:
 	@ls -d runs/* wandb 2>/dev/null || { echo "no runs here"; exit 0; }; printf 'remove these? [y/N] '; read answer; \
