@@ -112,7 +112,9 @@ def methods_page():
         )[0]
         papers = dict.fromkeys(re.findall(r"arXiv (\d{4}\.\d{5})", comment))
         sources = [f"[{number}](https://arxiv.org/abs/{number})" for number in papers]
-        sources += dict.fromkeys(re.findall(r"(?:Table|Figure|section) \d+(?:\.\d+)*|A\.\d+\.\d+", comment))
+        sources += dict.fromkeys(
+            re.findall(r"(?:Tables?|Figure|section) \d+(?:\.\d+)*(?:(?:, | and )\d+)*|A\.\d+\.\d+", comment)
+        )
         rows.append(f"| [{path.stem}](#{path.stem}) | {sentence.rstrip('.')} | {', '.join(sources)} |")
         listings.append(f"## {path.stem}\n\n```yaml\n{text}```\n")
     intro = (
