@@ -1,4 +1,4 @@
-"""Half fine-tuning in a training loop of one's own: select, freeze, verify."""
+"""Half fine-tuning in your own training loop: select, freeze, verify."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def select(model: PreTrainedModel | Anatomy, config: SelectionConfig | None = No
 def freeze(model: PreTrainedModel, selection: Selection) -> Frozen:
     """Set `requires_grad` of every parameter by a selection. Call it before the optimizer is built.
 
-    What is frozen loses a gradient that it has. The optimizer should get only parameters that require a gradient, or
-    skip those without one, as torch's do. Give a model in half precision fp32 master weights as usual: at 2e-5 most
+    Gradients of frozen parameters are cleared. Give the optimizer only parameters that require a gradient, or one that
+    skips those without, as torch's do. Give a model in half precision fp32 master weights as usual: at 2e-5 most
     updates round away in bf16.
 
     Returns:

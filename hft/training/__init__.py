@@ -12,7 +12,7 @@ __all__ = ["HFTDPOTrainer", "HFTSFTTrainer", "HalfFineTuning", "half", "with_ada
 
 @functools.cache
 def half(trainer: type) -> type:
-    """The class that half fine-tunes as a trainer trains: any of TRL's, or a subclass of one.
+    """A subclass of a trainer that half fine-tunes: of any of TRL's trainers, or of your own subclass of one.
 
     It takes the trainer's own arguments, by name, and those of `HalfFineTuning`:
 
@@ -23,7 +23,7 @@ def half(trainer: type) -> type:
 
 @functools.cache
 def with_adapter(trainer: type) -> type:
-    """The class that trains one of PEFT's adapters as a trainer trains; it takes an `adapter` (`AdapterTuning`)."""
+    """A subclass of a trainer that trains one of PEFT's adapters; it takes an `adapter` (`AdapterTuning`)."""
     return extended(AdapterTuning, trainer, f"Adapter{trainer.__name__}")
 
 
