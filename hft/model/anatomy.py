@@ -124,6 +124,7 @@ class Anatomy:
 
     @functools.cached_property
     def layers(self) -> list[list[Unit]]:
+        """The units of each layer."""
         layers: list[list[Unit]] = [[] for _ in range(self.num_layers)]
         for unit in self.units:
             layers[unit.layer].append(unit)

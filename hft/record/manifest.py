@@ -31,8 +31,9 @@ class Manifest:
     Attributes:
         base: the model that the round started from, an absolute path or a Hub id.
         selection: the config that the selection was made from, with seed and round; or the adapter's settings.
-        trained_units, frozen_units: their names, in model order.
-        trained_parameters: their names, those outside the layers included.
+        trained_units: names of the units that train, in model order.
+        frozen_units: names of the others.
+        trained_parameters: names, those outside the layers included.
         frozen_checksums: SHA-256 of each frozen parameter, by name (`hft.model.weights.checksum`). A partly frozen one
             is among the trained parameters too; its checksum is that of its frozen elements.
         trainable_fraction: that of the layers and of the whole model.
@@ -40,7 +41,8 @@ class Manifest:
         earlier: base, selection and frozen units of the rounds that led to the base, oldest first.
         revision: the Hub revision of the base, if one was asked for.
         masks: SHA-256 of the mask of each partly frozen parameter; the masks are in `hft_masks.safetensors`.
-        update, strategy: how the trained weights moved, and what each step did beside its rows (their `record()`).
+        update: how the trained weights moved (`Update.record()`).
+        strategy: what each step did beside its rows (`Strategy.record()`).
         moved: parameters that training changed in memory, of those that the base alone holds on disk: an adapter's own
             and none of the base, or none of the frozen ones.
         only_trained: whether the folder holds only the tensors that train, wholly or in part (`save_only_trained`).

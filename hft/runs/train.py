@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 def train(plan: RunPlan) -> RunResult:
     """Train, save, evaluate and verify a run; a run that is finished is only verified again.
 
-    Nothing is deleted or written before the trainer stands, but a folder OUT/importance where the base is scored.
-    Several runs can follow each other in one process, also under DDP: the process group is left as it is.
+    Nothing is deleted or written before the trainer is built, except OUT/importance, where a run scores its base.
+    Several runs can follow each other in one process, also under DDP: the process group stays up.
 
     Returns:
         The result, the same in every process.

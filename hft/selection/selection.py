@@ -141,6 +141,7 @@ class Selection:
     frozen_outside: frozenset[str] = frozenset()
 
     def trains(self, unit: Unit) -> bool:
+        """Whether a unit trains, wholly or in part."""
         return unit.name in self.trained_units
 
     def record(self) -> dict[str, Any]:
