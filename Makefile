@@ -73,7 +73,7 @@ help:
 
 # A target that does not exist: the nearest one that does.
 TARGETS := $(foreach one,sft dpo kto trace,$(addprefix $(one)-,$(METHODS))) $(addprefix cpi-,$(ARMS)) \
-	$(addprefix merge-,$(MERGES)) help install trace-mini cpi eval report forgetting bench sweep-ratios sweep-seeds runtimes \
+	$(addprefix merge-,$(MERGES)) help install cpi eval report forgetting bench sweep-ratios sweep-seeds runtimes \
 	reset reset-sft reset-dpo lint test test-slow test-gpu audit docs clean clean-runs
 NEAREST := import difflib, sys; near = difflib.get_close_matches(sys.argv[1], sys.argv[2:], n=1); \
 	sys.exit(f"no target {sys.argv[1]}, did you mean {near[0]}?" if near else f"no target {sys.argv[1]}; make lists them")
