@@ -41,6 +41,7 @@ COMMANDS = OBJECTIVE_COMMANDS | {
     "diff": ("hft.merging.diff:main", "how far models have moved from where they started, by layer and block"),
     "eval": ("hft.evaluation.command:main", "score models with lm-evaluation-harness"),
     "generate": ("hft.evaluation.generate:main", "answers of runs and their bases to the same prompts, side by side"),
+    "compare": ("hft.reporting.compare:main", "what tells scored models apart on the same rows, and what does not"),
     "paper": (
         "hft.reporting.paper_command:paper",
         "print the paper's tables, their commands, and your scores beside them",

@@ -1,20 +1,26 @@
 """Load run folders; group runs that differ only in seed."""
 
+from __future__ import annotations
+
+import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hft.errors import HFTError, reason
 from hft.objectives import OBJECTIVES, find_objective
 from hft.record.checkpoints import TRAINER_STATE, checkpoints
 from hft.record.manifest import MANIFEST_NAME, Manifest
-from hft.record.scores import SuiteScores, scores_of
+from hft.record.scores import SuiteScores, rows_of, scores_of
 from hft.reporting.measure import Column, Measured, measure
 from hft.reporting.paper import SEED_IN_NAME
 from hft.runs.config import is_neutral, read_saved_config, replaced_keys
 from hft.runs.result import CONFIG_NAME, RESULTS_NAME, RunResult
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SEEDS = ("selection_seed", "seed", "data_seed")
 ORIGINS = ("base", "model_name_or_path", "tuned", "models")  # settings that name other models
@@ -37,6 +43,17 @@ class LoadedRun:
     steps: dict[int, dict[str, SuiteScores]] = field(default_factory=dict)  # those of checkpoints, by step
     losses: list[tuple[int, float]] = field(default_factory=list)  # step and training loss, as logged
     optimizer_bytes: int | None = None  # in the last checkpoint
+
+    @functools.cached_property
+    def rows(self) -> Callable[[str, str], DataFrame | None]:
+        """The rows behind its scores by suite and task, each read once (`hft.record.scores.rows_of`)."""
+        return functools.cache(functools.partial(rows_of, self.folder))
+
+    @functools.cached_property
+    def order(self) -> tuple[int | None, int | None]:
+        """What seeds the order of its batches."""
+        config = run_config(self.folder)
+        return config.get("seed"), config.get("data_seed")
 
     @property
     def objective(self) -> str:

@@ -6,110 +6,120 @@ import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from hft.errors import HFTError
+from hft.evaluation.subject import folder_of
 from hft.machine import say
-from hft.record.identity import differences
-from hft.record.scores import Score, Scores, rows_of
-from hft.reporting.collect import Group, LoadedRun, collect, run_config
-from hft.reporting.measure import Key
+from hft.record.scores import Scores
+from hft.reporting.collect import Group, LoadedRun, collect
+from hft.reporting.columns import columns_of
+from hft.reporting.measure import Column, Key
 from hft.reporting.paired import Difference, difference
 from hft.text import aligned
+
+# Settings that name what other parts of a score's record hold by content.
+NAMES = ("base", "task_data", "data")
+# These only choose rows, and those that both answered are compared.
+CHOOSE_ROWS = ("limit", "paper_subsets")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One score of two groups of runs on the same rows."""
+    """A score, or the mean of some, of two groups of runs on the same rows."""
 
-    score: Score  # of the first run, for names, unit and direction
-    before: float  # means over rows and seeds
-    after: float
+    column: Column
     difference: Difference
+    scored: int  # rows that either of the two first runs answered
 
     @property
     def better(self) -> bool | None:
         """Whether the second group is better; None if the groups are not told apart."""
         found = self.difference
-        return (found.mean > 0) == self.score.higher_is_better if found.told_apart else None
+        return (found.mean > 0) == self.column.higher_is_better if found.told_apart else None
+
+    def sentence(self, before: str, after: str) -> str:
+        """What it says."""
+        found, unit = self.difference, self.column.unit
+        seeds = "n = 1 seed" if found.seeds == (1, 1) else "{} and {} seeds".format(*found.seeds)
+        rows = f"{found.rows:,} rows" + (f" that both answered of {self.scored:,}" if found.rows < self.scored else "")
+        test = "McNemar's p" if found.gained is not None else "p"
+        numbers = "95% interval {:+.3g} to {:+.3g}".format(*found.interval)
+        numbers += f", {test} = {found.p:.2g}, {rows}, {seeds}"
+        if self.better is None:
+            power = f"; this n would show {found.detectable:.2g} {unit} in 80% of experiments" if found.se else ""
+            return f"{self.column.name}: not told apart ({numbers}){power}"
+        word = "better" if self.better else "worse"
+        return f"{self.column.name}: {after} is {word} than {before} by {abs(found.mean):.3g} {unit} ({numbers})"
 
 
-def compare(before: Group, after: Group, key: Key) -> Comparison | str | None:
-    """Compare two groups on one score; a sentence if they cannot be compared, None if either was not scored."""
+def compare(before: Group, after: Group, column: Column) -> Comparison | str | None:
+    """Compare two groups on a column; a sentence if they cannot be compared, None if either was not scored."""
+    runs = [sorted(group.runs, key=lambda run: str(run.order)) for group in (before, after)]
+    tasks = [values_of([*runs[0], *runs[1]], key) for key in column.keys]
+    for found in tasks:
+        if found is None or isinstance(found, str):
+            return found
+    orders, first = [[run.order for run in group] for group in runs], len(runs[0])
+    matched = orders[0] == orders[1] and len(set(orders[0])) == first > 1  # they saw the same batches one by one
+    groups = [values[:first] for values, _ in tasks], [values[first:] for values, _ in tasks]
+    return Comparison(column, difference(*groups, matched=matched), sum(count for _, count in tasks))
+
+
+def values_of(runs: Sequence[LoadedRun], key: Key) -> tuple[np.ndarray, int] | str | None:
+    """The values of runs on the rows that all answered, of shape (runs, rows), and the number of rows that any did."""
     suite, task, metric = key
-    runs = [*before.runs, *after.runs]
     scored = [run.scores[suite].of(task) if suite in run.scores else None for run in runs]
-    if None in scored:
+    if None in scored or None in (one.find(task, metric) for one in scored):
         return None
-    if unlike := conditions_that_differ(scored):
-        return f"{task} was scored under other conditions ({', '.join(unlike)}); score the models alike to compare them"
-    tables = [rows_of(run.folder, suite, task) for run in runs]
+    for run, one in zip(runs, scored, strict=True):
+        if unlike := conditions_that_differ(scored[0], one):
+            both = f"{runs[0].folder.name} and {run.folder.name}"
+            return f"{task}: no difference, {both} were scored under other conditions ({', '.join(unlike)})"
+    tables = [run.rows(suite, task) for run in runs]
     if without := [run.folder.name for run, table in zip(runs, tables, strict=True) if table is None]:
-        return f"the rows of {task} were not kept for {without[0]}; score it again with --log_samples true"
+        return f"{task}: no difference, the rows of {without[0]} were not kept; score it again with --log_samples true"
     if any(metric not in table or not pd.api.types.is_numeric_dtype(table[metric]) for table in tables):
-        return None  # a number of the whole benchmark, not of its rows
-    values = pd.concat([table.set_index("row")[metric] for table in tables], axis=1, join="inner").dropna()
-    if len(values) < 2:
-        return f"fewer than two rows of {task} were scored by all models"
-    groups = values.to_numpy().T[: len(before.runs)], values.to_numpy().T[len(before.runs) :]
-    score = scored[0].find(task, metric)
-    return Comparison(score, *(group.mean() for group in groups), difference(*groups, matched=matched(before, after)))
+        return f"{task}, {metric}: no difference, it is a number of the whole benchmark and not of its rows"
+    values = pd.concat([table.set_index("row")[metric] for table in tables], axis=1)
+    shared = values.dropna()
+    if len(shared) < 2:
+        return f"{task}: no difference, {len(shared)} of its rows was answered by all models; score them on the same"
+    return shared.to_numpy().T, len(values)
 
 
-def conditions_that_differ(scored: Sequence[Scores]) -> list[str]:
-    """The names of the conditions under which some scores were measured that are not the same for all."""
-    conditions = [
-        {"settings": one.settings, "rows": one.data, "versions": one.versions, "dtype": one.dtype}
-        | {"benchmark": one.inputs.get("benchmark")}
-        for one in scored
-    ]
-    return sorted({name for other in conditions[1:] for name in differences(conditions[0], other)})
+def conditions_that_differ(first: Scores, other: Scores) -> list[str]:
+    """The conditions under which two scores were measured and that are not the same."""
 
+    def conditions(scores: Scores) -> dict[str, Any]:
+        settings = {key: value for key, value in scores.settings.items() if key not in (*NAMES, *CHOOSE_ROWS)}
+        known = settings | scores.versions | {"dtype": scores.dtype, "rows": scores.data}
+        return known | {key: scores.inputs.get(key) for key in ("benchmark", "kl_base")}
 
-def matched(before: Group, after: Group) -> bool:
-    """Whether the runs of two groups saw the same batches one by one."""
-    orders = [[order_of_batches(run) for run in group.runs] for group in (before, after)]
-    return len(orders[0]) > 1 and orders[0] == orders[1] and len(set(orders[0])) == len(orders[0])
-
-
-def order_of_batches(run: LoadedRun) -> tuple[int | None, ...]:
-    config = run_config(run.folder)
-    return config.get("seed"), config.get("data_seed")
+    one, two = conditions(first), conditions(other)
+    differ = sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))
+    by_digest = ("rows", "benchmark", "kl_base")
+    return [key if key in by_digest else f"{key} {one.get(key)} and {two.get(key)}" for key in differ]
 
 
 def comparisons(before: Group, after: Group) -> Iterator[Comparison | str]:
-    """All scores that both groups have, in the order of the first one's; what cannot be compared is said once."""
-    said = set()
-    for suite, found in before.first.scores.items():
-        for score in found.scores:
-            one = compare(before, after, (suite, score.task, score.metric))
-            if one is not None and one not in said:
-                said.add(one if isinstance(one, str) else "")
-                yield one
-
-
-def sentence(one: Comparison, before: str, after: str) -> str:
-    """What a comparison says."""
-    score, found = one.score, one.difference
-    low, high = found.interval
-    seeds = f" and {found.seeds} seeds" if found.seeds > 1 else ", n = 1 seed"
-    name = f"{score.task} ({score.metric})"
-    interval = f"95% interval {low:+.3g} to {high:+.3g}, {found.rows:,} rows{seeds}"
-    if one.better is None:
-        return f"{name}: not told apart ({interval}); these rows would show {found.detectable:.2g} {score.unit}"
-    word = "better" if one.better else "worse"
-    return f"{name}: {after} is {word} than {before} by {abs(found.mean):.3g} {score.unit} ({interval})"
+    """All columns that both groups have; what cannot be compared is said once."""
+    columns = [column for of_suite in columns_of([before, after]).values() for column in of_suite]
+    yield from dict.fromkeys(found for column in columns if (found := compare(before, after, column)) is not None)
 
 
 def table(found: Iterable[Comparison], before: str, after: str) -> str:
-    rows = [["", "metric", before, after, "difference", "95% interval", "p", "gained/lost", "rows", "seeds"]]
+    rows = [["", "unit", before, after, "difference", "se", "95% interval", "p", "gained/lost", "rows", "seeds"]]
     for one in found:
-        score, delta = one.score, one.difference
-        low, high = delta.interval
+        delta = one.difference
+        digits = 2 if one.column.unit == "%" else 4
+        cells = [f"{value:.{digits}f}" for value in (delta.before, delta.after)]
+        cells += [f"{delta.mean:+.{digits}f}", f"{delta.se:.{digits}f}"]
+        cells += [" to ".join(f"{end:+.{digits}f}" for end in delta.interval), f"{delta.p:.2g}"]
         flips = "" if delta.gained is None else f"{delta.gained}/{delta.lost}"
-        cells = [f"{one.before:.3f}", f"{one.after:.3f}", f"{delta.mean:+.3f}", f"{low:+.3f} to {high:+.3f}"]
-        rows.append([score.task, score.metric, *cells, f"{delta.p:.3g}", flips, f"{delta.rows:,}", str(delta.seeds)])
+        rows.append([one.column.name, one.column.unit, *cells, flips, f"{delta.rows:,}", "{}, {}".format(*delta.seeds)])
     return aligned(rows, left=2)
 
 
@@ -118,22 +128,37 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="hft compare",
         description="Compare models that answered the same rows with the first one: paired differences with their 95% "
-        "intervals over rows and seeds. Runs that differ only in their seeds are one group. gained/lost are rows that "
-        "became right and wrong; p is McNemar's for them, otherwise that of the paired t-test.",
+        "intervals over rows and seeds. Runs that differ only in their seeds are one group, unless there is no other. "
+        "gained/lost are rows that went up and down, of right and wrong answers; p is then McNemar's, otherwise that "
+        "of a paired t-test.",
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, merge or model that hft eval scored")
-    folders = parser.parse_args(arguments).runs
-    found, order = collect(folders), [Path(folder).resolve() for folder in folders]
-    groups = sorted(found.groups, key=lambda group: min(order.index(run.folder) for run in group.runs))
-    if len(groups) < 2:
-        raise HFTError("give two models that differ in more than their seeds: hft compare RUN RUN [RUN ...]")
-    first, *others = groups
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run, merge or model that hft eval scored")
+    first, *others = groups_of(parser.parse_args(arguments).runs)
     for other in others:
-        names = [group.label if len(found.models) == 1 else group.first.folder.name for group in (first, other)]
+        names = [group.label for group in (first, other)]
+        if len(set(names)) < len(names) or first.first.model != other.first.model:
+            names = [group.first.folder.name for group in (first, other)]
         parts = list(comparisons(first, other))
         if not parts:
             raise HFTError(f"{names[0]} and {names[1]} have no score in common; run hft eval on both")
         numbers = [part for part in parts if isinstance(part, Comparison)]
         notes = [part for part in parts if isinstance(part, str)]
-        say(*([table(numbers, *names), ""] if numbers else []), *(sentence(one, *names) for one in numbers), *notes, "")
+        say(*([table(numbers, *names), ""] if numbers else []), *(one.sentence(*names) for one in numbers), *notes, "")
     return 0
+
+
+def groups_of(models: Sequence[str]) -> list[Group]:
+    """The groups of some models, in the order in which they were given."""
+    folders = [folder_of(model).resolve() for model in models]
+    groups = sorted(collect(folders).groups, key=lambda group: min(folders.index(run.folder) for run in group.runs))
+    seen: dict[str, Path] = {}
+    for run in [run for group in groups for run in group.runs]:
+        digest = next((scores[0].model_sha256 for scores in run.scores.values()), str(run.folder))
+        if digest in seen:
+            raise HFTError(f"{seen[digest]} and {run.folder} are the same model; give two different ones")
+        seen[digest] = run.folder
+    if len(groups) == 1:
+        groups = [Group([run], groups[0].kind, groups[0].arm, run.folder.name) for run in groups[0].runs]
+    if len(set(folders)) < len(folders) or len(groups) < 2:
+        raise HFTError("give two or more different models: hft compare RUN RUN [RUN ...]")
+    return groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +15,21 @@ CONFIDENCE, POWER = 0.95, 0.8
 class Difference:
     """How much more one model, or group of models that differ in seed, has than another, on the same rows."""
 
-    mean: float  # in the metric's unit
-    se: float  # over rows and seeds
+    before: float  # means, in the metric's unit
+    after: float
+    se: float  # of their difference, over rows and seeds
     df: float  # of the t distribution that the interval is made from
     rows: int
-    seeds: int  # of the smaller group
+    seeds: tuple[int, int]
     p: float  # of a difference at least as large if there were none
-    gained: int | None = None  # rows that were wrong and are right now; None unless each row is right or wrong
-    lost: int | None = None  # rows that were right and are wrong now
+    gained: int | None = (
+        None  # rows that were lower; None unless each row has one of two values, such as right or wrong
+    )
+    lost: int | None = None
+
+    @property
+    def mean(self) -> float:
+        return self.after - self.before
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -36,12 +44,11 @@ class Difference:
 
     @property
     def told_apart(self) -> bool:
-        low, high = self.interval
-        return not low <= 0 <= high
+        return self.p < 1 - CONFIDENCE
 
 
-def difference(before: np.ndarray, after: np.ndarray, *, matched: bool = False) -> Difference:
-    """Compare two groups of models on the rows that all of them answered.
+def difference(before: Sequence[np.ndarray], after: Sequence[np.ndarray], *, matched: bool = False) -> Difference:
+    """Compare two groups of models on the rows of a task, or on the mean of several tasks.
 
     The variance is that of the mean over rows plus that of the mean over seeds, so that neither more rows nor more
     seeds alone makes a difference sure. It counts their interaction twice, on the safe side; what the pigeonhole
@@ -49,21 +56,21 @@ def difference(before: np.ndarray, after: np.ndarray, *, matched: bool = False) 
     With one seed per group this is the paired t-test, and for right and wrong answers `p` is McNemar's exact test.
 
     Args:
-        before, after: one value per seed and row, of shape (seeds, rows).
+        before, after: for each task the values, of shape (seeds, rows). Rows of tasks are independent, seeds shared.
         matched: seed i of one group saw the same batches as seed i of the other, so that seeds are paired too.
     """
-    rows = before.shape[1]
-    by_row = after.mean(0) - before.mean(0)
-    means = [group.mean(1) for group in (before, after)]
-    per_seed = [means[1] - means[0]] if matched else means
-    parts = [(by_row.var(ddof=1) / rows, rows - 1)]
+    by_row = [new.mean(0) - old.mean(0) for old, new in zip(before, after, strict=True)]
+    models = [np.mean([task.mean(1) for task in group], axis=0) for group in (before, after)]
+    per_seed = [models[1] - models[0]] if matched else models
+    parts = [(row.var(ddof=1) / len(row) / len(by_row) ** 2, len(row) - 1) for row in by_row]
     parts += [(values.var(ddof=1) / len(values), len(values) - 1) for values in per_seed if len(values) > 1]
     variance = sum(part for part, _ in parts)
-    df = variance**2 / sum(part**2 / degrees for part, degrees in parts) if variance else rows - 1
-    mean, se = by_row.mean(), variance**0.5
+    df = variance**2 / sum(part**2 / degrees for part, degrees in parts) if variance else parts[0][1]
+    means, se = [model.mean() for model in models], variance**0.5
+    seeds = len(models[0]), len(models[1])
+    p = 2 * stats.t.sf(abs(means[1] - means[0]) / se, df) if se else float(means[1] == means[0])
     gained = lost = None
-    p = 2 * stats.t.sf(abs(mean) / se, df) if se else float(mean == 0)
-    if np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all() and len(before) == len(after) == 1:
-        gained, lost = int((after > before).sum()), int((after < before).sum())
+    if len(by_row) == 1 and seeds == (1, 1) and len(np.unique([before[0], after[0]])) <= 2:
+        gained, lost = int((by_row[0] > 0).sum()), int((by_row[0] < 0).sum())
         p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    return Difference(mean, se, df, rows, min(len(before), len(after)), p, gained, lost)
+    return Difference(*means, se, df, sum(map(len, by_row)), seeds, p, gained, lost)

@@ -18,8 +18,8 @@ from hft.continual.matrix import Matrix
 from hft.planning.forecast import flops_to_fft
 from hft.record.scores import Score, Scores
 from hft.reporting.collect import collect
+from hft.reporting.columns import DRIFT, FACTS, TASK_LOSS
 from hft.reporting.figures import frontier, heatmap, styles_of
-from hft.reporting.sections import DRIFT, FACTS, TASK_LOSS
 from tests.conftest import ROOT, command, error_of
 from tests.test_recipes import commands
 

@@ -13,7 +13,7 @@ def test_one_seed_is_the_paired_t_test():
     generator = np.random.default_rng(0)
     before = generator.normal(size=(1, 200))
     after = before + generator.normal(0.1, 0.5, size=(1, 200))
-    found, test = difference(before, after), stats.ttest_rel(after[0], before[0])
+    found, test = difference([before], [after]), stats.ttest_rel(after[0], before[0])
     assert found.p == pytest.approx(test.pvalue)
     assert found.interval == pytest.approx(tuple(test.confidence_interval(0.95)))
     assert found.se < 0.4 * np.hypot(before.std(), after.std()) / 200**0.5  # unpaired it would be far larger
@@ -22,7 +22,7 @@ def test_one_seed_is_the_paired_t_test():
 def test_right_and_wrong_is_mcnemar_with_flips_both_ways():
     before = np.array([[1] * 40 + [0] * 60])
     after = np.array([[1] * 37 + [0] * 3 + [1] * 12 + [0] * 48])
-    found = difference(before, after)
+    found = difference([before], [after])
     assert (found.gained, found.lost) == (12, 3)
     assert found.mean == pytest.approx(0.09)
     assert found.p == pytest.approx(stats.binomtest(12, 15).pvalue)
@@ -31,12 +31,12 @@ def test_right_and_wrong_is_mcnemar_with_flips_both_ways():
 @pytest.mark.parametrize("value", [0, 1])
 def test_models_without_a_difference(value):
     same = np.full((1, 10), float(value))
-    found = difference(same, same)
+    found = difference([same], [same])
     assert (found.mean, found.p, found.told_apart, found.detectable) == (0, 1, False, 0)
 
 
 def test_a_difference_that_is_the_same_in_every_row_is_told_apart():
-    assert difference(np.zeros((1, 10)), np.full((1, 10), 0.5)).told_apart
+    assert difference([np.zeros((1, 10))], [np.full((1, 10), 0.5)]).told_apart
 
 
 def groups(generator, matched, seeds=4, rows=60, effect=0.0, row_sd=0.7, seed_sd=0.15):
@@ -51,7 +51,7 @@ def groups(generator, matched, seeds=4, rows=60, effect=0.0, row_sd=0.7, seed_sd
 @pytest.mark.parametrize("matched", [False, True])
 def test_the_interval_covers_the_truth_in_95_of_100_experiments(matched):
     generator = np.random.default_rng(1)
-    found = [difference(*groups(generator, matched), matched=matched) for _ in range(600)]
+    found = [difference(*([group] for group in groups(generator, matched)), matched=matched) for _ in range(600)]
     covered = np.mean([low <= 0 <= high for low, high in (one.interval for one in found)])
     assert 0.93 < covered < 0.985
     mean_error = np.std([one.mean for one in found])
@@ -60,8 +60,8 @@ def test_the_interval_covers_the_truth_in_95_of_100_experiments(matched):
 
 def test_the_detectable_difference_is_detected_in_80_of_100_experiments():
     generator = np.random.default_rng(2)
-    effect = np.median([difference(*groups(generator, False)).detectable for _ in range(200)])
-    told = np.mean([difference(*groups(generator, False, effect=effect)).told_apart for _ in range(600)])
+    effect = np.median([difference(*([g] for g in groups(generator, False))).detectable for _ in range(200)])
+    told = np.mean([difference(*([g] for g in groups(generator, False, effect=effect))).told_apart for _ in range(600)])
     assert 0.7 < told < 0.9
 
 
