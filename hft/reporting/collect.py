@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft.errors import HFTError, reason
+from hft.evaluation.subject import folder_of
 from hft.objectives import OBJECTIVES, find_objective
 from hft.record.checkpoints import TRAINER_STATE, checkpoints
 from hft.record.manifest import MANIFEST_NAME, Manifest
@@ -122,14 +123,14 @@ def collect(folders: Iterable[str | Path]) -> Collection:
     """Read folders of runs, resets, merges, scored models, `hft diff` and sequences."""
     runs: list[LoadedRun] = []
     extras: dict[str, dict[str, Any]] = {name: {} for name in EXTRAS}
-    for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
+    for folder, given in {folder_of(str(given)).resolve(): given for given in folders}.items():
         names = [name for name in EXTRAS if (folder / name).exists()]
         for name in names:
             extras[name][folder.name] = read_json(folder / name, EXTRAS[name])
         if "matrix.json" not in names and (run := read_run(folder)):  # a sequence is not a run
             runs.append(run)
         elif not names:
-            raise HFTError(f"{folder} holds no run and no scores; give folders of runs, or of models that were scored")
+            raise HFTError(f"{given} holds no run and no scores; give folders of runs, or of models that were scored")
     return Collection(group_by_model(runs), *extras.values())
 
 

@@ -42,7 +42,7 @@ class Comparison:
 
     def sentence(self, before: str, after: str) -> str:
         """What it says."""
-        found, unit = self.difference, self.column.unit
+        found, unit = self.difference, "points" if self.column.unit == "%" else self.column.unit
         seeds = "n = 1 seed" if found.seeds == (1, 1) else "{} and {} seeds".format(*found.seeds)
         rows = f"{found.rows:,} rows" + (f" that both answered of {self.scored:,}" if found.rows < self.scored else "")
         test = "McNemar's p" if found.gained is not None else "p"

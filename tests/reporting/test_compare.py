@@ -63,7 +63,7 @@ def test_two_models_are_compared_row_by_row(tmp_path, values, capsys):
     low, high = test.confidence_interval(0.95)
     assert f"{low:+.4f} to {high:+.4f}" in drift
     assert f"{test.pvalue:.2g}" in drift.split()
-    assert "facts: fft is better than base by 11 % (95% interval" in out
+    assert "facts: fft is better than base by 11 points (95% interval" in out
     assert f"drift: fft is worse than base by {(values['moved'] - values['drift']).mean():.3g} nats/token" in out
     last = out.splitlines()[-2]
     assert last.startswith("drift: not told apart (95% interval")
