@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 SEEDS = ("selection_seed", "seed", "data_seed")
 ORIGINS = ("base", "model_name_or_path", "tuned", "models")  # settings that name other models
 FIRST = ("base", "fft", "hft")  # the order of methods; others follow by name
-# What `hft diff` and a sequence of runs write, and the keys that a report takes from it.
+# What `hft diff`, a sequence of runs and `hft keep` write, and the keys that a report takes from it.
 EXTRAS = {"diff.json": ("layers", "rounds"), "matrix.json": ("tasks", "rounds", "scores", "op", "bwt")}
+EXTRAS |= {"keep.json": ("method", "points")}
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Collection:
-    """What some folders hold: groups by model, and by folder name the contents of `diff.json` and `matrix.json`."""
+    """What some folders hold: groups by model, and by folder name the contents of each file of `EXTRAS`."""
 
     models: dict[str, list[Group]]
     diffs: dict[str, dict[str, Any]]
     matrices: dict[str, dict[str, Any]]
+    keeps: dict[str, dict[str, Any]]
 
     @property
     def groups(self) -> list[Group]:

@@ -32,19 +32,21 @@ def report(arguments: Sequence[str]) -> int:
     except OSError as error:
         raise HFTError(f"cannot write to {out}: {error.strerror or reason(error)}") from error
     if options.report_to != "none":
-        say(log_report(paths[0], out))
+        tables = [table for section in sections for table in section.tables]
+        say(log_report(paths[0], out, {name: value for table in tables for name, value in table.numbers.items()}))
     say(*paths)
     return 0
 
 
-def log_report(page: Path, out: Path) -> str:
-    """Log a page to wandb, and its folder as an artifact; returns a sentence on where to find it."""
+def log_report(page: Path, out: Path, numbers: dict[str, float]) -> str:
+    """Log a page to wandb, numbers as its summary and the folder as an artifact, and say where."""
     import wandb
 
     from hft.runs.tracking import finish, open_run
 
     run, where = open_run(name=out.resolve().name, job_type="report")
     run.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+    run.summary.update(numbers)
     artifact = wandb.Artifact(f"report-{run.id}", type="report")
     artifact.add_dir(str(out))
     run.log_artifact(artifact)

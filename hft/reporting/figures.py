@@ -69,8 +69,13 @@ def over_seeds(number: Measured) -> float:
     return number.spread if number.n > 1 else 0
 
 
-def frontier(groups: Sequence[Group], x: Column, y: Column, styles: Styles) -> Figure | None:
-    """What was learned against what was kept, a curve per arm over learning rates; None unless two groups have both."""
+def frontier(
+    groups: Sequence[Group], x: Column, y: Column, styles: Styles, ways: Sequence[Mapping[str, Any]] = ()
+) -> Figure | None:
+    """What was learned against what was kept, a curve per arm over learning rates; None unless two groups have both.
+
+    `ways` are contents of `keep.json`, the way from a tuned model to its base.
+    """
     placed = [(group, a, b) for group in groups if (a := group.measure(x)) and (b := group.measure(y))]
     if len(placed) < 2:
         return None
@@ -86,6 +91,11 @@ def frontier(groups: Sequence[Group], x: Column, y: Column, styles: Styles) -> F
             )
         if group.kind not in axes.get_legend_handles_labels()[1]:
             axes.plot([], [], label=group.kind, **style)
+    for way in ways:
+        values = [[point["scores"].get("/".join(column.keys[0][1:])) for column in (x, y)] for point in way["points"]]
+        if values and None not in values[0]:
+            color = styles.get(way["method"], ("gray",))[0]
+            axes.plot(*zip(*values, strict=True), color=color, linestyle=":", label=f"{way['method']} to base")
     for column, axis in ((x, axes.xaxis), (y, axes.yaxis)):
         axis.set_inverted(not column.higher_is_better)
         axis.set_major_locator(MaxNLocator(6))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from hft.reporting.collect import Group
+from hft.reporting.compare import values_of
+from hft.reporting.measure import Column
 from hft.reporting.paired import CONFIDENCE
 
-DRAWS = 2000
+DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,10 @@ class Curve:
     kept: np.ndarray
 
     def points(self, seeds: np.ndarray, learned_rows: np.ndarray, kept_rows: np.ndarray) -> np.ndarray:
-        """Learned and kept per rate, of shape (rates, 2), as means with the given weights of seeds and rows."""
-        learned = np.einsum("asr,s,r->a", self.learned, seeds, learned_rows)
-        return np.stack([learned, np.einsum("asr,s,r->a", self.kept, seeds, kept_rows)], axis=1)
+        """Learned and kept per rate, of shape (draws, rates, 2), with weights of shape (draws, seeds or rows)."""
+        pairs = ((self.learned, learned_rows), (self.kept, kept_rows))
+        axes = [np.einsum("asr,ds,dr->da", values, seeds, rows, optimize=True) for values, rows in pairs]
+        return np.stack(axes, axis=-1)
 
     @property
     def mean_points(self) -> np.ndarray:
@@ -36,59 +40,70 @@ class Curve:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95% interval over resampled seeds and rows."""
+    """A number with its 95% interval over resampled seeds and rows; nan where it is not defined."""
 
     value: float
     low: float
     high: float
 
 
+def curves_of(groups: Sequence[Group], x: Column, y: Column) -> dict[str, Curve] | str | None:
+    """The curve of each arm that was scored on two columns of one score each; a sentence if rows do not fit together.
+
+    Of groups with more seeds than others the first are taken.
+    """
+    placed = [group for group in groups if group.first.learning_rate and group.measure(x) and group.measure(y)]
+    seeds = min((len(group.runs) for group in placed), default=0)
+    runs = [run for group in placed for run in sorted(group.runs, key=lambda run: str(run.order))[:seeds]]
+    found = [values_of(runs, column.keys[0]) if runs else None for column in (x, y)]
+    for one in found:
+        if one is None or isinstance(one, str):
+            return one
+    axes = [(1 if column.higher_is_better else -1) * values for column, (values, _) in zip((x, y), found, strict=True)]
+    cubes, arms = [values.reshape(len(placed), seeds, -1) for values in axes], [group.arm for group in placed]
+    return {arm: Curve(*(cube[[one == arm for one in arms]] for cube in cubes)) for arm in dict.fromkeys(arms)}
+
+
 def frontier(points: np.ndarray) -> np.ndarray:
     """The points that no other one equals or beats on both axes, by what they learned."""
-    kept: list[np.ndarray] = []
-    for point in points[np.lexsort((points[:, 1], points[:, 0]))[::-1]]:
-        if not kept or point[1] > kept[-1][1]:
-            kept.append(point)
-    return np.array(kept[::-1])
+    ordered = points[np.lexsort((points[:, 1], points[:, 0]))[::-1]]
+    best_so_far = np.maximum.accumulate(ordered[:, 1])
+    return ordered[np.concatenate([[True], ordered[1:, 1] > best_so_far[:-1]])][::-1]
 
 
 def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
     """The area that points dominate above a reference point (learned, kept)."""
-    above = frontier(points[(points > reference).all(1)]) - reference if (points > reference).all(1).any() else None
-    if above is None:
+    above = points[(points > reference).all(1)]
+    if not len(above):
         return 0.0
-    widths = np.diff(above[:, 0], prepend=0)
-    return float(widths @ above[:, 1])
-
-
-def kept_at(points: np.ndarray, learned: np.ndarray) -> np.ndarray:
-    """What a method keeps where it has learned so much: linear between the points of its frontier."""
-    line = frontier(points)
-    return np.interp(learned, line[:, 0], line[:, 1])
+    line = frontier(above) - reference
+    return float(np.diff(line[:, 0], prepend=0) @ line[:, 1])
 
 
 def equal_learning(before: np.ndarray, after: np.ndarray, steps: int = 101) -> float:
-    """How much more `after` keeps than `before`, averaged over the amounts that both have learned; nan without any."""
-    lines = [frontier(points)[:, 0] for points in (before, after)]
-    low, high = max(line[0] for line in lines), min(line[-1] for line in lines)
+    """How much more `after` keeps than `before`, averaged over the amounts that both have learned; nan without any.
+
+    Between the points of its frontier a method keeps what a straight line says.
+    """
+    lines = [frontier(points).T for points in (before, after)]
+    low, high = max(learned[0] for learned, _ in lines), min(learned[-1] for learned, _ in lines)
     if low > high:
         return float("nan")
-    learned = np.linspace(low, high, steps)
-    return float((kept_at(after, learned) - kept_at(before, learned)).mean())
+    kept = [np.interp(np.linspace(low, high, steps), *line) for line in lines]
+    return float((kept[1] - kept[0]).mean())
 
 
 def estimate(statistic: Callable[..., float], *curves: Curve, seed: int = 0) -> Estimate:
     """A statistic of the points of some curves, with its interval over seeds and rows, resampled alike for all curves.
 
-    Draws in which it is not defined, such as curves without a common amount learned, are left out of the interval; if
-    it is undefined in more than one in twenty, so is the interval.
+    Draws in which it is not defined, such as curves without a common amount learned, do not count; if they are more
+    than one in twenty, there is no interval.
     """
-    generator, values = np.random.default_rng(seed), []
-    sizes = [*curves[0].learned.shape[1:], curves[0].kept.shape[2]]
-    for _ in range(DRAWS):
-        weights = [_weights(generator, size) for size in sizes]
-        values.append(statistic(*(curve.points(*weights) for curve in curves)))
-    defined = np.array(values)[np.isfinite(values)]
+    generator = np.random.default_rng(seed)
+    weights = [_weights(generator, size) for size in (*curves[0].learned.shape[1:], curves[0].kept.shape[2])]
+    drawn = zip(*(curve.points(*weights) for curve in curves), strict=True)
+    values = np.array([statistic(*points) for points in drawn])
+    defined = values[np.isfinite(values)]
     tails = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
     low, high = np.quantile(defined, tails) if len(defined) > CONFIDENCE * DRAWS else (float("nan"),) * 2
     return Estimate(statistic(*(curve.mean_points for curve in curves)), float(low), float(high))
@@ -96,7 +111,5 @@ def estimate(statistic: Callable[..., float], *curves: Curve, seed: int = 0) -> 
 
 def _weights(generator: np.random.Generator, size: int) -> np.ndarray:
     """How often each of some seeds or rows is drawn, spread so that the variance of a mean is unbiased for few."""
-    if size == 1:
-        return np.ones(1)
-    drawn = generator.multinomial(size, [1 / size] * size)
-    return (1 + (drawn - 1) * (size / (size - 1)) ** 0.5) / size
+    drawn = generator.multinomial(size, [1 / size] * size, size=DRAWS)
+    return (1 + (drawn - 1) * (size / max(size - 1, 1)) ** 0.5) / size

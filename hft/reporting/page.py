@@ -30,6 +30,7 @@ class ReportTable:
     caption: str
     head: list[Cell]
     rows: list[list[Cell]]
+    numbers: dict[str, float] = field(default_factory=dict)  # of the table, for wandb's summary
 
 
 @dataclass(frozen=True, eq=False)

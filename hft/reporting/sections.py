@@ -1,8 +1,12 @@
 """What a report says: one section per way of comparing runs."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from math import isfinite
 
+import numpy as np
 from matplotlib import rc_context
+from tqdm import tqdm
 
 from hft.planning.forecast import flops_to_fft
 from hft.reporting import figures
@@ -19,6 +23,7 @@ from hft.reporting.columns import (
     columns_of,
 )
 from hft.reporting.figures import Styles
+from hft.reporting.frontier import Estimate, curves_of, equal_learning, estimate, hypervolume
 from hft.reporting.measure import Column, Measured, mean_of, parts_of, summarize
 from hft.reporting.page import Cell, Drawing, ReportTable, Section
 from hft.reporting.paper import SEED_IN_NAME, rows_of_run
@@ -81,12 +86,53 @@ def selection_drawing(run: LoadedRun) -> Drawing:
 def frontiers(found: Collection, styles: Styles) -> Parts:
     """Further to the right a model learned more, further up it kept more: axes on which lower is better are turned
     around. A curve per method over its learning rates, the higher the rate the larger the marker; bars are standard
-    deviations over seeds. Drift is the loss on general text. If the KL to the base alone decided what is forgotten, all
-    methods would lie on one curve against it.
+    deviations over seeds; dotted, a run's way back to its base (hft keep). Drift is the loss on general text. If the KL
+    to the base alone decided what is forgotten, all methods would lie on one curve against it. In the tables the
+    hypervolume is the area below a method's frontier and above the reference point; at equal learning the frontiers are
+    compared where both have learned as much, by straight lines between learning rates. Intervals are of 95%, over
+    resampled rows and seeds.
     """
     for model, groups in found.models.items():
+        ways = [found.keeps[run.folder.name] for g in groups for run in g.runs if run.folder.name in found.keeps]
         for x, y in FRONTIERS:
-            yield Drawing(f"{model}: {y.name} against {x.name}", figures.frontier(groups, x, y, styles))
+            if x is TASK_LOSS:
+                yield frontier_table(model, groups, x, y)
+            yield Drawing(f"{model}: {y.name} against {x.name}", figures.frontier(groups, x, y, styles, ways))
+
+
+def frontier_table(model: str, groups: Sequence[Group], x: Column, y: Column) -> ReportTable:
+    """Hypervolume and what is kept at equal learning, an arm per row; no rows unless an arm has two learning rates."""
+    curves, title = curves_of(groups, x, y), f"{model}: {y.name} against {x.name}"
+    if curves is None or isinstance(curves, str) or len(curves) < 2 or max(len(c.kept) for c in curves.values()) < 2:
+        return ReportTable(title, plain(""), [plain(curves)] if isinstance(curves, str) else [])
+    signs = [1 if column.higher_is_better else -1 for column in (x, y)]
+    lowest = np.concatenate([curve.mean_points for curve in curves.values()]).min(axis=0)
+    base = next((group.measure(x) for group in groups if group.first.method == "base"), None)
+    reference = np.array([signs[0] * base.value if base else lowest[0], lowest[1]])
+    names = [f"{c.name} {s * value:.4g} {c.unit}" for c, s, value in zip((x, y), signs, reference, strict=True)]
+    caption = f"{title}; reference point {names[0]} ({'the base' if base else 'the worst'}), {names[1]} (the worst)"
+    objectives, numbers, rows = {group.arm: group.first.objective for group in groups}, {}, []
+    for arm, curve in tqdm(curves.items(), desc="frontiers", unit="method", leave=False):
+        found = {"hypervolume": estimate(partial(hypervolume, reference=reference), curve)}
+        full = {g.arm for g in groups if g.first.is_full and g.first.objective == objectives[arm]} & curves.keys()
+        if len(full) == 1 and arm not in full:
+            found["kept more than fft at equal learning"] = estimate(equal_learning, curves[full.pop()], curve)
+        numbers |= {f"{title}/{arm}/{name}": one.value for name, one in found.items() if isfinite(one.value)}
+        sizes = (*curve.kept.shape[:2], f"{curve.learned.shape[2]:,}", f"{curve.kept.shape[2]:,}")
+        rows.append([*plain(arm, *map(str, sizes)), *(estimate_cell(name, one) for name, one in found.items())])
+    head = plain("", "rates", "seeds", f"rows, {x.name}", f"rows, {y.name}", "hypervolume")
+    head.append(Cell("kept more than fft at equal learning", {y.unit: ""}))
+    return ReportTable(caption, head, [[*row, *plain("")][: len(head)] for row in rows], numbers)
+
+
+def estimate_cell(name: str, one: Estimate) -> Cell:
+    if not isfinite(one.value):
+        return Cell("they learned no common amount")
+    signed, sure = "+" if name.startswith("kept") else "", one.low > 0 or one.high < 0
+    kind = ("better" if one.value > 0 else "worse") if signed and sure else ""
+    if not isfinite(one.low):
+        return Cell(f"{one.value:{signed}.4g}", {"no interval: they seldom learned a common amount": ""})
+    return Cell(f"{one.value:{signed}.4g}", {f"{one.low:{signed}.3g} to {one.high:{signed}.3g}": kind})
 
 
 def scores(found: Collection, styles: Styles) -> Parts:

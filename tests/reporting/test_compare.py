@@ -15,7 +15,7 @@ from hft.reporting.columns import KNOWLEDGE
 from hft.reporting.compare import Comparison, compare
 from tests.conftest import error_of
 
-METRICS = {"facts": "acc", "drift": "loss", "nq_open": "exact_match", "triviaqa": "exact_match"}
+METRICS = {"task": "loss", "facts": "acc", "drift": "loss", "nq_open": "exact_match", "triviaqa": "exact_match"}
 METRICS |= {"hotpotqa": "exact_match"}
 
 
@@ -25,7 +25,7 @@ def scored(folder: Path, values: dict[str, np.ndarray], *, rows: bool = True, ke
     if config:
         (folder / "config.yaml").write_text(yaml.safe_dump({"model_name_or_path": "x/tiny"} | config))
     for task, some in values.items():
-        metric, suite = METRICS[task], "quick" if task in ("facts", "drift") else "knowledge"
+        metric, suite = METRICS[task], "quick" if task in ("task", "facts", "drift") else "knowledge"
         loss = metric == "loss"
         score = Score(task, metric, some.mean(), 0.1, len(some), "nats/token" if loss else "%", not loss)
         about = Scores(suite, "x/tiny", folder.name, "float32", {"limit": None}, {task: "a"}, {}, [score])

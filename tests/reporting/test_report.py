@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import yaml
 
@@ -21,6 +22,7 @@ from hft.reporting.collect import collect
 from hft.reporting.columns import DRIFT, FACTS, TASK_LOSS
 from hft.reporting.figures import frontier, heatmap, styles_of
 from tests.conftest import ROOT, command, error_of
+from tests.reporting.test_compare import scored
 from tests.test_recipes import commands
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -373,18 +375,56 @@ def test_nothing_overflows_on_a_phone_or_a_desktop_and_nothing_is_fetched(runs, 
         assert all(350 < width <= seen["width"] for width in seen["figures"])
 
 
-def test_the_page_goes_to_wandb_as_an_artifact(runs, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def sweep(runs, tmp_path) -> list[Path]:
+    """FFT and HFT at three rates with two seeds each, and a base: HFT is FFT at half its rate, and keeps 0.3 more."""
+    generator, folders = np.random.default_rng(0), [tmp_path / "tiny"]
+    hard = {task: generator.normal(3, 1, 60) for task in ("task", "drift")}
+    scored(folders[0], hard)
+    for method, factor in (("fft", 1), ("hft", 0.5)):
+        for rate in (1e-4, 2e-4, 4e-4):
+            for seed in (0, 1):
+                learned, folder = factor * rate / 4e-4, tmp_path / f"{method}-{rate}-seed={seed}"
+                copied(runs["fft" if method == "fft" else "hft-a"], folder, learning_rate=rate, seed=seed)
+                moves = {"task": -learned, "drift": learned - (0.3 if method == "hft" else 0)}
+                values = {task: hard[task] + by + generator.normal(0, 0.05, 60) for task, by in moves.items()}
+                folders.append(scored(folder, values))
+    return folders
+
+
+def test_methods_are_compared_at_equal_learning(sweep, tmp_path):
+    html, text = report(tmp_path / "out", *sweep)
+    (caption,) = re.findall("^tiny: drift against task loss; .*", text, re.MULTILINE)
+    base = collect(sweep[:1]).groups[0].measure(TASK_LOSS).value
+    assert f"reference point task loss {base:.4g} nats/token (the base), drift " in caption
+    rows = table(text, caption)
+    assert list(rows) == ["fft", "hft"]
+    assert [rows["hft"][key] for key in ("rates", "seeds", "rows, drift")] == ["3", "2", "60"]
+    found = re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", rows["hft"]["kept more than fft at equal learning"])
+    value, low, high = map(float, found.groups())
+    assert value == pytest.approx(0.3, abs=0.05)
+    assert 0.2 < low < value < high < 0.4
+    assert f'<small class="better">{low:+.3g} to {high:+.3g}</small>' in html
+    assert rows["fft"]["kept more than fft at equal learning"] == ""
+    assert float(rows["hft"]["hypervolume"].split()[0]) > 0
+    # One rate each: points, and no frontier.
+    _, text = report(tmp_path / "few", *(folder for folder in sweep if "0.0001" in folder.name))
+    assert "hypervolume |" not in text
+
+
+def test_the_page_goes_to_wandb_as_an_artifact(sweep, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    assert main(["report", str(runs["fft"]), "--out", str(tmp_path / "out"), "--report_to", "wandb"]) == 0
+    assert main(["report", *map(str, sweep), "--out", str(tmp_path / "out"), "--report_to", "wandb"]) == 0
     assert "wandb is offline (no API key); upload later with `wandb sync" in capsys.readouterr().out
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     (page,) = run.glob("files/media/html/report*.html")
     assert page.read_text() == (tmp_path / "out" / "report.html").read_text()
     (log,) = run.glob("*.wandb")
     content = log.read_bytes()
+    assert b"tiny: drift against task loss/hft/hypervolume" in content  # in the summary
     assert b"report.md" in content  # of the artifact's files
     assert re.search(rb"report-\w+", content)
 
