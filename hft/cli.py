@@ -38,6 +38,7 @@ COMMANDS = OBJECTIVE_COMMANDS | {
     "verify": ("hft.record.verification:main", "compare a model's frozen half with its base, bit by bit"),
     "reset": ("hft.merging.reset:main", "Half-Reset: put what would be frozen back to the base"),
     "merge": ("hft.merging.merge:main", "merge models, or an adapter into its base"),
+    "keep": ("hft.keep:main", "go only so far from the base to a tuned model: --budget drift=0.05 --out FOLDER"),
     "diff": ("hft.merging.diff:main", "how far models have moved from where they started, by layer and block"),
     "eval": ("hft.evaluation.command:main", "score models with lm-evaluation-harness"),
     "generate": ("hft.evaluation.generate:main", "answers of runs and their bases to the same prompts, side by side"),

@@ -21,6 +21,7 @@ FLOORS = [
     {"merging", "planning"},
     {"evaluation"},
     {"reporting"},
+    {"keep"},
     {"continual", "cpi"},
     {"launch"},
     {"cli"},

@@ -72,6 +72,7 @@ def evaluate(
     settings: Settings | None = None,
     out: str | Path | None = None,
     benchmarks: Sequence[Benchmark] | None = None,
+    engines: dict[Path, LM] | None = None,
 ) -> Scores:
     """Score a model on a suite; under `accelerate launch` the scores are complete in the first process only.
 
@@ -82,15 +83,16 @@ def evaluate(
         out: folder in whose `scores/SUITE/` each benchmark's scores and rows are written. A benchmark that is there
             for the same settings, weights, tokenizer, rows and packages is not run again.
         benchmarks: others than those of `SUITES`.
+        engines: open models by folder (`engine_of`), which are scored with the weights they have now and stay open.
     """
     if find_spec("lm_eval") is None:
         raise HFTError("evaluation needs lm-evaluation-harness: pip install 'half-fine-tuning[eval]'")
     settings = settings or Settings()
     subject = subject_of(model, settings.base)
     settings = resolved(suite, subject, settings)
-    scores, lm = unscored(suite, subject, settings), None
+    scores, opened = unscored(suite, subject, settings), engines or {}
     for benchmark in _chosen(suite, settings) if benchmarks is None else benchmarks:
-        if (spec := benchmark.spec or _spec(benchmark, subject, settings)) is None:
+        if (spec := benchmark.spec or spec_of(benchmark, subject, settings)) is None:
             continue
         tasks = _load(benchmark, spec, settings)
         one = _on_rows(scores, benchmark, tasks, subject)
@@ -99,13 +101,14 @@ def evaluate(
             scores.scores += saved.scores
             scores.data |= saved.data
             continue
-        lm = lm or open_lm(subject, settings)
-        results = _run_tasks(benchmark, tasks, lm, subject, settings)
+        if not engines:
+            say(f"{subject.name}: {benchmark.name}")
+        results = _run_tasks(benchmark, tasks, opened, subject, settings)
         if not is_main():
             continue
         check_finite(benchmark, results)
         one.scores = scores_of_results(benchmark, results)
-        if cut := count_truncated(lm, results):
+        if cut := count_truncated(engine_of(subject, settings, opened), results):
             one.truncated[benchmark.name] = cut
             n = one.scores[0].n
             say(f"{benchmark.name}: {cut:,} of {n:,} prompts were longer than the context, and cut from the left")
@@ -244,6 +247,13 @@ def hear_warnings() -> None:
         logger.addHandler(LMEvalWarnings())
 
 
+def engine_of(subject: Subject, settings: Settings, engines: dict[Path, LM]) -> LM:
+    """The engine of a model among those that are open, which it joins."""
+    if subject.tokenizer not in engines:
+        engines[subject.tokenizer] = open_lm(subject, settings)
+    return engines[subject.tokenizer]
+
+
 def open_lm(subject: Subject, settings: Settings) -> LM:
     import torch
     from lm_eval.api.registry import get_model
@@ -270,7 +280,7 @@ def open_lm(subject: Subject, settings: Settings) -> LM:
     return lm
 
 
-def _spec(benchmark: Benchmark, subject: Subject, settings: Settings) -> Spec | None:
+def spec_of(benchmark: Benchmark, subject: Subject, settings: Settings) -> Spec | None:
     """What lm-eval runs, on our rows where they are not the task's; None if there are none."""
     if benchmark.name == "drift":
         return _answers(benchmark.task, text_rows(general_texts(), load_tokenizer(subject.tokenizer)))
@@ -322,7 +332,9 @@ def _load(benchmark: Benchmark, spec: Spec, settings: Settings) -> TaskDict:
     return loaded
 
 
-def _run_tasks(benchmark: Benchmark, tasks: TaskDict, lm: LM, subject: Subject, settings: Settings) -> dict[str, Any]:
+def _run_tasks(
+    benchmark: Benchmark, tasks: TaskDict, engines: dict[Path, LM], subject: Subject, settings: Settings
+) -> dict[str, Any]:
     """lm-eval's results of one benchmark; empty in all processes but the first.
 
     These are the steps of `lm_eval.simple_evaluate`, which also runs `pip list` each time, for a second or two.
@@ -330,17 +342,18 @@ def _run_tasks(benchmark: Benchmark, tasks: TaskDict, lm: LM, subject: Subject, 
     import lm_eval
     from datasets.exceptions import DatasetsError
 
+    lm = engine_of(subject, settings, engines)
     # A chat template writes the special tokens itself: none is added, in training neither.
     rendered = settings.chat or benchmark.rendered
     lm.add_bos_token = settings.backend_args.get("add_bos_token", False if rendered else None)
     if benchmark.task in ("hft_task", "hft_kl"):
         from hft.evaluation.divergence import AnswerTokens
 
-        lm = AnswerTokens(lm, open_lm(subject.base_subject(), settings) if benchmark.task == "hft_kl" else None)
+        is_kl = benchmark.task == "hft_kl"
+        lm = AnswerTokens(lm, engine_of(subject.base_subject(), settings, engines) if is_kl else None)
     if settings.chat and not benchmark.turns:
         lm = _without_system_turn(lm)
     limit, samples, drawing = settings.limit, None, random.Random(DRAWING_SEED)
-    say(f"{subject.name}: {benchmark.name}")
     _seed()
     try:
         if settings.paper_subsets and benchmark.paper_rows:

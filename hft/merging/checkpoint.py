@@ -31,7 +31,8 @@ from hft.record.verification import verify_folder
 from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, WANDB_NAME
 
 # Files of a model folder that belong to the run that made it, not to the model: ours and Trainer's.
-RUN_FILES = (MANIFEST_NAME, RESULTS_NAME, CONFIG_NAME, PICTURE_NAME, WANDB_NAME, "trainer_state.json", "README.md")
+RUN_FILES = (MANIFEST_NAME, RESULTS_NAME, CONFIG_NAME, PICTURE_NAME, WANDB_NAME)
+RUN_FILES += ("trainer_state.json", "keep.json", "README.md")
 # Tensors that older versions of transformers stored and later ones compute.
 COMPUTED = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
 ADAPTER_CONFIG = "adapter_config.json"

@@ -34,13 +34,16 @@ class MergeConfig:
     seed: int = option("Seed of what is dropped (dare, dare-ties).", 0)
     scale: float = option("Factor of the merged deltas: TIES' lambda.", 1.0)
     t: float = option("From the first model, 0, to the second, 1 (slerp).", 0.5)
-    alpha: float = option("From the base, 0, to the model, 1 (wise-ft).", 0.5)
+    alpha: float | dict[str, float] = option(
+        "From the base, 0, to the model, 1 (wise-ft); or one for each of attention, mlp, norm and outside.", 0.5
+    )
     max_shard_size: str = option("Largest size of a file.", "5GB")
 
     def __post_init__(self):
         for name in ("density", "drop", "t", "alpha"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise HFTError(f"{name} must lie in 0..1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not all(0 <= each <= 1 for each in (value.values() if isinstance(value, dict) else [value])):
+                raise HFTError(f"{name} must lie in 0..1, got {value}")
         if self.drop == 1:
             raise HFTError("drop must be less than 1: with everything dropped there is nothing left to rescale")
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,12 +15,14 @@ from hft.merging.config import OPERATORS, MergeConfig, check_config
 from hft.merging.operators import (
     COLINEAR_COS,
     MagnitudePruner,
+    between,
     generator_of,
     random_prune,
     slerp_factors,
     ties_merge,
     weighted_sum,
 )
+from hft.model.anatomy import anatomy_of, meta_model
 from hft.record.identity import companions_of
 from hft.record.manifest import absolute_or_hub_id, rounds_so_far
 from hft.runs.result import CONFIG_NAME
@@ -63,7 +65,10 @@ def merge(config: MergeConfig) -> Callable[[Path], str]:
         # Fails before passes over the models do.
         plan_files(folder, like.specs, like.parameters, config.max_shard_size)
         branches = Counter()
-        merged = interpolated(config, models, branches) if base is None else with_deltas(config, models, base)
+        if config.method == "wise-ft":
+            merged = on_the_line(base, models[0], config.alpha)
+        else:
+            merged = interpolated(config, models, branches) if base is None else with_deltas(config, models, base)
         done = write_model(folder, like, merged, max_shard_size=config.max_shard_size)
         done += files_taken(like, models)
         if not branches:
@@ -114,13 +119,31 @@ def interpolated(config: MergeConfig, models: Sequence[Checkpoint], branches: Co
     return merged
 
 
+def on_the_line(base: Checkpoint, tuned: Checkpoint, alpha: float | Mapping[str, float]) -> TensorOf:
+    """A base and what was tuned from it, interpolated, by one alpha or by one for each block."""
+    blocks = blocks_of(base) if isinstance(alpha, Mapping) else {}
+    if blocks and alpha.keys() != set(blocks.values()):
+        raise HFTError(f"alpha must have a value for each of {', '.join(sorted(set(blocks.values())))}, got {alpha}")
+
+    def merged(name: str) -> torch.Tensor:
+        return between(base.fp32(name), tuned.fp32(name), alpha[blocks[name]] if blocks else alpha)
+
+    return merged
+
+
+def blocks_of(model: Checkpoint) -> dict[str, str]:
+    """The block of each parameter; `outside` the layers that of embeddings and head."""
+    units = anatomy_of(meta_model(model.config)).units
+    return dict.fromkeys(model.parameters, "outside") | {name: unit.block for unit in units for name in unit.parameters}
+
+
 def with_deltas(config: MergeConfig, models: Sequence[Checkpoint], base: Checkpoint) -> TensorOf:
     """Operators that merge what the models add to their base.
 
     DARE merges the rescaled deltas by their mean unless weights are given, as its authors do with language models. What
     it drops depends on seed, model and name alone.
     """
-    weights = [config.alpha] if config.method == "wise-ft" else config.weights or [1 / len(models)] * len(models)
+    weights = config.weights or [1 / len(models)] * len(models)
     combine = ties_merge if "ties" in config.method else lambda deltas: weighted_sum(deltas, weights)
 
     def delta_of(model: Checkpoint, name: str) -> torch.Tensor:

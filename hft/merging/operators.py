@@ -27,6 +27,11 @@ def weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> t
     return sum(tensor * weight for tensor, weight in zip(tensors, weights, strict=True))
 
 
+def between(base: torch.Tensor, tuned: torch.Tensor, alpha: float) -> torch.Tensor:
+    """WiSE-FT: on the line from a base, 0, to what was tuned from it, 1; where the two agree, their bits."""
+    return torch.where(base == tuned, base, torch.lerp(base, tuned, alpha))
+
+
 def generator_of(key: str) -> torch.Generator:
     """A random generator that depends on the key alone."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big", signed=True)

@@ -393,7 +393,13 @@ def sweep(runs, tmp_path) -> list[Path]:
 
 
 def test_methods_are_compared_at_equal_learning(sweep, tmp_path):
-    html, text = report(tmp_path / "out", *sweep)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    points = [{"alpha": a, "scores": {"task/loss": 3 - a, "drift/loss": 3 + a}} for a in (0, 0.5, 1)]
+    (kept / "config.yaml").write_text(yaml.safe_dump({"method": "wise-ft", "models": [str(sweep[-1])], "alpha": 0.5}))
+    (kept / "keep.json").write_text(json.dumps({"method": "hft", "points": points}))
+    html, text = report(tmp_path / "out", *sweep, kept)
+    assert html.count("hft to base") == 1  # drawn where both of its scores are
     (caption,) = re.findall("^tiny: drift against task loss; .*", text, re.MULTILINE)
     base = collect(sweep[:1]).groups[0].measure(TASK_LOSS).value
     assert f"reference point task loss {base:.4g} nats/token (the base), drift " in caption
