@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -50,42 +51,27 @@ class KeepConfig:
     dtype: str | None = option("To score in; default: bfloat16 on GPUs, else float32.")
     batch_size: int = option("Rows per forward pass.", 8)
 
-    @property
-    def most(self) -> dict[str, float]:
-        """The most that may be lost, by name."""
-        found = {}
-        for word in self.budget:
-            name, _, number = word.partition("=")
-            try:
-                found[name] = float(number)
-            except ValueError:
-                found[name] = -1
-            if name not in LOST or not found[name] >= 0:
-                raise HFTError(f"budget takes NAME=NUMBER, NAME one of {', '.join(LOST)}, got {word!r}")
-        return found
-
 
 def main(arguments: Sequence[str]) -> int:
     """Score models on the line from a base to a tuned model, and write the furthest one that keeps the budget."""
-    words = [*arguments]
-    run = words.pop(0) if words and not words[0].startswith("-") else None
-    given, _ = read_arguments(words, "hft keep RUN", "Go part of the way to RUN.", {"keep": (KeepConfig,)}).resolve(
-        Keys((KeepConfig,))
-    )
-    config = fill(KeepConfig, given)
-    if not (run and config.most and config.out):
-        raise HFTError("give a run, what it may lose, and a new folder: hft keep RUN --budget drift=0.05 --out FOLDER")
+    words = list(takewhile(lambda word: not word.startswith("-"), arguments))
+    groups = {"keep": (KeepConfig,)}
+    given = read_arguments(arguments[len(words) :], "hft keep RUN", "Go part of the way to RUN.", groups)
+    config = fill(KeepConfig, given.resolve(Keys((KeepConfig,)))[0])
+    if len(words) != 1 or not config.out:
+        raise HFTError("give one run and a new folder: hft keep RUN --budget drift=0.05 --out FOLDER")
+    [run], most = words, limits_of(config.budget)
     tuned, manifest = Checkpoint.open(run), run_manifest(Path(run))
     base = open_base(run, config.base, *((manifest.base, manifest.revision) if manifest else (None, None)))
     merging = MergeConfig(method="wise-ft", models=[run], base=str(base.folder), out=config.out)
     write = merge(merging)  # refuses what cannot be merged before anything is scored
-    points, merging.alpha = search(scorer(config, tuned, base), config, sorted(set(blocks_of(base).values())))
+    points, merging.alpha = search(scorer(config, tuned, base), most, blocks_of(base) if config.by_block else {})
     say("", table(points, merging.alpha), "")
     with new_folder(Path(config.out)) as folder:
         say(write(folder))
         recipe = {key: getattr(merging, key) for key in ("method", "models", "base", "alpha")}
         (folder / CONFIG_NAME).write_text(to_yaml(recipe))
-        content = {"method": run_method(run_config(tuned.folder), manifest), "budget": config.most}
+        content = {"method": run_method(run_config(tuned.folder), manifest), "budget": most}
         content |= {"alpha": merging.alpha, "points": [{"alpha": one, "scores": found} for one, found in points]}
         write_json(folder / "keep.json", content)
         if manifest:
@@ -100,6 +86,17 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if found.ok else 1
 
 
+def limits_of(budget: Sequence[str]) -> dict[str, float]:
+    """The most that may be lost, by name."""
+    try:
+        most = {name: float(number) for name, _, number in (word.partition("=") for word in budget)}
+    except ValueError:
+        most = {}
+    if not most or most.keys() - LOST.keys() or not all(number >= 0 for number in most.values()):
+        raise HFTError(f"--budget takes NAME=NUMBER, NAME one of {', '.join(LOST)}; got {' '.join(budget) or 'none'}")
+    return most
+
+
 def scorer(config: KeepConfig, tuned: Checkpoint, base: Checkpoint) -> Callable[[Alpha], Values]:
     """What scores a model between the two on the quick suite; its weights are set in place."""
     known = {f.name: getattr(config, f.name) for f in fields(Settings) if hasattr(config, f.name)}
@@ -108,7 +105,7 @@ def scorer(config: KeepConfig, tuned: Checkpoint, base: Checkpoint) -> Callable[
     specs = [spec_of(one, subject, settings) for one in SUITES["quick"]]
     if None in specs:
         raise HFTError(
-            f"{tuned.name} has no held-out rows that say what it learned; name a run that has, by --task_data"
+            f"{tuned.name} has no held-out rows to say what it learned; name a run that has with --task_data"
         )
     benchmarks, engines = [replace(one, spec=spec) for one, spec in zip(SUITES["quick"], specs, strict=True)], {}
     parameters = dict(engine_of(subject, settings, engines).model.named_parameters())
@@ -125,28 +122,26 @@ def scorer(config: KeepConfig, tuned: Checkpoint, base: Checkpoint) -> Callable[
 
 
 def search(
-    score: Callable[[Alpha], Values], config: KeepConfig, blocks: Sequence[str]
+    score: Callable[[Alpha], Values], most: Mapping[str, float], blocks: Mapping[str, str]
 ) -> tuple[list[tuple[Alpha, Values]], Alpha]:
-    """All that was scored, and the alpha that goes furthest within the budget."""
+    """What was scored, and the alpha that goes furthest within the budget; then block by block, if there are any."""
     points = [(alpha, score(alpha)) for alpha in tqdm(ALPHAS, desc="from the base to the tuned model", unit="model")]
     start = points[0][1]
 
     def fits(values: Values) -> bool:
-        return all(LOST[n][1] * (values[LOST[n][0]] - start[LOST[n][0]]) <= most for n, most in config.most.items())
+        return all(LOST[n][1] * (values[LOST[n][0]] - start[LOST[n][0]]) <= most[n] for n in most)
 
-    alpha, values = [point for point in points if fits(point[1])][-1]
-    if alpha == 0:
+    chosen, values = [point for point in points if fits(point[1])][-1]
+    if chosen == 0:
         raise HFTError("every step from the base loses more than the budget allows; give a larger one")
-    if not config.by_block:
-        return points, alpha
-    chosen = dict.fromkeys(blocks, alpha)
-    while further := [chosen | {block: round(a + 0.1, 1)} for block, a in chosen.items() if a < 1]:
-        tried = [(one, score(one)) for one in tqdm(further, desc="a block further", unit="model")]
+    by_block = dict.fromkeys(sorted(set(blocks.values())), chosen)
+    while further := [by_block | {block: round(alpha + 0.1, 1)} for block, alpha in by_block.items() if alpha < 1]:
+        tried = [(one, score(one)) for one in tqdm(further, desc="one block further", unit="model")]
         within = [point for point in tried if fits(point[1]) and point[1][LEARNED] < values[LEARNED]]
         if not within:
             break
-        chosen, values = min(within, key=lambda point: point[1][LEARNED])
-    return [*points, (chosen, values)], chosen
+        by_block, values = min(within, key=lambda point: point[1][LEARNED])
+    return ([*points, (by_block, values)], by_block) if blocks else (points, chosen)
 
 
 def table(points: Sequence[tuple[Alpha, Mapping[str, float]]], chosen: Alpha) -> str:

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from hft.cli import main
+from hft.evaluation.suites import SUITES
 from hft.record.scores import scores_of
 from tests.conftest import command, error_of, identical, tensors
 
@@ -39,6 +40,7 @@ def test_a_run_that_may_lose_anything_stays_as_it_is(whole, finished, tiny):
 
 def test_the_budget_chooses_and_the_frozen_half_stays(whole, finished, tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("hft.keep.ALPHAS", [0.0, 0.3, 0.4, 0.5])
+    monkeypatch.setattr("hft.keep.SUITES", {"quick": SUITES["quick"][2:]})  # task and kl
     points = {one["alpha"]: one["scores"] for one in json.loads((whole / "keep.json").read_text())["points"]}
     out = tmp_path / "some"
     content = keep(finished, out, "--budget", f"kl={(points[0.4]['kl/kl'] + points[0.5]['kl/kl']) / 2}")
@@ -66,6 +68,7 @@ def test_the_budget_chooses_and_the_frozen_half_stays(whole, finished, tiny, tmp
 
 def test_block_by_block_a_full_run_goes_further(tmp_path, tiny, data, whole, monkeypatch):
     monkeypatch.setattr("hft.keep.ALPHAS", [0.0, 0.6, 0.8, 1.0])
+    monkeypatch.setattr("hft.keep.SUITES", {"quick": SUITES["quick"][2:]})  # task and kl
     run = tmp_path / "fft"
     assert main(command("sft", run, method="fft", model=tiny, data=data)) == 0
     points = {one["alpha"]: one["scores"] for one in json.loads((whole / "keep.json").read_text())["points"]}
@@ -78,7 +81,8 @@ def test_block_by_block_a_full_run_goes_further(tmp_path, tiny, data, whole, mon
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
-def test_what_cannot_be_kept_is_said(finished, tiny, tmp_path, capsys):
+def test_what_cannot_be_kept_is_said(finished, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hft.keep.ALPHAS", [0.0, 0.1])
     without = tmp_path / "without"
     shutil.copytree(finished, without, ignore=shutil.ignore_patterns("results.json", "checkpoint*"))
     adapter = tmp_path / "adapter"
@@ -86,12 +90,12 @@ def test_what_cannot_be_kept_is_said(finished, tiny, tmp_path, capsys):
     (adapter / "adapter_config.json").write_text("{}")
     out, drift = ["--out", str(tmp_path / "out")], ["--budget", "drift=0.05"]
     for words, message in (
-        ([finished, *drift], "give a run, what it may lose, and a new folder"),
-        ([finished, *out], "give a run, what it may lose, and a new folder"),
-        ([*drift, *out], "give a run, what it may lose, and a new folder"),
-        ([finished, *out, "--budget", "mmlu=2"], "NAME one of drift, kl, facts, got 'mmlu=2'"),
-        ([finished, *out, "--budget", "drift=-1"], "NAME one of drift, kl, facts, got 'drift=-1'"),
-        ([finished, *out, "--budget", "drift"], "NAME one of drift, kl, facts, got 'drift'"),
+        ([finished, *drift], "give one run and a new folder: hft keep RUN"),
+        ([finished, *out], "--budget takes NAME=NUMBER, NAME one of drift, kl, facts; got none"),
+        ([*drift, *out], "give one run and a new folder: hft keep RUN"),
+        ([finished, *out, "--budget", "mmlu=2"], "drift, kl, facts; got mmlu=2"),
+        ([finished, *out, "--budget", "drift=-1"], "drift, kl, facts; got drift=-1"),
+        ([finished, *out, "--budget", "drift"], "drift, kl, facts; got drift"),
         ([tiny, *out, *drift], "does not say what it was trained on; name its base with --base"),
         ([adapter, *out, *drift], "is an adapter; `hft merge --method adapter"),
         ([without, *out, *drift], "has no held-out rows to say what it learned; name a run that has with --task_data"),

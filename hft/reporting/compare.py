@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,12 +104,6 @@ def conditions_that_differ(first: Scores, other: Scores) -> list[str]:
     return [key if key in by_digest else f"{key} {one.get(key)} and {two.get(key)}" for key in differ]
 
 
-def comparisons(before: Group, after: Group) -> Iterator[Comparison | str]:
-    """All columns that both groups have; what cannot be compared is said once."""
-    columns = [column for of_suite in columns_of([before, after]).values() for column in of_suite]
-    yield from dict.fromkeys(found for column in columns if (found := compare(before, after, column)) is not None)
-
-
 def table(found: Iterable[Comparison], before: str, after: str) -> str:
     rows = [["", "unit", before, after, "difference", "se", "95% interval", "p", "gained/lost", "rows", "seeds"]]
     for one in found:
@@ -139,27 +132,27 @@ def main(arguments: Sequence[str]) -> int:
         names = [group.label for group in (first, other)]
         if len(set(names)) < len(names) or first.first.model != other.first.model:
             names = [group.first.folder.name for group in (first, other)]
-        parts = list(comparisons(first, other))
-        if not parts:
+        columns = [column for of_suite in columns_of([first, other]).values() for column in of_suite]
+        found = dict.fromkeys(compare(first, other, column) for column in columns)  # one reason may hold for several
+        numbers = [one for one in found if isinstance(one, Comparison)]
+        reasons = [one for one in found if isinstance(one, str)]
+        if not numbers and not reasons:
             raise HFTError(f"{names[0]} and {names[1]} have no score in common; run hft eval on both")
-        numbers = [part for part in parts if isinstance(part, Comparison)]
-        notes = [part for part in parts if isinstance(part, str)]
-        say(*([table(numbers, *names), ""] if numbers else []), *(one.sentence(*names) for one in numbers), *notes, "")
+        sentences = [one.sentence(*names) for one in numbers]
+        say(*([table(numbers, *names), ""] if numbers else []), *sentences, *reasons, "")
     return 0
 
 
 def groups_of(models: Sequence[str]) -> list[Group]:
     """The groups of some models, in the order in which they were given."""
     folders = [folder_of(model).resolve() for model in models]
-    groups = sorted(collect(folders).groups, key=lambda group: min(folders.index(run.folder) for run in group.runs))
-    seen: dict[str, Path] = {}
-    for run in [run for group in groups for run in group.runs]:
-        digest = next((scores[0].model_sha256 for scores in run.scores.values()), str(run.folder))
-        if digest in seen:
-            raise HFTError(f"{seen[digest]} and {run.folder} are the same model; give two different ones")
-        seen[digest] = run.folder
+    groups = sorted(collect(models).groups, key=lambda group: min(folders.index(run.folder) for run in group.runs))
+    runs = [run for group in groups for run in group.runs]
+    weights = {next((found[0].model_sha256 for found in run.scores.values()), run.folder) for run in runs}
+    if len(weights) < len(models):
+        raise HFTError("one model was given twice, or a copy of it; give each once")
     if len(groups) == 1:
-        groups = [Group([run], groups[0].kind, groups[0].arm, run.folder.name) for run in groups[0].runs]
-    if len(set(folders)) < len(folders) or len(groups) < 2:
-        raise HFTError("give two or more different models: hft compare RUN RUN [RUN ...]")
+        groups = [Group([run], "", "", run.folder.name) for run in runs]
+    if len(groups) < 2:
+        raise HFTError("give two models or more: hft compare RUN RUN [RUN ...]")
     return groups

@@ -105,34 +105,36 @@ def frontier_table(model: str, groups: Sequence[Group], x: Column, y: Column) ->
     curves, title = curves_of(groups, x, y), f"{model}: {y.name} against {x.name}"
     if curves is None or isinstance(curves, str) or len(curves) < 2 or max(len(c.kept) for c in curves.values()) < 2:
         return ReportTable(title, plain(""), [plain(curves)] if isinstance(curves, str) else [])
-    signs = [1 if column.higher_is_better else -1 for column in (x, y)]
-    lowest = np.concatenate([curve.mean_points for curve in curves.values()]).min(axis=0)
     base = next((group.measure(x) for group in groups if group.first.method == "base"), None)
-    reference = np.array([signs[0] * base.value if base else lowest[0], lowest[1]])
-    names = [f"{c.name} {s * value:.4g} {c.unit}" for c, s, value in zip((x, y), signs, reference, strict=True)]
-    caption = f"{title}; reference point {names[0]} ({'the base' if base else 'the worst'}), {names[1]} (the worst)"
+    signs = [1 if column.higher_is_better else -1 for column in (x, y)]
+    reference = np.concatenate([curve.mean_points for curve in curves.values()]).min(axis=0)
+    if base:
+        reference[0] = signs[0] * base.value
+    ends = [f"{c.name} {s * value:.4g} {c.unit}" for c, s, value in zip((x, y), signs, reference, strict=True)]
+    caption = f"{title}; reference point {ends[0]} ({'the base' if base else 'the worst'}), {ends[1]} (the worst)"
     objectives, numbers, rows = {group.arm: group.first.objective for group in groups}, {}, []
     for arm, curve in tqdm(curves.items(), desc="frontiers", unit="method", leave=False):
+        (rates, seeds, kept), learned = curve.kept.shape, curve.learned.shape[-1]
         found = {"hypervolume": estimate(partial(hypervolume, reference=reference), curve)}
         full = {g.arm for g in groups if g.first.is_full and g.first.objective == objectives[arm]} & curves.keys()
         if len(full) == 1 and arm not in full:
-            found["kept more than fft at equal learning"] = estimate(equal_learning, curves[full.pop()], curve)
-        numbers |= {f"{title}/{arm}/{name}": one.value for name, one in found.items() if isfinite(one.value)}
-        sizes = (*curve.kept.shape[:2], f"{curve.learned.shape[2]:,}", f"{curve.kept.shape[2]:,}")
-        rows.append([*plain(arm, *map(str, sizes)), *(estimate_cell(name, one) for name, one in found.items())])
-    head = plain("", "rates", "seeds", f"rows, {x.name}", f"rows, {y.name}", "hypervolume")
-    head.append(Cell("kept more than fft at equal learning", {y.unit: ""}))
-    return ReportTable(caption, head, [[*row, *plain("")][: len(head)] for row in rows], numbers)
+            found["kept more than fft"] = estimate(equal_learning, curves[full.pop()], curve)
+        numbers |= {f"{title}/{arm}/{name}": one.value for name, one in found.items() if isfinite(one.low)}
+        n = f"{rates} rates, {seeds} seeds, {learned:,} and {kept:,} rows"
+        rows.append(
+            [*plain(arm, n), *(estimate_cell(one, signed=name != "hypervolume") for name, one in found.items())]
+        )
+    head = [*plain("", "n", "hypervolume"), Cell("kept more than fft at equal learning", {y.unit: ""})]
+    return ReportTable(caption, head, rows, numbers)
 
 
-def estimate_cell(name: str, one: Estimate) -> Cell:
-    if not isfinite(one.value):
-        return Cell("they learned no common amount")
-    signed, sure = "+" if name.startswith("kept") else "", one.low > 0 or one.high < 0
-    kind = ("better" if one.value > 0 else "worse") if signed and sure else ""
+def estimate_cell(one: Estimate, *, signed: bool) -> Cell:
+    """An estimate and its interval; of a difference better or worse, if the interval says so."""
     if not isfinite(one.low):
-        return Cell(f"{one.value:{signed}.4g}", {"no interval: they seldom learned a common amount": ""})
-    return Cell(f"{one.value:{signed}.4g}", {f"{one.low:{signed}.3g} to {one.high:{signed}.3g}": kind})
+        return Cell("too little learned in common")
+    kind = "" if not signed or one.low <= 0 <= one.high else "better" if one.value > 0 else "worse"
+    sign = "+" if signed else ""
+    return Cell(f"{one.value:{sign}.4g}", {f"{one.low:{sign}.3g} to {one.high:{sign}.3g}": kind})
 
 
 def scores(found: Collection, styles: Styles) -> Parts:

@@ -119,9 +119,9 @@ def test_what_cannot_be_compared_is_said(tmp_path, values, capsys):
     other = scored(tmp_path / "other", {"nq_open": values["right"]}, method="fft")
     for words, message in (
         ([base, other], "have no score in common; run hft eval on both"),
-        ([base, base], "give two or more different models"),
-        ([base, chat, base], "give two or more different models"),
-        ([base], "give two or more different models"),
+        ([base, base], "one model was given twice, or a copy of it; give each once"),
+        ([base, chat, base], "one model was given twice, or a copy of it; give each once"),
+        ([base], "give two models or more"),
         ([base, tmp_path / "nowhere"], "holds no run and no scores"),
     ):
         assert main(["compare", *map(str, words)]) == 2
@@ -131,7 +131,7 @@ def test_what_cannot_be_compared_is_said(tmp_path, values, capsys):
         (tmp_path / "copy" / path.relative_to(base)).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "copy" / path.relative_to(base)).write_bytes(path.read_bytes())
     assert main(["compare", str(base), str(tmp_path / "copy")]) == 2
-    assert "are the same model; give two different ones" in error_of(capsys)
+    assert "one model was given twice, or a copy of it" in error_of(capsys)
 
 
 def test_a_model_of_the_hub_is_found_where_its_scores_are(tmp_path, values, capsys, monkeypatch):
