@@ -47,20 +47,28 @@ class Estimate:
     high: float
 
 
-def curves_of(groups: Sequence[Group], x: Column, y: Column) -> dict[str, Curve] | str | None:
-    """The curve of each arm that was scored on two columns of one score each; a sentence if rows do not fit together.
+def curves_of(groups: Sequence[Group], x: Column, y: Column) -> dict[str, Curve] | str:
+    """The curve of each arm, in what it has more than the base on the same rows; a sentence if that cannot be said.
 
-    Of groups with more seeds than others the first are taken.
+    The columns are of one score each. None is drawn unless there are two arms, one of them with two learning rates. Of
+    groups with more seeds than others the first are taken.
     """
     placed = [group for group in groups if group.first.learning_rate and group.measure(x) and group.measure(y)]
-    seeds = min((len(group.runs) for group in placed), default=0)
+    arms = [group.arm for group in placed]
+    if len(set(arms)) in (0, 1, len(arms)):
+        return {}
+    base = next((group.first for group in groups if group.first.method == "base" and group.measure(x)), None)
+    if base is None:
+        return "the base is what frontiers are measured from: score it too, and give it to the report"
+    seeds = min(len(group.runs) for group in placed)
     runs = [run for group in placed for run in sorted(group.runs, key=lambda run: str(run.order))[:seeds]]
-    found = [values_of(runs, column.keys[0]) if runs else None for column in (x, y)]
-    for one in found:
-        if one is None or isinstance(one, str):
-            return one
-    axes = [(1 if column.higher_is_better else -1) * values for column, (values, _) in zip((x, y), found, strict=True)]
-    cubes, arms = [values.reshape(len(placed), seeds, -1) for values in axes], [group.arm for group in placed]
+    cubes = []
+    for column in (x, y):
+        found = values_of([base, *runs], column.keys[0])
+        if found is None or isinstance(found, str):
+            return found or {}
+        more = (found[0][1:] - found[0][0]) * (1 if column.higher_is_better else -1)
+        cubes.append(more.reshape(len(placed), seeds, -1))
     return {arm: Curve(*(cube[[one == arm for one in arms]] for cube in cubes)) for arm in dict.fromkeys(arms)}
 
 

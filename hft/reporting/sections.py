@@ -88,9 +88,9 @@ def frontiers(found: Collection, styles: Styles) -> Parts:
     around. A curve per method over its learning rates, the higher the rate the larger the marker; bars are standard
     deviations over seeds; dotted, a run's way back to its base (hft keep). Drift is the loss on general text. If the KL
     to the base alone decided what is forgotten, all methods would lie on one curve against it. In the tables the
-    hypervolume is the area below a method's frontier and above the reference point; at equal learning the frontiers are
-    compared where both have learned as much, by straight lines between learning rates. Intervals are of 95%, over
-    resampled rows and seeds.
+    hypervolume is the area below a method's frontier and above the reference point: the base's task loss, and the worst
+    that any method here keeps. At equal learning the frontiers are compared where both methods have learned as much, by
+    straight lines between learning rates. Intervals are of 95%, over resampled rows and seeds.
     """
     for model, groups in found.models.items():
         ways = [found.keeps[run.folder.name] for g in groups for run in g.runs if run.folder.name in found.keeps]
@@ -103,37 +103,31 @@ def frontiers(found: Collection, styles: Styles) -> Parts:
 def frontier_table(model: str, groups: Sequence[Group], x: Column, y: Column) -> ReportTable:
     """Hypervolume and what is kept at equal learning, an arm per row; no rows unless an arm has two learning rates."""
     curves, title = curves_of(groups, x, y), f"{model}: {y.name} against {x.name}"
-    if curves is None or isinstance(curves, str) or len(curves) < 2 or max(len(c.kept) for c in curves.values()) < 2:
-        return ReportTable(title, plain(""), [plain(curves)] if isinstance(curves, str) else [])
-    base = next((group.measure(x) for group in groups if group.first.method == "base"), None)
-    signs = [1 if column.higher_is_better else -1 for column in (x, y)]
-    reference = np.concatenate([curve.mean_points for curve in curves.values()]).min(axis=0)
-    if base:
-        reference[0] = signs[0] * base.value
-    ends = [f"{c.name} {s * value:.4g} {c.unit}" for c, s, value in zip((x, y), signs, reference, strict=True)]
-    caption = f"{title}; reference point {ends[0]} ({'the base' if base else 'the worst'}), {ends[1]} (the worst)"
+    if isinstance(curves, str):
+        return ReportTable(title, plain(""), [plain(curves)])
+    worst = min((curve.mean_points[:, 1].min() for curve in curves.values()), default=0)
+    side = "below" if (worst < 0) == y.higher_is_better else "above"
+    point = f"the base's {x.name} and the worst {y.name}, {abs(worst):.3g} {y.unit} {side} the base's"
     objectives, numbers, rows = {group.arm: group.first.objective for group in groups}, {}, []
     for arm, curve in tqdm(curves.items(), desc="frontiers", unit="method", leave=False):
-        (rates, seeds, kept), learned = curve.kept.shape, curve.learned.shape[-1]
-        found = {"hypervolume": estimate(partial(hypervolume, reference=reference), curve)}
+        found = {"hypervolume": estimate(partial(hypervolume, reference=np.array([0, worst])), curve)}
         full = {g.arm for g in groups if g.first.is_full and g.first.objective == objectives[arm]} & curves.keys()
         if len(full) == 1 and arm not in full:
             found["kept more than fft"] = estimate(equal_learning, curves[full.pop()], curve)
         numbers |= {f"{title}/{arm}/{name}": one.value for name, one in found.items() if isfinite(one.low)}
+        (rates, seeds, kept), learned = curve.kept.shape, curve.learned.shape[-1]
         n = f"{rates} rates, {seeds} seeds, {learned:,} and {kept:,} rows"
-        rows.append(
-            [*plain(arm, n), *(estimate_cell(one, signed=name != "hypervolume") for name, one in found.items())]
-        )
+        more = estimate_cell(found["kept more than fft"], "+") if "kept more than fft" in found else Cell("")
+        rows.append([*plain(arm, n), estimate_cell(found["hypervolume"]), more])
     head = [*plain("", "n", "hypervolume"), Cell("kept more than fft at equal learning", {y.unit: ""})]
-    return ReportTable(caption, head, rows, numbers)
+    return ReportTable(f"{title}; reference point: {point}", head, rows, numbers)
 
 
-def estimate_cell(one: Estimate, *, signed: bool) -> Cell:
-    """An estimate and its interval; of a difference better or worse, if the interval says so."""
+def estimate_cell(one: Estimate, sign: str = "") -> Cell:
+    """An estimate and its interval; of a difference, which has a sign, better or worse if the interval says so."""
     if not isfinite(one.low):
         return Cell("too little learned in common")
-    kind = "" if not signed or one.low <= 0 <= one.high else "better" if one.value > 0 else "worse"
-    sign = "+" if signed else ""
+    kind = "" if not sign or one.low <= 0 <= one.high else "better" if one.value > 0 else "worse"
     return Cell(f"{one.value:{sign}.4g}", {f"{one.low:{sign}.3g} to {one.high:{sign}.3g}": kind})
 
 
