@@ -92,10 +92,11 @@ def frontier(
         if group.kind not in axes.get_legend_handles_labels()[1]:
             axes.plot([], [], label=group.kind, **style)
     for way in ways:
-        values = [[point["scores"].get("/".join(column.keys[0][1:])) for column in (x, y)] for point in way["points"]]
+        line = [point["scores"] for point in way["points"] if not isinstance(point["alpha"], dict)]  # not by block
+        values = [[scores.get("/".join(column.keys[0][1:])) for column in (x, y)] for scores in line]
         if values and None not in values[0]:
             color = styles.get(way["method"], ("gray",))[0]
-            axes.plot(*zip(*values, strict=True), color=color, linestyle=":", label=f"{way['method']} to base")
+            axes.plot(*zip(*values, strict=True), color=color, linestyle=":", label=f"{way['method']} to its base")
     for column, axis in ((x, axes.xaxis), (y, axes.yaxis)):
         axis.set_inverted(not column.higher_is_better)
         axis.set_major_locator(MaxNLocator(6))

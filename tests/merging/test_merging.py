@@ -26,7 +26,7 @@ from hft.errors import HFTError
 from hft.merging import checkpoint as checkpoints
 from hft.merging import merge as merging
 from hft.merging.merge import OPERATORS, MergeConfig, check_config
-from hft.merging.operators import MagnitudePruner, generator_of, random_prune, slerp_factors, ties_merge
+from hft.merging.operators import MagnitudePruner, between, generator_of, random_prune, slerp_factors, ties_merge
 from hft.merging.reset import ResetConfig
 from hft.model.anatomy import anatomy_of, meta_model
 from hft.model.weights import Weights
@@ -275,6 +275,13 @@ def test_average_slerp_and_wise_ft_are_their_formulas(tmp_path, trio, tiny, caps
             ("arc", torch.from_numpy(arc).float()),
         ):
             torch.testing.assert_close(tensors(tmp_path / folder)[name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_what_did_not_move_keeps_its_bits_on_the_line_and_the_ends_are_the_models():
+    base, tuned = torch.tensor([-0.0, 0.1, 3.0]), torch.tensor([-0.0, 7.7, 3.0])
+    assert identical(between(base, tuned, 0.3)[::2], base[::2])
+    assert identical(between(base, tuned, 1.0), tuned)
+    assert identical(between(base, tuned, 0.0), base)
 
 
 def test_slerp_takes_the_line_only_where_vectors_are_nearly_parallel():
