@@ -11,7 +11,9 @@ import yaml
 
 from hft.cli import main
 from hft.evaluation.suites import SUITES
+from hft.keep import search
 from hft.record.scores import scores_of
+from hft.reporting.collect import collect
 from tests.conftest import command, error_of, identical, tensors
 
 
@@ -62,6 +64,7 @@ def test_the_budget_chooses_and_the_frozen_half_stays(whole, finished, tiny, tmp
     # It is a recipe of hft merge, and no run of its method.
     assert main(["merge", "--config", str(out / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
     assert all(identical(tensor, made[name]) for name, tensor in tensors(tmp_path / "again").items())
+    assert not collect([out]).groups[0].first.is_ratio
     assert main(["report", str(out), str(finished), "--out", str(tmp_path / "report")]) == 0
     assert "| some | wise-ft |" in (tmp_path / "report" / "report.md").read_text()
 
@@ -79,6 +82,25 @@ def test_block_by_block_a_full_run_goes_further(tmp_path, tiny, data, whole, mon
     assert chosen["kl/kl"] <= most < line[-1]["kl/kl"]
     assert chosen["task/loss"] < min(one["task/loss"] for one in line if one["kl/kl"] <= most)
     assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_the_block_that_teaches_most_goes_first():
+    """All blocks lose alike, and the MLP teaches most: what one alpha for all leaves of the budget goes to it."""
+    teaches = {"attention": 1.0, "mlp": 3.0, "norm": 0.5}
+
+    def score(alpha) -> dict[str, float]:
+        alphas = alpha if isinstance(alpha, dict) else dict.fromkeys(teaches, alpha)
+        learned = sum(teaches[block] * alphas[block] for block in teaches)
+        return {
+            "task/loss": 5 - learned,
+            "drift/loss": 3 + sum(alphas.values()),
+            "facts/acc": 50 - sum(alphas.values()),
+        }
+
+    points, chosen = search(score, {"drift": 1.41}, {"a": "mlp", "b": "norm", "c": "attention"})
+    assert chosen == {"attention": 0.4, "mlp": 0.6, "norm": 0.4}
+    assert points[-1] == (chosen, score(chosen))
+    assert search(score, {"facts": 1.41, "drift": 9}, {})[1] == 0.4
 
 
 def test_what_cannot_be_kept_is_said(finished, tiny, tmp_path, capsys, monkeypatch):
