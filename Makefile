@@ -44,8 +44,8 @@ ARMS := $(basename $(notdir $(wildcard recipes/cpi/*.yaml)))
 MERGES := $(basename $(notdir $(wildcard recipes/merges/*.yaml)))
 $(if $(MODELS),$(if $(wildcard recipes/$(MODEL)/*.yaml),,$(error MODEL=$(MODEL) is not among the recipes: $(MODELS))))
 
-.PHONY: help install cpi eval report forgetting bench sweep-ratios sweep-seeds runtimes reset reset-sft reset-dpo \
-	lint test test-slow test-gpu audit docs clean clean-runs
+.PHONY: help install cpi eval report forgetting bench gpu-check sweep-ratios sweep-seeds runtimes reset reset-sft \
+	reset-dpo lint schema test test-lowest test-newest test-slow test-gpu audit docs clean clean-runs
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PRECIOUS: models/%/config.json
@@ -63,18 +63,19 @@ help:
 	@echo "make eval [RUN=runs/a-run] [SUITE=quick|general|knowledge|recent] [ARGS=...]"
 	@echo "make forgetting [SIZE=mini|smollm2] [ARGS=--quick]    what each method learns and forgets"
 	@echo "make bench [ARGS=...]    what a step costs, by methods: time, memory, tokens/s, against the FLOPs"
+	@echo "make gpu-check [NUM_GPUS=n] [ARGS=...]    what no CPU can settle, on a GPU of 80 GB: results/gpu"
 	@echo "  METHOD  $(METHODS)"
 	@echo "  MODEL   $(MODELS)"
 	@echo "  ARM     $(ARMS)"
 	@echo "  MERGE   $(MERGES)"
 	@echo "make report [RUNS='runs/a runs/b'] [ARGS=...]    runs side by side, as a page: report/report.html"
 	@echo "NUM_GPUS=n ENGINE=fsdp2|zero3|ddp    by default all visible GPUs, with fsdp2, or ddp for what cannot be sharded"
-	@echo "make install | test | lint | test-slow | test-gpu | audit | docs | clean | clean-runs"
+	@echo "make install | test | lint | schema | docs | audit | test-lowest | test-newest | test-slow | test-gpu | clean | clean-runs"
 
 # A target that does not exist: the nearest one that does.
 TARGETS := $(foreach one,sft dpo kto trace,$(addprefix $(one)-,$(METHODS))) $(addprefix cpi-,$(ARMS)) \
-	$(addprefix merge-,$(MERGES)) help install cpi eval report forgetting bench sweep-ratios sweep-seeds runtimes \
-	reset reset-sft reset-dpo lint test test-slow test-gpu audit docs clean clean-runs
+	$(addprefix merge-,$(MERGES)) help install cpi eval report forgetting bench gpu-check sweep-ratios sweep-seeds \
+	runtimes reset reset-sft reset-dpo lint schema test test-lowest test-newest test-slow test-gpu audit docs clean clean-runs
 NEAREST := import difflib, sys; near = difflib.get_close_matches(sys.argv[1], sys.argv[2:], n=1); \
 	sys.exit(f"no target {sys.argv[1]}, did you mean {near[0]}?" if near else f"no target {sys.argv[1]}; make lists them")
 
@@ -160,6 +161,11 @@ forgetting: $(INSTALLED) $(if $(filter smollm2,$(SIZE)),models/smollm2-135m/conf
 bench: $(INSTALLED) models/smollm2-135m/config.json models/tiny/config.json
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
+# What no CPU can settle: made for 12 minutes of one GPU of 80 GB, or with NUM_GPUS for several. results/gpu/DEVICE.md has
+# what was found; the same command again runs what is missing there.
+gpu-check: $(INSTALLED) models/tiny/config.json
+	$(BIN)/python benchmarks/gpu_check.py $(addprefix --num_gpus ,$(NUM_GPUS)) $(ARGS)
+
 reset: $(INSTALLED) $(LOCAL_FILES)
 	@test -f recipes/$(MODEL)/reset.yaml || { echo "only $(RESETS) have a reset.yaml; see also reset-sft"; exit 1; }
 	$(BIN)/hft reset --config recipes/$(MODEL)/reset.yaml --out runs/$(MODEL)-reset $(ARGS)
@@ -185,10 +191,22 @@ report: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+# What editors check recipes by. It has TRL's keys: make it again with another TRL.
+schema: $(INSTALLED)
+	$(BIN)/hft schema > recipes/schema.json
 
 # Two processes of one thread each take half the time of one process of two.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadscope $(ARGS)
+
+# The lowest and the newest versions that pyproject.toml allows, each in a separate environment.
+test-lowest test-newest: test-%:
+	$(PYTHON) -m venv $(VENV)/$*
+	$(VENV)/$*/bin/python .ci/versions.py $* > $(VENV)/$*/versions.txt
+	$(VENV)/$*/bin/pip install --quiet --disable-pip-version-check --constraint $(VENV)/$*/versions.txt --editable '.[dev]'
+	OMP_NUM_THREADS=1 $(VENV)/$*/bin/pytest -m "not slow and not gpu" -n 2 --dist loadscope $(ARGS)
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow $(ARGS)
