@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import shutil
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from hft.errors import HFTError, did_you_mean, neighbor
 HERE = Path(__file__).parent
 RECIPES = HERE / "recipes" if (HERE / "recipes").is_dir() else HERE.parent / "recipes"  # of a wheel, or a checkout
 METHODS = RECIPES / "methods"
+MODELINE = re.compile("# yaml-language-server:.*\n")  # tells editors the schema, beside the recipes
 
 
 def names() -> list[str]:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.file.exists():
         raise HFTError(f"{options.file} exists; choose another name")
     try:
-        shutil.copyfile(source, options.file)
+        options.file.write_text(MODELINE.sub("", source.read_text(encoding="utf-8")), encoding="utf-8")
     except OSError as error:
         raise HFTError(f"cannot write {options.file}: {error.strerror}") from error
     print(f"{options.file} is a copy of {options.name}: hft COMMAND --config {options.file}")
@@ -77,6 +77,6 @@ def listing() -> str:
 
 def title(path: Path) -> str:
     """The first sentence of the comment that a file starts with."""
-    comment = re.match(r"(?:# .*\n)*", path.read_text(encoding="utf-8"))[0]
+    comment = re.match(r"(?:# .*\n)*", MODELINE.sub("", path.read_text(encoding="utf-8")))[0]
     sentence = re.split(r"(?<=[.:])(?<!al\.) ", " ".join(comment.replace("# ", "").split()))[0].rstrip(".:")
     return textwrap.shorten(sentence, 88, placeholder=" ...")

@@ -49,7 +49,9 @@ paper 5"""
     # In one process, since imports take longer than all else.
     loop = "import sys; from hft.cli import main; assert not any(main(line.split()) for line in sys.argv[1:])"
     printed = python("-c", loop, *commands.splitlines())
-    assert (work / "my.yaml").read_bytes() == (ROOT / "recipes/tiny/sft.yaml").read_bytes()
+    first, copied = (ROOT / "recipes/tiny/sft.yaml").read_text().split("\n", 1)
+    assert (work / "my.yaml").read_text() == copied
+    assert (tmp_path / "site/hft/recipes/x" / first.partition("=")[2]).resolve().is_file()
     assert (work / "out" / "README.md").exists()
     for line in ("tiny is in models/tiny", "data/sft/train.jsonl", "verify passed", "out/config.yaml fft --output_dir"):
         assert line in printed
