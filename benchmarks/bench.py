@@ -11,7 +11,7 @@ import platform
 import re
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from bench_arm import Measured, measure
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig, Trainer
 from transformers.utils.logging import disable_progress_bar
 from trl import SFTTrainer
 
@@ -36,7 +36,8 @@ PARTS = {
     "dpo": "DPO",
     "7b": "Llama-2-7B on one GPU",
 }
-# Random weights in the shape of TinyLlama-1.1B and of Llama-2-7B: time and memory do not depend on their values.
+# Random weights in the shape of TinyLlama-1.1B, of Llama-2-7B and of small mixtures of experts: time and memory do not
+# depend on their values.
 SHAPES = {
     "llama-1.1b": LlamaConfig(
         hidden_size=2048,
@@ -47,6 +48,22 @@ SHAPES = {
         max_position_embeddings=4096,
     ),
     "llama2-7b": Path("recipes/llama2-7b"),
+    "mixtral-0.8b": MixtralConfig(
+        hidden_size=1024,
+        intermediate_size=3584,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+    ),
+    "mixtral-tiny": MixtralConfig(
+        vocab_size=2048,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    ),
 }
 
 
@@ -137,19 +154,19 @@ class Bench:
         return partial(measure, partial(make, *words, **keys), self.rows, self.length)
 
 
-def sft(bench: Bench, checkpointing: bool = False) -> str:
-    """All methods, and HFT by hand right after HFT."""
+def sft(bench: Bench, checkpointing: bool = False, methods: Sequence[str] = METHODS) -> str:
+    """FFT, HFT and other methods, and HFT by hand right after HFT."""
     keys = {"activation_checkpointing": checkpointing}
-    arms = {name: bench.arm(bench.trainer, name, **keys) for name in METHODS[:2]}
+    arms = {name: bench.arm(bench.trainer, name, **keys) for name in methods[:2]}
     arms["TRL, frozen by hand"] = bench.arm(bench.trl, **keys)
-    arms |= {name: bench.arm(bench.trainer, name, **keys) for name in METHODS[2:]}
+    arms |= {name: bench.arm(bench.trainer, name, **keys) for name in methods[2:]}
     found = bench.run(arms)
-    planned = {name: forecast(bench.config(name, **keys)).memory.state for name in METHODS}
+    planned = {name: forecast(bench.config(name, **keys)).memory.state for name in methods}
     ours, theirs = found["hft"], found["TRL, frozen by hand"]
     overhead = [median(a) / median(b) for a, b in zip(ours, theirs, strict=True)]
-    same = all(a.loss == b.loss for a, b in zip(ours, theirs, strict=True))
+    same = all(a.losses[0] == b.losses[0] for a, b in zip(ours, theirs, strict=True))
     return (
-        f"{table(found, planned)}\n\n"
+        f"{table(found, planned)}\n\n{against_bound(ours, found['fft'])}\n\n"
         f"HFT's step takes {spread(overhead, 3)} of that of TRL with the same parameters frozen by hand; the loss of "
         f"the first step is {'the same' if same else 'NOT the same'}."
     )
@@ -170,17 +187,24 @@ def equal(bench: Bench) -> str:
         half: bench.arm(bench.trainer, "hft"),
     }
     found = bench.run(arms)
-    ratios = [median(a) / median(b) for a, b in zip(found[half], found[fft], strict=True)]
-    passes = [passes_of(a) / passes_of(b) for a, b in zip(found[half], found[fft], strict=True)]
-    bound = found[half][0].flops / found[fft][0].flops
     fits = "" if min(none, most) <= budget else " That is more than the budget even so."
     return (
         f"The budget is what HFT takes without checkpointing, {budget / 1e9:.2f} GB. FFT takes {none / 1e9:.2f} GB "
         f"with no layer checkpointed and {most / 1e9:.2f} GB with all {layers}, so it checkpoints {count}.{fits}\n\n"
-        f"{table(found)}\n\n"
+        f"{table(found)}\n\n{against_bound(found[half], found[fft])}"
+    )
+
+
+def against_bound(half: list[Measured], full: list[Measured]) -> str:
+    """How HFT's step and passes compare with FFT's, and with what their FLOPs allow."""
+    ratios = [median(a) / median(b) for a, b in zip(half, full, strict=True)]
+    passes = [passes_of(a) / passes_of(b) for a, b in zip(half, full, strict=True)]
+    bound = half[0].flops / full[0].flops
+    close = statistics.median(passes) <= 1.05 * bound
+    return (
         f"HFT's step takes {spread(ratios, 3)} of FFT's, its forward and backward pass {spread(passes, 3)}; the bound "
         f"by FLOPs is {bound:.3f}. The step is {statistics.median(ratios) / bound:.3f} times the bound, the passes "
-        f"{statistics.median(passes) / bound:.3f} times."
+        f"{statistics.median(passes) / bound:.3f} times, {'within' if close else 'NOT within'} 5% of it."
     )
 
 
@@ -273,7 +297,7 @@ def write_rows(folder: Path, rows: int, length: int) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def make_model(name: str, folder: Path) -> str:
+def make_model(name: str, folder: Path, tokenizer: str = "models/tiny") -> str:
     """The folder of a model: one that is there, or random weights in one of `SHAPES` with a tokenizer of 2,048."""
     if name not in SHAPES:
         return name
@@ -282,7 +306,7 @@ def make_model(name: str, folder: Path) -> str:
         config = AutoConfig.from_pretrained(shape) if isinstance(shape, Path) else shape
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-        AutoTokenizer.from_pretrained("models/tiny").save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return str(folder)
 
 
@@ -294,6 +318,17 @@ def device_name() -> str:
     found = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
     threads = torch.get_num_threads()
     return f"{found[1] if found else platform.processor()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def versions() -> str:
+    """A sentence with the versions that a number depends on."""
+    names = ("torch", "transformers", "trl", "accelerate", "peft")
+    return f"Python {platform.python_version()}, {', '.join(f'{name} {version(name)}' for name in names)}."
 
 
 def not_run(parts: list[str]) -> str:
@@ -324,17 +359,14 @@ def main() -> None:
     """Run the parts and write each as soon as it is there."""
     options = parse()
     disable_progress_bar()
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
-    out = options.out or Path(f"results/bench/{slug}.md")
+    out = options.out or Path(f"results/bench/{slug(device_name())}.md")
     out.parent.mkdir(parents=True, exist_ok=True)
-    names = ("torch", "transformers", "trl", "accelerate", "peft")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
     text = (
         f"# What a step costs: {device_name()}\n\n"
         f'    make bench ARGS="--parts {" ".join(options.parts)} --model {options.model} --rounds {options.rounds} '
         f'--steps {options.steps} --rows {options.rows} --length {options.length}"\n\n'
         f"{(Path(__file__).with_name('bench.md')).read_text()}\n"
-        f"Python {platform.python_version()}, {versions}.\n\n"
+        f"{versions()}\n\n"
     )
     with tempfile.TemporaryDirectory() as temporary:
         for part in options.parts:

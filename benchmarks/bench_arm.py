@@ -26,7 +26,7 @@ class Measured:
     Attributes:
         forward, backward, optimizer, step: seconds of each step. What a step takes beside its three parts are
             clipping, the batch and the callbacks.
-        loss: of the first step.
+        losses: of every step.
         peak: bytes at the peak while it trained; on a CPU those of the process beyond what it held before the arm.
         weights, gradients, states, reference: bytes of the tensors.
         flops: of the forward and the backward pass of one step, and of DPO's reference.
@@ -37,7 +37,7 @@ class Measured:
     backward: list[float] = field(default_factory=list)
     optimizer: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
-    loss: float = 0.0
+    losses: list[float] = field(default_factory=list)
     peak: int = 0
     weights: int = 0
     gradients: int = 0
@@ -59,10 +59,11 @@ class Watch(TrainerCallback):
         trainer: whose steps to measure, without gradient accumulation.
         rows, length: of a batch; in DPO a row is two sequences of that length.
         held: bytes that the process held before the arm.
+        count: whether to count FLOPs.
     """
 
-    def __init__(self, trainer: Trainer, rows: int, length: int, held: int) -> None:
-        self.trainer, self.held, self.pairs = trainer, held, isinstance(trainer, DPOTrainer)
+    def __init__(self, trainer: Trainer, rows: int, length: int, held: int, count: bool) -> None:
+        self.trainer, self.held, self.count, self.pairs = trainer, held, count, isinstance(trainer, DPOTrainer)
         self.sequences, self.length = rows * (2 if self.pairs else 1), length
         self.measured = Measured(tokens=self.sequences * length)
         self.parts = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
@@ -85,8 +86,9 @@ class Watch(TrainerCallback):
         self.parts, self.start = dict.fromkeys(self.parts, 0.0), now()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if not self.measured.flops:  # here, where a schedule's layers are those of this step
+        if not self.measured.gradients:  # here, where a schedule's layers are those of this step
             self.measured.gradients = size(p.grad for p in model.parameters() if p.grad is not None)
+        if self.count and not self.measured.flops:
             self.measured.flops = step_flops(model, self.sequences, self.length, reference=self.pairs)
         self.before_optimizer = now()
 
@@ -100,7 +102,7 @@ class Watch(TrainerCallback):
                 getattr(self.measured, part).append(seconds)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.measured.loss = self.measured.loss or logs.get("loss", 0.0)
+        self.measured.losses += [logs["loss"]] if "loss" in logs else []
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         measured, trainer = self.measured, self.trainer
@@ -112,17 +114,18 @@ class Watch(TrainerCallback):
             measured.reference = size([*model.parameters(), *trainer.ref_model.parameters()]) - measured.weights
 
 
-def measure(make: Callable[[], Trainer], rows: int, length: int) -> Measured:
+def measure(make: Callable[[], Trainer], rows: int, length: int, *, count: bool = True) -> Measured:
     """Make a trainer, train, and free it.
 
     Args:
         make: makes it.
         rows, length: of a batch.
+        count: whether to count FLOPs, which are not known of every model.
     """
     release()
     held = resident()
     trainer = make()
-    watch = Watch(trainer, rows, length, held)
+    watch = Watch(trainer, rows, length, held, count)
     trainer.add_callback(watch)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
