@@ -5,11 +5,14 @@ as it is, other text as a listing, a folder as a list of its files. So every lin
 link fails the build.
 """
 
+import json
 import os
 import re
 from pathlib import Path, PurePosixPath
 
 from mkdocs.structure.files import File
+
+from hft.catalog import MODELINE
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()([^)\s:#]+)(#[^)\s]*)?(?=\))")
@@ -93,7 +96,15 @@ def made(config, source, uri):
     if path.suffix in (".md", *IMAGES):
         return File.generated(config, uri, abs_src_path=str(path))
     text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        return File.generated(config, uri, content="\n\n".join(map(cell_of, json.loads(text)["cells"])))
     return File.generated(config, uri, content=f"# {source}\n\n````{LANGUAGES.get(path.suffix, '')}\n{text}\n````\n")
+
+
+def cell_of(cell):
+    """A cell of a notebook as Markdown."""
+    text = "".join(cell["source"])
+    return f"```python\n{text}\n```" if cell["cell_type"] == "code" else text
 
 
 def title(path):
@@ -105,7 +116,7 @@ def methods_page():
     """A row per method, from the comment on top of its file, and the files."""
     rows, listings = [], []
     for path in sorted((ROOT / "recipes/methods").glob("*.yaml")):
-        text = path.read_text(encoding="utf-8")
+        text = MODELINE.sub("", path.read_text(encoding="utf-8"))
         comment = " ".join(re.match(r"(?:#.*\n)*", text)[0].replace("#", " ").split())
         sentence = re.split(
             r"(?<=\.)(?<!al\.) ", re.sub(r" \([^()]*\b(arXiv|[Ss]ection|Tables?)\b[^()]*\)", "", comment)

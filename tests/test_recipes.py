@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import hft
 from hft.objectives import OBJECTIVES
 from hft.reporting.paper import read_runs
 from hft.runs.config import parse_config
@@ -145,3 +146,19 @@ def test_runtimes_are_relative_to_fft(tmp_path, sft):
     assert fft == "100.0% of the layers train  100.0% of the time of FFT  tiny-sft-fft"
     time = f"{100 * speeds[0] / speeds[1]:5.1f}%"
     assert hft == f" 50.0% of the layers train  {time} of the time of FFT  tiny-sft-hft"
+
+
+def test_the_dockerfile_installs_as_make_does_from_files_that_exist():
+    lines = [line for line in (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines() if line]
+    steps = [line.split() for line in lines if not line.startswith("#")]
+    assert {words[0] for words in steps} <= {"FROM", "RUN", "WORKDIR", "COPY", "ENV", "CMD"}
+    copied = [source for words in steps if words[0] == "COPY" for source in words[1:-1]]
+    assert all((ROOT / source).exists() for source in copied)
+    assert ["RUN", "make", "install"] in steps
+    read = {"Makefile", "pyproject.toml", "constraints.txt", "setup.py", "README.md", "hft", "recipes"}
+    assert read <= set(copied[: copied.index(".")])
+
+
+def test_the_version_has_its_section_in_the_changelog_and_the_citation():
+    assert f"\n## {hft.__version__} (" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {hft.__version__}\n" in (ROOT / "CITATION.cff").read_text()
