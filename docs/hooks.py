@@ -12,8 +12,6 @@ from pathlib import Path, PurePosixPath
 
 from mkdocs.structure.files import File
 
-from hft.catalog import MODELINE
-
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()([^)\s:#]+)(#[^)\s]*)?(?=\))")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".sh": "bash", ".toml": "toml"}
@@ -116,7 +114,7 @@ def methods_page():
     """A row per method, from the comment on top of its file, and the files."""
     rows, listings = [], []
     for path in sorted((ROOT / "recipes/methods").glob("*.yaml")):
-        text = MODELINE.sub("", path.read_text(encoding="utf-8"))
+        text = re.sub("# yaml-language-server:.*\n", "", path.read_text(encoding="utf-8"))
         comment = " ".join(re.match(r"(?:#.*\n)*", text)[0].replace("#", " ").split())
         sentence = re.split(
             r"(?<=\.)(?<!al\.) ", re.sub(r" \([^()]*\b(arXiv|[Ss]ection|Tables?)\b[^()]*\)", "", comment)
