@@ -212,10 +212,9 @@ for resolving in (Loader, Dumper):
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that is a mapping."""
+    text = read_text(path)
     try:
-        content = yaml.load(read_text(path), Loader)  # a SafeLoader
-    except HFTError:
-        raise
+        content = yaml.load(text, Loader)  # a SafeLoader
     except (yaml.YAMLError, ValueError) as error:
         raise HFTError(f"{path} is not valid YAML: {reason(error)}") from error
     if not isinstance(content, dict):
@@ -256,14 +255,15 @@ class Given:
 
     def split(self, cls: type) -> tuple[Given, Given]:
         """What was given of the keys of a dataclass, and of all others."""
-        names = {f.name for f in fields(cls)}
+        names, layers = {f.name for f in fields(cls)}, [*self.contents, self.flags]
+        own = [{key: value for key, value in layer.items() if key in names} for layer in layers]
+        rest = [{key: value for key, value in layer.items() if key not in names} for layer in layers]
+        return Given(self.files, own[:-1], own[-1]), Given(self.files, rest[:-1], rest[-1])
 
-        def part(*, inside: bool) -> Given:
-            layers = ({k: v for k, v in one.items() if (k in names) is inside} for one in (*self.contents, self.flags))
-            *contents, flags = layers
-            return Given(self.files, contents, flags)
-
-        return part(inside=True), part(inside=False)
+    def take(self, cls: type[T]) -> tuple[T, Given]:
+        """A dataclass of what was given of its keys, and all else."""
+        own, rest = self.split(cls)
+        return fill(cls, own.resolve(Keys((cls,)))[0]), rest
 
     def resolve(self, keys: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
         """Layer files and flags, and type them: all values that were given, and those among them that were flags."""

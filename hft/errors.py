@@ -3,7 +3,7 @@
 import difflib
 import errno
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 # What torch.save says of a write that failed, whatever the reason.
@@ -66,30 +66,24 @@ def cannot_write(error: BaseException) -> str | None:
 
     torch.save and safetensors raise no `OSError`; safetensors has the number in its message.
     """
-    for cause in _causes(error):
-        number = cause.errno if isinstance(cause, OSError) else None
+    cause: BaseException | None = error
+    while cause is not None:
+        number, where = (cause.errno, cause.filename) if isinstance(cause, OSError) else (None, None)
         if found := re.search(r"\(os error (\d+)\)", str(cause)):
             number = int(found[1])
         elif isinstance(cause, RuntimeError) and TORCH_WRITE.search(str(cause)):
             number = errno.ENOSPC
-        where = getattr(cause, "filename", None) or "a file"
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return (
-                f"no room on the disk to write {where}; free some and run the same command again: it resumes from what "
-                "was complete before"
+                f"no room on the disk to write {where or 'a file'}; free some and run the same command again: it "
+                "resumes from what was complete before"
             )
-        if number in (errno.EROFS, errno.EACCES, errno.EPERM) and where != "a file":
+        if where and number in (errno.EROFS, errno.EACCES, errno.EPERM):
             return f"cannot write {where}: {cause.strerror}; choose a folder that you may write to"
-        if number in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG) and where != "a file":
-            return f"{where}: {cause.strerror}; give another path"
+        if where and number in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG):
+            return f"cannot write {where}: {cause.strerror}; give another path"
+        cause = cause.__cause__ or cause.__context__
     return None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and those that it came from."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def shorten(names: Sequence[str], most: int = 8) -> str:

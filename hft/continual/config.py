@@ -55,14 +55,11 @@ class SequenceConfig:
         self.metrics = metrics_of(self.tasks, self.metrics)
 
     def epochs_of(self, task: str) -> float | None:
-        """Epochs of a task; None leaves it to `num_train_epochs`."""
         return self.epochs.get(task) if isinstance(self.epochs, dict) else self.epochs
 
 
 @dataclass(frozen=True)
 class SequenceRun:
-    """One run of a sequence."""
-
     name: str  # of its folder, such as `02-FOMC` or `02-FOMC-replay`
     task: str  # the task of its round
     flags: dict[str, Any]  # its keys besides `recipe.yaml`
@@ -103,11 +100,9 @@ class SequencePlan:
         return SequenceRun(name, task, {key: value for key, value in flags.items() if value is not None}, rows, memory)
 
     def config(self, run: SequenceRun) -> Config:
-        """The config of a run, the same as that of its command."""
         return resolve_config("sft", Given([str(self.out / RECIPE_NAME)], [self.common], dict(run.flags)))
 
     def command(self, run: SequenceRun) -> str:
-        """The command that repeats a run by hand."""
         words = [word for key, value in run.flags.items() for word in (f"--{key}", str(value))]
         return shlex.join(["hft", "sft", "--config", str(self.out / RECIPE_NAME), *words])
 
@@ -116,8 +111,8 @@ def parse_sequence(arguments: Sequence[str]) -> tuple[SequencePlan, Machine]:
     """A sequence, and the machine that it is to be planned for."""
     description = "Fine-tune on one task after another, and score all after each: a recipe, a method, and flags."
     groups = {"sequence": (SequenceConfig,), "plan, with --dry_run true": (Machine,), **groups_of_keys()}
-    of_machine, given = read_arguments(arguments, "hft continual", description, groups).split(Machine)
-    machine, plan = fill(Machine, of_machine.resolve(Keys((Machine,)))[0]), resolve_sequence(given)
+    machine, given = read_arguments(arguments, "hft continual", description, groups).take(Machine)
+    plan = resolve_sequence(given)
     if machine.gpus and not plan.dry_run:
         raise HFTError("gpus is for a plan: add --dry_run true")
     return plan, machine

@@ -13,10 +13,7 @@ if TYPE_CHECKING:
 
 
 class SequenceData:
-    """The rows of a sequence: `train` and `tests` by task, and `alignment` if the strategy replays instructions.
-
-    `notes` say what the files hold that the numbers depend on.
-    """
+    """The rows of a sequence: `train` and `tests` by task, and `alignment` if the strategy replays instructions."""
 
     def __init__(self, plan: SequencePlan):
         settings = plan.settings
@@ -35,11 +32,10 @@ class SequenceData:
         self.alignment = shorten_rows(self.alignment, *limits, "the alignment set")
         for task, rows in self.tests.items():
             short = shorten_rows(rows, *limits, f"{task} (test)")
-            # Answers are compared with the whole reference.
-            self.tests[task] = [
-                row | {"prompt": cut["prompt"], "context": rendered_prompt(cut["prompt"], tokenizer)}
-                for row, cut in zip(rows, short, strict=True)
-            ]
+            prompts = [[{"role": "user", "content": row["prompt"]}] for row in short]
+            contexts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
+            cut = zip(rows, short, contexts, strict=True)  # answers are compared with the whole reference
+            self.tests[task] = [row | {"prompt": s["prompt"], "context": context} for row, s, context in cut]
 
     def rounds(self, plan: SequencePlan) -> list[list[SequenceRun]]:
         """The runs of each round: one on its task, and where the strategy has rows for it, a replay pass."""
@@ -54,15 +50,9 @@ class SequenceData:
         return rounds
 
     def write(self, plan: SequencePlan) -> None:
-        """Write the rows of every run, and the test rows of every task."""
         for run in (run for runs in self.rounds(plan) for run in runs):
             write_jsonl(plan.data(run.name), run.rows)
             if run.memory:
                 write_jsonl(plan.data(f"{run.name}-memory"), run.memory)
         for task, rows in self.tests.items():
             write_jsonl(plan.data(f"{task}-test"), rows)
-
-
-def rendered_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

@@ -57,10 +57,7 @@ def take_gradient(parameters: list[torch.nn.Parameter]) -> Gradient:
 
 
 def loss_gradient(trainer: Trainer, rows: list[TokenizedRow], parameters: list[torch.nn.Parameter]) -> Gradient:
-    """The gradient of the mean loss over all trained tokens of some rows, under what trains now.
-
-    DDP and FSDP2 average gradients over processes, each of which has a part of the rows.
-    """
+    """The gradient of the mean loss over all trained tokens of some rows, of which each process has a part."""
     tokens = trained_tokens(rows)
     for batch in micro_batches(trainer, rows):
         logits, labels = next_token_logits(trainer.model_wrapped, batch)

@@ -74,10 +74,6 @@ class Matrix:
             "forgetting": dict(zip(self.tasks, forgetting(s, last), strict=False)),
         }
 
-    @property
-    def is_complete(self) -> bool:
-        return len(self.after_rounds) == len(self.tasks)
-
     def save(self, folder: str | Path) -> Path:
         """Write `matrix.json` with the summary, in one step."""
         return write_json(Path(folder) / MATRIX_NAME, asdict(self) | self.summary())

@@ -10,14 +10,12 @@ from pathlib import Path
 from hft.continual.config import SequencePlan, SequenceRun
 from hft.errors import HFTError
 from hft.jsonl import write_jsonl
-from hft.planning.candidates import Setup
-from hft.planning.engine import engine_of
+from hft.planning.candidates import candidate_of
 from hft.planning.fit import why_state_does_not_fit
 from hft.planning.forecast import Machine
-from hft.planning.memory import GIB, memory_of
-from hft.runs.arguments import machine_settings, training_arguments
+from hft.planning.memory import GIB
 from hft.runs.config import Config
-from hft.runs.plan import Batches, RunPlan, checkpointed_of, load_model_config, make_plan, plan_selection
+from hft.runs.plan import Batches, RunPlan, make_plan
 from hft.text import aligned
 
 
@@ -28,17 +26,10 @@ class PlannedRun:
     run: SequenceRun
     steps: int | None  # None where rows are packed
     size: float  # bytes per device, with activations where they are known
-    available: float | None  # that a run may take; None for GPUs that are not here and whose memory was not given
     flops: float | None  # of the whole run, over all devices; None where they are not known
-    too_large: str | None  # a sentence if the device cannot hold the state
+    too_large: bool  # whether the device cannot even hold the state
+    misfit: str | None  # a sentence if a device has less than the run takes
     unknown: str | None  # why activations and FLOPs are not known
-
-    @property
-    def misfit(self) -> str | None:
-        """A sentence if a device has less than the run takes."""
-        short = 0 if self.available is None else (self.size - self.available) / GIB
-        reason = self.too_large or (f"short by {short:.1f} GiB" if short > 0 else None)
-        return f"{self.run.name} does not fit: {reason}" if reason else None
 
     def row(self) -> list[str]:
         steps = "-" if self.steps is None else f"{self.steps:,}"
@@ -47,11 +38,7 @@ class PlannedRun:
 
 
 def plan_runs(plan: SequencePlan, rounds: Sequence[Sequence[SequenceRun]], machine: Machine) -> list[PlannedRun]:
-    """Plan every run of a sequence as if it started from the base, whose shapes all of them have.
-
-    Raises:
-        HFTError: one of them cannot be made as asked.
-    """
+    """Plan every run of a sequence as if it started from the base, whose shapes all of them have."""
     with tempfile.TemporaryDirectory() as folder:
         return [plan_one(run, config_at(plan, run, Path(folder)), machine) for runs in rounds for run in runs]
 
@@ -74,25 +61,22 @@ def config_at(plan: SequencePlan, run: SequenceRun, folder: Path) -> Config:
 
 
 def plan_one(run: SequenceRun, config: Config, machine: Machine) -> PlannedRun:
-    model_config, method = load_model_config(config), config.method
-    selection, engine = plan_selection(config, model_config), engine_of(config, model_config, machine.gpus)
-    here = machine_settings(config.values)
-    args, _ = training_arguments(config, here, engine.processes)
-    packed = getattr(args, "packing", False) and args.max_steps <= 0
-    batches = Batches(args, config.objective, engine.processes)
-    steps = args.max_steps if args.max_steps > 0 else None if packed else batches.steps_over(len(run.rows))
-    size, flops, unknown = memory_of(method, selection, engine).total, None, None
+    planned, _ = candidate_of(config, machine.gpus)
+    args, engine = planned.args, planned.engine
+    steps = Batches(args, config.objective, engine.processes, len(run.rows)).steps
+    size, flops, unknown = planned.state.total, None, None
     try:
-        setup = Setup(config, model_config, args, engine, checkpointed_of(config, here, args, selection))
-        candidate = setup.candidate(run.name, method, selection)
-        size = candidate.memory.total
+        size = planned.memory.total
         if steps is not None:
-            flops = candidate.step.flops * args.gradient_accumulation_steps * engine.processes * steps
-            flops += candidate.step.sampling
+            flops = planned.step.flops * args.gradient_accumulation_steps * engine.processes * steps
+            flops += planned.step.sampling
     except HFTError as error:  # an adapter or a schedule
         unknown = str(error)
-    too_large = None if machine.gpus else why_state_does_not_fit(config, selection, engine)
-    return PlannedRun(run, steps, size, machine.available(engine), flops, too_large, unknown)
+    available, too_large = machine.available(engine), None if machine.gpus else why_state_does_not_fit(planned)
+    short = 0 if available is None else (size - available) / GIB
+    why = too_large or (f"short by {short:.1f} GiB" if short > 0 else None)
+    misfit = f"{run.name} does not fit: {why}" if why else None
+    return PlannedRun(run, steps, size, flops, bool(too_large), misfit, unknown)
 
 
 def table(runs: Sequence[PlannedRun]) -> str:

@@ -15,15 +15,7 @@ SUITE = "trace"
 def score_tasks(
     model: str, tests: dict[str, list[Row]], metrics: dict[str, str], *, longest_answer: int, batch_size: int, out: Path
 ) -> Scores:
-    """Score a model on test rows, in percent; answers are greedy and taken as they are.
-
-    What `scores/trace` in the folder `out` holds for this model is not scored again. The scores are complete in
-    the first process only.
-
-    Args:
-        tests: rows by task: `context`, which the model continues, and `prompt` and `completion`.
-        metrics: a key of `METRICS` by task.
-    """
+    """Score a model on test rows by task, in percent, unless `out` has them; complete in the first process only."""
     benchmarks = [benchmark_of(task, rows, metrics[task], longest_answer) for task, rows in tests.items()]
     return evaluate(model, SUITE, Settings(chat=False, batch_size=batch_size), out, benchmarks)
 

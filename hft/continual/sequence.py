@@ -68,18 +68,14 @@ def prepare(plan: SequencePlan, data: SequenceData) -> None:
                 "--output_dir"
             )
         return
-    try:
-        plan.out.mkdir(parents=True, exist_ok=True)
-        write_text(plan.out / RECIPE_NAME, to_yaml(plan.common))
-        data.shorten(load_tokenizer(plan.config(data.rounds(plan)[0][0])), plan)
-        data.write(plan)
-        write_text(plan.out / SEQUENCE_NAME, to_yaml(sequence_keys(plan)))
-    except OSError as error:
-        raise HFTError(f"cannot write to output_dir {plan.out}: {error.strerror}") from error
+    plan.out.mkdir(parents=True, exist_ok=True)
+    write_text(plan.out / RECIPE_NAME, to_yaml(plan.common))
+    data.shorten(load_tokenizer(plan.config(data.rounds(plan)[0][0])), plan)
+    data.write(plan)
+    write_text(plan.out / SEQUENCE_NAME, to_yaml(sequence_keys(plan)))
 
 
 def load_matrix(plan: SequencePlan, tests: dict[str, list[Row]]) -> Matrix:
-    """The matrix of the rows that are complete."""
     if (plan.out / MATRIX_NAME).exists():
         return Matrix.load(plan.out)
     metrics = [list(METRICS[plan.settings.metrics[task]]) for task in tests]
@@ -112,7 +108,7 @@ def add_row(
     matrix.about |= {"dtype": scores.dtype, "versions": scores.versions}
     if is_main():
         matrix.save(plan.out)
-        if matrix.is_complete:
+        if len(matrix.after_rounds) == len(matrix.tasks):
             matrix.scores_of_sequence(SUITE, model, scores.model_sha256, settings.test_rows).save(plan.out)
 
 
@@ -135,6 +131,5 @@ def log_to_wandb(plan: SequencePlan, matrix: Matrix) -> str:
 
 
 def free_memory() -> None:
-    """Free what a run or a scored model held."""
     gc.collect()
     reset_peak_memory()

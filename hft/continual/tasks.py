@@ -93,9 +93,7 @@ def shorten_rows(
 ) -> list[Row]:
     """Rows whose rendered prompt, and answer with its EOS, have at most so many tokens.
 
-    A long prompt loses its middle, so that its instruction stays, whether it stands at the beginning or at the end, as
-    does the last line, which code is continued from. (TRACE's code cuts the beginning, and with it the instruction.) A
-    long answer loses its end.
+    A long prompt loses its middle, so that instruction and last line stay; TRACE's code cuts the beginning.
     """
     empty = [{"role": "user", "content": ""}]
     around = tokenizer.apply_chat_template(empty, add_generation_prompt=True, tokenize=True, return_dict=True)

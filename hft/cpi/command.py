@@ -41,8 +41,10 @@ def run_stages(plan: CPIPlan, stages: Sequence[str]) -> None:
     from hft.cpi.train import train_from_fused
 
     join_processes(plan.values)
-    if is_main():
-        save_config(plan)
+    if is_main():  # with the folder of stage 1, so that a stage can be repeated from it
+        plan.out.mkdir(parents=True, exist_ok=True)
+        values = plan.values | {"probe_dir": str(plan.probes)}
+        write_text(plan.out / CONFIG_NAME, to_yaml({key: value for key, value in values.items() if key != "dry_run"}))
     write_task_rows(plan)
     functions = dict(zip(STAGES, (probe_tasks, group_tasks, fuse_probes, train_from_fused, score_models), strict=True))
     for stage in stages:
@@ -50,13 +52,3 @@ def run_stages(plan: CPIPlan, stages: Sequence[str]) -> None:
             say(f"now in one process: hft cpi score --config {plan.out / CONFIG_NAME}")
             return
         functions[stage](plan)
-
-
-def save_config(plan: CPIPlan) -> None:
-    """Write the resolved config, with the folder of stage 1, so that a stage can be repeated from it."""
-    try:
-        plan.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HFTError(f"cannot write to output_dir {plan.out}: {error.strerror}") from error
-    values = plan.values | {"probe_dir": str(plan.probes)}
-    write_text(plan.out / CONFIG_NAME, to_yaml({key: value for key, value in values.items() if key != "dry_run"}))

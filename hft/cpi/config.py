@@ -98,7 +98,6 @@ class CPIPlan:
 
     @property
     def revision(self) -> str | None:
-        """The branch, tag or commit of the base on the Hub."""
         return (self.values.get("model_init_kwargs") or {}).get("revision")
 
     @property
@@ -111,7 +110,6 @@ class CPIPlan:
         return self.probes / "data" / task
 
     def probe_of(self, task: str) -> Path:
-        """The model that was fine-tuned on a task alone."""
         return Path(self.tasks[task].probe or self.probes / "runs" / task)
 
     def core_of(self, task: str, *, random: bool = False) -> Path:

@@ -38,13 +38,12 @@ class Fusion:
     cores: list[str]  # folders of their cores
 
     def files(self) -> list[Path]:
-        """The files that it reads."""
         weights = [path for model in (self.backbone, *self.probes) for path in weight_files(Path(model))]
         return weights + [Path(core) / MASKS_NAME for core in self.cores]
 
 
-def fuse_probes(plan: CPIPlan) -> Path:
-    """Make the backbone, and fuse the probes and their cores into it; returns the fused model's folder."""
+def fuse_probes(plan: CPIPlan) -> None:
+    """Make the backbone, and fuse the probes and their cores into it."""
     if not plan.config.fusion:
         raise HFTError("fusion is false, so there is nothing to fuse; `hft cpi train` starts from the base")
     groups = load_groups(plan)
@@ -52,19 +51,14 @@ def fuse_probes(plan: CPIPlan) -> Path:
     backbone = train_groups(plan, groups, start_of(plan), plan.out / "backbone")
     tasks = [task for names in groups for task in names]
     cores = core_folders(plan, tasks, random=plan.config.freeze == "random-cores")
-    fuse_into(plan.out / "fused", Fusion(str(backbone), [str(plan.probe_of(task)) for task in tasks], cores))
-    return plan.out / "fused"
+    write_fused(plan.out / "fused", Fusion(str(backbone), [str(plan.probe_of(task)) for task in tasks], cores))
 
 
 @in_main_process
-def fuse_into(out: Path, fusion: Fusion) -> None:
-    """Write the fused model, unless it is there."""
-    if not is_current(out / FUSED_NAME, asdict(fusion), *fusion.files()):
-        say(write_fused(out, fusion), f"  {out}", "")
-
-
-def write_fused(out: Path, fusion: Fusion) -> str:
-    """Write the fused model in fp32; two passes read each tensor of the probes and the backbone. Returns a summary."""
+def write_fused(out: Path, fusion: Fusion) -> None:
+    """Write the fused model in fp32, unless it is there; two passes read each tensor of the probes and the backbone."""
+    if is_current(out / FUSED_NAME, asdict(fusion), *fusion.files()):
+        return
     models = [Checkpoint.open(name) for name in (fusion.backbone, *fusion.probes)]
     check_alike(*models)
     backbone, cores = models[0], [Masks(core) for core in fusion.cores]
@@ -88,17 +82,18 @@ def write_fused(out: Path, fusion: Fusion) -> str:
         elements = claims.tolist()
         found = {"branches": branches, "elements_in_cores": {str(n): c for n, c in enumerate(elements) if c}}
         write_record(folder / FUSED_NAME, asdict(fusion) | found, *fusion.files())
-    return (
+    say(
         f"fused {len(cores)} probes: {branches['arc']} tensors along the arc, {branches['line']} along the line "
-        f"(|cos| > {COLINEAR_COS}); {elements[1]:,} elements in one core, {sum(elements[2:]):,} in several"
+        f"(|cos| > {COLINEAR_COS}); {elements[1]:,} elements in one core, {sum(elements[2:]):,} in several",
+        f"  {out}",
+        "",
     )
 
 
 def interpolation(models: Sequence[Checkpoint], name: str) -> tuple[list[float], str]:
     """The factor of each model in the interpolation of one tensor, and `arc` if any step went along one, else `line`.
 
-    The probes are folded into the first model. Every step of the fold is a sum of two vectors, so all its angles follow
-    from the dot products of the models, which one pass over the tensor finds.
+    Each step adds two vectors, so all angles follow from the models' dot products, which one pass finds.
     """
     count = len(models)
     products = torch.zeros(count, count, dtype=torch.float64)
@@ -120,8 +115,7 @@ def interpolation(models: Sequence[Checkpoint], name: str) -> tuple[list[float],
 def transplant(values: Sequence[torch.Tensor], inside: torch.Tensor) -> torch.Tensor:
     """The values that the cores claim, (n,): exactly the probe's in one core, the mean of the probes in several.
 
-    `values` are the probes', (n,) each, and `inside` says which are in which core, (probes, n). Where no core claims an
-    element, the result is meaningless.
+    `inside`, (probes, n), says which are in which core; where none claims an element, the result is meaningless.
     """
     stacked = torch.stack(list(values))
     mean = torch.where(inside, stacked, 0).sum(0, dtype=torch.float64) / inside.sum(0)

@@ -54,7 +54,6 @@ def group_tasks(plan: CPIPlan) -> list[list[str]]:
 
 
 def load_groups(plan: CPIPlan) -> list[list[str]]:
-    """The groups that this stage wrote."""
     path = plan.out / GROUPS_NAME
     if not path.exists():
         raise HFTError(f"{path} not found: run `hft cpi group` first")

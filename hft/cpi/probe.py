@@ -79,8 +79,7 @@ def probe_tasks(plan: CPIPlan) -> None:
 def start_of(plan: CPIPlan) -> Path:
     """The folder that every run starts from: the base, or its copy in fp32 where it is stored in half precision.
 
-    All runs save their weights in the dtypes of their base. In bf16 most of a step at 2e-5 is rounded away, and what is
-    left of the largest changes depends on how large the weights are.
+    Runs save in their base's dtypes. In bf16 most of a step at 2e-5 is rounded away, the more the larger the weight.
     """
     base, out = Checkpoint.open(plan.base, plan.revision), plan.probes / "base"
     record, made = plan.probes / "base.json", {"base": absolute_or_hub_id(plan.base)}
@@ -173,11 +172,7 @@ def write_random_core(out: Path, like: Core, base: Checkpoint, seed: int) -> Non
 def write_largest(
     folder: Path, like: Checkpoint, scores: Callable[[str], torch.Tensor], percent: float
 ) -> MagnitudePruner:
-    """Write masks of the p% of all elements of a model whose fp32 scores are largest in magnitude.
-
-    Two passes find the smallest magnitude among them, a third marks them; of equal ones those that come first in model
-    order are taken. The result knows how many there are, and the smallest of them.
-    """
+    """Write masks of the p% of all elements of a model whose fp32 scores are largest; the first ones of equal ones."""
     cut = MagnitudePruner(scores, like.parameters, Fraction(str(percent)) / 100)
     ties, masks = cut.ties, {}
     for name in like.parameters:

@@ -23,10 +23,7 @@ P, T = ParamSpec("P"), TypeVar("T")
 
 
 def train_sft(out: Path, values: Mapping[str, Any], *inputs: Path) -> None:
-    """Train a run of `hft sft` with these keys, or resume it; a finished one is only verified.
-
-    The run refuses a folder with other settings or rows; one that began from other `inputs`, files, is refused here.
-    """
+    """Train or resume a run of `hft sft`, or verify a finished one; refuse one that began from other files."""
     name = "-".join(out.resolve().parts[-3:])  # of the stages' folder, the stage and the run
     plan = make_plan(load_config("sft", **values, output_dir=str(out), run_name=name))
     begun = out / "stage.json"

@@ -23,10 +23,7 @@ SCORES_NAME = "scores.json"
 
 
 def score_models(plan: CPIPlan) -> None:
-    """Score the base, the probes, and the models before and after each group, on each task.
-
-    A model's losses are saved in its folder as suite `cpi`. What was scored before is not scored again.
-    """
+    """Score the base, the probes, and the models before and after each group, on each task, unless that is done."""
     groups, base = load_groups(plan), start_of(plan)
     models = models_of(plan, groups)
     rows = {task: read_jsonl(plan.data_of(task) / TEST) for task in plan.tasks}
@@ -88,7 +85,6 @@ def ratio(score: Score, reference: Score) -> float:
 
 
 def score_table(tasks: Sequence[str], found: Mapping[str, Mapping[str, Score]], measured: Mapping[str, Any]) -> str:
-    """The scores in columns: models x tasks."""
     first = next(iter(found.values()))
     units = [f"{first[task].metric}, {first[task].unit}" for task in tasks]
     rows: list[list[str] | str] = [["", *tasks], ["", *units]]

@@ -47,11 +47,7 @@ class LoadedData:
 
 
 def load_split(name: str, split: str, config: str | None = None, revision: str | None = None) -> Dataset:
-    """One split of a dataset, or a slice like `train[:1%]`, as it is stored.
-
-    `name` is a .jsonl, .json or .parquet file (all of it is the `train` split), a folder with one file per split, or a
-    Hub id with its configuration and its branch, tag or commit.
-    """
+    """One split of a dataset, or a slice like `train[:1%]`, as it is stored; all of a file is the `train` split."""
     path, more = _local_path(name), {}
     if path.exists():  # datasets would take rows that it has cached for other bytes of the same time and size
         more = {"cache_dir": str(HF_DATASETS_CACHE / f"hft-{__version__}" / digest(fingerprint(name)))}
@@ -76,11 +72,7 @@ def split_names(name: str, config: str | None = None, revision: str | None = Non
 
 
 def fingerprint(name: str, config: str | None = None, revision: str | None = None) -> dict[str, Any]:
-    """What identifies a dataset, so that a resumed run can tell whether it still reads the same rows.
-
-    For local data `files`: size in bytes and SHA-256 of each file by its path in the folder, without hidden files.
-    For a Hub id `id`, `config` and `revision`, the last None where the Hub does not say.
-    """
+    """What identifies a dataset: `files`, size and SHA-256 by path, or a Hub's `id`, `config` and `revision`."""
 
     def identity(path: Path) -> dict[str, Any]:
         return {"size": path.stat().st_size, "sha256": file_digest(path)}

@@ -17,9 +17,8 @@ def check_masks(
 ) -> list[str]:
     """Check the assistant mask of rows, as TRL makes it; returns a note if some of the assistant's turns do not train.
 
-    The mask comes from the chat template and from the tokenizer's offsets, and either can be wrong. So each row is
-    tokenized twice, the second time with every text doubled outside the assistant's: the trained tokens must be
-    the same. What is checked is the template: of a large dataset a sample does, spread evenly over it.
+    Template or tokenizer's offsets can be wrong. So rows, of a large dataset a sample spread evenly over it, are
+    tokenized twice, the second time with every other text doubled: the trained tokens must be the same.
     """
     dataset = dataset.select(range(0, len(dataset), -(-len(dataset) // MOST_ROWS)))
     untrained = dataset.map(

@@ -12,10 +12,7 @@ OTHER_SPEECH = ("tool_calls", "function_call", "reasoning_content", "reasoning",
 
 
 def chat(value: object, column: str, role: str | None = None) -> list[dict[str, Any]]:
-    """A conversation as a list of messages: `{role, content}` or ShareGPT's `{from, value}`; other keys are kept.
-
-    `role` is who says a value that is plain text; without one it must be a list.
-    """
+    """A conversation as a list of messages, with other keys kept; `role` is who says a value that is plain text."""
     if isinstance(value, str) and role:
         value = [{"role": role, "content": value}]
     if value is None:

@@ -1,6 +1,7 @@
 """Check rows as TRL prepared them: what it dropped, what trains nothing, whose tokens are trained."""
 
 import hashlib
+from collections.abc import Callable
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -20,11 +21,7 @@ MESSAGE = {"role", "content"}
 
 
 def check_prepared(trainer: Trainer, loaded: LoadedData, unit: str = "rows") -> list[str]:
-    """Check what a TRL trainer is about to train and evaluate on; returns notes, one line per finding.
-
-    Replaces `trainer.train_dataset` and `trainer.eval_dataset` where rows have nothing to learn. `unit` is what a row
-    of the dataset is called.
-    """
+    """Check what a TRL trainer is about to read, and drop rows without anything to learn; returns notes."""
     args, tokenizer = trainer.args, trainer.processing_class
     packed = getattr(args, "packing", False)
     eval_packed = packed if getattr(args, "eval_packing", None) is None else args.eval_packing
@@ -76,6 +73,11 @@ def _learnable(prepared: Dataset, given: Dataset, rows: str, packed: bool, args:
     return kept, notes
 
 
+def _found(dataset: Dataset, columns: list[str], find: Callable[[dict[str, Any]], Any], desc: str) -> list[Any]:
+    rows = dataset.select_columns(columns)
+    return rows.map(lambda row: {"found": find(row)}, remove_columns=columns, desc=desc)["found"][:]
+
+
 def _select(dataset: Dataset, wanted: list[bool]) -> Dataset:
     return dataset if all(wanted) else dataset.select([index for index, keep in enumerate(wanted) if keep])
 
@@ -84,11 +86,10 @@ def _check_ids(dataset: Dataset, embedded: int, tokenizer: PreTrainedTokenizerBa
     """Refuse rows with an id that the embeddings have no row for."""
     columns = [column for column in TOKENS if column in dataset.column_names]
 
-    def largest(row: dict[str, list[int]]) -> dict[str, int]:
-        return {"largest": max(max(row[column] or [0]) for column in columns)}
+    def largest(row: dict[str, list[int]]) -> int:
+        return max(max(row[column] or [0]) for column in columns)
 
-    found = dataset.select_columns(columns).map(largest, remove_columns=columns, desc="checking token ids")
-    if wrong := [index for index in found["largest"][:] if index >= embedded]:
+    if wrong := [index for index in _found(dataset, columns, largest, "checking token ids") if index >= embedded]:
         raise HFTError(
             f"{len(wrong):,} rows of dataset {name} hold {tokenizer.convert_ids_to_tokens(wrong[0])!r}, id {wrong[0]}, "
             f"and the embeddings have {embedded} rows; give the tokenizer that the model was trained with, or resize "
@@ -102,25 +103,24 @@ def _distinct_pairs(pairs: Dataset, args: Any) -> Dataset:
     if args.max_length is not None:
         kept = slice(-args.max_length, None) if args.truncation_mode == "keep_end" else slice(args.max_length)
 
-    def differ(row: dict[str, list[int]]) -> dict[str, bool]:
+    def differ(row: dict[str, list[int]]) -> bool:
         chosen, rejected = (row["prompt_ids"] + row[answer] for answer in ("chosen_ids", "rejected_ids"))
-        return {"differ": chosen[kept] != rejected[kept]}
+        return chosen[kept] != rejected[kept]
 
-    found = pairs.select_columns(PAIR).map(differ, remove_columns=PAIR, desc="comparing answers")
-    return _select(pairs, found["differ"][:])
+    return _select(pairs, _found(pairs, PAIR, differ, "comparing answers"))
 
 
 def _packed_that_train(packed: Dataset) -> tuple[Dataset, int]:
     """The packed rows that train anything; and how many of the rows in them do not."""
     columns = [column for column in ("labels", "seq_lengths") if column in packed.column_names]
 
-    def trains(row: dict[str, list]) -> dict[str, Any]:
+    def lost(row: dict[str, list]) -> dict[str, int]:
         labels = iter(row["labels"])
         parts = [set(islice(labels, length)) for length in row.get("seq_lengths", ())]
-        return {"trains": not set(row["labels"]) <= {-100}, "lost": sum(part <= {-100} for part in parts)}
+        return {"whole": set(row["labels"]) <= {-100}, "parts": sum(part <= {-100} for part in parts)}
 
-    found = packed.select_columns(columns).map(trains, remove_columns=columns, desc="checking packed rows")
-    return _select(packed, found["trains"][:]), sum(found["lost"][:])
+    found = _found(packed, columns, lost, "checking packed rows")
+    return _select(packed, [not row["whole"] for row in found]), sum(row["parts"] for row in found)
 
 
 def _template_notes(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -133,8 +133,7 @@ def _template_notes(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> lis
         row = dataset[index] if index is not None else None
         if row and render_row(row, tokenizer) == render_row(row | {column: nothing}, tokenizer):
             notes.append(f"{column}: the chat template writes the same without them")
-    found = dataset.map(_message_keys, remove_columns=dataset.column_names, desc="reading the keys of messages")
-    keys = found["keys"][:]
+    keys = _found(dataset, dataset.column_names, _message_keys, "reading the keys of messages")
     for key in sorted(set(chain(*keys))):
         row = dataset[next(index for index, found in enumerate(keys) if key in found)]
         render = partial(tokenizer.apply_chat_template, tokenize=False, **template_arguments(row))
@@ -144,7 +143,5 @@ def _template_notes(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> lis
     return notes
 
 
-def _message_keys(row: dict[str, Any]) -> dict[str, list[str]]:
-    """What a row's messages hold besides role and content."""
-    messages = chain(*conversations(row))
-    return {"keys": sorted({key for message in messages for key, value in message.items() if value} - MESSAGE)}
+def _message_keys(row: dict[str, Any]) -> list[str]:
+    return sorted({key for message in chain(*conversations(row)) for key, value in message.items() if value} - MESSAGE)

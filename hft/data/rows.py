@@ -22,11 +22,9 @@ Converted = tuple[dict[str, list[dict[str, Any]]], str]  # a row, and why it is 
 def sft_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
     """Demonstrations in one of the forms that `SFTTrainer` reads.
 
-    They are `messages`, ShareGPT's `conversations`, `prompt` and `completion` as messages, or Alpaca's `instruction`,
-    `input` and `output`; beside them `tools`, `chat_template_kwargs` and `system` are read. Text in `prompt` and
-    `completion`, or in `text`, stays text, to which TRL applies no chat template. Returns the rows that have something
-    to learn, with their number in `dataset` as column `row`, and notes on what was dropped. A row that cannot be
-    trained on is an error that names its number.
+    They are `messages`, ShareGPT's `conversations`, `prompt` and `completion` as messages, or Alpaca's columns; beside
+    them `tools`, `chat_template_kwargs` and `system` are read. Text stays text, without a chat template. Returns the
+    rows that have something to learn, with their number in `dataset` as column `row`, and notes on what was dropped.
     """
     columns = set(dataset.column_names)
     if "conversations" in columns and "messages" not in columns:
@@ -50,10 +48,9 @@ def sft_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
 def preference_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
     """Preferences as conversations with an explicit prompt, the one form that TRL always reads alike.
 
-    UltraFeedback's common layouts all come down to it: whole dialogues in `chosen` and `rejected`, beside a `prompt`
-    that is text (HuggingFaceH4, allenai, argilla) or absent (trl-lib); so do prompt, chosen and rejected as messages
-    or as text. `DPOTrainer` itself fails on the first kind. Reads other columns and returns as `sft_rows` does; pairs
-    that are equal or lack an answer are dropped, as UltraFeedback has some.
+    UltraFeedback's layouts come down to it: dialogues beside a `prompt` that is text (HuggingFaceH4, allenai, argilla;
+    `DPOTrainer` fails on them) or absent (trl-lib), and prompt, chosen and rejected as messages or text. Returns as
+    `sft_rows` does; pairs that are equal or lack an answer, of which UltraFeedback has some, are dropped.
     """
     columns = set(dataset.column_names)
     if not {"chosen", "rejected"} <= columns:
@@ -68,9 +65,8 @@ def preference_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
 def unpaired_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
     """Preferences with each answer as a row, `label` saying whether it was chosen; takes what `preference_rows` takes.
 
-    Chosen and rejected answers alternate, so that a batch holds both; TRL itself would put all chosen ones of a
-    thousand rows first. The rejected ones are two pairs ahead, since KTO's KL term gives each prompt the answer of the
-    row before, which should be an answer to another prompt.
+    Chosen and rejected answers alternate, so that a batch holds both. The rejected ones are two pairs ahead, since
+    KTO's KL term gives each prompt the answer of the row before, which should be to another prompt.
     """
     pairs, notes = preference_rows(dataset, name)
     ahead = pairs.select([(index + 2) % len(pairs) for index in range(len(pairs))])
@@ -173,10 +169,7 @@ def _convert(
     outputs: list[str],
     unit: str,
 ) -> tuple[Dataset, list[str]]:
-    """Convert and check each row, and drop those with nothing to learn.
-
-    `convert` makes the columns `outputs`, the first of which has the system message, and reads those that are there.
-    """
+    """Convert and check each row, and drop those with nothing to learn; the first of `outputs` gets `system`."""
     columns, are_text = dataset.column_names, convert is _text
     if images := sorted({"image", "images"} & set(columns)):
         raise HFTError(f"dataset {name} has a column {images[0]}, and only text is trained on; remove it")

@@ -26,7 +26,6 @@ def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def render_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each of a row's conversations."""
     arguments = template_arguments(row)
     return [tokenizer.apply_chat_template(chat, tokenize=False, **arguments) for chat in conversations(row)]
 
@@ -45,10 +44,9 @@ def writes(key: str, messages: list[dict[str, Any]], render: Callable[[list[dict
 
 @contextmanager
 def refusals(loaded: LoadedData, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Around a trainer's constructor: what TRL refuses there is raised as an `HFTError`.
+    """Around a trainer's constructor: what TRL refuses there, and a template that fails on a row, is an `HFTError`.
 
-    If the chat template fails on a row, the error names the first such row. The tokenizer must be the object that the
-    trainer is given, since TRL puts its chat template there. Other errors, such as out of memory, pass unchanged.
+    The tokenizer must be the object that the trainer is given, since TRL puts its chat template there.
     """
     try:
         yield

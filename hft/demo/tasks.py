@@ -85,7 +85,7 @@ def _splits(task: str, make: Make) -> dict[str, list[tuple[str, str]]]:
 
 
 def write_tasks(folder: str | Path) -> dict[str, int]:
-    """Write `TASK/{train,test}.json` of each of `TASKS`; returns the number of rows of each file."""
+    """Write `TASK/{train,test}` of `TASKS` as .json and of `CHAT_TASKS` as .jsonl; returns the rows of each file."""
     counts = {}
     for task, (instruction, make) in TASKS.items():
         for split, pairs in _splits(task, make).items():
@@ -94,13 +94,8 @@ def write_tasks(folder: str | Path) -> dict[str, int]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
             counts[f"{task}/{split}.json"] = len(rows)
+    for task, make in CHAT_TASKS.items():
+        for split, pairs in _splits(task, make).items():
+            name = f"{task}/{split}.jsonl"
+            counts[name] = write_jsonl(Path(folder, name), (as_messages(*pair) for pair in pairs))
     return counts
-
-
-def write_conversations(folder: str | Path) -> dict[str, int]:
-    """Write `TASK/{train,test}.jsonl` of each of `CHAT_TASKS`; returns the number of rows of each file."""
-    splits = {f"{task}/{name}": rows for task, make in CHAT_TASKS.items() for name, rows in _splits(task, make).items()}
-    return {
-        f"{name}.jsonl": write_jsonl(Path(folder, f"{name}.jsonl"), (as_messages(*pair) for pair in pairs))
-        for name, pairs in splits.items()
-    }

@@ -15,7 +15,6 @@ from hft.evaluation.subject import folder_of, subject_of
 from hft.evaluation.suites import SUITES
 from hft.machine import is_main, leave_process_group, say
 from hft.record.scores import Scores
-from hft.runs.card import write_run_card
 from hft.runs.result import RESULTS_NAME, RunResult
 from hft.text import aligned
 
@@ -72,7 +71,7 @@ def _score(model: str, suite: str, settings: Settings) -> None:
 def _record(scores: Scores, out: Path) -> None:
     """Add the scores to the model card and the wandb run of a run."""
     result = RunResult.load(out)
-    write_run_card(result, out)
+    result.write_card(out)
     if result.wandb and os.environ.get("WANDB_MODE") != "disabled":
         from hft.runs.tracking import log_scores
 

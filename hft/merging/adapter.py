@@ -17,10 +17,7 @@ from hft.record.manifest import MANIFEST_NAME
 
 
 def merge_adapter(config: MergeConfig) -> Callable[[Path], str]:
-    """Read an adapter and its base, and return what writes them as one model.
-
-    Unlike the other operators this holds the model in memory, in fp32.
-    """
+    """Read an adapter and its base, whole and in fp32, and return what writes them as one model."""
     [adapter], found = config.models, adapter_config(config.models[0])
     base = open_base(adapter, config.base, found.base_model_name_or_path, found.revision)
     check_out(Path(config.out), [base])

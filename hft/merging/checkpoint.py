@@ -60,11 +60,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, name: str, revision: str | None = None) -> Checkpoint:
-        """Open a folder, or a model of the Hub at some revision.
-
-        It must be a whole model, neither an adapter nor quantized, in which every parameter has the shape that the
-        config gives and a tied head is what it is tied to.
-        """
+        """Open a whole model, neither an adapter nor quantized, stored in the shapes that its config gives."""
         folder = local_folder(name, revision)
         if (folder / ADAPTER_CONFIG).exists():
             raise HFTError(
@@ -102,10 +98,7 @@ def open_base(tuned: str, given: str | None, named: str | None, revision: str | 
 
 
 def why_not_base(tuned: Checkpoint, base: Checkpoint) -> str | None:
-    """A sentence if a run's manifest proves that a model was not tuned from some base; None if it may have been.
-
-    What no round in between has trained is the base's in the tuned model.
-    """
+    """A sentence if a run's manifest proves that a model was not tuned from a base: what no round trained differs."""
     rounds, before = rounds_so_far(tuned.folder), rounds_so_far(base.folder)
     rounds = rounds[len(before) :] if rounds[: len(before)] == before else rounds
     if not rounds:
@@ -130,10 +123,7 @@ def check_verified(run: str, folder: Path, base: Checkpoint) -> None:
 def check_stored(
     name: str, parameters: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], known: set[str]
 ) -> None:
-    """Refuse files that do not hold a model's parameters under the names and in the shapes that its config gives.
-
-    `known` are all names of the model's state dict.
-    """
+    """Refuse files without a model's parameters as its config gives them; `known` are all names of its state dict."""
     if missing := [key for key in parameters if key not in stored]:
         if others := set(stored) - known:
             raise HFTError(
@@ -197,10 +187,9 @@ def check_out(out: Path, inputs: Sequence[Checkpoint]) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write in that becomes `out` at the end, whole or not at all.
+    """A folder to write in that becomes `out`, or what that links to, whole or not at all.
 
-    Until then it is `.NAME.partial` beside the target, and any exception removes it. What a killed process leaves of
-    it, the next one with the same target replaces. Where `out` is a link, the target is what it leads to.
+    Until then it is `.NAME.partial` beside it; what a killed process leaves of that, the next one replaces.
     """
     target = out.resolve()
     partial, lock = target.parent / f".{target.name}.partial", target.parent / f".{target.name}.lock"
@@ -236,12 +225,7 @@ def write_model(
 ) -> str:
     """Write a model in safetensors, a shard at a time, and say how much it was and how long it took.
 
-    Args:
-        folder: an existing folder.
-        like: the model whose names, shapes, dtypes and other files are written.
-        tensor_of: a parameter by its name, in any dtype. Tensors that are not parameters are `like`'s.
-        specs: where dtypes are to be others than `like`'s.
-        max_shard_size: bytes of a file, as `save_pretrained` takes it.
+    `like` gives names, shapes, tensors that are no parameters, other files, and dtypes, unless `specs` do.
     """
     start, specs, parameters = time.monotonic(), specs or like.specs, set(like.parameters)
     split = plan_files(folder, specs, like.parameters, max_shard_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from hft.machine import indented, say
 from hft.merging.checkpoint import Checkpoint, check_alike, why_not_base
 from hft.merging.operators import blocks
 from hft.model.anatomy import BLOCKS, Anatomy, Part, Unit, anatomy_of, meta_model
-from hft.record.manifest import rounds_so_far
+from hft.record.manifest import rounds_so_far, write_json
 from hft.record.palette import DASHES, style_of
 from hft.runs.config import read_saved_config
 from hft.runs.result import CONFIG_NAME
@@ -69,15 +68,12 @@ def main(arguments: Sequence[str]) -> int:
     check_alike(start, *models)
     found = compare(start, models, group=options.group)
     say(comparison_text(found))
-    try:
-        if options.out:
-            Path(options.out).mkdir(parents=True, exist_ok=True)
-            methods = dict(zip(found.models, map(method_of, models), strict=True))
-            plot_comparison(asdict(found), methods).savefig(Path(options.out, "diff.png"))
-            Path(options.out, "diff.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
-            say("", f"{options.out}/diff.png, diff.json")
-    except OSError as error:
-        raise HFTError(f"cannot write {error.filename}: {error.strerror}") from error
+    if options.out:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        methods = dict(zip(found.models, map(method_of, models), strict=True))
+        plot_comparison(asdict(found), methods).savefig(Path(options.out, "diff.png"))
+        write_json(Path(options.out, "diff.json"), asdict(found))
+        say("", f"{options.out}/diff.png, diff.json")
     return 0
 
 
@@ -126,7 +122,6 @@ def parts_of(units: Iterable[Unit]) -> list[Part]:
 
 
 def total_changes(start: Checkpoint, models: Sequence[Checkpoint], parts: Iterable[Part]) -> list[dict[Part, float]]:
-    """For each model, the sum of |model - start| over each part."""
     by_name: dict[str, list[Part]] = {}
     for part in parts:
         by_name.setdefault(part.parameter, []).append(part)
@@ -156,11 +151,7 @@ def part_holding(parts: Sequence[Part]) -> torch.Tensor:
 
 
 def rounds_trained(anatomy: Anatomy, start: Checkpoint, model: Checkpoint) -> tuple[dict[str, int], str]:
-    """In how many rounds each unit trained between a start and a model, by the model's manifest; 0 without one.
-
-    With it the policy that trained units in part, if one did: then no number of rounds holds for a unit. The start's
-    own rounds do not count where they are the model's first ones.
-    """
+    """In how many rounds each unit trained between a start and a model; and the policy that trained some in part."""
     rounds, before = rounds_so_far(model.folder), rounds_so_far(start.folder)
     if rounds[: len(before)] == before:
         rounds = rounds[len(before) :]
@@ -194,10 +185,7 @@ def method_of(model: Checkpoint) -> str:
 
 
 def plot_comparison(found: Mapping[str, Any], methods: Mapping[str, str]) -> Figure:
-    """Attention and MLP over the layers, and units over the rounds in which they were trained.
-
-    `methods` are the models' methods by name, each in its color; dashes tell models of one method apart.
-    """
+    """Attention and MLP over the layers, units over their rounds; a method has a color, its models have dashes."""
     from matplotlib.figure import Figure
 
     panels = [

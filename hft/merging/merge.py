@@ -80,10 +80,7 @@ def merge(config: MergeConfig) -> Callable[[Path], str]:
 
 
 def tuned_of(models: Sequence[Checkpoint]) -> Checkpoint:
-    """Of models, one of which may be what others were tuned from, the one whose other files a merge takes.
-
-    The one that was tuned from others of them, by its manifest; or else the first with a chat template, or the first.
-    """
+    """Whose other files a merge takes: the model's that was tuned from others, or the first with a template."""
     names = {absolute_or_hub_id(model.name) for model in models}
     rounds = [sum(one["base"] in names for one in rounds_so_far(model.folder)) for model in models]
     if not max(rounds):
@@ -140,8 +137,7 @@ def blocks_of(model: Checkpoint) -> dict[str, str]:
 def with_deltas(config: MergeConfig, models: Sequence[Checkpoint], base: Checkpoint) -> TensorOf:
     """Operators that merge what the models add to their base.
 
-    DARE merges the rescaled deltas by their mean unless weights are given, as its authors do with language models. What
-    it drops depends on seed, model and name alone.
+    DARE merges by the mean unless weights are given, as its authors do; what it drops depends on seed, model and name.
     """
     weights = config.weights or [1 / len(models)] * len(models)
     combine = ties_merge if "ties" in config.method else lambda deltas: weighted_sum(deltas, weights)

@@ -98,7 +98,6 @@ def resetter(selection: Selection, tuned: Checkpoint, base: Checkpoint) -> Calla
 
 
 def write_reset(folder: Path, selection: Selection, tuned: Checkpoint, base: Checkpoint, max_shard_size: str) -> str:
-    """Write the model, its manifest, masks and picture."""
     from hft.record.picture import plot_selection
 
     frozen, masks = selection.frozen_parameters, selection.frozen_masks

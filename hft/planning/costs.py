@@ -97,21 +97,10 @@ def costs_of(
     padded: bool = False,
     fused_head: bool = True,
 ) -> StepCosts:
-    """What one micro-batch costs.
+    """What one micro-batch of `rows` sequences of `length` tokens costs; an `HFTError` where it is not known.
 
-    Args:
-        model_config: the model's.
-        selection: what trains.
-        rows: sequences.
-        length: tokens of each.
-        checkpointed: layers whose activations are recomputed.
-        precision: of weights and matrix products.
-        attention: transformers' name of an implementation; by default the model's own.
-        padded: whether some rows are shorter than others, so that attention needs a mask.
-        fused_head: TRL's head; otherwise the model's logits.
-
-    Raises:
-        HFTError: it is not known for this model.
+    `attention` is transformers' name of an implementation, by default the model's own; `padded` rows need a mask.
+    Without TRL's `fused_head` the model's logits count.
     """
     model = _counted_model(pickle.dumps(model_config), precision, rows, length, attention, padded, not fused_head)
     anatomy, trained = selection.anatomy, frozenset(selection.trained_parameters)
@@ -179,14 +168,8 @@ def _head(x: torch.Tensor, numel: int, trains: bool) -> Head:
 
 
 def fewest_checkpointed_layers(costs: Callable[[range], StepCosts], count: int, available: float) -> int | None:
-    """The smallest number of layers, counted from the first, whose checkpointing makes a micro-batch fit.
+    """The fewest of `count` layers, from the first on, whose checkpointing makes a micro-batch fit; None if none do.
 
-    Args:
-        costs: of a micro-batch, given the layers that are checkpointed; `functools.partial(costs_of, ...)` does.
-        count: layers of the model.
-        available: bytes of a device beside the state: weights, gradients, optimizer state, reference.
-
-    Returns:
-        The number of layers, 0 if none need be; None if all of them are not enough.
+    `costs` gives a micro-batch by the checkpointed layers, `available` is what the state leaves of a device, in bytes.
     """
     return next((n for n in range(count + 1) if costs(range(n)).peak <= available), None)

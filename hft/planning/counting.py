@@ -136,10 +136,7 @@ class Counter(TorchDispatchMode):
 
 
 class AsOnGPU(TorchFunctionMode):
-    """Attention as a kernel of a GPU computes it, and answers about masks that hide nothing.
-
-    A kernel keeps the seed of dropout instead of a mask. Values that are narrower than queries are padded.
-    """
+    """Attention as a GPU's kernel computes it, without dropout's mask, and answers about masks that hide nothing."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -155,17 +152,7 @@ class AsOnGPU(TorchFunctionMode):
 
 
 class CountedModel:
-    """A model without storage on a micro-batch. What its parts cost depends on what of them trains.
-
-    Args:
-        config: of the model.
-        precision: of weights and matrix products.
-        rows: sequences.
-        length: tokens of each.
-        attention: transformers' name of an implementation; by default the model's own.
-        padded: whether attention needs a mask.
-        logits: whether the model's head is counted.
-    """
+    """A model without storage on a micro-batch. What its parts cost depends on what of them trains."""
 
     def __init__(
         self,

@@ -38,10 +38,7 @@ class Engine:
 
 
 def engine_of(config: Config, model_config: PretrainedConfig, gpus: int | None = None) -> Engine:
-    """The engine of this machine, or of so many GPUs: FSDP2 if the method can be sharded.
-
-    An optimizer whose state is not known counts as AdamW.
-    """
+    """The engine of this machine, or of so many GPUs; an optimizer whose state is not known counts as AdamW."""
     import torch
 
     values = config.values
@@ -86,11 +83,7 @@ class MicroBatch:
 
 
 def micro_batch(config: Config, args: TrainingArguments, examples: int | None = None) -> MicroBatch:
-    """The micro-batch of a run, as configured or of so many examples.
-
-    Raises:
-        HFTError: the config has settings whose cost is not known.
-    """
+    """The micro-batch of a run, as configured or of so many examples; refuses settings whose cost is not known."""
     if args.max_length is None:
         raise HFTError("FLOPs and activations are not known without max_length")
     if getattr(args, "activation_offloading", False):

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from hft.config import Keys, fill, option, to_yaml
+from hft.config import option, to_yaml
 from hft.errors import DoesNotFit, HFTError
 from hft.machine import device_bytes, indented, say
 from hft.objectives import OBJECTIVES
-from hft.planning.candidates import Candidate, Setup
+from hft.planning.candidates import Candidate, candidate_of
 from hft.planning.columns import fitting_block, flops_block, hours_block, in_columns, memory_block
-from hft.planning.engine import MOMENTS, Engine, engine_of, micro_batch
+from hft.planning.engine import MOMENTS, Engine, micro_batch
 from hft.planning.fit import SPARE, fewest_layers
-from hft.planning.memory import GIB, Memory, memory_of
-from hft.runs.arguments import machine_settings, training_arguments
+from hft.planning.memory import GIB, Memory
 from hft.runs.config import Config, load_config, read_command_line, resolve_config
-from hft.runs.plan import Batches, checkpointed_of, in_blocks, load_model_config, load_rows, make_plan, plan_selection
+from hft.runs.plan import Batches, describe, load_rows, make_plan
 from hft.runs.result import CONFIG_NAME, RunResult
-from hft.selection import Selection
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
     from hft.data import LoadedData
 
 UNITS = {"tib": 2**40, "gib": 2**30, "mib": 2**20, "gb": 10**9, "mb": 10**6, "g": 2**30}
@@ -50,7 +46,6 @@ class Machine:
         self.bytes_of_gpu()
 
     def bytes_of_gpu(self) -> float | None:
-        """Bytes of a GPU, if they were given."""
         if self.gpu_memory is None:
             return None
         found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-z]*)\s*", self.gpu_memory.lower())
@@ -73,54 +68,40 @@ class Machine:
 class Forecast:
     """What a run would take."""
 
-    config: Config  # of the run
+    run: Candidate
     machine: Machine  # that it is made for
-    engine: Engine  # where it would compute
-    selection: Selection  # what trains
-    args: TrainingArguments  # TRL's config
-    settings: dict[str, Any]  # that this machine decides
     data: LoadedData | None  # the rows, if they are here
-    memory: Memory  # bytes per device, with activations where they are known
-    # full fine-tuning, the run, and the cheapest half; empty if FLOPs and activations are not known
-    candidates: list[Candidate]
+    candidates: list[Candidate]  # that it is compared with, in order; empty if FLOPs and activations are not known
     notes: list[str]  # what is worth knowing, one sentence each
 
     @property
-    def run(self) -> Candidate:
-        """The run among the candidates."""
-        return self.candidates[-2]
+    def memory(self) -> Memory:
+        """Bytes per device, with activations where they are known."""
+        return self.run.memory if self.candidates else self.run.state
 
     def report(self) -> str:
         """The forecast as text: selection, batch, costs, schedule, notes."""
-        batches = Batches(self.args, self.config.objective, self.engine.processes)
-        steps, schedule = batches.steps(self.data), self.config.method.schedule
-        layers = checkpointed_of(self.config, self.settings, self.args, self.selection)
-        checkpointed = f"activations of {len(layers)} of {self.selection.anatomy.num_layers} layers checkpointed"
-        blocks = {
-            "selection": self.selection.summary(),
-            "on this machine": to_yaml(self.settings).rstrip() if self.settings else "",
-            "plan": f"{batches.describe(self.data)}\n{checkpointed}",
-            "memory": "" if self.candidates else self.memory.table(),
-            "cost": self.compare(batches.tokens(self.data)) if self.candidates else self.describe_state(),
-            "schedule": schedule.describe(self.selection, steps) if schedule and steps else "",
-            "notes": "\n".join(self.notes),
-        }
-        return in_blocks(blocks)
+        run = self.run
+        batches = Batches.of(run.config, run.args, run.engine.processes, self.data)
+        memory = "" if self.candidates else self.memory.table()
+        cost = self.compare(batches.tokens) if self.candidates else self.describe_state()
+        about = (run.config, run.selection, batches, run.settings, self.notes)
+        return describe(*about, memory=memory, cost=cost)
 
     def compare(self, tokens: int | None) -> str:
         """Memory, FLOPs and GPU-hours in columns, and whether the run fits."""
-        candidates, run, machine = self.candidates, self.run, self.machine
-        available, batch = machine.available(self.engine), micro_batch(self.config, self.args)
+        candidates, run, machine, engine = self.candidates, self.candidates[-2], self.machine, self.run.engine
+        available, batch = machine.available(engine), micro_batch(run.config, run.args)
         blocks, conclusion = [memory_block(candidates), flops_block(candidates)], []
         if available:
             blocks.append(fitting_block(candidates, available))
-            remedy = run.remedy(available, self.config, self.args, self.engine.shards)
+            remedy = run.remedy(available)
             conclusion = [f"{run.name} {f'does not fit: {remedy}' if remedy else 'fits'}"]
-        if tokens and self.engine.on_gpu:
+        if tokens and engine.on_gpu:
             blocks.append(hours_block(candidates, tokens, machine.gpu_tflops, machine.mfu))
         return "\n".join(
             [
-                f"{self.engine}; {batch.rows} x {batch.length:,} tokens per device; {len(run.checkpointed)} of "
+                f"{engine}; {batch.rows} x {batch.length:,} tokens per device; {len(run.checkpointed)} of "
                 f"{run.layers} layers checkpointed",
                 in_columns([candidate.name for candidate in candidates], blocks),
                 f"the peak of {run.name} is {run.step.peak_at}",
@@ -132,7 +113,7 @@ class Forecast:
 
     def describe_state(self) -> str:
         """Whether a device holds the state of a run whose activations are not known."""
-        available, state = self.machine.available(self.engine), self.memory.state
+        available, state = self.machine.available(self.run.engine), self.memory.state
         unused = "activations and FLOPs are not known, so mfu and gpu_tflops have no effect"
         if available is None:
             return unused
@@ -144,26 +125,19 @@ def forecast(config: Config, machine: Machine | None = None) -> Forecast:
     """Forecast a run from shapes alone: no weights, no GPU, and no rows if `max_steps` is given.
 
     On this machine everything is checked that `make_plan` checks, but that the run fits.
-
-    Raises:
-        HFTError: the run cannot be made as asked, whatever the machine.
     """
     machine = machine or Machine()
-    model_config = load_model_config(config)
-    selection = plan_selection(config, model_config)
-    engine = engine_of(config, model_config, machine.gpus)
-    here = machine_settings(config.values)
-    args, notes = training_arguments(config, here, engine.processes)
-    settings, data = {} if machine.gpus else here, None
+    run, notes = candidate_of(config, machine.gpus)
+    args, data = run.args, None
     if config.run.activation_checkpointing_layers == "auto":
-        if (available := machine.available(engine)) is None:
+        if (available := machine.available(run.engine)) is None:
             raise HFTError("activation_checkpointing_layers auto depends on the GPU's memory; add --gpu_memory")
         try:
-            setup = Setup(config, model_config, args, engine, range(selection.anatomy.num_layers))
-            settings["activation_checkpointing_layers"] = fewest_layers(setup, selection, available)
+            layers = fewest_layers(run, available)
         except DoesNotFit:  # said beside the other candidates
-            settings["activation_checkpointing_layers"] = selection.anatomy.num_layers
-        args.activation_checkpointing = settings["activation_checkpointing_layers"] > 0
+            layers = run.layers
+        run = replace(run, settings=run.settings | {"activation_checkpointing_layers": layers})
+        args.activation_checkpointing = layers > 0
     if machine.gpus is None:
         try:
             plan = make_plan(config)
@@ -178,21 +152,17 @@ def forecast(config: Config, machine: Machine | None = None) -> Forecast:
             notes.append(f"steps and GPU-hours are not known: {error}; or give --max_steps")
     if (optim := config.values.get("optim")) and optim not in MOMENTS:
         notes.append(f"the state of {optim} is not known; planned is that of AdamW, 8 bytes per trained parameter")
-    if (strategy := config.method.strategy) and strategy.acts_on_steps and not strategy.takes_adapter:
-        extra = strategy.extra_rows()
-        if not extra.per_step:
-            notes.append(f"of {strategy.name} no row is counted; hft continual --dry_run true plans every round")
-    setup = Setup(config, model_config, args, engine, checkpointed_of(config, settings, args, selection))
-    reference = config.objective.has_reference(config.values)
-    memory, candidates = memory_of(config.method, selection, engine, reference=reference), []
+    strategy = config.method.strategy
+    if strategy and strategy.acts_on_steps and not (strategy.takes_adapter or strategy.extra_rows().per_step):
+        notes.append(f"of {strategy.name} no row is counted; hft continual --dry_run true plans every round")
+    candidates = []
     try:
-        candidates = setup.rivals(selection)
-        memory = candidates[-2].memory
-        if sampling := candidates[-2].step.sampling:
+        candidates = run.rivals()
+        if sampling := run.step.sampling:
             notes.append(f"texts are sampled before the first step, about {sampling:.3g} FLOPs beside the table's")
     except HFTError as error:
         notes.append(str(error))
-    return Forecast(config, machine, engine, selection, args, settings, data, memory, candidates, notes)
+    return Forecast(run, machine, data, candidates, notes)
 
 
 def flops_to_fft(folder: Path) -> float | None:
@@ -200,14 +170,11 @@ def flops_to_fft(folder: Path) -> float | None:
     try:
         result = RunResult.load(folder)
         config = load_config(result.objective, folder / CONFIG_NAME, architecture=str(folder))
-        model_config = load_model_config(config)
-        selection, engine = plan_selection(config, model_config), engine_of(config, model_config)
-        args, _ = training_arguments(config, machine_settings(config.values))
-        checkpointed = checkpointed_of(config, result.machine, args, selection)
-        candidates = Setup(config, model_config, args, engine, checkpointed).rivals(selection)
+        run, _ = candidate_of(config)
+        candidates = replace(run, settings=result.machine).rivals()
+        return candidates[-2].step.flops / candidates[0].step.flops
     except HFTError:
         return None
-    return candidates[-2].step.flops / candidates[0].step.flops
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -217,8 +184,8 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] not in OBJECTIVES:
         raise HFTError(f"hft plan takes a command and its flags: hft plan {'|'.join(OBJECTIVES)} --config RECIPE.yaml")
     objective, *words = arguments
-    of_machine, given = read_command_line(objective, words, plan=(Machine,)).split(Machine)
-    machine, config = fill(Machine, of_machine.resolve(Keys((Machine,)))[0]), resolve_config(objective, given)
+    machine, given = read_command_line(objective, words, plan=(Machine,)).take(Machine)
+    config = resolve_config(objective, given)
     say("resolved config", indented(to_yaml(config.values)))
     say(forecast(config, machine).report())
     say(f"stopped here: no weights were loaded, nothing was written to {config.out}")

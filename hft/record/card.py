@@ -33,10 +33,7 @@ def write_card(
     verified: Mapping[str, int] | None = None,
     model_id: str | None = None,
 ) -> Path:
-    """Write the model card of a folder, in which local paths are reduced to their last part.
-
-    `config` holds the settings, and `verified` how many tensors each finding of `hft verify` concerns, once it has run.
-    """
+    """Write the model card of a folder, in which local paths are reduced to their last part."""
     from huggingface_hub import ModelCard, ModelCardData
 
     folder = Path(folder)
@@ -110,7 +107,6 @@ def linked(name: str, kind: str = "") -> str:
 def card_facts(
     manifest: Manifest, config: Mapping[str, Any], verified: Mapping[str, int] | None
 ) -> list[tuple[str, str]]:
-    """Names and values: method, selection, data, verify's result."""
     rows = [("method", portable(config["method"]))] if config.get("method") else []
     rows += [*part_facts(manifest), *size_facts(manifest)]
     names = config.get("dataset_name") or []

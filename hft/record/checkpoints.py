@@ -19,7 +19,6 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def is_checkpoint(folder: Path, out: str | Path) -> bool:
-    """Whether a folder is a checkpoint of the run in `out`."""
     return folder.parent == Path(out) and CHECKPOINT.fullmatch(folder.name) is not None
 
 
@@ -29,16 +28,12 @@ def zero3_parts(checkpoint: str | Path) -> list[Path]:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The last complete checkpoint in a folder, or None.
-
-    The trainer writes its state after everything else, so a checkpoint without it was cut off. In several processes
-    the first one does not wait for the random states of the others.
-    """
+    """The last complete checkpoint in a folder, or None; one without the trainer's state, the last file, is cut off."""
     for checkpoint in reversed(checkpoints(folder)):
         if (checkpoint / MANIFEST_NAME).exists() and _is_json(checkpoint / TRAINER_STATE):
             processes = Manifest.load(checkpoint).processes
             states = [checkpoint / RNG_STATE.format(rank) for rank in range(processes if processes > 1 else 0)]
-            # torch saves zip archives, whose table is at the end. A checkpoint of weights alone has no states.
+            # The first process does not wait for the others' states, zip archives; weights alone have none.
             if not any(path.exists() for path in states) or all(map(zipfile.is_zipfile, states)):
                 return str(checkpoint)
     return None

@@ -24,14 +24,8 @@ WRITTEN_BY = ("_name_or_path", "transformers_version")
 def depends_on(model: str | Path, rows: Mapping[str, Iterable[Any]], /, **more: Any) -> dict[str, Any]:
     """What a number that a model gets on some rows depends on: where two are equal, so is the number.
 
-    Args:
-        model: the folder of a model or an adapter (`hft.model.weights.downloaded`). An adapter's base is a model too:
-            give `base=digests_of(folder)`.
-        rows: what is read, by name, as JSON can hold it.
-        more: settings, seeds, versions, other digests; None counts as absent.
-
-    Returns:
-        `model`: SHA-256 of `weights` and of each of `PARTS` that the folder holds; `rows`: SHA-256 by name; and `more`.
+    `rows` are what is read, by name; `more` settings, versions, other digests, such as `digests_of` an adapter's base.
+    None counts as absent.
     """
     read = {name: digest(list(some)) for name, some in rows.items()}
     given = {key: value for key, value in more.items() if value is not None}
@@ -116,10 +110,9 @@ def _short(value: Any) -> str:
 
 
 def check_same_run(ours: Mapping[str, Any], theirs: Mapping[str, Any], folder: object) -> None:
-    """Refuse to resume from the checkpoint of another run; the error names every key that differs.
+    """Refuse to resume from the checkpoint of another run, by what both identities hold.
 
-    torch would load its optimizer state without complaint, since all halves are equally large, and continue with the
-    moments of other matrices. Compared is what both identities hold: before data is loaded ours lacks it.
+    torch would load its optimizer state, since all halves are equally large, and continue with other matrices' moments.
     """
     found = differences({key: ours[key] for key in ours if key in theirs}, {k: theirs[k] for k in theirs if k in ours})
     if found:

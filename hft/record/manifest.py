@@ -84,10 +84,7 @@ class Manifest:
 
     @classmethod
     def of(cls, selection: Selection, base: str, checksums: dict[str, str], **record: Any) -> Manifest:
-        """The manifest of a selection; where the base has one too, this is one more round of its sequence.
-
-        `checksums` are those of the frozen parameters, and `record` other attributes.
-        """
+        """The manifest of a selection, with the checksums of what is frozen; one more round where the base has one."""
         units = selection.anatomy.units
         if tuned := record.get("tuned"):
             record["tuned"] = absolute_or_hub_id(tuned)
@@ -136,8 +133,7 @@ class Manifest:
     def finished(self, units: Sequence[Unit], trained: frozenset[str], checksums: Mapping[str, str]) -> Manifest:
         """The manifest once a schedule is over, which counts what it never trained as frozen.
 
-        `trained` names units, and parameters outside the layers, that have trained at some step; `checksums` are the
-        base's, of the trained parameters.
+        `trained` names units, and parameters outside the layers; `checksums` are the base's, of what trains.
         """
         touched = {name for unit in units if unit.name in trained for name in unit.parameters} | trained
         never = [name for name in self.trained_parameters if name not in touched]

@@ -18,11 +18,9 @@ SHADES = LinearSegmentedColormap.from_list("fraction", [FROZEN, TRAINED])
 
 
 def plot_selection(selection: Selection, title: str = "", words: tuple[str, str] = ("trains", "frozen")) -> Figure:
-    """One column per layer, one row per unit; trained units are colored, frozen ones gray.
+    """One column per layer, one row per unit, embeddings above and an untied head below; frozen ones are gray.
 
-    Embeddings are rows above the units, and a head that is not tied to them is one below. A unit that trains in part,
-    and experts of which some train, are colored in between. A unit that some layers lack stays white there. `words` are
-    the legend of trained and frozen.
+    What trains in part is colored in between; a unit that some layers lack stays white there.
     """
     units, num_layers = selection.anatomy.units, selection.anatomy.num_layers
     kinds = list(dict.fromkeys((unit.block, unit.kind) for unit in sorted(units, key=lambda u: u.block)))
@@ -32,7 +30,7 @@ def plot_selection(selection: Selection, title: str = "", words: tuple[str, str]
         cells.setdefault(cell, []).append(selection.trained_fraction(unit))
     first, last = ends_of(selection.anatomy)
     names = [kind if block not in ("experts", "router") else f"{block} {kind}" for block, kind in kinds]
-    names = [*(name.split(".")[-2] for name in first), *names, *(name.split(".")[-2] for name in last)]
+    names = [*map(label, first), *names, *map(label, last)]
     grid = [[float("nan")] * num_layers for _ in names]
     for (row, layer), fractions in cells.items():
         grid[len(first) + row][layer] = sum(fractions) / len(fractions)
@@ -55,8 +53,7 @@ def plot_selection(selection: Selection, title: str = "", words: tuple[str, str]
 def plot_schedule(selection: Selection, history: Sequence[dict[str, Any]], steps: int, title: str = "") -> Figure:
     """One row per layer, one column per phase, as wide as the phase is long; the color is the layer's trained fraction.
 
-    The rows above and below the layers are embeddings and, unless it is tied to them, the head. `history` holds
-    the phases as `hft.methods.schedule.to_row` writes them; `steps` are those of the whole run.
+    `history` holds the phases as `hft.methods.schedule.to_row` writes them; `steps` are those of the whole run.
     """
     anatomy, phases = selection.anatomy, [from_row(selection, row) for row in history]
     layers = [[trained_fraction(layer, trained) for _, trained in phases] for layer in anatomy.layers]
@@ -64,15 +61,13 @@ def plot_schedule(selection: Selection, history: Sequence[dict[str, Any]], steps
     above, below = ([[float(name in trained) for _, trained in phases] for name in names] for names in (first, last))
     grid = [*above, *layers, *below]
 
-    mean = fractions_of(selection, phases, steps)["mean"]
-    summary = f"{mean:.1%} of the layers trains on average"
+    summary = f"{fractions_of(selection, phases, steps)['mean']:.1%} of the layers trains on average"
     axes = _axes(8, 0.2 * len(grid) + 1.6, title, summary)
     edges = [step for step, _ in phases] + [steps]
     drawn = axes.pcolormesh(edges, range(len(grid) + 1), grid, cmap=SHADES, vmin=0, vmax=1)
     shown = range(0, anatomy.num_layers, every(anatomy.num_layers))
     ticks = [*range(len(first)), *(len(first) + layer for layer in shown), *range(len(grid) - len(last), len(grid))]
-    names = [*(name.split(".")[-2] for name in first), *map(str, shown), *(name.split(".")[-2] for name in last)]
-    axes.set_yticks([tick + 0.5 for tick in ticks], names)
+    axes.set_yticks([tick + 0.5 for tick in ticks], [*map(label, first), *map(str, shown), *map(label, last)])
     axes.set_ylabel("layer")
     axes.set_xlabel("step")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -87,8 +82,12 @@ def ends_of(anatomy: Anatomy) -> tuple[list[str], list[str]]:
     return first, [name for name in anatomy.embeddings if name not in first]
 
 
+def label(name: str) -> str:
+    """The module of a parameter, without those that it is in."""
+    return name.split(".")[-2]
+
+
 def fraction_of(selection: Selection, name: str) -> float:
-    """Which fraction of a parameter outside the layers trains."""
     mask = selection.frozen_masks.get(name)
     return float(name in selection.trained_parameters) if mask is None else 1 - mask.count() / mask.numel
 

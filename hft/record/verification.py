@@ -95,7 +95,6 @@ class Verification:
         return f"{len(self.identical)} of {total} tensors bit-identical to {self.against}{parts}"
 
     def _wrong(self) -> list[str]:
-        """One line per broken tensor, for the first ones."""
         broken = [f"  MISMATCH {name}: {why}" for name, why in list(self.broken.items())[:10]]
         lost = [f"  MISSING {name}" for name in self.lost[:10]]
         unlisted = [f"  UNLISTED {name}: the manifest says neither frozen nor trained" for name in self.unlisted[:10]]
@@ -111,16 +110,9 @@ def verify_tensors(
     masks: Mapping[str, Mask] | None = None,
     against: str = "the base",
 ) -> Verification:
-    """Compare a fine-tuned checkpoint with its base, tensor by tensor.
+    """Compare a checkpoint with its base, tensor by tensor, or without one with the checksums in `frozen` alone.
 
-    Args:
-        out: the fine-tuned checkpoint.
-        frozen: checksum of each wholly or partly frozen tensor, as the manifest has it; empty without a manifest, and
-            only the base is there to compare with.
-        trained: names of the tensors that train wholly or in part, as the manifest has them.
-        base: the checkpoint it started from; without it the frozen tensors are compared with the checksums alone.
-        masks: of each partly frozen tensor, which elements are frozen.
-        against: how the base is called in the result.
+    `frozen` and `trained` are the manifest's; an empty checksum leaves only the base to compare with.
     """
     masks = masks or {}
     found = Verification(against if base is not None else "the manifest's checksums")
@@ -227,10 +219,7 @@ def verify_adapter(out: Path, manifest: Manifest, base: Tensors) -> Verification
 
 
 def note_unlisted(found: Verification, out: Path, manifest: Manifest, weights: Tensors, base: Tensors) -> None:
-    """Add the parameters that the manifest does not list: unlisted in the checkpoint, lost if only the base has them.
-
-    Buffers, which some checkpoints store, and a tied head do not count.
-    """
+    """Add parameters, no buffers, that the manifest does not list: unlisted, or lost if only the base has them."""
     if not (unknown := (weights.keys() | base.keys()) - set(_listed(manifest))):
         return
     from hft.model.load import read_config

@@ -35,7 +35,6 @@ def machine_settings(values: dict[str, Any]) -> dict[str, Any]:
 def training_arguments(
     config: Config, machine: dict[str, Any], processes: int | None = None
 ) -> tuple[TrainingArguments, list[str]]:
-    """TRL's config of a run, and notes about it."""
     cls, values, method = config.objective.config, dict(config.values), config.method
     batch = accumulation_steps(values, cls.per_device_train_batch_size, processes or world_size())
     rate, notes = learning_rate(values, cls.learning_rate)

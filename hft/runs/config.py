@@ -37,19 +37,12 @@ TEMPLATES = Path(__file__).parents[1] / "demo" / "templates"
 
 @dataclass(frozen=True)
 class Config:
-    """A resolved config.
+    """A resolved config."""
 
-    Attributes:
-        objective: what it trains on.
-        values: every key that was given or has a default of ours, typed; what `config.yaml` holds.
-        run: model, data, batch and names.
-        method: how parameters change.
-    """
-
-    objective: Objective
-    values: dict[str, Any]
-    run: RunConfig
-    method: Method
+    objective: Objective  # what it trains on
+    values: dict[str, Any]  # every key that was given or has a default of ours, typed; what `config.yaml` holds
+    run: RunConfig  # model, data, batch and names
+    method: Method  # how parameters change
 
     @property
     def revision(self) -> str | None:
@@ -64,7 +57,6 @@ class Config:
 
     @property
     def out(self) -> Path:
-        """The run's folder."""
         return Path(self.values["output_dir"])
 
 
@@ -154,10 +146,7 @@ def run_name(objective: str, values: dict[str, Any], flags: dict[str, Any], give
 
 
 def name_of(values: dict[str, Any], flags: dict[str, Any], files: Sequence[str], *words: str) -> str:
-    """The recipe's folder, or else the base, then some words, then each flag that makes the run a different one.
-
-    The same command finds its folder again, and another command never writes into it.
-    """
+    """The recipe's folder, or else the base, then some words, then each flag that makes the run a different one."""
     source = Path(files[0]).resolve().parent.name if files else Path(values["model_name_or_path"]).name
     name = "-".join([source, *words])
     for key, value in flags.items():
@@ -215,11 +204,14 @@ def read_saved_config(path: Path) -> dict[str, Any]:
     return renamed(read_yaml(path))
 
 
-def comparable(values: dict[str, Any]) -> dict[str, Any]:
-    """What makes two runs' settings different: no neutral keys, and a template by its text instead of its path.
+def card_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a run's config is in its model card: what makes it this run, wherever it ran."""
+    return {key: value for key, value in config.items() if not is_neutral(key, config)}
 
-    Whether text becomes turns is part of what identifies the data.
-    """
+
+def comparable(values: dict[str, Any]) -> dict[str, Any]:
+    """What makes two runs' settings different: no neutral keys, and a template by its text instead of its path."""
+    # Whether text becomes turns is part of what identifies the data.
     values = {key: value for key, value in values.items() if value != TURNS.get(key, ...)}
     settings = {key: value for key, value in values.items() if not is_neutral(key, values) and value is not None}
     if (template := settings.get("chat_template_path")) and Path(find_template(template)).is_file():

@@ -47,16 +47,7 @@ class Start:
 
 
 def find_start(config: Config, identity: dict[str, Any], args: TrainingArguments) -> Start:
-    """Where a run starts: from a checkpoint, from the base, or nowhere since it is finished.
-
-    Args:
-        config: of the run.
-        identity: what makes another run the same (`hft.record.identity.identity_of`).
-        args: the trainer's config.
-
-    Raises:
-        HFTError: the folder holds another run, or the checkpoint is of another one.
-    """
+    """Where a run starts; refuses a folder or a checkpoint of another run, by its `identity` (`identity_of`)."""
     values, out, notes = config.values, config.out, []
     start = values["resume_from_checkpoint"]
     if start in (None, "none", "false"):
@@ -106,10 +97,7 @@ def replaced(out: Path, resumed: str | None) -> list[Path]:
 
 
 def check_complete(checkpoint: Path, args: TrainingArguments) -> None:
-    """Refuse a checkpoint without the state of the optimizer or of the learning rate, or in another engine's form.
-
-    Trainer would load the weights and silently start both from the beginning.
-    """
+    """Refuse a checkpoint without states, or with another engine's: Trainer would silently start them again."""
     parts = zero3_parts(checkpoint)
     states = {
         "ddp": (checkpoint / "optimizer.pt").exists(),

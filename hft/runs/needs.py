@@ -66,10 +66,7 @@ def check_arguments(args: TrainingArguments, model_config: PretrainedConfig) -> 
 
 
 def check_positions(config: PretrainedConfig, args: TrainingArguments, prompt: int = 0) -> list[str]:
-    """Refuse rows that may be longer than a model has learned positions; a note if they go beyond its rotary ones.
-
-    `prompt` is how many positions an adapter's prompt takes.
-    """
+    """Refuse rows that may exceed a model's learned positions, `prompt` of them an adapter's; note rotary ones."""
     from torch import nn
 
     config = config.get_text_config()
@@ -96,11 +93,7 @@ def check_saving(base: str, config: PretrainedConfig, tokenizer: PreTrainedToken
     parts: dict[str, Any] = {"config": config, "tokenizer": tokenizer}
     try:
         generation = GenerationConfig.from_pretrained(base, revision=revision or "main")
-        for token in (
-            "pad_token_id",
-            "bos_token_id",
-            "eos_token_id",
-        ):  # as Trainer; then it is checked strictly
+        for token in ("pad_token_id", "bos_token_id", "eos_token_id"):  # as Trainer; then it is checked strictly
             named, own = getattr(generation, token), getattr(tokenizer, token)
             if own not in (named if isinstance(named, list) else [named]):
                 setattr(generation, token, own)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,31 +32,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run, checked and ready to start.
-
-    Attributes:
-        config: the resolved config.
-        selection: what trains; or an adapter's footprint.
-        args: TRL's config.
-        machine: settings that this machine decided.
-        tokenizer: the base's.
-        data: the rows to train and to evaluate on.
-        start: where in its folder the run starts.
-        notes: what is worth knowing, one sentence each.
-    """
+    """One run, checked and ready to start."""
 
     config: Config
-    selection: Selection
-    args: TrainingArguments
-    machine: dict[str, Any]
-    tokenizer: PreTrainedTokenizerBase
-    data: LoadedData
-    start: Start
-    notes: list[str] = field(default_factory=list)
+    selection: Selection  # what trains; or an adapter's footprint
+    args: TrainingArguments  # TRL's config
+    machine: dict[str, Any]  # settings that this machine decided
+    tokenizer: PreTrainedTokenizerBase  # the base's
+    data: LoadedData  # the rows to train and to evaluate on
+    start: Start  # where in its folder the run starts
+    notes: list[str]  # what is worth knowing, one sentence each
 
     @property
     def out(self) -> Path:
-        """The run's folder."""
         return self.config.out
 
     @property
@@ -63,19 +52,13 @@ class RunPlan:
         """The indices of the layers that compute their activations again in the backward pass."""
         return checkpointed_of(self.config, self.machine, self.args, self.selection)
 
+    @property
+    def batches(self) -> Batches:
+        return Batches.of(self.config, self.args, world_size(), self.data)
+
     def report(self) -> str:
         """The plan as text: selection, batch, steps and tokens, schedule, notes."""
-        batches = Batches(self.args, self.config.objective, world_size())
-        steps, schedule = batches.steps(self.data), self.config.method.schedule
-        layers = f"activations of {len(self.checkpointed)} of {self.selection.anatomy.num_layers} layers checkpointed"
-        blocks = {
-            "selection": self.selection.summary(),
-            "on this machine": to_yaml(self.machine).rstrip() if self.machine else "",
-            "plan": f"{batches.describe(self.data)}\n{layers}",
-            "schedule": schedule.describe(self.selection, steps) if schedule and steps else "",
-            "notes": "\n".join(self.notes),
-        }
-        return in_blocks(blocks)
+        return describe(self.config, self.selection, self.batches, self.machine, self.notes)
 
 
 @dataclass(frozen=True)
@@ -85,6 +68,13 @@ class Batches:
     args: TrainingArguments
     objective: Objective
     processes: int
+    train_rows: int | None  # before they are packed; None without the rows
+    test_rows: int = 0
+
+    @classmethod
+    def of(cls, config: Config, args: TrainingArguments, processes: int, data: LoadedData | None) -> Batches:
+        rows = (len(data.train), len(data.test or ())) if data else (None,)
+        return cls(args, config.objective, processes, *rows)
 
     @property
     def global_batch(self) -> int:
@@ -92,13 +82,14 @@ class Batches:
         args = self.args
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.processes
 
-    def steps(self, data: LoadedData | None) -> int | None:
+    @property
+    def steps(self) -> int | None:
         """Steps of the whole run; None without the rows, or if rows are packed and only the packed ones tell."""
         if self.args.max_steps > 0:
             return self.args.max_steps
-        if data is None or getattr(self.args, "packing", False):
+        if self.train_rows is None or getattr(self.args, "packing", False):
             return None
-        return self.steps_over(len(data.train))
+        return self.steps_over(self.train_rows)
 
     def steps_over(self, rows: int) -> int:
         """Steps of all epochs over that many rows."""
@@ -107,32 +98,44 @@ class Batches:
         batches = rows // at_once if args.dataloader_drop_last else math.ceil(rows / at_once)
         return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
 
-    def tokens(self, data: LoadedData | None) -> int | None:
+    @property
+    def tokens(self) -> int | None:
         """Tokens of the whole run if all rows are as long as they may be; None if that or its steps are not known."""
-        steps, length = self.steps(data), self.args.max_length
-        if steps is None or length is None:
+        if self.steps is None or self.args.max_length is None:
             return None
-        return steps * self.global_batch * self.objective.sequences * length
+        return self.steps * self.global_batch * self.objective.sequences * self.args.max_length
 
-    def describe(self, data: LoadedData | None) -> str:
+    def describe(self) -> str:
         """Batch, steps and tokens as text."""
-        args, processes, unit, steps = self.args, self.processes, self.objective.unit, self.steps(data)
+        args, processes, unit, known = self.args, self.processes, self.objective.unit, self.train_rows is not None
         batch = (
             f"global batch {self.global_batch} = {args.per_device_train_batch_size} {unit} x {processes} "
             f"process{'es' if processes > 1 else ''} x {args.gradient_accumulation_steps} accumulation steps"
         )
-        if steps is None:
-            length = "steps are known once the rows are packed" if data else "steps are not known without the rows"
+        if self.steps is None:
+            length = "steps are known once the rows are packed" if known else "steps are not known without the rows"
         else:
-            length = f"{steps:,} steps" + (f", at most {tokens:,} tokens" if (tokens := self.tokens(data)) else "")
-        if data is None:
+            length = f"{self.steps:,} steps" + (f", at most {self.tokens:,} tokens" if self.tokens else "")
+        if not known:
             return f"{batch}\n{length}"
-        test = len(data.test) if data.test is not None else 0
-        return f"{batch}\n{len(data.train):,} training {unit}, {length}; {test:,} {unit} to evaluate on"
+        return f"{batch}\n{self.train_rows:,} training {unit}, {length}; {self.test_rows:,} {unit} to evaluate on"
 
 
-def in_blocks(blocks: dict[str, str]) -> str:
-    """Texts below their headings; empty ones are skipped."""
+def describe(
+    config: Config, selection: Selection, batches: Batches, machine: dict[str, Any], notes: Sequence[str], **costs: str
+) -> str:
+    """A run as text, below headings; what is empty is skipped."""
+    steps, schedule = batches.steps, config.method.schedule
+    checkpointed = len(checkpointed_of(config, machine, batches.args, selection))
+    layers = f"activations of {checkpointed} of {selection.anatomy.num_layers} layers checkpointed"
+    blocks = {
+        "selection": selection.summary(),
+        "on this machine": to_yaml(machine).rstrip() if machine else "",
+        "plan": f"{batches.describe()}\n{layers}",
+        **costs,
+        "schedule": schedule.describe(selection, steps) if schedule and steps else "",
+        "notes": "\n".join(notes),
+    }
     return "\n".join(f"{title}\n{indented(text)}\n" for title, text in blocks.items() if text)
 
 
@@ -180,7 +183,6 @@ def make_plan(config: Config) -> RunPlan:
 
 
 def checkpointed_of(config: Config, machine: dict[str, Any], args: TrainingArguments, selection: Selection) -> range:
-    """The indices of the layers whose activations are checkpointed."""
     count, first = selection.anatomy.num_layers, config.run.activation_checkpointing_layers
     first = machine.get("activation_checkpointing_layers", count) if first == "auto" else first
     layers = checkpointed_layers(args, count, first)
@@ -189,7 +191,6 @@ def checkpointed_of(config: Config, machine: dict[str, Any], args: TrainingArgum
 
 
 def load_rows(config: Config, args: TrainingArguments) -> LoadedData:
-    """The rows to train and to evaluate on."""
     with args.main_process_first(desc="loading the data"):
         from hft.data import load_data
 

@@ -17,7 +17,6 @@ from hft.record.card import CARD_NAME, portable
 from hft.record.manifest import MANIFEST_NAME, Manifest, write_json, write_text
 from hft.record.scores import SCORES_FOLDER
 from hft.record.verification import verify_folder
-from hft.runs.card import write_run_card
 from hft.runs.config import read_saved_config
 from hft.runs.result import CONFIG_NAME, RESULTS_NAME, WANDB_NAME, RunResult
 
@@ -80,5 +79,5 @@ def portable_copy(result: RunResult, out: Path, model_id: str | None = None) -> 
                 write_json(target, content | {key: portable(content[key]) for key in ORIGINS if key in content})
             else:
                 target.symlink_to(path.resolve())
-        write_run_card(result, out, folder, model_id)
+        result.write_card(out, folder, model_id)
         yield folder

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hft.config import Keys, option
+from hft.config import option
 from hft.errors import HFTError
 from hft.machine import broadcast, indented, is_main, reset_peak_memory, say
 from hft.model.weights import local_folder, weights_fingerprint
@@ -37,10 +37,9 @@ class Scoring:
 def main(arguments: Sequence[str]) -> int:
     """`hft importance`: score the base of a run, and write what its importance policy freezes into a folder."""
     objective, *words = arguments if arguments and arguments[0] in OBJECTIVES else ["sft", *arguments]
-    given = read_command_line(objective, words, importance=(Scoring,))
-    out = Keys((Scoring,)).convert("out", given.flags.pop("out", None))
+    scoring, given = read_command_line(objective, words, importance=(Scoring,)).take(Scoring)
     given.flags["policy"] = "importance"
-    config = resolve_config(objective, given)
+    config, out = resolve_config(objective, given), scoring.out
     if not out:
         raise HFTError("out is needed: give --out FOLDER")
     say("selection", indented(plan_selection(config, load_model_config(config)).summary()), "")
@@ -100,19 +99,15 @@ def sources(config: Config, args: TrainingArguments) -> dict[str, Any]:
 
     chosen, base = config.method.selection, config.run.model_name_or_path
     folder = local_folder(base, config.revision)
-    return {
-        "base": config.base,
-        "weights": weights_fingerprint(folder),
-        "selection": {key: value for key, value in asdict(chosen).items() if key in SCORED},
-        "data": fingerprint(chosen.importance_data) if chosen.score in READ_TEXT else None,
-        "tokens": companions_of(folder) if chosen.score in READ_TEXT else None,
-        "template": comparable(config.values).get("chat_template_path") if chosen.score in READ_TEXT else None,
-        "max_length": args.max_length,
-    }
+    found = {"base": config.base, "weights": weights_fingerprint(folder), "max_length": args.max_length}
+    found["selection"] = {key: value for key, value in asdict(chosen).items() if key in SCORED}
+    if chosen.score in READ_TEXT:
+        template = comparable(config.values).get("chat_template_path")
+        found |= {"data": fingerprint(chosen.importance_data), "tokens": companions_of(folder), "template": template}
+    return found
 
 
 def is_made_from(folder: Path, made_from: dict[str, Any]) -> bool:
-    """Whether a folder holds scores that were made from the same."""
     try:
         found = load_scores(folder)
     except HFTError:  # none there, or not whole

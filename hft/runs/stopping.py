@@ -25,13 +25,9 @@ if TYPE_CHECKING:
 def saved_on_signal(trainer: Trainer) -> Iterator[None]:
     """While it lasts, SIGTERM and Ctrl-C make a trainer save a checkpoint after its step and raise `Stopped`.
 
-    A second Ctrl-C ends it at once.
-
-    transformers' `enable_jit_checkpoint` waits three seconds before it asks for a checkpoint, lets every process choose
-    its own step, and ends as a finished run does. Only the main thread can catch signals; in another one nothing
-    changes.
+    transformers' `enable_jit_checkpoint` lets every process choose its own step, and ends as a finished run does.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # which alone can catch signals
         yield
         return
     callback = StopAfterStep()
@@ -64,7 +60,10 @@ class StopAfterStep(TrainerCallback):
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.stopped_by = self._largest_signal()
+        number = torch.tensor(self.signal)
+        if self.group is not None:  # the largest that any process got, the same in every one of them
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
+        self.stopped_by = int(number)
         if self.stopped_by:
             control.should_save = True
             if args.save_strategy == SaveStrategy.BEST:  # which saves nothing but what an evaluation finds better
@@ -83,11 +82,3 @@ class StopAfterStep(TrainerCallback):
         raise error(
             f"stopped by {name} after step {state.global_step}; run the same command again{flag} to resume from {last}"
         )
-
-    def _largest_signal(self) -> int:
-        """The largest signal that any process got, the same in every one of them; 0 if none did."""
-        if self.group is None:
-            return self.signal
-        number = torch.tensor(self.signal)
-        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
-        return int(number)

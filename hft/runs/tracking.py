@@ -57,11 +57,8 @@ class WandbRun(WandbCallback):
 
 
 @contextmanager
-def tracked(on: bool, trainer: ManifestMixin, plan: RunPlan) -> Iterator[None]:
+def tracked(trainer: ManifestMixin, plan: RunPlan) -> Iterator[None]:
     """A wandb run around a training run; it ends as failed if the training raises."""
-    if not on:
-        yield
-        return
     import wandb
 
     say(start(trainer, plan), "")

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft.config import to_yaml
 from hft.errors import HFTError, reason
-from hft.machine import broadcast, indented, is_main, say, world_size
+from hft.machine import broadcast, indented, is_main, say
 from hft.model.weights import MODEL_CONFIG
 from hft.record.card import CARD_NAME
 from hft.record.manifest import MANIFEST_NAME, write_text
 from hft.record.scores import SCORES_FOLDER
 from hft.record.verification import verify_folder
 from hft.runs.arguments import trainer_class
-from hft.runs.card import card_settings, write_run_card
+from hft.runs.config import card_settings
 from hft.runs.folder import replaced
-from hft.runs.plan import Batches, RunPlan
+from hft.runs.plan import RunPlan
 from hft.runs.push import push
 from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, WANDB_NAME, RunResult, result_of
 from hft.runs.scoring import with_scored_selection
@@ -59,7 +60,7 @@ def train(plan: RunPlan) -> RunResult:
     from hft.runs import tracking
     from hft.runs.stopping import saved_on_signal
 
-    with tracking.tracked(on_wandb, trainer, plan):
+    with tracking.tracked(trainer, plan) if on_wandb else nullcontext():
         with saved_on_signal(trainer):
             trainer.train(resume_from_checkpoint=plan.start.resume_from)
         trainer.save_model(_internal_call=True)  # is pushed to the Hub once it is verified
@@ -70,7 +71,11 @@ def train(plan: RunPlan) -> RunResult:
             measured = result_of(plan.config.objective, trainer, plan.machine, final)
             measured.wandb = tracking.current() if on_wandb else None
             if trainer.schedule:
-                draw_history(trainer, plan)
+                from hft.record.picture import plot_schedule
+
+                phases, steps = trainer.schedule.history, trainer.state.global_step
+                figure = plot_schedule(trainer.selection, phases, steps, plan.args.run_name)
+                figure.savefig(plan.out / PICTURE_NAME)
             result = conclude(measured, plan.out)
             if on_wandb:
                 tracking.log_result(result, plan.out)
@@ -118,8 +123,7 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
 
 def steps_of_packed(plan: RunPlan, rows: int) -> list[str]:
     """What the plan could not say before rows were packed or dropped: steps, and the schedule over them."""
-    batches = Batches(plan.args, plan.config.objective, world_size())
-    if plan.args.max_steps > 0 or batches.steps(plan.data) == (steps := batches.steps_over(rows)):
+    if plan.args.max_steps > 0 or plan.batches.steps == (steps := plan.batches.steps_over(rows)):
         return []
     schedule = plan.config.method.schedule
     return [f"{rows:,} rows, {steps:,} steps", *([schedule.describe(plan.selection, steps)] if schedule else [])]
@@ -142,7 +146,6 @@ def claim_folder(plan: RunPlan, trainer: ManifestMixin) -> None:
 
 
 def cannot_write_to(out: Path, error: OSError) -> HFTError:
-    """The error about a run's folder that cannot be made or written to."""
     return HFTError(f"cannot write to output_dir {out}: {error.strerror or reason(error)}")
 
 
@@ -159,11 +162,7 @@ def clear(out: Path, resumed: str | None) -> None:
 
 
 def metrics_of_what_was_saved(trainer: ManifestMixin) -> dict[str, float]:
-    """Held-out metrics of the weights that were saved; empty without rows to evaluate on.
-
-    The last evaluation of the log is theirs only if it was made at the last step and no earlier checkpoint was loaded
-    in the end.
-    """
+    """Held-out metrics of the weights that were saved; empty without rows to evaluate on."""
     if trainer.eval_dataset is None:
         return {}
     last = [row for row in trainer.state.log_history if "eval_loss" in row][-1:]
@@ -172,20 +171,11 @@ def metrics_of_what_was_saved(trainer: ManifestMixin) -> dict[str, float]:
     return trainer.evaluate()
 
 
-def draw_history(trainer: ManifestMixin, plan: RunPlan) -> None:
-    """Draw over the steps what trained under a schedule."""
-    from hft.record.picture import plot_schedule
-
-    steps = trainer.state.global_step
-    figure = plot_schedule(trainer.selection, trainer.schedule.history, steps, plan.args.run_name)
-    figure.savefig(plan.out / PICTURE_NAME)
-
-
 def conclude(result: RunResult, out: Path) -> RunResult:
     """Verify a finished run's folder, and save the result and the model card with what was found."""
     found = verify_folder(out)
     result.verify, result.ok = found.counts(), found.ok
     result.save(out)
     say("verify", indented(found.report()))
-    write_run_card(result, out)
+    result.write_card(out)
     return result

@@ -21,7 +21,7 @@ from hft.cpi.group import chance, connected, group_tasks, groups_of, jaccard, ov
 from hft.cpi.probe import Core, check_probe, write_core, write_random_core
 from hft.cpi.scores import measures
 from hft.cpi.train import selection_of
-from hft.demo.tasks import write_conversations
+from hft.demo.tasks import write_tasks
 from hft.errors import HFTError
 from hft.merging.checkpoint import Checkpoint
 from hft.record.manifest import Manifest
@@ -140,7 +140,7 @@ def test_groups_are_connected_components(tau, expected):
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
-    write_conversations(folder)
+    write_tasks(folder)
     return folder
 
 

@@ -54,7 +54,7 @@ def moments_of(trainer):
 def test_the_state_of_a_run_takes_what_its_plan_says(objective, keys, tiny, data, pairs, tmp_path):
     plan = plan_of(objective, tmp_path / "out", tiny, pairs if objective == "dpo" else data, **keys)
     found = forecast(plan.config)
-    assert found.engine.precision == (MIXED if keys["bf16"] else FLOAT32)
+    assert found.run.engine.precision == (MIXED if keys["bf16"] else FLOAT32)
     trainer, gradients = make_trainer(plan), Gradients()
     trainer.add_callback(gradients)
     trainer.train()
