@@ -10,9 +10,8 @@ from pathlib import Path
 from hft.continual.config import SequencePlan, SequenceRun
 from hft.errors import HFTError
 from hft.jsonl import write_jsonl
-from hft.planning.candidates import candidate_of
 from hft.planning.fit import why_state_does_not_fit
-from hft.planning.forecast import Machine
+from hft.planning.forecast import Machine, candidate_of
 from hft.planning.memory import GIB
 from hft.runs.config import Config
 from hft.runs.plan import Batches, RunPlan, make_plan

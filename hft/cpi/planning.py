@@ -6,8 +6,8 @@ from typing import Any
 from hft.cpi.config import CPIPlan
 from hft.cpi.group import chance
 from hft.machine import indented
-from hft.planning.candidates import candidate_of
 from hft.planning.fit import why_state_does_not_fit
+from hft.planning.forecast import candidate_of
 from hft.runs.config import load_config
 
 READ_RATE = 1e9  # bytes per second; results/cpi-core.md has what was measured

@@ -12,10 +12,9 @@ from hft.errors import HFTError
 from hft.methods import Method
 from hft.methods.strategy import ExtraRows
 from hft.planning.costs import StepCosts, costs_of, fewest_checkpointed_layers
-from hft.planning.engine import Engine, engine_of, micro_batch
+from hft.planning.engine import Engine, micro_batch
 from hft.planning.memory import GIB, Memory, memory_of
-from hft.runs.arguments import machine_settings, training_arguments
-from hft.runs.plan import checkpointed_of, load_model_config, plan_selection
+from hft.runs.arguments import checkpointed_of
 from hft.selection import Selection, SelectionConfig
 from hft.selection.policies import select
 
@@ -149,13 +148,3 @@ class Candidate:
         is_fft = chosen.policy == "all" and not (chosen.freeze_embeddings or method.update or method.strategy)
         self.costs(self.checkpointed)
         return [fft, half] if is_fft else [fft, self, half]
-
-
-def candidate_of(config: Config, gpus: int | None = None) -> tuple[Candidate, list[str]]:
-    """A run on this machine, or on so many GPUs, and notes about it. Refuses what cannot train anywhere."""
-    model_config, name = load_model_config(config), config.values.get("method") or "hft"
-    selection, engine = plan_selection(config, model_config), engine_of(config, model_config, gpus)
-    here = machine_settings(config.values)
-    args, notes = training_arguments(config, here, engine.processes)
-    settings = {} if gpus else here
-    return Candidate(name, config, model_config, config.method, selection, args, engine, settings), notes

@@ -12,13 +12,14 @@ from hft.config import option, to_yaml
 from hft.errors import DoesNotFit, HFTError
 from hft.machine import device_bytes, indented, say
 from hft.objectives import OBJECTIVES
-from hft.planning.candidates import Candidate, candidate_of
+from hft.planning.candidates import Candidate
 from hft.planning.columns import fitting_block, flops_block, hours_block, in_columns, memory_block
-from hft.planning.engine import MOMENTS, Engine, micro_batch
+from hft.planning.engine import MOMENTS, Engine, engine_of, micro_batch
 from hft.planning.fit import SPARE, fewest_layers
 from hft.planning.memory import GIB, Memory
+from hft.runs.arguments import machine_settings, training_arguments
 from hft.runs.config import Config, load_config, read_command_line, resolve_config
-from hft.runs.plan import Batches, describe, load_rows, make_plan
+from hft.runs.plan import Batches, describe, load_model_config, load_rows, make_plan, plan_selection
 from hft.runs.result import CONFIG_NAME, RunResult
 
 if TYPE_CHECKING:
@@ -119,6 +120,16 @@ class Forecast:
             return unused
         fits = "does not fit: the state alone takes" if state > available else "the state takes"
         return f"{fits} {state / GIB:.1f} of the {available / GIB:.1f} GiB that a device can give\n{unused}"
+
+
+def candidate_of(config: Config, gpus: int | None = None) -> tuple[Candidate, list[str]]:
+    """A run on this machine, or on so many GPUs, and notes about it. Refuses what cannot train anywhere."""
+    model_config, name = load_model_config(config), config.values.get("method") or "hft"
+    selection, engine = plan_selection(config, model_config), engine_of(config, model_config, gpus)
+    here = machine_settings(config.values)
+    args, notes = training_arguments(config, here, engine.processes)
+    settings = {} if gpus else here
+    return Candidate(name, config, model_config, config.method, selection, args, engine, settings), notes
 
 
 def forecast(config: Config, machine: Machine | None = None) -> Forecast:

@@ -8,9 +8,12 @@ from hft.config import fill
 from hft.errors import HFTError
 from hft.machine import cpu_has_bfloat16, is_zero3, world_size
 from hft.runs.config import Config, find_template
+from hft.training.checkpointing import checkpointed_layers
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
+
+    from hft.selection import Selection
 
 
 def trainer_class(config: Config) -> type[Trainer]:
@@ -51,6 +54,14 @@ def training_arguments(
         raise HFTError("an adapter's folder holds only what trained anyway; leave out save_only_trained")
     trainer_class(config).check(args, *method.parts)
     return args, notes
+
+
+def checkpointed_of(config: Config, machine: dict[str, Any], args: TrainingArguments, selection: Selection) -> range:
+    count, first = selection.anatomy.num_layers, config.run.activation_checkpointing_layers
+    first = machine.get("activation_checkpointing_layers", count) if first == "auto" else first
+    layers = checkpointed_layers(args, count, first)
+    adapter = config.method.adapter
+    return range(0) if adapter and not adapter.keeps_checkpointing else layers
 
 
 def accumulation_steps(values: dict[str, Any], default: int, processes: int) -> dict[str, int]:

@@ -17,12 +17,11 @@ from hft.model.vocabulary import ids_beyond
 from hft.model.weights import check_is_there
 from hft.objectives import Objective
 from hft.record.identity import identity_of
-from hft.runs.arguments import machine_settings, training_arguments
+from hft.runs.arguments import checkpointed_of, machine_settings, training_arguments
 from hft.runs.config import Config, find_template
 from hft.runs.folder import Start, check_output, find_start
 from hft.runs.needs import check_arguments, check_packages, check_positions, check_saving
 from hft.selection import Selection
-from hft.training.checkpointing import checkpointed_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
@@ -180,14 +179,6 @@ def make_plan(config: Config) -> RunPlan:
     # One process looks and decides for all, since it also writes to the folder that the others would look at.
     start = broadcast(find_start(config, identity, args) if is_main() else None)
     return RunPlan(config, selection, args, machine, tokenizer, data, start, [*notes, *start.notes])
-
-
-def checkpointed_of(config: Config, machine: dict[str, Any], args: TrainingArguments, selection: Selection) -> range:
-    count, first = selection.anatomy.num_layers, config.run.activation_checkpointing_layers
-    first = machine.get("activation_checkpointing_layers", count) if first == "auto" else first
-    layers = checkpointed_layers(args, count, first)
-    adapter = config.method.adapter
-    return range(0) if adapter and not adapter.keeps_checkpointing else layers
 
 
 def load_rows(config: Config, args: TrainingArguments) -> LoadedData:
