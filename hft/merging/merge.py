@@ -10,7 +10,7 @@ import torch
 from hft.config import Keys, fill, read_arguments, to_yaml
 from hft.errors import HFTError
 from hft.machine import say
-from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, plan_files, why_not_base, write_model
+from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, why_not_base, write_model
 from hft.merging.config import OPERATORS, MergeConfig, check_config
 from hft.merging.operators import (
     COLINEAR_COS,
@@ -62,8 +62,6 @@ def merge(config: MergeConfig) -> Callable[[Path], str]:
     like = tuned_of(models)
 
     def write(folder: Path) -> str:
-        # Fails before passes over the models do.
-        plan_files(folder, like.specs, like.parameters, config.max_shard_size)
         branches = Counter()
         if config.method == "wise-ft":
             merged = on_the_line(base, models[0], config.alpha)
@@ -145,17 +143,15 @@ def with_deltas(config: MergeConfig, models: Sequence[Checkpoint], base: Checkpo
     def delta_of(model: Checkpoint, name: str) -> torch.Tensor:
         return model.fp32(name) - base.fp32(name)
 
-    def pruner(model: Checkpoint, names: Sequence[str]) -> MagnitudePruner:
-        return MagnitudePruner(functools.partial(delta_of, model), names, config.density)
-
-    of_whole = config.method == "ties" and config.trim == "global"
-    pruners = [pruner(model, base.parameters) for model in models] if of_whole else None
+    @functools.cache
+    def pruner(index: int, *names: str) -> MagnitudePruner:
+        return MagnitudePruner(functools.partial(delta_of, models[index]), names, config.density)
 
     def pruned(index: int, name: str) -> torch.Tensor:
         """The delta of a model, without what is dropped before the deltas are combined."""
         delta = delta_of(models[index], name)
         if config.method == "ties":
-            return (pruners[index] if pruners else pruner(models[index], [name]))(delta)
+            return pruner(index, *(base.parameters if config.trim == "global" else [name]))(delta)
         if config.method in ("dare", "dare-ties"):
             return random_prune(delta, config.drop, generator_of(f"{config.seed}/{index}/{name}"))
         return delta
