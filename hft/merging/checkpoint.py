@@ -97,11 +97,15 @@ def open_base(tuned: str, given: str | None, named: str | None, revision: str | 
         raise HFTError(f"the base of {tuned} cannot be read: {error}; name it with --base") from error
 
 
+def rounds_between(start: Checkpoint, model: Checkpoint) -> list[dict]:
+    """The rounds of a model by its manifest, without those that its start has been through."""
+    rounds, before = rounds_so_far(model.folder), rounds_so_far(start.folder)
+    return rounds[len(before) :] if rounds[: len(before)] == before else rounds
+
+
 def why_not_base(tuned: Checkpoint, base: Checkpoint) -> str | None:
     """A sentence if a run's manifest proves that a model was not tuned from a base: what no round trained differs."""
-    rounds, before = rounds_so_far(tuned.folder), rounds_so_far(base.folder)
-    rounds = rounds[len(before) :] if rounds[: len(before)] == before else rounds
-    if not rounds:
+    if not (rounds := rounds_between(base, tuned)):
         return None
     anatomy, manifest = anatomy_of(meta_model(base.config)), Manifest.load(tuned.folder)
     untouched = set.intersection(*(set(one["frozen_units"]) for one in rounds))

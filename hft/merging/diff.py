@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from hft.errors import HFTError
 from hft.machine import indented, say
-from hft.merging.checkpoint import Checkpoint, check_alike, why_not_base
+from hft.merging.checkpoint import Checkpoint, check_alike, rounds_between, why_not_base
 from hft.merging.operators import blocks
 from hft.model.anatomy import BLOCKS, Anatomy, Part, Unit, anatomy_of, meta_model
-from hft.record.manifest import rounds_so_far, write_json
+from hft.record.manifest import write_json
 from hft.record.palette import DASHES, style_of
 from hft.runs.config import read_saved_config
 from hft.runs.result import CONFIG_NAME
@@ -152,9 +152,7 @@ def part_holding(parts: Sequence[Part]) -> torch.Tensor:
 
 def rounds_trained(anatomy: Anatomy, start: Checkpoint, model: Checkpoint) -> tuple[dict[str, int], str]:
     """In how many rounds each unit trained between a start and a model; and the policy that trained some in part."""
-    rounds, before = rounds_so_far(model.folder), rounds_so_far(start.folder)
-    if rounds[: len(before)] == before:
-        rounds = rounds[len(before) :]
+    rounds = rounds_between(start, model)
     frozen = [set(one["frozen_units"]) for one in rounds]
     counts = {unit.name: sum(unit.name not in names for names in frozen) for unit in anatomy.units}
     selections = [one["selection"] for one in rounds]
