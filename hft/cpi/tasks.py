@@ -28,12 +28,12 @@ def write_task_rows(plan: CPIPlan) -> None:
         folder, rows = plan.data_of(name), plan.sft.get("eval_rows") or EVAL_ROWS
         keys = {key: value for key, value in asdict(task).items() if key not in ("probe", "benchmark", "group")}
         made, record = keys | {"eval_rows": rows}, folder.with_name(f"{name}.json")
-        if Path(task.dataset_name).exists():
-            made["data"] = fingerprint(task.dataset_name)
-        if is_current(record, made):
-            continue
         given = {key: value for key, value in keys.items() if value is not None}
         try:
+            if Path(task.dataset_name).exists():
+                made["data"] = fingerprint(task.dataset_name)
+            if is_current(record, made):
+                continue
             loaded = load_data(RunConfig(**given, eval_rows=rows), sft_rows, evaluate=True)
         except HFTError as error:
             raise HFTError(f"task {name}: {error}") from error
