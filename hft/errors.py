@@ -81,7 +81,7 @@ def cannot_write(error: BaseException) -> str | None:
         if where and number in (errno.EROFS, errno.EACCES, errno.EPERM):
             return f"cannot write {where}: {cause.strerror}; choose a folder that you may write to"
         if where and number in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG):
-            return f"cannot write {where}: {cause.strerror}; give another path"
+            return f"{where}: {cause.strerror}; give another path"
         cause = cause.__cause__ or cause.__context__
     return None
 

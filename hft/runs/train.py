@@ -166,6 +166,7 @@ def metrics_of_what_was_saved(trainer: ManifestMixin) -> dict[str, float]:
     if trainer.eval_dataset is None:
         return {}
     last = [row for row in trainer.state.log_history if "eval_loss" in row][-1:]
+    # Another evaluation, or one before an earlier checkpoint was loaded, is of other weights.
     if last and last[0]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
         return last[0]
     return trainer.evaluate()

@@ -103,7 +103,7 @@ def test_a_block_is_the_mean_over_its_elements(start, tmp_path):
         (["S", "S"], "are the same model"),
         (["S", "gone"], "not found"),
         (["S", "M", "--group", "0"], "group is a number of layers"),
-        (["S", "M", "--out", "full"], "cannot write"),
+        (["S", "M", "--out", "full"], "File exists; give another path"),
         (["--group", "0", "S", "M"], "group is a number of layers"),
         (["S", "nan"], "model.norm.weight holds NaN or infinity in"),
     ],
