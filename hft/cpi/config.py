@@ -11,7 +11,7 @@ from hft.errors import HFTError
 from hft.evaluation.evaluate import Settings
 from hft.evaluation.suites import SUITES
 from hft.objectives import find_objective
-from hft.runs.config import check_base_is_a_model, check_shared, name_of
+from hft.runs.config import check_is_a_model, check_shared, name_of
 
 # Keys of a single run that the stages set themselves.
 SET_BY_STAGES = ("prompt", "completion", "schedule", "update", "adapter", "run_name", "resume_from_checkpoint")
@@ -133,7 +133,7 @@ def plan_stages(given: Given) -> CPIPlan:
         raise HFTError(f"{wrong[0]} is not for hft cpi, whose stages set it; a dataset belongs in tasks")
     if not values.get("model_name_or_path"):
         raise HFTError("model_name_or_path is needed: give a recipe with --config, or the base as a flag")
-    check_base_is_a_model(values["model_name_or_path"])
+    check_is_a_model(values["model_name_or_path"])
     for key, classes in {"probe": of_run, "train": of_run, "eval": (Settings,)}.items():
         values[key] = typed(key, values.get(key), *classes)
     for keys in (values, values["probe"], values["train"]):

@@ -25,9 +25,10 @@ from hft.errors import HFTError, reason, shorten
 from hft.model.anatomy import anatomy_of, meta_model
 from hft.model.load import read_config
 from hft.model.vocabulary import check_same_ids, vocabulary
-from hft.model.weights import DTYPES, INTEGERS, SAFE_INDEX, Weights, as_bytes, is_weights, local_folder
+from hft.model.weights import DTYPES, INTEGERS, SAFE_INDEX, Weights, as_bytes, downloaded, is_weights
 from hft.record.manifest import MANIFEST_NAME, Manifest, rounds_so_far
 from hft.record.verification import verify_folder
+from hft.runs.config import check_is_a_model
 from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, WANDB_NAME
 
 # Files of a model folder that belong to the run that made it, not to the model: ours and Trainer's.
@@ -35,7 +36,6 @@ RUN_FILES = (MANIFEST_NAME, RESULTS_NAME, CONFIG_NAME, PICTURE_NAME, WANDB_NAME)
 RUN_FILES += ("trainer_state.json", "keep.json", "README.md")
 # Tensors that older versions of transformers stored and later ones compute.
 COMPUTED = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
-ADAPTER_CONFIG = "adapter_config.json"
 # Settings under which the same weights compute something else. Sizes show in shapes.
 MUST_MATCH = re.compile(
     "model_type|vocab_size|tie_word_embeddings|head_dim|num_attention_heads|num_key_value_heads|hidden_act"
@@ -61,11 +61,8 @@ class Checkpoint:
     @classmethod
     def open(cls, name: str, revision: str | None = None) -> Checkpoint:
         """Open a whole model, neither an adapter nor quantized, stored in the shapes that its config gives."""
-        folder = local_folder(name, revision)
-        if (folder / ADAPTER_CONFIG).exists():
-            raise HFTError(
-                f"{name} is an adapter; `hft merge --method adapter --models {name} --out MODEL` makes a model of it"
-            )
+        folder = downloaded(name, revision)
+        check_is_a_model(str(name), folder)
         config = read_config(name, folder)
         model, weights = meta_model(config), Weights(folder)
         parameters, stored = dict(model.named_parameters()), weights.specs()
@@ -282,7 +279,7 @@ def finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def copy_companions(source: Path, target: Path, but: Sequence[str] = ()) -> None:
     """Copy what a model folder holds beside its weights, but not the files of the run that made it."""
     for path in source.iterdir():
-        of_run = path.name in (*RUN_FILES, ADAPTER_CONFIG, *but) or path.name.startswith(".")
+        of_run = path.name in (*RUN_FILES, "adapter_config.json", *but) or path.name.startswith(".")
         if path.is_file() and not is_weights(path) and not of_run:
             shutil.copyfile(path, target / path.name)
         elif path.is_dir() and path.name == "additional_chat_templates":

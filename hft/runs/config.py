@@ -101,7 +101,7 @@ def resolve_config(objective: str, given: Given) -> Config:
         values = {key: value for key, value in values.items() if key not in ("architecture", "round") or key in flags}
     if "learning_rate" in flags and "learning_rate_factor" in values and "learning_rate_factor" not in flags:
         values["learning_rate_factor"] = 1.0
-    check_base_is_a_model(values["model_name_or_path"])
+    check_is_a_model(values["model_name_or_path"])
     method = method_of(values)
     if not method.adapter and (rounds := rounds_so_far(values["model_name_or_path"])):
         values = {"round": rounds[-1]["selection"]["round"] + 1} | values
@@ -169,12 +169,13 @@ def _slug(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]", "_", str(value).rstrip("/").rpartition("/")[2])
 
 
-def check_base_is_a_model(base: str) -> None:
-    """Refuse an adapter's folder as the base, and what a run with `save_only_trained` has saved."""
-    check_whole(Path(base), base)
-    if (Path(base) / "adapter_config.json").exists():
+def check_is_a_model(name: str, folder: Path | None = None) -> None:
+    """Refuse an adapter's folder as a model, and what a run with `save_only_trained` has saved."""
+    folder = folder or Path(name)
+    check_whole(folder, name)
+    if (folder / "adapter_config.json").exists():
         raise HFTError(
-            f"{base} is an adapter, not a model; `hft merge --method adapter --models {base} --out NEW` makes it one"
+            f"{name} is an adapter, not a model; `hft merge --method adapter --models {name} --out NEW` makes it one"
         )
 
 

@@ -489,7 +489,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path, tiny, capsys):
     (adapter / "adapter_model.safetensors").unlink()
     refused("cannot merge")
     assert reset(adapter, tiny, tmp_path / "out") == 2
-    assert "is an adapter; `hft merge --method adapter" in error_of(capsys)
+    assert "is an adapter, not a model; `hft merge --method adapter" in error_of(capsys)
 
 
 def test_an_adapters_folder_gives_its_tokenizer_and_not_its_config(tmp_path, tiny):
