@@ -109,8 +109,7 @@ class Keys:
 
     classes: tuple[type, ...]
     explain: Callable[[str], str | None] = lambda key: None  # a sentence about a key that is not among them, or None
-    # of the keys so far, which a file that names a `method` resets
-    replaced: Callable[[Mapping[str, Any]], Container[str]] = lambda config: ()
+    replaced: Callable[[Mapping[str, Any]], Container[str]] = lambda config: ()  # what a file with a `method` resets
 
     @functools.cached_property
     def types(self) -> dict[str, Any]:

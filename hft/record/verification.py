@@ -38,18 +38,13 @@ class Verification:
 
     against: str  # what the frozen tensors were compared with
     identical: list[str] = field(default_factory=list)  # frozen and bit-identical to the base
-    # frozen, yet different from the base, or missing, with the reason
-    broken: dict[str, str] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)  # frozen, yet different from the base or missing, and why
     changed: list[str] = field(default_factory=list)  # trained and different from the base
-    # trained, yet bit-identical to the base: nothing wrong, but worth a look
-    unchanged: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)  # trained, yet bit-identical to the base: worth a look
     new: list[str] = field(default_factory=list)  # trained, and not in the base, such as the head of a reward model
-    # parameters that the base has, or that trained, and that are missing from the checkpoint
-    lost: list[str] = field(default_factory=list)
-    # those among `identical` that are frozen in part and were compared there
-    parts: list[str] = field(default_factory=list)
-    # parameters of the checkpoint that the manifest lists neither as frozen nor as trained
-    unlisted: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)  # of the base, or trained, and missing from the checkpoint
+    parts: list[str] = field(default_factory=list)  # those among `identical` that are frozen in part
+    unlisted: list[str] = field(default_factory=list)  # in the checkpoint, and not in the manifest
     not_finite: list[str] = field(default_factory=list)  # trained tensors that hold NaN or infinity
     tuned: str | None = None  # of a Half-Reset, in which nothing has trained, the model that was reset
     kept: Verification | None = None  # what stayed of it, compared with it; None if it was not found
