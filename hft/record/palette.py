@@ -11,7 +11,18 @@ TRAINED, FROZEN = OWN["hft"][0], "#cfd8dc"
 # The methods that come with hft take turns; append new ones.
 METHODS = ("lora", "lisa", "badam", "hft-layer", "hft-model", "random-element", "importance", "mixout", "l2sp", "gmt")
 METHODS += ("mofo", "qlora", "adalora", "osf", "p-tuning-v2", "lora-qv", "half-reset", "autofreeze", "smartfrz")
-METHODS += ("dynamic", "freeze-qk", "freeze-ov", "hft-ratio", "hft-freeze-io", "spectrum", "lota", "cpi")
+METHODS += (
+    "dynamic",
+    "freeze-qk",
+    "freeze-ov",
+    "hft-ratio",
+    "hft-freeze-io",
+    "spectrum",
+    "lota",
+    "cpi",
+    "bottom",
+    "kl",
+)
 
 
 def style_of(kind: str) -> tuple[str, str]:
