@@ -16,30 +16,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Objective:
-    """An objective as data. Its trainer and its config are imported when they are asked for."""
+    """An objective as data. Its trainer and its config are imported when they are asked for.
 
-    name: str  # the command, `hft NAME`, and the name of its recipes
-    description: str  # one line for `hft --help`
-    trainer_name: str  # its trainer; its config is named likewise
-    reader: str  # of `hft.data.rows`, which checks a dataset and brings it into the form that the trainer reads
-    unit: str = "rows"  # what a row of the dataset is called
-    sequences: int = 1  # that a row puts through the model with gradients
-    forward_sequences: int = 0  # that it puts through the policy without gradients
-    reference_sequences: int = 0  # that it puts through a reference model; 0 if the objective has none
-    reference_key: str | None = None  # the key that gives it a reference, if it has none without
-    pads: bool = False  # whether TRL 1.16 pads its rows whatever `padding_free` says
-    module: str = "trl"  # where its trainer and its config are
-    held_out: tuple[str, ...] = ("loss",)  # metrics whose held-out values a run ends with
-    not_at_start: tuple[str, ...] = ()  # those of them that mean nothing before the first step
-    order: int = 0  # among the objectives of a model, in reports
-    linestyle: str = "-"  # matplotlib's, in figures
+    Attributes:
+        name: the command, `hft NAME`, and the name of its recipes.
+        description: one line for `hft --help`.
+        trainer_name: its trainer; its config is named likewise.
+        reader: of `hft.data.rows`, which checks a dataset and brings it into the form that the trainer reads.
+        unit: what a row of the dataset is called.
+        sequences: that a row puts through the model with gradients.
+        forward_sequences: that it puts through the policy without gradients.
+        reference_sequences: that it puts through a reference model; 0 if the objective has none.
+        reference_key: the key that gives it a reference, if it has none without.
+        pads: whether TRL 1.16 pads its rows whatever `padding_free` says.
+        module: where its trainer and its config are.
+        held_out: metrics whose held-out values a run ends with.
+        not_at_start: those of them that mean nothing before the first step.
+        order: among the objectives of a model, in reports.
+        linestyle: matplotlib's, in figures.
+    """
+
+    name: str
+    description: str
+    trainer_name: str
+    reader: str
+    unit: str = "rows"
+    sequences: int = 1
+    forward_sequences: int = 0
+    reference_sequences: int = 0
+    reference_key: str | None = None
+    pads: bool = False
+    module: str = "trl"
+    held_out: tuple[str, ...] = ("loss",)
+    not_at_start: tuple[str, ...] = ()
+    order: int = 0
+    linestyle: str = "-"
 
     @property
     def trainer(self) -> type[Trainer]:
+        """Its trainer, one of TRL's or a subclass."""
         return getattr(import_module(self.module), self.trainer_name)
 
     @property
     def config(self) -> type[TrainingArguments]:
+        """The trainer's config."""
         return getattr(import_module(self.module), self.trainer_name.replace("Trainer", "Config"))
 
     @property

@@ -37,12 +37,19 @@ TEMPLATES = Path(__file__).parents[1] / "demo" / "templates"
 
 @dataclass(frozen=True)
 class Config:
-    """A resolved config."""
+    """A resolved config.
 
-    objective: Objective  # what it trains on
-    values: dict[str, Any]  # every key that was given or has a default of ours, typed; what `config.yaml` holds
-    run: RunConfig  # model, data, batch and names
-    method: Method  # how parameters change
+    Attributes:
+        objective: what it trains on.
+        values: every key that was given or has a default of ours, typed; what `config.yaml` holds.
+        run: model, data, batch and names.
+        method: how parameters change.
+    """
+
+    objective: Objective
+    values: dict[str, Any]
+    run: RunConfig
+    method: Method
 
     @property
     def revision(self) -> str | None:
@@ -57,6 +64,7 @@ class Config:
 
     @property
     def out(self) -> Path:
+        """The run's folder."""
         return Path(self.values["output_dir"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,19 +31,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run, checked and ready to start."""
+    """One run, checked and ready to start.
+
+    Attributes:
+        config: the resolved config.
+        selection: what trains; or an adapter's footprint.
+        args: TRL's config.
+        machine: settings that this machine decided.
+        tokenizer: the base's.
+        data: the rows to train and to evaluate on.
+        start: where in its folder the run starts.
+        notes: what is worth knowing, one sentence each.
+    """
 
     config: Config
-    selection: Selection  # what trains; or an adapter's footprint
-    args: TrainingArguments  # TRL's config
-    machine: dict[str, Any]  # settings that this machine decided
-    tokenizer: PreTrainedTokenizerBase  # the base's
-    data: LoadedData  # the rows to train and to evaluate on
-    start: Start  # where in its folder the run starts
-    notes: list[str]  # what is worth knowing, one sentence each
+    selection: Selection
+    args: TrainingArguments
+    machine: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    data: LoadedData
+    start: Start
+    notes: list[str] = field(default_factory=list)
 
     @property
     def out(self) -> Path:
+        """The run's folder."""
         return self.config.out
 
     @property

@@ -25,25 +25,44 @@ WANDB_NAME = "wandb_run.json"  # the wandb run that a resume continues
 
 @dataclass
 class RunResult:
-    """What came out of a run."""
+    """What came out of a run.
 
-    objective: str  # what it trained on, such as `sft`
-    steps: int  # optimizer steps taken
-    first_loss: float | None  # training loss, first logged
-    last_loss: float | None  # training loss, last logged
-    held_out: dict[str, list[float]]  # by metric before training, if it was measured, and of the saved weights
-    tokens_per_second: float | None  # over the whole run
-    peak_memory_gb: float  # of what `peak_memory_of` says, in the first process
-    trainable_fraction: dict[str, float]  # of the layers and of the whole model
-    versions: dict[str, str]  # of packages
-    machine: dict[str, Any] = field(default_factory=dict)  # settings that the machine decided
-    verify: dict[str, int] = field(default_factory=dict)  # by finding of `hft verify`, how many tensors it concerns
-    ok: bool = True  # whether verify passed
-    schedule_fractions: dict[str, float] | None = None  # of the layers first, last and on average, under a schedule
-    wandb: dict[str, str] | None = None  # id, project and entity of its wandb run
-    peak_memory_of: str | None = None  # the GPU or the process; None if an earlier version did not say
+    Attributes:
+        objective: what it trained on, such as `sft`.
+        steps: optimizer steps taken.
+        first_loss: training loss, first logged.
+        last_loss: training loss, last logged.
+        held_out: by metric, its value before training, if it was measured, and of the saved weights.
+        tokens_per_second: over the whole run.
+        peak_memory_gb: of what `peak_memory_of` says, in the first process.
+        trainable_fraction: of the layers and of the whole model.
+        versions: packages.
+        machine: settings that the machine decided.
+        verify: by finding of `hft verify`, how many tensors it concerns.
+        ok: whether verify passed.
+        wandb: id, project and entity of its wandb run, if it has one.
+        schedule_fractions: trainable fraction of the layers first, last and on average, under a schedule.
+        peak_memory_of: the GPU or the process; None if an earlier version did not say.
+    """
+
+    objective: str
+    steps: int
+    first_loss: float | None
+    last_loss: float | None
+    held_out: dict[str, list[float]]
+    tokens_per_second: float | None
+    peak_memory_gb: float
+    trainable_fraction: dict[str, float]
+    versions: dict[str, str]
+    machine: dict[str, Any] = field(default_factory=dict)
+    verify: dict[str, int] = field(default_factory=dict)
+    ok: bool = True
+    schedule_fractions: dict[str, float] | None = None
+    wandb: dict[str, str] | None = None
+    peak_memory_of: str | None = None
 
     def save(self, folder: str | Path) -> Path:
+        """Write it into a run's folder, in one step."""
         return write_json(Path(folder) / RESULTS_NAME, asdict(self))
 
     def write_card(self, out: Path, into: Path | None = None, model_id: str | None = None) -> None:
