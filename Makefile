@@ -34,9 +34,10 @@ endif
 
 # Inputs of merge-*, reset-* and runtimes: P is the pretrained model, S the SFT model, D the DPO model that started from
 # S. `:=`, not `?=`: an environment variable called S must not become a model.
-P := $(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' $(or $(wildcard recipes/$(MODEL)/sft.yaml),/dev/null))
+base = $(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' $(or $(wildcard recipes/$(MODEL)/$1.yaml),/dev/null))
+P := $(call base,sft)
 S := runs/$(MODEL)-sft-fft
-D := runs/$(MODEL)-dpo-fft-from-$(notdir $(S))
+D := runs/$(MODEL)-dpo-fft$(if $(filter-out $(S),$(call base,dpo)),-from-$(notdir $(S)))
 
 METHODS := $(basename $(notdir $(wildcard recipes/methods/*.yaml)))
 MODELS := $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard recipes/*/sft.yaml)))))
@@ -44,8 +45,9 @@ ARMS := $(basename $(notdir $(wildcard recipes/cpi/*.yaml)))
 MERGES := $(basename $(notdir $(wildcard recipes/merges/*.yaml)))
 $(if $(MODELS),$(if $(wildcard recipes/$(MODEL)/*.yaml),,$(error MODEL=$(MODEL) is not among the recipes: $(MODELS))))
 
-.PHONY: help install cpi eval report forgetting bench gpu-check sweep-ratios sweep-seeds runtimes reset reset-sft \
-	reset-dpo lint schema test test-lowest test-newest test-slow test-gpu audit docs clean clean-runs
+NAMED := help install cpi eval report forgetting bench gpu-check sweep-ratios sweep-trace-ratios sweep-seeds runtimes reset \
+	reset-sft reset-dpo lint schema test test-lowest test-newest test-slow test-gpu audit docs clean clean-runs
+.PHONY: $(NAMED)
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PRECIOUS: models/%/config.json
@@ -56,6 +58,7 @@ help:
 	@echo "make trace-METHOD [MODEL=...] [STRATEGY=seqft|replay|gem|agem|self-replay|lora] [ARGS=...] [NUM_GPUS=n]"
 	@echo "make cpi | cpi-ARM [MODEL=...] [ARGS=...]    CPI-FT, and what it is compared with"
 	@echo "make sweep-ratios | runtimes [MODEL=...]    the ten ratios of Table 10, and the time of each"
+	@echo "make sweep-trace-ratios [MODEL=...]         the ten ratios of Figure 3b, on TRACE"
 	@echo "make sweep-seeds [MODEL=...]                five selections, as in Table 14"
 	@echo "make reset [MODEL=$(firstword $(RESETS))|$(lastword $(RESETS))] [ARGS=...]    Half-Reset: Figure 1"
 	@echo "make reset-sft | reset-dpo [MODEL=...] [S=...] [D=...]    Half-Reset of your runs: Tables 1, 2 and 15"
@@ -74,8 +77,7 @@ help:
 
 # A target that does not exist: the nearest one that does.
 TARGETS := $(foreach one,sft dpo kto trace,$(addprefix $(one)-,$(METHODS))) $(addprefix cpi-,$(ARMS)) \
-	$(addprefix merge-,$(MERGES)) help install cpi eval report forgetting bench gpu-check sweep-ratios sweep-seeds \
-	runtimes reset reset-sft reset-dpo lint schema test test-lowest test-newest test-slow test-gpu audit docs clean clean-runs
+	$(addprefix merge-,$(MERGES)) $(NAMED)
 NEAREST := import difflib, sys; near = difflib.get_close_matches(sys.argv[1], sys.argv[2:], n=1); \
 	sys.exit(f"no target {sys.argv[1]}, did you mean {near[0]}?" if near else f"no target {sys.argv[1]}; make lists them")
 
@@ -122,6 +124,13 @@ cpi-%: recipes/cpi/%.yaml $(INSTALLED) $(LOCAL_FILES)
 RATIOS := 0.25_0 0_0.333 0.25_0.333 0.5_0.333 0.5_0.667 0.75_0.667 1_0.667 0.75_1
 
 sweep-ratios: sft-fft sft-hft $(addprefix ratio-,$(RATIOS))
+
+# Figure 3b: the same on TRACE.
+sweep-trace-ratios: trace-fft trace-hft $(addprefix trace-ratio-,$(RATIOS))
+
+trace-ratio-%: $(INSTALLED) $(LOCAL_FILES)
+	$(call run,continual,trace,hft-ratio) --strategy $(STRATEGY) --attention_fraction $(firstword $(subst _, ,$*)) \
+		--mlp_fraction $(lastword $(subst _, ,$*)) $(ARGS)
 
 ratio-%: $(INSTALLED) $(LOCAL_FILES)
 	$(call train,sft,hft-ratio) --attention_fraction $(firstword $(subst _, ,$*)) \

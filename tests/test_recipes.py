@@ -102,6 +102,15 @@ def test_ten_ratios_are_fft_hft_and_eight_others():
     ]
 
 
+def test_the_same_ratios_on_trace_are_ten_sequences():
+    shown = commands("sweep-trace-ratios", "MODEL=llama2-chat-7b", "ARGS=--limit 9")
+    trace = "hft continual --config recipes/llama2-chat-7b/trace.yaml recipes/methods/"
+    assert shown[:2] == [f"{trace}{method}.yaml --strategy seqft --limit 9" for method in ("fft", "hft")]
+    sft = commands("sweep-ratios", "MODEL=llama2-7b", "ARGS=--limit 9")[2:]
+    start = f"{trace}hft-ratio.yaml --strategy seqft "
+    assert shown[2:] == [start + line.split("hft-ratio.yaml ")[1] for line in sft]
+
+
 def test_five_seeds_are_five_runs():
     shown = commands("sweep-seeds", "MODEL=llama2-7b")
     assert shown == [f"{SFT}hft.yaml"] + [f"{SFT}hft.yaml --selection_seed {seed}" for seed in (1, 2, 3, 4)]
@@ -109,15 +118,16 @@ def test_five_seeds_are_five_runs():
 
 def test_a_half_reset_goes_back_to_where_the_stage_started():
     reset = "hft reset --config recipes/methods/hft.yaml"
-    sft, dpo = "runs/llama2-13b-sft-fft", "runs/llama2-13b-dpo-fft-from-llama2-13b-sft-fft"
+    sft, dpo = "runs/llama2-13b-sft-fft", "runs/llama2-13b-dpo-fft"
     assert commands("reset-sft", "reset-dpo", "MODEL=llama2-13b", S="no/model") == [
         f"{reset} --tuned {sft} --base meta-llama/Llama-2-13b-hf --out {sft}-reset",
         f"{reset} --tuned {dpo} --base {sft} --out {dpo}-reset",
     ]
-    named = ["MODEL=llama2-7b", "S=allenai/tulu-2-7b", "D=runs/llama2-7b-dpo-fft"]
-    assert commands("reset-dpo", *named) == [
-        f"{reset} --tuned runs/llama2-7b-dpo-fft --base allenai/tulu-2-7b --out runs/llama2-7b-dpo-fft-reset"
+    dpo = "runs/llama2-7b-dpo-fft-from-tulu-2-7b"
+    assert commands("reset-dpo", "MODEL=llama2-7b", "S=allenai/tulu-2-7b") == [
+        f"{reset} --tuned {dpo} --base allenai/tulu-2-7b --out {dpo}-reset"
     ]
+    assert "smollm2-135m-dpo-fft-from-smollm2-135m-sft-fft " in commands("reset-dpo", "MODEL=smollm2-135m")[-1]
 
 
 @pytest.mark.parametrize(
