@@ -1,5 +1,6 @@
 """Tables as text and as Markdown."""
 
+import re
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
@@ -24,3 +25,8 @@ def markdown(rows: Iterable[Sequence[str]]) -> str:
     """Rows of cells as a Markdown table; the first one is its head."""
     head, *body = rows
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
+
+
+def escaped(text: str) -> str:
+    """A text that Markdown shows as it is, also in a cell of a table."""
+    return re.sub(r"([\\`*\[\]<>&|])", r"\\\1", text).replace("\n", "<br>")

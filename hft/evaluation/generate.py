@@ -16,14 +16,13 @@ from hft.evaluation.rows import held_out_rows, prompt_and_answer
 from hft.evaluation.subject import Subject, check_weights, folder_of, load_tokenizer, subject_of
 from hft.jsonl import write_jsonl
 from hft.machine import say
-from hft.record.scores import SCORES_FOLDER
+from hft.record.scores import ANSWERS_NAME, SCORES_FOLDER
 from hft.runs.result import RESULTS_NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Chat = list[dict[str, Any]]  # of messages
-ANSWERS_NAME = "answers.jsonl"
 NARROWEST = 24  # characters of a column
 
 

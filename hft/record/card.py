@@ -14,8 +14,9 @@ from hft.config import SECRETS, to_yaml
 from hft.errors import shorten
 from hft.methods import find_method
 from hft.record.manifest import Manifest
-from hft.record.scores import scores_of
+from hft.record.scores import answers_of, scores_of
 from hft.selection.selection import POLICIES
+from hft.text import escaped
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -54,8 +55,10 @@ def write_card(
         model_id=model_id or ".",
         manifest=manifest,
         linked=linked,
+        escaped=escaped,
         base_id=portable(manifest.base),
         facts=card_facts(manifest, config, verified),
+        answers=answers_of(folder)[:3],
         scores=[(suite, score) for suite, found in scores_of(folder).items() for score in found.scores],
         settings=to_yaml(portable({key: value for key, value in config.items() if key not in SECRETS})),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft.errors import HFTError, reason
+from hft.jsonl import read_jsonl
 from hft.record.identity import digest
 from hft.record.manifest import write_json
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 SCORES_FOLDER = "scores"
+ANSWERS_NAME = "answers.jsonl"  # in that folder, by `hft generate`
 ROWS = ".rows.jsonl.gz"  # ends the file with the rows behind the scores
 
 
@@ -113,6 +115,16 @@ def rows_of(folder: str | Path, suite: str, task: str) -> DataFrame | None:
         found = pd.read_json(rows, lines=True, dtype={"row": str, "answer": object}, convert_dates=False)
         return found if task in scores.data else found[found["task"] == task].reset_index(drop=True)
     return None
+
+
+def answers_of(folder: str | Path) -> list[dict[str, Any]]:
+    """What a model answered to `hft generate`: `prompt`, its last message; `answer`, `base_answer` and `reference`."""
+    path = Path(folder, SCORES_FOLDER, ANSWERS_NAME)
+    try:
+        rows = read_jsonl(path) if path.exists() else []
+        return [row | {"prompt": row["prompt"][-1]["content"], "answer": str(row["answer"])} for row in rows]
+    except (KeyError, IndexError, TypeError) as error:
+        raise HFTError(f"{path} holds no valid answers: {reason(error)}") from error
 
 
 def save_rows(rows: DataFrame, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,18 +17,20 @@ from hft.record.checkpoints import TRAINER_STATE, checkpoints
 from hft.record.manifest import MANIFEST_NAME, Manifest
 from hft.record.scores import SuiteScores, rows_of, scores_of
 from hft.reporting.measure import Column, Measured, measure
-from hft.reporting.paper import SEED_IN_NAME
 from hft.runs.config import is_neutral, read_saved_config, replaced_keys
 from hft.runs.result import CONFIG_NAME, RESULTS_NAME, RunResult
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+# What `hft.runs.config.run_name` adds to the name of a run with other seeds.
+SEED_IN_NAME = re.compile(r"-(selection_|data_)?seed=\d+")
 SEEDS = ("selection_seed", "seed", "data_seed")
 ORIGINS = ("base", "model_name_or_path", "tuned", "models")  # settings that name other models
 FIRST = ("base", "fft", "hft")  # the order of methods; others follow by name
 # What `hft diff`, a sequence of runs and `hft keep` write, and the keys that a report takes from it.
 EXTRAS = {"diff.json": ("layers", "rounds"), "matrix.json": ("tasks", "rounds", "scores", "op", "bwt")}
+SEQUENCE_CONFIG = "recipe.yaml"
 EXTRAS |= {"keep.json": ("method", "points")}
 
 
@@ -128,7 +131,7 @@ def collect(folders: Iterable[str | Path]) -> Collection:
     for folder, given in {folder_of(str(given)).resolve(): given for given in folders}.items():
         names = [name for name in EXTRAS if (folder / name).exists()]
         for name in names:
-            extras[name][folder.name] = read_json(folder / name, EXTRAS[name])
+            extras[name][folder.name] = read_json(folder / name, EXTRAS[name]) | {"base": pretrained(folder)}
         if "matrix.json" not in names and (run := read_run(folder)):  # a sequence is not a run
             runs.append(run)
         elif not names:
@@ -161,7 +164,9 @@ def read_run(folder: Path) -> LoadedRun | None:
 
 
 def run_config(folder: Path) -> dict[str, Any]:
-    return read_saved_config(folder / CONFIG_NAME) if (folder / CONFIG_NAME).exists() else {}
+    """The config of a run, or what the runs of a sequence have in common; empty if there is none."""
+    found = (folder / name for name in (CONFIG_NAME, SEQUENCE_CONFIG) if (folder / name).exists())
+    return next(map(read_saved_config, found), {})
 
 
 def run_manifest(folder: Path) -> Manifest | None:
@@ -169,12 +174,16 @@ def run_manifest(folder: Path) -> Manifest | None:
 
 
 def pretrained(model: str | Path) -> str:
+    """The name of the model that another goes back to, without path or organization."""
     config, manifest = run_config(Path(model)), run_manifest(Path(model))
     if manifest:
         origin = manifest.earlier[0]["base"] if manifest.earlier else manifest.base
     else:
         origin = next((config[key] for key in ORIGINS if config.get(key)), None)
-    return pretrained(origin[0] if isinstance(origin, list) else origin) if origin else Path(model).name
+    if origin:
+        return pretrained(origin[0] if isinstance(origin, list) else origin)
+    cached = re.search(r"models--[^/]+--([^/]+)", str(model))  # of the Hub
+    return cached[1] if cached else Path(model).name
 
 
 def run_method(config: Mapping[str, Any], manifest: Manifest | None) -> str:

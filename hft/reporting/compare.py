@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,15 +12,12 @@ import pandas as pd
 from hft.errors import HFTError
 from hft.evaluation.subject import folder_of
 from hft.machine import say
-from hft.record.scores import Scores
 from hft.reporting.collect import Group, LoadedRun, collect
 from hft.reporting.columns import columns_of
-from hft.reporting.measure import Column, Key
+from hft.reporting.measure import Column, Key, conditions_that_differ
 from hft.reporting.paired import Difference, difference
 from hft.text import aligned
 
-# Settings that name what other parts of a score's record hold by content.
-NAMES = ("base", "task_data", "data")
 # These only choose rows, and those that both answered are compared.
 CHOOSE_ROWS = ("limit", "paper_subsets")
 
@@ -75,7 +71,7 @@ def values_of(runs: Sequence[LoadedRun], key: Key) -> tuple[np.ndarray, int] | s
     if None in scored or None in (one.find(task, metric) for one in scored):
         return None
     for run, one in zip(runs, scored, strict=True):
-        if unlike := conditions_that_differ(scored[0], one):
+        if unlike := conditions_that_differ(scored[0], one, CHOOSE_ROWS):
             both = f"{runs[0].folder.name} and {run.folder.name}"
             return f"{task}: no difference, {both} were scored under other conditions ({', '.join(unlike)})"
     tables = [run.rows(suite, task) for run in runs]
@@ -88,20 +84,6 @@ def values_of(runs: Sequence[LoadedRun], key: Key) -> tuple[np.ndarray, int] | s
     if len(shared) < 2:
         return f"{task}: no difference, {len(shared)} of its rows was answered by all models; score them on the same"
     return shared.to_numpy().T, len(values)
-
-
-def conditions_that_differ(first: Scores, other: Scores) -> list[str]:
-    """The conditions under which two scores were measured and that are not the same."""
-
-    def conditions(scores: Scores) -> dict[str, Any]:
-        settings = {key: value for key, value in scores.settings.items() if key not in (*NAMES, *CHOOSE_ROWS)}
-        known = settings | scores.versions | {"dtype": scores.dtype, "rows": scores.data}
-        return known | {key: scores.inputs.get(key) for key in ("benchmark", "kl_base")}
-
-    one, two = conditions(first), conditions(other)
-    differ = sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))
-    by_digest = ("rows", "benchmark", "kl_base")
-    return [key if key in by_digest else f"{key} {one.get(key)} and {two.get(key)}" for key in differ]
 
 
 def table(found: Iterable[Comparison], before: str, after: str) -> str:

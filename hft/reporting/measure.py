@@ -1,12 +1,18 @@
 """What models are compared by: a score or the mean of some, over runs that differ only in their seeds."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from hft.record.scores import Score, SuiteScores
+from hft.record.scores import Score, Scores, SuiteScores
 
 Key = tuple[str, str, str]  # suite, task and metric of a score
+# Settings that name what other parts of a score's record hold by content.
+NAMES = ("base", "task_data", "data")
+BY_DIGEST = ("rows", "benchmark", "kl_base")
+# What the tasks of a mean need not have in common.
+OF_A_TASK = (*BY_DIGEST, "protocol", "paper_subsets")
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,26 @@ class Measured:
     value: float  # the mean over the runs
     spread: float | None  # the sample standard deviation over the runs; of one run its standard error, if known
     n: int  # number of runs
-    partial: bool = False  # whether any of them was scored with --limit
+    conditions: Mapping[str, Any] = field(default_factory=dict)  # under which they all were scored
+
+    @property
+    def shortened(self) -> list[str]:
+        """The settings that make it another measurement than the benchmark's."""
+        return [f"{key} {self.conditions[key]}" for key in ("limit", "max_gen_toks") if self.conditions.get(key)]
+
+
+def conditions_of(scores: Scores, but: Collection[str] = ()) -> dict[str, Any]:
+    """How scores were measured, but for some of it; equal for numbers that may be compared."""
+    known = scores.settings | scores.versions | {"dtype": scores.dtype, "rows": scores.data}
+    known |= {key: scores.inputs.get(key) for key in ("benchmark", "kl_base")}
+    return {key: value for key, value in known.items() if key not in (*NAMES, *but)}
+
+
+def conditions_that_differ(first: Scores, other: Scores, but: Collection[str] = ()) -> list[str]:
+    """The conditions under which two scores were measured and that are not the same."""
+    one, two = conditions_of(first, but), conditions_of(other, but)
+    differ = sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))
+    return [key if key in BY_DIGEST else f"{key} {one.get(key)} and {two.get(key)}" for key in differ]
 
 
 def parts_of(keys: Sequence[Key], scores: Mapping[str, SuiteScores]) -> list[Score]:
@@ -51,17 +76,36 @@ def mean_of(parts: Sequence[Score]) -> tuple[float, float | None]:
     return statistics.fmean(part.value for part in parts), error
 
 
-def measure(keys: Sequence[Key], runs: Iterable[Mapping[str, SuiteScores]]) -> Measured | None:
-    """The mean of the scores under some keys over the runs that have all of them; None if none has."""
-    scored = [(scores, parts) for scores in runs if (parts := parts_of(keys, scores))]
-    partial = any(scores[suite].of(task).settings.get("limit") for scores, _ in scored for suite, task, _ in keys)
-    return summarize([mean_of(parts) for _, parts in scored], partial=partial)
+def entries_of(keys: Sequence[Key], runs: Sequence[Mapping[str, SuiteScores]]) -> list[list[Scores]]:
+    """What the scores under some keys depend on, for each run that has all of them."""
+    return [[scores[suite].of(task) for suite, task, _ in keys] for scores in runs if parts_of(keys, scores)]
 
 
-def summarize(numbers: Sequence[tuple[float, float | None]], *, partial: bool = False) -> Measured | None:
+def unlike(keys: Sequence[Key], runs: Sequence[Mapping[str, SuiteScores]]) -> list[str]:
+    """The conditions that forbid a mean: those in which a run's tasks differ, or a task's runs."""
+    found = entries_of(keys, runs)
+    tasks = [conditions_that_differ(run[0], other, OF_A_TASK) for run in found for other in run[1:]]
+    seeds = [conditions_that_differ(*pair) for run in found[1:] for pair in zip(found[0], run, strict=True)]
+    return list(dict.fromkeys(one for each in (*tasks, *seeds) for one in each))
+
+
+def measure(keys: Sequence[Key], runs: Sequence[Mapping[str, SuiteScores]]) -> Measured | None:
+    """The mean of the scores under some keys over the runs that have all of them; None if none has, or they differ in
+    how they were measured (`unlike`).
+    """
+    found = entries_of(keys, runs)
+    if not found or unlike(keys, runs):
+        return None
+    numbers = [mean_of(parts) for scores in runs if (parts := parts_of(keys, scores))]
+    return summarize(numbers, conditions_of(found[0][0], OF_A_TASK))
+
+
+def summarize(
+    numbers: Sequence[tuple[float, float | None]], conditions: Mapping[str, Any] | None = None
+) -> Measured | None:
     """The values of some runs, each with its standard error, as one number; None for no runs."""
     if not numbers:
         return None
     values = [value for value, _ in numbers]
     spread = statistics.stdev(values) if len(values) > 1 else numbers[0][1]
-    return Measured(statistics.fmean(values), spread, len(values), partial)
+    return Measured(statistics.fmean(values), spread, len(values), conditions or {})

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from hft.reporting.figures import to_svg
+from hft.text import escaped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,6 +61,7 @@ def write_report(title: str, sections: Sequence[Section], out: Path) -> list[Pat
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["escaped"] = escaped
     drawings = [drawing for section in sections for drawing in section.drawings]
     out.mkdir(parents=True, exist_ok=True)
     svgs, files = {}, {}

@@ -3,19 +3,21 @@
 import difflib
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hft.config import read_yaml
 from hft.errors import HFTError
-from hft.record.scores import scores_of
-from hft.reporting.measure import Key, Measured, measure
+from hft.evaluation.suites import PROTOCOLS
+from hft.record.scores import Scores, SuiteScores, scores_of
+from hft.reporting.collect import EXTRAS, SEED_IN_NAME, pretrained, read_json
+from hft.reporting.measure import Key, Measured, measure, summarize
 
 DATA = Path(__file__).with_name("paper")
-# What `hft.runs.config.run_name` adds to the name of a run with other seeds.
-SEED_IN_NAME = re.compile(r"-(selection_|data_)?seed=\d+")
+MATRIX = "matrix.json"  # of a sequence of tasks
+ROUNDS = tuple(map(str, range(1, 9)))  # of TRACE
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class PaperRow:
 
     label: str  # as the paper has it
     model: str  # as our recipes call it; the paper's name where we have none
+    base: str  # the pretrained model that our run goes back to, by the last part of its name
     values: tuple[float | None, ...]  # one per column, as printed; None for a dash
     run: str | None = None  # the folder below `runs/` with our scores; None if we have no command for it
     commands: tuple[str, ...] = ()  # what makes that folder, from nothing
@@ -42,6 +45,11 @@ class PaperTable:
     means: Mapping[str, tuple[str, ...]]  # columns that are averages, with those that they average
     scores: Mapping[str, Key]  # where our score is, by column
     notes: tuple[str, ...]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has TRACE's tasks by rounds."""
+        return self.columns == ROUNDS
 
     @property
     def models(self) -> list[str]:
@@ -80,7 +88,7 @@ def read_runs() -> dict[str, tuple[str, tuple[str, ...]]]:
 def _table(name: str, entry: dict[str, Any], runs: Mapping[str, Any], harnesses: Mapping[str, Any]) -> PaperTable:
     columns, rows = entry.get("columns"), entry.get("rows")
     if "matrix" in entry:  # of TRACE: tasks by rounds, of one run
-        columns = [str(number) for number in range(1, 9)]
+        columns = ROUNDS
         rows = [{"row": task, "run": entry["run"], "values": values} for task, values in entry["matrix"].items()]
     harness = harnesses.get(entry.get("harness"), {})
     scores, notes = harness.get("columns", {}), harness.get("notes", {})
@@ -99,8 +107,15 @@ def _table(name: str, entry: dict[str, Any], runs: Mapping[str, Any], harnesses:
 def _row(entry: dict[str, Any], runs: Mapping[str, tuple[str, tuple[str, ...]]]) -> PaperRow:
     run = entry.get("run")
     model, commands = runs[run] if run else (entry["model"], ())
+    cached = re.fullmatch(r"models--.+--(.+)", run or "")  # a model of the Hub as it is
+    base = cached[1] if cached else read_bases().get(model, "")
     folder = f"{run}/{entry['inside']}" if "inside" in entry else run
-    return PaperRow(entry["row"], model, tuple(entry["values"]), folder, commands, entry.get("note"))
+    return PaperRow(entry["row"], model, base, tuple(entry["values"]), folder, commands, entry.get("note"))
+
+
+@functools.cache
+def read_bases() -> dict[str, str]:
+    return read_yaml(DATA / "bases.yaml")
 
 
 def find_table(name: str) -> PaperTable:
@@ -122,11 +137,74 @@ def rows_of_run(run: str) -> list[tuple[PaperTable, PaperRow]]:
     return [(table, row) for table in tables().values() for row in table.rows if (row.run or "").split("/")[0] == run]
 
 
+def papers_number(folder: Path, base: str, keys: Sequence[Key]) -> float | None:
+    """What the paper has for the scores of a run, by the names of its folder and of its pretrained model."""
+    inside = f"{SEED_IN_NAME.sub('', folder.parent.name)}/{folder.name}"
+    for name in dict.fromkeys((folder.name, SEED_IN_NAME.sub("", folder.name), inside)):
+        for table, row in rows_of_run(name.split("/")[0]):
+            columns = [one for one in table.columns if table.keys(one) == tuple(keys)]
+            if columns and (row.run, row.base) == (name, base):
+                return row.values[table.columns.index(columns[0])]
+    return None
+
+
+def papers_matrix(name: str, matrix: Mapping[str, Any]) -> PaperTable | None:
+    """The paper's scores of a sequence, if its tasks and its pretrained model are the paper's."""
+    for table, row in rows_of_run(SEED_IN_NAME.sub("", name)):
+        if table.is_matrix and row.base == matrix["base"] and tasks_of(table) == matrix["tasks"]:
+            return table
+    return None
+
+
+def tasks_of(matrix: PaperTable) -> list[str]:
+    return [row.label for row in matrix.rows if row.label not in ("OP", "BWT")]
+
+
+def matrix_row(matrix: Mapping[str, Any], label: str) -> list[float | None]:
+    """After each round the score of a task that is learned, or OP; for BWT it is that after the last of TRACE's."""
+    if label in ("OP", "BWT"):
+        return [v if label == "OP" or t == len(ROUNDS) - 1 else None for t, v in enumerate(matrix[label.lower()])]
+    task, after = matrix["tasks"].index(label), matrix["scores"][len(matrix["scores"]) - len(matrix["op"]) :]
+    return [None if t < task else scores[task] for t, scores in enumerate(after)]
+
+
+def has_protocol(scores: Scores) -> bool:
+    """Whether scores were measured by the protocol, or on the tasks, that the paper's tables are set beside."""
+    if scores.suite == "trace":
+        return scores.settings.get("tasks") == tasks_of(find_table("24"))
+    return scores.suite not in PROTOCOLS or scores.settings.get("protocol") == PROTOCOLS[scores.suite]
+
+
 def measure_row(table: PaperTable, row: PaperRow, runs: str | Path = "runs") -> dict[str, Measured]:
     """What we measured for a row, by column: over the row's run and those that differ from it in their seed only."""
-    scores = [scores_of(folder) for folder in folders_of(table, row, Path(runs))]
-    found = {column: measure(table.keys(column), scores) for column in table.columns}
+    folders = [folder for folder in folders_of(table, row, Path(runs)) if pretrained(folder) == row.base]
+    if table.is_matrix:
+        matrices = [read_json(folder / MATRIX, EXTRAS[MATRIX]) for folder in folders if (folder / MATRIX).exists()]
+        rounds = [matrix_row(one, row.label) for one in matrices if one["tasks"] == tasks_of(table)]
+        by_round = [
+            [(one[t], None) for one in rounds if t < len(one) and one[t] is not None] for t in range(len(ROUNDS))
+        ]
+        found = {column: summarize(values) for column, values in zip(ROUNDS, by_round, strict=True)}
+    else:
+        scores = [
+            {suite: SuiteScores(filter(has_protocol, some)) for suite, some in scores_of(folder).items()}
+            for folder in folders
+        ]
+        found = {column: measure(keys, scores) if (keys := table.keys(column)) else None for column in table.columns}
     return {column: measured for column, measured in found.items() if measured}
+
+
+def strangers(table: PaperTable, row: PaperRow, runs: str | Path = "runs") -> list[str]:
+    """Why what is in the folders of a row does not stand beside the paper's numbers."""
+    said = []
+    for folder in filter(Path.exists, folders_of(table, row, Path(runs))):
+        if (base := pretrained(folder)) != row.base:
+            said.append(f"{folder} is not shown: it goes back to {base}, the paper's to {row.base}")
+        unknown = [suite for suite, found in scores_of(folder).items() if not all(map(has_protocol, found))]
+        said += [
+            f"{folder}: scores of {suite} by another protocol or on other tasks are not shown" for suite in unknown
+        ]
+    return said
 
 
 def folders_of(table: PaperTable, row: PaperRow, runs: Path) -> list[Path]:

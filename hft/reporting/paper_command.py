@@ -2,11 +2,13 @@
 
 import argparse
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from hft.errors import HFTError
+from hft.machine import say
 from hft.reporting.measure import Measured
 from hft.reporting.paper import (
     PaperRow,
@@ -16,6 +18,7 @@ from hft.reporting.paper import (
     measure_row,
     read_runs,
     rows_of_run,
+    strangers,
     tables,
 )
 from hft.text import aligned, markdown
@@ -41,6 +44,7 @@ def paper(arguments: Sequence[str]) -> int:
         rows = find_rows(table, options.model)
         measured = [measure_row(table, row, options.runs) for row in rows]
         print(as_markdown(table, rows, measured) if options.markdown else as_text(table, rows, measured))
+        say(*dict.fromkeys(why for row in rows for why in strangers(table, row, options.runs)))
     else:
         print(aligned([(name, f"{table.title} [{', '.join(table.models)}]") for name, table in tables().items()], 2))
     return 0
@@ -49,21 +53,22 @@ def paper(arguments: Sequence[str]) -> int:
 def as_text(table: PaperTable, rows: Sequence[PaperRow], measured: Sequence[dict[str, Measured]]) -> str:
     """Some rows of a table in aligned columns below their commands: the paper's numbers, and ours if there are any."""
     lines: list[Sequence[str] | str] = [table.heading, "", ["", *table.columns]]
+    usual = usual_conditions(measured)
     pairs = zip(rows, measured, strict=True)
     for commands, group in groupby(pairs, key=lambda pair: pair[0].commands):
         lines += ["", *(commands or ["no command of ours:"])]
         for row, mine in group:
-            lines += [[f"  {name}", *cells] for name, cells in numbers(table, row, mine).items()]
+            lines += [[f"  {name}", *cells] for name, cells in numbers(table, row, mine, usual).items()]
             lines += [f"    note: {row.note}"] if row.note else []
     notes = [textwrap.fill(note, 120) for note in remarks(table, measured)]
     return "\n".join([aligned(lines), "", *notes]).rstrip()
 
 
 def as_markdown(table: PaperTable, rows: Sequence[PaperRow], measured: Sequence[dict[str, Measured]]) -> str:
-    lines = [["", "command", *table.columns]]
+    lines, usual = [["", "command", *table.columns]], usual_conditions(measured)
     for row, mine in zip(rows, measured, strict=True):
         commands = [one_after_another(row.commands), ""]
-        lines += [[name, commands.pop(0), *cells] for name, cells in numbers(table, row, mine).items()]
+        lines += [[name, commands.pop(0), *cells] for name, cells in numbers(table, row, mine, usual).items()]
     notes = [f"{row.label}: {row.note}" for row in rows if row.note]
     notes = [f"- {note}" for note in [*notes, *remarks(table, measured)]]
     return "\n".join([f"**{table.heading}**", "", markdown(lines), "", *notes]).rstrip()
@@ -73,20 +78,36 @@ def one_after_another(commands: Sequence[str]) -> str:
     return ", then ".join(f"`{command}`" for command in commands)
 
 
-def numbers(table: PaperTable, row: PaperRow, mine: dict[str, Measured]) -> dict[str, list[str]]:
-    """The lines of a row: the paper's numbers and, where there are any, ours."""
+def numbers(
+    table: PaperTable, row: PaperRow, mine: dict[str, Measured], usual: Mapping[str, Any]
+) -> dict[str, list[str]]:
+    """The lines of a row: the paper's numbers, and ours if there are any, marked unless under the usual conditions."""
     digits = [decimals(table, index) for index in range(len(table.columns))]
     lines = {row.label: ["-" if v is None else f"{v:.{d}f}" for v, d in zip(row.values, digits, strict=True)]}
     if mine:
         counts = sorted({one.n for one in mine.values()})
         several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
         pairs = zip(table.columns, digits, strict=True)
-        lines[f"ours, n = {several}"] = [_measured(mine[column], d) if column in mine else "" for column, d in pairs]
+        cells = [_measured(mine[column], d, usual) if column in mine else "" for column, d in pairs]
+        lines[f"ours, n = {several}"] = cells
     return lines
 
 
-def _measured(one: Measured, digits: int) -> str:
-    return f"{one.value:.{digits}f}" + ("" if one.spread is None else f"±{one.spread:.{digits}f}") + "*" * one.partial
+def _measured(one: Measured, digits: int, usual: Mapping[str, Any]) -> str:
+    text = f"{one.value:.{digits}f}" + ("" if one.spread is None else f"±{one.spread:.{digits}f}")
+    return text + "*" * bool(unusual(one, usual))
+
+
+def usual_conditions(measured: Sequence[dict[str, Measured]]) -> Mapping[str, Any]:
+    """Those of the first of our numbers that is by the benchmark's own settings."""
+    found = [one.conditions for mine in measured for one in mine.values() if not one.shortened]
+    return next(iter(found), {})
+
+
+def unusual(one: Measured, usual: Mapping[str, Any]) -> list[str]:
+    """The conditions of a number that are not the usual ones."""
+    differ = [key for key in one.conditions.keys() & usual.keys() if one.conditions[key] != usual[key]]
+    return sorted({*one.shortened, *(f"{key} {one.conditions[key]}" for key in differ)})
 
 
 def decimals(table: PaperTable, column: int) -> int:
@@ -99,11 +120,14 @@ def decimals(table: PaperTable, column: int) -> int:
 def remarks(table: PaperTable, measured: Sequence[dict[str, Measured]]) -> list[str]:
     if any(measured):
         mine = ["ours: mean ± standard deviation over n runs that differ in their seed; ± standard error where n = 1"]
-        if any(one.partial for columns in measured for one in columns.values()):
-            mine.append("* on some of the rows only (--limit)")
+        usual = usual_conditions(measured)
+        if others := sorted({what for row in measured for one in row.values() for what in unusual(one, usual)}):
+            mine.append(f"* compare with no other number: scored under other conditions ({', '.join(others)})")
     else:
         code = {suite for suite, _, metric in table.scores.values() if metric.startswith("pass@")}
-        suites = dict.fromkeys(suite for suite, *_ in table.scores.values())
+        suites = dict.fromkeys(
+            suite for suite, *_ in table.scores.values() if suite != "trace"
+        )  # which is scored as it runs
         flags = [f"--suite {suite}{' --allow_code' if suite in code else ''}" for suite in suites]
         score = " and ".join(f"`hft eval RUN {flag}`" for flag in flags)
         mine = [f"None of these runs is scored yet; to score one: {score}."] if score else []
@@ -142,7 +166,7 @@ def headlines(found: Sequence[tuple[PaperTable, PaperRow]]) -> list[str]:
     for table, row in found:
         if not (table.means or len(table.columns) <= 6):
             continue
-        cells = dict(zip(table.columns, numbers(table, row, {})[row.label], strict=True))
+        cells = dict(zip(table.columns, numbers(table, row, {}, {})[row.label], strict=True))
         for column in table.means or table.columns:
             name = f"mean of {len(table.means[column])}" if table.means else column
             values.setdefault(name, []).append(cells[column])

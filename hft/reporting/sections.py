@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import zip_longest
 from math import isfinite
+from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
 from tqdm import tqdm
 
 from hft.planning.forecast import flops_to_fft
+from hft.record.scores import answers_of
 from hft.reporting import figures
 from hft.reporting.collect import Collection, Group, LoadedRun, baseline_of
 from hft.reporting.columns import (
@@ -22,11 +25,12 @@ from hft.reporting.columns import (
     TASK_LOSS,
     columns_of,
 )
+from hft.reporting.compare import Comparison, compare
 from hft.reporting.figures import Styles
 from hft.reporting.frontier import Estimate, curves_of, equal_learning, estimate, hypervolume
-from hft.reporting.measure import Column, Measured, mean_of, parts_of, summarize
+from hft.reporting.measure import Column, Measured, mean_of, parts_of, summarize, unlike
 from hft.reporting.page import Cell, Drawing, ReportTable, Section
-from hft.reporting.paper import SEED_IN_NAME, rows_of_run
+from hft.reporting.paper import ROUNDS, has_protocol, matrix_row, papers_matrix, papers_number
 
 FRONTIERS = ((TASK_LOSS, DRIFT), (TASK_LOSS, FACTS), (KL, DRIFT), (KL, FACTS), (GENERAL, KNOWLEDGE))
 DRAWN_BLOCKS = ("attention", "mlp", "experts")  # Figure 4
@@ -133,7 +137,9 @@ def estimate_cell(one: Estimate, sign: str = "") -> Cell:
 
 def scores(found: Collection, styles: Styles) -> Parts:
     """Mean ± standard deviation over n runs that differ in their seeds; for a single run the standard error (se) over
-    its rows. Below, the difference to full fine-tuning with the same recipe, and the paper's number.
+    its rows. Below, the difference to full fine-tuning with the same recipe on the same rows, in color where rows and
+    seeds tell the two apart (hft compare); and the paper's number, if it is of the same metric, protocol and pretrained
+    model. Numbers that were scored under different conditions are not compared.
     """
     for model, groups in found.models.items():
         for suite, columns in columns_of(groups).items():
@@ -158,31 +164,35 @@ def column_notes(column: Column, groups: Iterable[Group]) -> list[str]:
 
 
 def score_cell(group: Group, baseline: Group | None, column: Column) -> Cell:
-    """Mean and spread; below, the difference to the baseline and the paper's number."""
+    """Mean and spread; below, how it was shortened, the paired difference to the baseline and the paper's number."""
     number = group.measure(column)
     if number is None:
-        return Cell("")
-    digits, notes = (1 if column.unit == "%" else 3), {}
-    if number.n < len(group.runs):
-        notes[f"n = {number.n}"] = ""
+        why = unlike(column.keys, [run.scores for run in group.runs])
+        return Cell("", {f"no mean: {', '.join(why)}": ""} if why else {})
+    digits = 1 if column.unit == "%" else 3
+    notes = dict.fromkeys(([f"n = {number.n}"] if number.n < len(group.runs) else []) + number.shortened, "")
     if number.n == 1 and number.spread is not None:
         notes[f"se {number.spread:.{digits}f}"] = ""
-    if baseline and baseline is not group and (other := baseline.measure(column)):
-        change = round(number.value, digits) - round(other.value, digits)
-        kind = "better" if (change > 0) == column.higher_is_better else "worse"
-        notes[f"{change:+.{digits}f} to fft"] = kind if abs(change) > 10**-digits / 2 else ""
-    if (theirs := papers_number(group.first, column)) is not None:
+    if baseline and baseline is not group:
+        notes |= difference_note(group, baseline, column, digits)
+    run = group.first
+    entries = [run.scores[suite].of(task) for suite, task, _ in column.keys if parts_of(column.keys, run.scores)]
+    theirs = papers_number(run.folder, run.model, column.keys) if all(map(has_protocol, entries)) else None
+    if theirs is not None:
         notes[f"paper {theirs:.{digits}f}"] = ""
     return Cell(show(number, digits), notes)
 
 
-def papers_number(run: LoadedRun, column: Column) -> float | None:
-    """What the paper has for a run, by the name of its folder."""
-    for table, row in rows_of_run(SEED_IN_NAME.sub("", run.folder.name)):
-        for name, value in zip(table.columns, row.values, strict=True):
-            if table.keys(name) == column.keys and "/" not in row.run:  # not of something inside the folder
-                return value
-    return None
+def difference_note(group: Group, baseline: Group, column: Column, digits: int) -> dict[str, str]:
+    """The difference to the baseline, in color if the rows that both answered tell them apart; or why there is none."""
+    found, number, other = compare(baseline, group, column), group.measure(column), baseline.measure(column)
+    if isinstance(found, Comparison):
+        rows = f" on {found.difference.rows:,} rows" if found.difference.rows < found.scored else ""
+        kind = {None: "", True: "better", False: "worse"}[found.better]
+        return {f"{found.difference.mean:+.{digits}f} to fft{rows}": kind}
+    if why := unlike(column.keys, [run.scores for run in (*baseline.runs, *group.runs)]):
+        return {f"not compared with fft: {', '.join(why)}": ""}
+    return {f"{number.value - other.value:+.{digits}f} to fft": ""} if other else {}
 
 
 def radars(found: Collection, styles: Styles) -> Parts:
@@ -221,7 +231,8 @@ def variations(found: Collection, styles: Styles) -> Parts:
 
 def cost(found: Collection, styles: Styles) -> Parts:
     """As the runs measured it; below, relative to full fine-tuning. FLOPs per token are counted, and bound what a run
-    can save in time. Speeds compare only on the same machine. The optimizer state is that in the last checkpoint.
+    can save in time: a speed beyond that bound was measured on another machine, or on one with other work. The
+    optimizer state is that in the last checkpoint.
     """
     head = ["", "n", "trains, % of layers", "% of model", "FLOPs, of fft", "tokens/s", "peak memory, GB"]
     head += ["optimizer state, MB"]
@@ -236,7 +247,7 @@ def cost_cells(group: Group, baseline: Group | None) -> list[Cell]:
     cells = plain(*(f"{100 * fractions[of]:.1f}" if of in fractions else "" for of in ("layers", "model")))
     cells += plain("" if flops is None else f"{flops:.3f}")
     measures: list[tuple[int, Callable[[LoadedRun], float | None]]] = [
-        (0, lambda run: run.result and run.result.tokens_per_second),
+        (0, speed),
         (1, lambda run: run.result and run.result.peak_memory_gb),
         (1, lambda run: run.optimizer_bytes and run.optimizer_bytes / 1e6),
     ]
@@ -245,9 +256,17 @@ def cost_cells(group: Group, baseline: Group | None) -> list[Cell]:
             summarize([(value, None) for run in (one.runs if one else []) if (value := measure(run))])
             for one in (group, baseline)
         )
-        compared = number and full and baseline is not group
-        cells.append(Cell(show(number, digits), {f"{number.value / full.value:.2f} of fft": ""} if compared else {}))
+        notes = {}
+        if number and full and baseline is not group:
+            notes[f"{number.value / full.value:.2f} of fft"] = ""
+            if measure is speed and flops and number.value / full.value > 1 / flops:
+                notes["not the same machine state"] = ""
+        cells.append(Cell(show(number, digits), notes))
     return cells
+
+
+def speed(run: LoadedRun) -> float | None:
+    return run.result and run.result.tokens_per_second
 
 
 def show(number: Measured | None, digits: int) -> str:
@@ -265,15 +284,39 @@ def sequences(found: Collection, styles: Styles) -> Parts:
     for name, matrix in found.matrices.items():
         yield Drawing(f"{name}: scores by round", figures.heatmap(matrix))
         yield Drawing(f"{name}: each task over the rounds", figures.task_curves(matrix))
-        papers = [dict(zip(table.columns, row.values, strict=True)) for table, row in rows_of_run(name)]
-        paper = next((values for values in papers if "OP" in values), {})
-        cells = []
+        paper, cells = papers_matrix(name, matrix), []
+        if paper:
+            pairs = [(row.label, zip_longest(matrix_row(matrix, row.label), row.values)) for row in paper.rows[:-1]]
+            rounds = [[Cell(label), *(round_cell(*pair) for pair in values)] for label, values in pairs]
+            yield ReportTable(f"{name}: by round, beside the paper's Table {paper.name}", plain("", *ROUNDS), rounds)
         for column in ("OP", "BWT"):
             if values := matrix[column.lower()]:
-                notes = {} if paper.get(column) is None else {f"paper {paper[column]}": ""}
-                cells.append(Cell(f"{values[-1]:.1f}", notes))
+                whole = paper and len(values) == len(ROUNDS)
+                theirs = papers_number(Path(name), matrix["base"], (("trace", column.lower(), column.lower()),))
+                cells.append(Cell(f"{values[-1]:.1f}", {f"paper {theirs}": ""} if whole and theirs is not None else {}))
         rows += [[Cell(name), *cells]] if cells else []
     yield ReportTable("After the last round, in %", plain("", "OP", "BWT"), rows)
+
+
+def round_cell(ours: float | None, paper: float | None) -> Cell:
+    return Cell("" if ours is None else f"{ours:.1f}", {} if None in (ours, paper) else {f"paper {paper:.1f}": ""})
+
+
+def answers(found: Collection, styles: Styles) -> Parts:
+    """To the same prompts, by hft generate: greedy, each model with the chat template that it was trained on."""
+    for model, groups in found.models.items():
+        prompts: dict[str, dict[str, str]] = {}
+        for run in (run for group in groups for run in group.runs):
+            for row in answers_of(run.folder):
+                said = {
+                    "reference": row.get("reference"),
+                    "base": row.get("base_answer"),
+                    run.folder.name: row["answer"],
+                }
+                prompts.setdefault(row["prompt"], {}).update({name: text for name, text in said.items() if text})
+        names = list(dict.fromkeys(name for said in prompts.values() for name in said))
+        rows = [plain(prompt, *(said.get(name, "") for name in names)) for prompt, said in prompts.items()]
+        yield ReportTable(model, plain("prompt", *names), rows)
 
 
 def steps(found: Collection, styles: Styles) -> Parts:
@@ -314,6 +357,7 @@ def runs(found: Collection, styles: Styles) -> Parts:
 SECTIONS: dict[str, Callable[[Collection, Styles], Parts]] = {
     "Learned and kept": frontiers,
     "Scores": scores,
+    "Answers": answers,
     "Abilities": radars,
     "Trainable fraction": ratios,
     "Change of the parameters": variations,

@@ -7,11 +7,16 @@ from pathlib import Path
 import pytest
 
 from hft.cli import main
+from hft.continual.matrix import Matrix
 from hft.errors import HFTError
 from hft.evaluation.alpaca import ALPACA, COLUMNS, TASK
-from hft.evaluation.suites import SUITES
+from hft.evaluation.suites import PROTOCOLS, SUITES
 from hft.record.scores import Score, Scores
-from hft.reporting.paper import find_table, measure_row, rows_of_run, tables
+from hft.reporting.collect import collect
+from hft.reporting.columns import columns_of as scored_columns
+from hft.reporting.paper import find_table, measure_row, read_bases, rows_of_run, tables, tasks_of
+from hft.reporting.sections import scores as score_tables
+from hft.reporting.sections import sequences
 from tests.conftest import error_of
 
 # Averages that are not what the paper's own row gives: table, row, column.
@@ -25,8 +30,8 @@ WRONG_AVERAGES = {
     ("13", "FFT (linear, 2e-5)", "General"),
 }
 ROUNDING = 0.06
-# Tables with columns that `hft eval` has no score for: TRACE's own, runtimes, AlpacaEval, CPI-FT's.
-NOT_SCORED = {"10", "15", "figure-3b", "cpi-1", *map(str, range(24, 43))}
+# Tables with columns that no score of ours is the counterpart of: runtimes, CPI-FT's, and matrices, which have rounds.
+NOT_SCORED = {"10", "cpi-1", *map(str, range(24, 43))}
 
 
 def columns_of(table, row) -> dict[str, float]:
@@ -45,6 +50,11 @@ def test_averages_are_those_of_their_rows_but_for_known_ones():
             values = columns_of(table, row)
             for column, members in table.means.items():
                 checked += 1
+                digits = max(
+                    len(str(each.values[table.columns.index(column)]).partition(".")[2]) for each in table.rows
+                )
+                off = abs(statistics.fmean(values[member] for member in members) - values[column])
+                assert off <= 0.5 * 10**-digits + 1e-9 or "average" in row.note  # rounding is said too
                 if abs(statistics.fmean(values[member] for member in members) - values[column]) > ROUNDING:
                     wrong.add((table.name, row.label, column))
                     assert "average" in row.note
@@ -98,7 +108,10 @@ def test_runtimes_and_their_differences_agree():
 def save(folder: Path, suite: str, settings: dict | None = None, **values: float) -> None:
     """Scores of some tasks with a standard error of 3; a metric follows its task after two underscores."""
     scores = [Score(*name.split("__"), value, stderr=3.0, n=100) for name, value in values.items()]
-    Scores(suite, str(folder), "sha", "bfloat16", settings or {}, scores=scores).save(folder)
+    settings = {"protocol": PROTOCOLS.get(suite, "hft")} | (settings or {})
+    Scores(suite, str(folder), "sha", "bfloat16", settings, scores=scores).save(folder)
+    if not (folder / "config.yaml").exists():
+        (folder / "config.yaml").write_text("model_name_or_path: meta-llama/Llama-2-7b-hf\n")
 
 
 @pytest.fixture
@@ -143,6 +156,8 @@ def test_a_seed_with_a_row_of_its_own_is_not_pooled(runs):
 def test_a_checkpoint_has_scores_of_its_own(tmp_path):
     table = find_table("20")
     row = table.rows[0]
+    (tmp_path / row.run).mkdir(parents=True)
+    (tmp_path / row.run / "config.yaml").write_text("model_name_or_path: meta-llama/Llama-3.1-8B\n")
     save(tmp_path / row.run, "recent", nq__contains=27.0)
     assert row.run.endswith("/checkpoint-448")
     assert measure_row(table, row, tmp_path)["NQ"].value == 27.0
@@ -171,10 +186,109 @@ def test_scores_of_some_rows_only_are_marked(tmp_path, capsys):
     assert main(["paper", "2", "--model", "llama2-7b", "--runs", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "7.0±3.0*" in text
-    assert "* on some of the rows only (--limit)" in text
+    assert "* compare with no other number: scored under other conditions (limit 100)" in text
     save(tmp_path / run, "knowledge", **numbers)  # other settings are another file, and all rows win
     assert main(["paper", "2", "--model", "llama2-7b", "--runs", str(tmp_path)]) == 0
     assert "*" not in capsys.readouterr().out
+
+
+def fake(folder: Path, table, row, number: int) -> dict[str, float]:
+    """Scores of a row that tell every row and column apart, saved as an evaluation does; by column."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not row.run.startswith("models--"):
+        (folder / "config.yaml").write_text(f"model_name_or_path: org/{row.base}\n")
+    if table.is_matrix:
+        if not (folder / "matrix.json").exists():
+            rows = [[20.0 * t + task if task <= t else None for task in range(8)] for t in range(8)]
+            Matrix(tasks_of(table), ["accuracy"] * 8, ["start", *tasks_of(table)], [[1.0] * 8, *rows]).save(folder)
+        if row.label == "OP":
+            return {str(t + 1): statistics.fmean(20.0 * t + task for task in range(t + 1)) for t in range(8)}
+        if row.label == "BWT":
+            return {"8": sum(20.0 * (7 - task) for task in range(8)) / 8}
+        return {str(t + 1): 20.0 * t + number for t in range(number, 8)}
+    settings, values = {"tasks": tasks_of(find_table("24"))}, {}
+    for column, key in table.scores.items():
+        values[key] = 20.0 * number + table.columns.index(column)
+    for suite in {suite for suite, *_ in values}:
+        for task in {key[1] for key in values if key[0] == suite}:
+            found = [Score(*key[1:], value, None, 9) for key, value in values.items() if key[:2] == (suite, task)]
+            others = [Score(task, "another metric", 99.0, None, 9)]
+            about = settings if suite == "trace" else {"protocol": PROTOCOLS.get(suite, "hft")}
+            Scores(suite, f"org/{row.base}", "sha", "bfloat16", about, {task: "a"}, scores=found + others).save(folder)
+    means = {column: [values[key] for key in table.keys(column)] for column in table.columns}
+    return {column: statistics.fmean(some) for column, some in means.items() if some}
+
+
+@pytest.mark.parametrize("name", [name for name in tables() if name != "10"])
+def test_every_cell_of_ours_stands_beside_its_own_of_the_papers(name, tmp_path, capsys):
+    table = find_table(name)
+    rows = [row for row in table.rows if row.run]
+    expected = [fake(tmp_path / row.run, table, row, number) for number, row in enumerate(rows)]
+    assert main(["paper", name, "--runs", str(tmp_path), "--markdown"]) == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    for row, mine in zip(rows, expected, strict=True):
+        ours = lines[[line[:1] for line in lines].index([row.label]) + 1]
+        printed = dict(zip(table.columns, ours[2:], strict=True))
+        assert {c: float(cell) for c, cell in printed.items() if cell} == pytest.approx(mine, abs=0.051)
+    # The report, where each run stands by itself.
+    for row, mine in zip(rows, expected, strict=True):
+        papers = dict(zip(table.columns, row.values, strict=True))
+        found, shown = collect([tmp_path / row.run]), {}
+        if table.is_matrix:
+            (by_round, last) = [part for part in sequences(found, {}) if hasattr(part, "rows")]
+            shown = {line[0].text: line[1:] for line in by_round.rows}.get(row.label)
+            shown = dict(zip(table.columns, shown or [None] * 7 + [last.rows[0][2]], strict=True))
+            cells = {c: (shown[c], papers[c]) for c in mine}
+        else:
+            keys = {table.keys(column): column for column in table.columns if table.keys(column)}
+            suites = zip(scored_columns(found.groups).values(), score_tables(found, {}), strict=True)
+            pairs = [pair for columns, part in suites for pair in zip(columns, part.rows[0][2:], strict=True)]
+            cells = {keys[c.keys]: (cell, papers[keys[c.keys]]) for c, cell in pairs if c.keys in keys}
+            assert cells.keys() >= table.scores.keys()
+            others = [cell.notes for c, cell in pairs if c.keys[0][2] == "another metric"]
+            assert not any("paper" in note for notes in others for note in notes)
+            assert others or not table.scores
+        for column, (cell, paper) in cells.items():
+            assert cell.text == f"{mine[column]:.1f}", (row.label, column)
+            assert ([*cell.notes] == [f"paper {paper:.1f}"]) if paper is not None else not cell.notes
+
+
+def test_only_the_papers_own_model_stands_beside_its_numbers(runs, capsys):
+    """A folder that is only called as one of the paper's runs, and scores of another protocol."""
+    (runs / "llama2-7b-sft-fft/config.yaml").write_text("model_name_or_path: models/tiny\n")
+    save(runs / "llama2-7b-sft-lora", "general", {"protocol": "another"}, gsm8k__exact_match=50.0)
+    assert main(["paper", "5", "--runs", str(runs)]) == 0
+    out = capsys.readouterr().out
+    assert "50.0" not in out.split("LoRA")[1].splitlines()[1]
+    assert f"{runs}/llama2-7b-sft-lora: scores of general by another protocol" in out
+    assert main(["paper", "2", "--runs", str(runs)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("ours, n =") == 1
+    assert f"{runs}/llama2-7b-sft-fft is not shown: it goes back to tiny, the paper's to Llama-2-7b-hf" in out
+    (only,) = score_tables(collect([runs / "llama2-7b-sft-fft"]), {})
+    assert not any("paper" in note for cell in only.rows[0] for note in cell.notes)
+
+
+def test_a_mean_is_over_like_scores_only(tmp_path, capsys):
+    folder = tmp_path / "llama2-7b-sft-hft"
+    save(folder, "knowledge", nq_open__exact_match=7.0, triviaqa__exact_match=30.0)
+    save(folder, "knowledge", {"limit": 50}, hotpotqa__exact_match=15.0)
+    assert main(["paper", "2", "--model", "llama2-7b", "--runs", str(tmp_path)]) == 0
+    ours = next(line for line in capsys.readouterr().out.splitlines() if "ours" in line)
+    assert ours.split()[4:] == ["7.0±3.0", "30.0±3.0", "15.0±3.0*"]
+    (table,) = score_tables(collect([folder]), {})
+    assert list(table.rows[0][-1].notes) == ["no mean: limit None and 50"]
+    assert list(table.rows[0][-2].notes) == ["limit 50", "se 3.0", "paper 15.4"]
+
+
+def test_the_bases_are_those_of_the_recipes():
+    for model, base in read_bases().items():
+        found = {
+            re.search(r"^model_name_or_path: *(\S+)", p.read_text(), re.M)[1]
+            for p in Path("recipes", model).glob("*.yaml")
+            if p.stem in ("sft", "trace", "cpi")
+        }
+        assert {name.rpartition("/")[2] for name in found} == {base}
 
 
 def test_the_command_lists_all_tables(capsys):
