@@ -316,7 +316,7 @@ def answers(found: Collection, styles: Styles) -> Parts:
                 prompts.setdefault(row["prompt"], {}).update({name: text for name, text in said.items() if text})
         names = list(dict.fromkeys(name for said in prompts.values() for name in said))
         rows = [plain(prompt, *(said.get(name, "") for name in names)) for prompt, said in prompts.items()]
-        yield ReportTable(model, plain("prompt", *names), rows)
+        yield ReportTable(f"{model}: answers", plain("prompt", *names), rows)
 
 
 def steps(found: Collection, styles: Styles) -> Parts:

@@ -12,6 +12,7 @@ from trl import SFTConfig
 import hft
 from hft.cli import main
 from hft.data import load_split
+from hft.jsonl import write_jsonl
 from hft.record.card import write_card
 from hft.record.scores import Score, Scores
 from hft.record.verification import Verification
@@ -70,11 +71,19 @@ def test_a_run_leaves_a_card(finished, tiny, data):
 def test_scores_are_in_the_card_once_there_are_any(finished, tmp_path, capsys):
     out = shutil.copytree(finished, tmp_path / "out")
     save_scores(out)
+    answer = {
+        "prompt": [{"role": "user", "content": "1|2?"}],
+        "reference": None,
+        "answer": "a\n`b`",
+        "base_answer": "c",
+    }
+    write_jsonl(out / "scores/answers.jsonl", [answer])
     again = ["sft", "--config", str(out / "config.yaml"), "--output_dir", str(out)]
     assert main(again) == 0
     text = (out / "README.md").read_text()
     assert "| general | gsm8k | exact_match | 12.35 % | 3.21 | 200 |\n" in text
-    assert "| general | drift | loss | 2.50 nats/token |  | 40 |\n\n## How to use it" in text
+    assert "| general | drift | loss | 2.50 nats/token |  | 40 |\n\n## Answers" in text
+    assert "| prompt | tiny | out |\n| --- | --- | --- |\n| 1\\|2? | c | a<br>\\`b\\` |\n\n## How to use it" in text
     assert f"| verify | {SAME}" in text
     (out / "scores/general.json").write_text("[]")
     assert main(again) == 2

@@ -17,6 +17,7 @@ import yaml
 from hft.cli import main
 from hft.continual.matrix import Matrix
 from hft.evaluation.suites import PROTOCOLS
+from hft.jsonl import write_jsonl
 from hft.planning.forecast import flops_to_fft
 from hft.record.scores import Score, Scores
 from hft.reporting.collect import collect
@@ -352,6 +353,25 @@ def test_the_page_is_whole_and_the_same_every_time(runs, whole, tmp_path, capsys
     assert {link[1:] for link in page.links} <= set(page.ids)
     assert report(tmp_path, *runs.values()) == whole
     assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/report.html", f"{tmp_path}/report.md"]
+
+
+def test_answers_stand_side_by_side_and_a_speed_beyond_its_flops_is_marked(runs, tmp_path):
+    folders = [copied(runs[name], tmp_path / name) for name in ("fft", "hft-a", "hft-b")]
+    for folder, factor in zip(folders, (1, 1.01, 9), strict=True):
+        result = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps(result | {"tokens_per_second": 1000.0 * factor}))
+    for folder, answer in zip(folders[:2], ("Lyon\n<b>", "Paris | it is"), strict=True):
+        row = {"prompt": [{"role": "user", "content": "Capital?"}], "reference": None, "base_answer": "Rome"}
+        write_jsonl(folder / "scores/answers.jsonl", [row | {"answer": answer}])
+    html, text = report(tmp_path / "out", *folders[:2])
+    assert "| prompt | base | fft | hft-a |" in text
+    assert "| Capital? | Rome | Lyon<br>\\<b\\> | Paris \\| it is |" in text
+    assert "<td>Lyon\n&lt;b&gt;</td>" in html
+    assert table(text, "tiny")["hft"]["tokens/s"] == "1,010 (1.01 of fft)"
+    _, text = report(tmp_path / "out", folders[0], folders[2])
+    assert table(text, "tiny")["hft"]["tokens/s"] == "9,000 (9.00 of fft, not the same machine state)"
+    (folders[0] / "scores/answers.jsonl").write_text("{}")
+    assert main(["report", str(folders[0]), "--out", str(tmp_path / "out")]) == 2
 
 
 def test_names_are_escaped(runs, tmp_path):
