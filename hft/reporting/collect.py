@@ -152,7 +152,7 @@ def read_run(folder: Path) -> LoadedRun | None:
     return LoadedRun(
         folder,
         pretrained(folder),
-        run_method(config, manifest),
+        run_method(config, manifest) or folder.name,  # one of CPI-FT has none
         run_settings(config or manifest.selection),
         manifest,
         RunResult.load(folder) if (folder / RESULTS_NAME).exists() else None,
