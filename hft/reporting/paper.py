@@ -5,6 +5,7 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hft.errors import HFTError
 from hft.evaluation.suites import PROTOCOLS
 from hft.record.scores import Scores, SuiteScores, scores_of
 from hft.reporting.collect import EXTRAS, SEED_IN_NAME, pretrained, read_json
-from hft.reporting.measure import Key, Measured, measure, summarize
+from hft.reporting.measure import Key, Measured, entries_of, measure, summarize
 
 DATA = Path(__file__).with_name("paper")
 MATRIX = "matrix.json"  # of a sequence of tasks
@@ -137,10 +138,12 @@ def rows_of_run(run: str) -> list[tuple[PaperTable, PaperRow]]:
     return [(table, row) for table in tables().values() for row in table.rows if (row.run or "").split("/")[0] == run]
 
 
-def papers_number(folder: Path, base: str, keys: Sequence[Key]) -> float | None:
-    """What the paper has for the scores of a run, by the names of its folder and of its pretrained model."""
+def papers_number(folder: Path, base: str, scores: Mapping[str, SuiteScores], keys: Sequence[Key]) -> float | None:
+    """What the paper has for some scores of a run, by the names of its folder and of its pretrained model."""
+    if not all(has_protocol(one) for tasks in entries_of(keys, [scores]) for one in tasks):
+        return None
     inside = f"{SEED_IN_NAME.sub('', folder.parent.name)}/{folder.name}"
-    for name in dict.fromkeys((folder.name, SEED_IN_NAME.sub("", folder.name), inside)):
+    for name in (folder.name, SEED_IN_NAME.sub("", folder.name), inside):
         for table, row in rows_of_run(name.split("/")[0]):
             columns = [one for one in table.columns if table.keys(one) == tuple(keys)]
             if columns and (row.run, row.base) == (name, base):
@@ -181,15 +184,13 @@ def measure_row(table: PaperTable, row: PaperRow, runs: str | Path = "runs") -> 
     if table.is_matrix:
         matrices = [read_json(folder / MATRIX, EXTRAS[MATRIX]) for folder in folders if (folder / MATRIX).exists()]
         rounds = [matrix_row(one, row.label) for one in matrices if one["tasks"] == tasks_of(table)]
-        by_round = [
-            [(one[t], None) for one in rounds if t < len(one) and one[t] is not None] for t in range(len(ROUNDS))
-        ]
-        found = {column: summarize(values) for column, values in zip(ROUNDS, by_round, strict=True)}
+        found = {
+            column: summarize([(value, None) for value in values if value is not None])
+            for column, values in zip(ROUNDS, zip_longest(*rounds), strict=False)
+        }
     else:
-        scores = [
-            {suite: SuiteScores(filter(has_protocol, some)) for suite, some in scores_of(folder).items()}
-            for folder in folders
-        ]
+        suites = [scores_of(folder).items() for folder in folders]
+        scores = [{suite: SuiteScores(filter(has_protocol, some)) for suite, some in found} for found in suites]
         found = {column: measure(keys, scores) if (keys := table.keys(column)) else None for column in table.columns}
     return {column: measured for column, measured in found.items() if measured}
 
@@ -201,9 +202,7 @@ def strangers(table: PaperTable, row: PaperRow, runs: str | Path = "runs") -> li
         if (base := pretrained(folder)) != row.base:
             said.append(f"{folder} is not shown: it goes back to {base}, the paper's to {row.base}")
         unknown = [suite for suite, found in scores_of(folder).items() if not all(map(has_protocol, found))]
-        said += [
-            f"{folder}: scores of {suite} by another protocol or on other tasks are not shown" for suite in unknown
-        ]
+        said += [f"{folder}: scores of {suite} by another protocol or tasks are not shown" for suite in unknown]
     return said
 
 

@@ -99,9 +99,9 @@ def _measured(one: Measured, digits: int, usual: Mapping[str, Any]) -> str:
 
 
 def usual_conditions(measured: Sequence[dict[str, Measured]]) -> Mapping[str, Any]:
-    """Those of the first of our numbers that is by the benchmark's own settings."""
+    """Those of most of our numbers that are by the benchmark's own settings."""
     found = [one.conditions for mine in measured for one in mine.values() if not one.shortened]
-    return next(iter(found), {})
+    return max(found, key=found.count, default={})
 
 
 def unusual(one: Measured, usual: Mapping[str, Any]) -> list[str]:
@@ -122,12 +122,10 @@ def remarks(table: PaperTable, measured: Sequence[dict[str, Measured]]) -> list[
         mine = ["ours: mean ± standard deviation over n runs that differ in their seed; ± standard error where n = 1"]
         usual = usual_conditions(measured)
         if others := sorted({what for row in measured for one in row.values() for what in unusual(one, usual)}):
-            mine.append(f"* compare with no other number: scored under other conditions ({', '.join(others)})")
+            mine.append(f"* scored under other conditions than the benchmark's or most of ours: {', '.join(others)}")
     else:
         code = {suite for suite, _, metric in table.scores.values() if metric.startswith("pass@")}
-        suites = dict.fromkeys(
-            suite for suite, *_ in table.scores.values() if suite != "trace"
-        )  # which is scored as it runs
+        suites = dict.fromkeys(suite for suite, *_ in table.scores.values() if suite != "trace")  # scored as it runs
         flags = [f"--suite {suite}{' --allow_code' if suite in code else ''}" for suite in suites]
         score = " and ".join(f"`hft eval RUN {flag}`" for flag in flags)
         mine = [f"None of these runs is scored yet; to score one: {score}."] if score else []

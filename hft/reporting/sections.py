@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
 from math import isfinite
-from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
@@ -30,9 +29,10 @@ from hft.reporting.figures import Styles
 from hft.reporting.frontier import Estimate, curves_of, equal_learning, estimate, hypervolume
 from hft.reporting.measure import Column, Measured, mean_of, parts_of, summarize, unlike
 from hft.reporting.page import Cell, Drawing, ReportTable, Section
-from hft.reporting.paper import ROUNDS, has_protocol, matrix_row, papers_matrix, papers_number
+from hft.reporting.paper import ROUNDS, matrix_row, papers_matrix, papers_number
 
 FRONTIERS = ((TASK_LOSS, DRIFT), (TASK_LOSS, FACTS), (KL, DRIFT), (KL, FACTS), (GENERAL, KNOWLEDGE))
+ANSWERS = ("reference", "base_answer", "answer")  # keys of a row, in the order of their columns
 DRAWN_BLOCKS = ("attention", "mlp", "experts")  # Figure 4
 Parts = Iterator[ReportTable | Drawing]  # of a section; those without rows or without a figure do not appear
 
@@ -176,9 +176,7 @@ def score_cell(group: Group, baseline: Group | None, column: Column) -> Cell:
     if baseline and baseline is not group:
         notes |= difference_note(group, baseline, column, digits)
     run = group.first
-    entries = [run.scores[suite].of(task) for suite, task, _ in column.keys if parts_of(column.keys, run.scores)]
-    theirs = papers_number(run.folder, run.model, column.keys) if all(map(has_protocol, entries)) else None
-    if theirs is not None:
+    if (theirs := papers_number(run.folder, run.model, run.scores, column.keys)) is not None:
         notes[f"paper {theirs:.{digits}f}"] = ""
     return Cell(show(number, digits), notes)
 
@@ -284,16 +282,13 @@ def sequences(found: Collection, styles: Styles) -> Parts:
     for name, matrix in found.matrices.items():
         yield Drawing(f"{name}: scores by round", figures.heatmap(matrix))
         yield Drawing(f"{name}: each task over the rounds", figures.task_curves(matrix))
-        paper, cells = papers_matrix(name, matrix), []
-        if paper:
+        if paper := papers_matrix(name, matrix):
             pairs = [(row.label, zip_longest(matrix_row(matrix, row.label), row.values)) for row in paper.rows[:-1]]
             rounds = [[Cell(label), *(round_cell(*pair) for pair in values)] for label, values in pairs]
             yield ReportTable(f"{name}: by round, beside the paper's Table {paper.name}", plain("", *ROUNDS), rounds)
-        for column in ("OP", "BWT"):
-            if values := matrix[column.lower()]:
-                whole = paper and len(values) == len(ROUNDS)
-                theirs = papers_number(Path(name), matrix["base"], (("trace", column.lower(), column.lower()),))
-                cells.append(Cell(f"{values[-1]:.1f}", {f"paper {theirs}": ""} if whole and theirs is not None else {}))
+        whole = paper and len(matrix["op"]) == len(ROUNDS)
+        last = [row.values[-1] for row in paper.rows[-2:]] if whole else [None, None]
+        cells = [round_cell(matrix[key][-1], its) for key, its in zip(("op", "bwt"), last, strict=True) if matrix[key]]
         rows += [[Cell(name), *cells]] if cells else []
     yield ReportTable("After the last round, in %", plain("", "OP", "BWT"), rows)
 
@@ -308,12 +303,8 @@ def answers(found: Collection, styles: Styles) -> Parts:
         prompts: dict[str, dict[str, str]] = {}
         for run in (run for group in groups for run in group.runs):
             for row in answers_of(run.folder):
-                said = {
-                    "reference": row.get("reference"),
-                    "base": row.get("base_answer"),
-                    run.folder.name: row["answer"],
-                }
-                prompts.setdefault(row["prompt"], {}).update({name: text for name, text in said.items() if text})
+                said = zip(("reference", "base", run.folder.name), map(row.get, ANSWERS), strict=True)
+                prompts.setdefault(row["prompt"], {}).update({name: text for name, text in said if text})
         names = list(dict.fromkeys(name for said in prompts.values() for name in said))
         rows = [plain(prompt, *(said.get(name, "") for name in names)) for prompt, said in prompts.items()]
         yield ReportTable(f"{model}: answers", plain("prompt", *names), rows)

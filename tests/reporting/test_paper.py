@@ -186,7 +186,7 @@ def test_scores_of_some_rows_only_are_marked(tmp_path, capsys):
     assert main(["paper", "2", "--model", "llama2-7b", "--runs", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "7.0±3.0*" in text
-    assert "* compare with no other number: scored under other conditions (limit 100)" in text
+    assert "* scored under other conditions than the benchmark's or most of ours: limit 100" in text
     save(tmp_path / run, "knowledge", **numbers)  # other settings are another file, and all rows win
     assert main(["paper", "2", "--model", "llama2-7b", "--runs", str(tmp_path)]) == 0
     assert "*" not in capsys.readouterr().out
@@ -260,7 +260,7 @@ def test_only_the_papers_own_model_stands_beside_its_numbers(runs, capsys):
     assert main(["paper", "5", "--runs", str(runs)]) == 0
     out = capsys.readouterr().out
     assert "50.0" not in out.split("LoRA")[1].splitlines()[1]
-    assert f"{runs}/llama2-7b-sft-lora: scores of general by another protocol" in out
+    assert f"{runs}/llama2-7b-sft-lora: scores of general by another protocol or tasks are not shown" in out
     assert main(["paper", "2", "--runs", str(runs)]) == 0
     out = capsys.readouterr().out
     assert out.count("ours, n =") == 1
@@ -279,6 +279,17 @@ def test_a_mean_is_over_like_scores_only(tmp_path, capsys):
     (table,) = score_tables(collect([folder]), {})
     assert list(table.rows[0][-1].notes) == ["no mean: limit None and 50"]
     assert list(table.rows[0][-2].notes) == ["limit 50", "se 3.0", "paper 15.4"]
+    for name in ("llama2-7b-sft-fft", "llama2-7b-sft-fft-reset", "llama2-7b-dpo-fft"):
+        save(tmp_path / name, "knowledge", {"chat": name != "llama2-7b-sft-fft"}, nq_open__exact_match=7.0)
+    assert main(["paper", "2", "--model", "llama2-7b", "--runs", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[4] for line in out.splitlines() if "ours, n" in line] == [
+        "7.0±3.0*",
+        "7.0±3.0",
+        "7.0±3.0",
+        "7.0±3.0",
+    ]
+    assert "most of ours: chat False, limit 50" in out
 
 
 def test_the_bases_are_those_of_the_recipes():
