@@ -222,7 +222,8 @@ NAMING_FIELDS = """
     eval_strategy f_alpha_divergence_coef f_divergence_type fp16 fsdp fsdp_config full_determinism
     gradient_accumulation_steps greater_is_better ignore_data_skip kl_to_base label_names label_smoothing
     label_smoothing_factor ld_alpha learning_rate length_column_name liger_kernel_config load_best_model_at_end
-    loss_type loss_weights lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_length max_steps metric_for_best_model model_init_kwargs
+    loss_type loss_weights lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_length max_steps
+    metric_for_best_model model_init_kwargs
     neftune_noise_alpha num_train_epochs optim optim_args optim_target_modules packing packing_strategy pad_token
     pad_to_multiple_of padding_free parallelism_config per_device_eval_batch_size per_device_train_batch_size
     precompute_ref_batch_size precompute_ref_log_probs ref_model_mixup_alpha ref_model_sync_steps remove_unused_columns
