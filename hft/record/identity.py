@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hft.errors import HFTError, reason
-from hft.model.weights import MODEL_CONFIG, weight_files
 
 # The files of a model's folder, beside its weights, that decide what it computes. Weights are found by their index.
 PARTS = {
-    "config": ("config.json", MODEL_CONFIG, "adapter_config.json"),
+    "config": ("config.json", "hft_model_config.json", "adapter_config.json"),  # without torch, for `hft paper`
     "generation_config": ("generation_config.json",),
     "tokenizer": ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken"),
     "chat_template": ("chat_template*", "additional_chat_templates/*"),
@@ -34,6 +33,8 @@ def depends_on(model: str | Path, rows: Mapping[str, Iterable[Any]], /, **more: 
 
 def digests_of(folder: str | Path) -> dict[str, str]:
     """SHA-256 of the weights of a model or adapter, and of each of `PARTS` that is in its folder."""
+    from hft.model.weights import weight_files
+
     adapter = Path(folder, "adapter_model.safetensors")
     files = [adapter] if adapter.exists() else weight_files(Path(folder))
     return {"weights": digest([file_digest(path) for path in files])} | companions_of(Path(folder))

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hft.errors import HFTError, reason
 from hft.machine import on_gpu, peak_memory
 from hft.objectives import Objective
-from hft.record.card import write_card
 from hft.record.manifest import Manifest, write_json
-from hft.runs.config import card_settings, read_saved_config
 
 if TYPE_CHECKING:
     from hft.training.base import ManifestMixin
@@ -67,6 +65,9 @@ class RunResult:
 
     def write_card(self, out: Path, into: Path | None = None, model_id: str | None = None) -> None:
         """Write the run's model card, with the scores that are there by now; `into` a copy of its folder."""
+        from hft.record.card import write_card
+        from hft.runs.config import card_settings, read_saved_config
+
         config = read_saved_config(out / CONFIG_NAME)
         tags, model_id = ("trl", self.objective, "hft"), model_id or config.get("hub_model_id")
         settings = card_settings(config)
