@@ -17,7 +17,6 @@ from hft.record.checkpoints import TRAINER_STATE, checkpoints
 from hft.record.manifest import MANIFEST_NAME, Manifest
 from hft.record.scores import SuiteScores, rows_of, scores_of
 from hft.reporting.measure import Column, Measured, measure
-from hft.runs.config import is_neutral, read_saved_config, replaced_keys
 from hft.runs.result import CONFIG_NAME, RESULTS_NAME, RunResult
 
 if TYPE_CHECKING:
@@ -165,6 +164,8 @@ def read_run(folder: Path) -> LoadedRun | None:
 
 def run_config(folder: Path) -> dict[str, Any]:
     """The config of a run, or what the runs of a sequence have in common; empty if there is none."""
+    from hft.runs.config import read_saved_config  # torch, which `hft paper` does without
+
     found = (folder / name for name in (CONFIG_NAME, SEQUENCE_CONFIG) if (folder / name).exists())
     return next(map(read_saved_config, found), {})
 
@@ -199,6 +200,8 @@ def run_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without seeds; models that it starts from by theirs, where they are here, else by name, and without
     training of its own their learning rate.
     """
+    from hft.runs.config import is_neutral
+
     others = (*SEEDS, "out")
     settings = {key: value for key, value in config.items() if not is_neutral(key, config) and key not in others}
     for key in settings.keys() & set(ORIGINS):
@@ -261,6 +264,8 @@ def differing(run: LoadedRun, peers: Sequence[LoadedRun], others: Sequence[Loade
 
     The learning rate is not among them, nor what most `others`, runs of its model, have in their recipe.
     """
+    from hft.runs.config import replaced_keys
+
     recipe, of_method, methods_keys = [], [], replaced_keys(run.settings)
     for key, value in run.settings.items():
         theirs = [other.settings[key] for other in others if key in other.settings]
