@@ -119,7 +119,7 @@ def test_what_cannot_be_kept_is_said(finished, tiny, tmp_path, capsys, monkeypat
         ([finished, *out, "--budget", "drift=-1"], "drift, kl, facts; got drift=-1"),
         ([finished, *out, "--budget", "drift"], "drift, kl, facts; got drift"),
         ([tiny, *out, *drift], "does not say what it was trained on; name its base with --base"),
-        ([adapter, *out, *drift], "is an adapter; `hft merge --method adapter"),
+        ([adapter, *out, *drift], "`hft merge --method adapter --models"),
         ([without, *out, *drift], "has no held-out rows to say what it learned; name a run that has with --task_data"),
         ([finished, *out, "--budget", "kl=0", "--limit", "1"], "every step from the base loses more than the budget"),
     ):
