@@ -1,25 +1,25 @@
 """Makes a model obey a selection."""
 
-import functools
 from collections import Counter
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hft.errors import HFTError
+from hft.parts import is_base, parts_of, stored
 from hft.selection import Selection
-from hft.selection.masks import Mask
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
+STACKED = 3  # dimensions of the weights of stacked experts
 
 
 def freeze(model: nn.Module, selection: Selection) -> None:
     """Set `requires_grad` of every parameter by name. Call it before the optimizer is built.
 
-    Partly frozen parameters require a gradient; `PartFreezer` keeps their frozen elements in place. A gradient from
-    before would still move what is frozen now: optimizers look at it alone.
+    Parameters that train in part require a gradient; `hft.parts.split` leaves it to their trained elements. A gradient
+    from before would still move what is frozen now: optimizers look at it alone.
     """
     check_parameters(model, selection)
     frozen = set(selection.frozen_parameters)
@@ -29,10 +29,30 @@ def freeze(model: nn.Module, selection: Selection) -> None:
             parameter.grad = None
 
 
+def autocast_experts(model: nn.Module) -> None:
+    """Let stacked experts that train whole compute in half precision under autocast, as linear layers do.
+
+    transformers multiplies them by `grouped_mm`, which autocast does not cast: it would compute in the dtype of the
+    fp32 masters. State dicts and optimizers keep the masters.
+    """
+    for module in model.modules():
+        trained = any(p.ndim == STACKED and p.requires_grad for p in module.parameters(recurse=False))
+        if trained and not isinstance(module, _NarrowExperts):
+            module.__class__ = type(type(module).__name__, (_NarrowExperts, type(module)), {})
+
+
+class _NarrowExperts(nn.Module):
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if isinstance(value, nn.Parameter) and value.ndim == STACKED and torch.is_autocast_enabled(value.device.type):
+            return value.to(torch.get_autocast_dtype(value.device.type))
+        return value
+
+
 def check_parameters(model: nn.Module, selection: Selection) -> None:
     """Refuse a model unless each of its parameters is in exactly one of frozen and trained."""
     frozen, trained = selection.frozen_parameters, selection.trained_parameters
-    listed, names = Counter([*frozen, *trained]), {name for name, _ in model.named_parameters()}
+    listed, names = Counter([*frozen, *trained]), stored(model).keys()
     if missing := sorted(listed.keys() - names):
         raise HFTError(f"the selection names {missing[0]}, which the model does not have")
     if unlisted := sorted(names - listed.keys()):
@@ -50,7 +70,7 @@ def check_frozen(model: nn.Module, selection: Selection) -> None:
     check_parameters(model, selection)
     frozen = set(selection.frozen_parameters)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad == (name in frozen):
+        if parameter.requires_grad == (name in frozen or is_base(name)):
             raise HFTError(
                 f"{name} should be {'frozen' if name in frozen else 'trained'} and is not; did something "
                 "change requires_grad after the trainer was made?"
@@ -66,64 +86,24 @@ def upcast(model: nn.Module, *, autocast: bool) -> None:
     back to the checkpoint's dtype is exact.
     """
     kinds = (nn.Embedding, nn.LayerNorm, nn.GroupNorm)
-    streams = {id(p) for module in model.modules() if isinstance(module, kinds) for p in module.parameters()}
+    wide = {id(p) for module in model.modules() if isinstance(module, kinds) for p in module.parameters()}
+    parts, head = parts_of(model).items(), getattr(model, "get_output_embeddings", lambda: None)()
+    wide |= {id(part.original0) for name, part in parts if is_wide(name, part.original0.ndim)}
+    wide |= {id(part.original0) for part in parts_of(head).values()} if head else set()  # TRL sums its gradient
     for parameter in model.parameters():
-        wide = parameter.requires_grad or not autocast or id(parameter) in streams
-        if parameter.dtype in HALF_PRECISION and wide:
+        held_wide = parameter.requires_grad or not autocast or id(parameter) in wide
+        if parameter.dtype in HALF_PRECISION and held_wide:
             parameter.data = parameter.data.float()
 
 
-class PartFreezer:
-    """Keeps the frozen elements of partly frozen parameters as they are, whatever the optimizer does.
-
-    Their gradient is set to zero as soon as it is accumulated, so that clipping and the optimizer's moments never see
-    it. Their values are put back after each step, since weight decay and warm moments move elements without a gradient
-    too. (The hook is `register_post_accumulate_grad_hook`: a plain tensor hook never fires on what FSDP2 shards.)
-
-    Make it once the model is on its device and sharded. It holds the masks, at most a bit per element, and the frozen
-    values, in the dtypes given by name, which must hold them exactly, or else in the parameter's.
-    """
-
-    def __init__(
-        self, model: nn.Module, masks: Mapping[str, Mask], dtypes: Mapping[str, torch.dtype] | None = None
-    ) -> None:
-        self._held: list[tuple[nn.Parameter, Mask, torch.Tensor]] = []
-        self._hooks = []
-        parameters = dict(model.named_parameters())
-        for name, mask in masks.items():
-            parameter = parameters[name]
-            local = _local(parameter)
-            frozen = _shard(mask, parameter).to(local.device)
-            values = local[frozen.tensor().expand(local.shape)].to((dtypes or {}).get(name, local.dtype))
-            self._held.append((parameter, frozen, values))
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(functools.partial(_zero_grad, frozen)))
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the frozen values back. Call it after each step of the optimizer."""
-        for parameter, mask, values in self._held:
-            local = _local(parameter)
-            local.masked_scatter_(mask.tensor(), values.to(local.dtype))
-
-    def remove(self) -> None:
-        """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
-        self._held, self._hooks = [], []
-
-
-def _zero_grad(mask: Mask, parameter: nn.Parameter) -> None:
-    _local(parameter.grad).masked_fill_(mask.tensor(), 0)
+def is_wide(name: str, ndim: int) -> bool:
+    """Whether a parameter is a norm or a bias, which take part in fp32 sums, not in matrix products."""
+    return ndim == 1 or name.endswith("bias")
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that FSDP2 shards, gathered from all processes; any other tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's shard of a tensor that FSDP2 shards; any other tensor itself. Both share their storage."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def sharded_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -132,9 +112,3 @@ def sharded_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
         return tensor
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-
-
-def _shard(mask: Mask, parameter: torch.Tensor) -> Mask:
-    if not isinstance(parameter, DTensor):
-        return mask
-    return Mask.of(_local(sharded_like(mask.tensor().expand(parameter.shape).contiguous(), parameter)))

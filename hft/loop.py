@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from hft import freezing
 from hft.errors import HFTError
-from hft.model.anatomy import Anatomy, anatomy_of
+from hft.model.anatomy import Anatomy, anatomy_of, meta_model
 from hft.model.weights import checksum
+from hft.parts import checkpoint_name, is_trained_part, join, parts_of, split
 from hft.record import verification
 from hft.selection import policies
 from hft.selection.masks import frozen_values
@@ -33,21 +36,12 @@ WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.(module\.)*")
 
 @dataclass(frozen=True)
 class Frozen:
-    """What `freeze` froze, and what it takes to keep and to prove it."""
+    """What `freeze` froze, and what it takes to prove it."""
 
     selection: Selection  # which units train
     checksums: dict[str, str]  # SHA-256 of each wholly or partly frozen parameter, by name
     dtypes: dict[str, torch.dtype]  # of each of them when it was frozen
-    parts: freezing.PartFreezer | None  # keeps the frozen elements of partly frozen parameters; None if there are none
     others: dict[str, str | None]  # the state dict's other keys: tied ones with their parameter, buffers with None
-
-    def restore(self) -> None:
-        """Put the frozen elements of partly frozen parameters back. Call it after each step of the optimizer.
-
-        Policies that freeze whole units, such as the paper's, need no call.
-        """
-        if self.parts is not None:
-            self.parts.restore()
 
 
 def select(model: PreTrainedModel | Anatomy, config: SelectionConfig | None = None, **settings: Any) -> Selection:
@@ -61,16 +55,19 @@ def select(model: PreTrainedModel | Anatomy, config: SelectionConfig | None = No
     Raises:
         HFTError: the model holds modules that are not recognized, or the settings do not go together.
     """
-    anatomy = model if isinstance(model, Anatomy) else anatomy_of(unwrapped(model))
-    return policies.select(anatomy, replace(config or policies.SelectionConfig(), **settings))
+    if not isinstance(model, Anatomy):
+        model = unwrapped(model)
+        model = anatomy_of(meta_model(model.config) if parts_of(model) else model)
+    return policies.select(model, replace(config or policies.SelectionConfig(), **settings))
 
 
 def freeze(model: PreTrainedModel, selection: Selection) -> Frozen:
     """Set `requires_grad` of every parameter by a selection. Call it before the optimizer is built.
 
-    Gradients of frozen parameters are cleared. Give the optimizer only parameters that require a gradient, or one that
-    skips those without, as torch's do. Give a model in half precision fp32 master weights as usual: at 2e-5 most
-    updates round away in bf16.
+    A parameter that trains in part becomes two, of which only the trained elements require a gradient (`hft.parts`);
+    state dicts hold it whole, as before. Gradients of frozen parameters are cleared. Give the optimizer only parameters
+    that require a gradient, or one that skips those without, as torch's do. Give a model in half precision fp32 master
+    weights as usual: at 2e-5 most updates round away in bf16.
 
     Returns:
         What `verify` needs afterwards.
@@ -78,7 +75,13 @@ def freeze(model: PreTrainedModel, selection: Selection) -> Frozen:
     Raises:
         HFTError: the selection was made for another model.
     """
+    wrapped = any(isinstance(module, DistributedDataParallel | FSDPModule) for module in model.modules())
+    if wrapped and selection.frozen_masks:
+        raise HFTError(
+            "this selection trains parts of tensors, which makes other parameters: freeze the model first, then wrap it"
+        )
     model = unwrapped(model)
+    join(model)  # what an earlier round has split
     freezing.freeze(model, selection)
     masks, parameters = selection.frozen_masks, dict(model.named_parameters())
     names = [*selection.frozen_parameters, *masks]
@@ -86,7 +89,8 @@ def freeze(model: PreTrainedModel, selection: Selection) -> Frozen:
     dtypes = {name: parameters[name].dtype for name in names}
     first = {parameter: name for name, parameter in parameters.items()}
     others = {key: first.get(t) for key, t in model.state_dict(keep_vars=True).items() if key not in parameters}
-    return Frozen(selection, checksums, dtypes, freezing.PartFreezer(model, masks, dtypes) if masks else None, others)
+    split(model, masks)
+    return Frozen(selection, checksums, dtypes, others)
 
 
 def verify(out: str | Path | nn.Module | Mapping[str, torch.Tensor], base: str | Frozen | None = None) -> Verification:
@@ -108,6 +112,7 @@ def verify(out: str | Path | nn.Module | Mapping[str, torch.Tensor], base: str |
         raise HFTError("to verify a model in memory, give what hft.freeze returned: hft.verify(model, frozen)")
     state = dict(out.named_parameters()) if isinstance(out, nn.Module) else out
     state = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    state = {checkpoint_name(name): tensor for name, tensor in state.items() if not is_trained_part(name)}
     stored = {n: freezing.whole(state[n].detach()).to(dtype) for n, dtype in base.dtypes.items() if n in state}
     found = verification.verify_tensors(stored, base.checksums, (), None, masks=base.selection.frozen_masks)
     others = {} if isinstance(out, nn.Module) else base.others

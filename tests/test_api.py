@@ -84,6 +84,12 @@ for wrap in (torch.compile, DDP, lambda m: DDP(torch.compile(m)), lambda m: torc
     with torch.no_grad():
         model.get_parameter(frozen.selection.frozen_parameters[0]).view(-1)[0] += 1
     assert not any(hft.verify(out, frozen).ok for out in (wrapped, wrapped.state_dict()))
+try:
+    hft.freeze(DDP(model.requires_grad_(True)), hft.select(model, policy="random-element"))
+except hft.HFTError as error:
+    assert "freeze the model first, then wrap it" in str(error)
+else:
+    raise AssertionError("parts of a wrapped model")
 """
 
 
@@ -91,17 +97,29 @@ def test_wrapped_models_are_selected_frozen_and_verified_under_their_own_names(t
     subprocess.run([sys.executable, "-c", WRAPPED, str(tiny)], check=True)
 
 
-def test_parts_of_tensors_stay_where_the_loop_restores_them(tiny):
+def test_parts_of_tensors_stay_in_a_loop_over_two_rounds(tiny, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    frozen = hft.freeze(model, hft.select(model, policy="random-element"))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    ids = torch.arange(12)[None]
-    for restored in (True, False):
+    names, ids = model.state_dict().keys(), torch.arange(12)[None]
+    for number in (1, 2):
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        frozen = hft.freeze(model, hft.select(model, policy="random-element", round=number))
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2, weight_decay=0.1)
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-        if restored:
-            frozen.restore()
-        assert hft.verify(model, frozen).ok == restored
+        assert hft.verify(model, frozen).ok
+        assert hft.verify(model.state_dict(), frozen).ok
+        state, masks = model.state_dict(), frozen.selection.frozen_masks
+        assert state.keys() == names
+        assert all(
+            ((state[name] != before[name]) == ~mask.tensor()).float().mean() > 0.99 for name, mask in masks.items()
+        )
+    model.save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    assert all(torch.equal(saved[name], state[name]) for name in names)
+    name, mask = next(iter(masks.items()))
+    with torch.no_grad():
+        model.get_submodule(name.removesuffix(".weight")).parametrizations.weight.original0[mask.tensor()] += 1
+    assert not hft.verify(model, frozen).ok
 
 
 def test_a_model_in_memory_is_verified_only_with_what_freeze_returned(tiny):

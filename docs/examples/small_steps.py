@@ -23,7 +23,7 @@ class SmallSteps(Update):
         return [ScaleSteps(self.trust_ratio)]
 
     def memory(self, selection: Selection) -> int:
-        return 4 * selection.num_with_optimizer_state  # the fp32 weights before the step
+        return 4 * selection.num_trained  # the fp32 weights before the step
 
 
 class ScaleSteps(TrainerCallback):

@@ -58,18 +58,12 @@ def check_parts(args: TrainingArguments, *parts: MethodPart | None, has_referenc
         if engine == "ZeRO-3" or (engine == "FSDP2" and not part.shardable):
             other = "fsdp2" if part.shardable else "ddp"
             raise HFTError(f"{part.kind} {part.name} does not run under {engine}; launch it with --engine {other}")
-        if part.acts_around_step:
-            check_steps_here(args, f"{part.kind} {part.name}")
+        if part.acts_around_step and steps_elsewhere(args):
+            raise HFTError(
+                f"{part.kind} {part.name} acts on gradients and weights around the optimizer's step, which "
+                f"{args.optim.value} does not take there; set optim to adamw_torch"
+            )
         part.check_args(args, has_reference=has_reference)
-
-
-def check_steps_here(args: TrainingArguments, who: str) -> None:
-    """Refuse, for who acts around the optimizer's step, an optimizer that does not take it there."""
-    if steps_elsewhere(args):
-        raise HFTError(
-            f"{who} acts on gradients and weights around the optimizer's step, which {args.optim.value} does not take "
-            "there; set optim to adamw_torch"
-        )
 
 
 def steps_elsewhere(args: TrainingArguments) -> bool:

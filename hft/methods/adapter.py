@@ -134,10 +134,6 @@ class AdapterFootprint(Selection):
     def num_trained(self) -> int:
         return sum(self.added.values())
 
-    @property
-    def num_with_optimizer_state(self) -> int:
-        return self.num_trained
-
     def base_bytes(self, bytes_per_element: float) -> float:
         """Bytes of everything that is frozen, with that many per element where it is not quantized.
 

@@ -33,4 +33,4 @@ class GMT(TopK):
             raise HFTError("gmt would hide infinite gradients from fp16's loss scaler; set bf16")
 
     def memory(self, selection: Selection) -> int:
-        return 5 * selection.num_with_optimizer_state  # the weights before the step, and a mask
+        return 5 * selection.num_trained  # the weights before the step, and a mask

@@ -35,7 +35,7 @@ class L2SP(Update):
         return [Pull(copies(model), self.l2sp_strength)]
 
     def memory(self, selection: Selection) -> int:
-        return 2 * selection.num_with_optimizer_state
+        return 2 * selection.num_trained
 
 
 class Pull(TrainerCallback):

@@ -14,6 +14,7 @@ from hft.config import option
 from hft.errors import HFTError
 from hft.methods.update import Update, copies
 from hft.model.anatomy import Anatomy
+from hft.parts import parts_of, weight_of
 from hft.selection import Selection
 from hft.selection.importance import check_linear
 
@@ -39,7 +40,8 @@ class Mixout(Update):
     def callbacks(self, model: nn.Module, anatomy: Anatomy) -> list[TrainerCallback]:
         check_linear(model, anatomy)
         matrices = {part.parameter for unit in anatomy.units for part in unit.parts if len(part.shape) > 1}
-        return [MixColumns(copies(model, matrices), self.mixout_p)]
+        bases = {name: part.original0 for name, part in parts_of(model).items() if name in matrices}
+        return [MixColumns(copies(model, matrices) | bases, self.mixout_p)]
 
     def check(self, model: nn.Module, selection: Selection) -> None:
         check_linear(model, selection.anatomy)
@@ -78,6 +80,8 @@ def mixed_forward(module: nn.Linear, start: torch.Tensor, p: float, x: torch.Ten
     """A linear layer's output, in training with mixed weights."""
     weight = module.weight
     if module.training:
+        part = parts_of(module, recurse=False).get("weight")
+        weight = weight_of(part, part.original0, part.original1) if part else weight
         weight = mix(weight, start, p, kept=torch.rand(weight.shape[1], device=weight.device) >= p)
     return functional.linear(x, weight, module.bias)
 

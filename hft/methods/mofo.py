@@ -40,4 +40,4 @@ class MoFO(TopK):
             )
 
     def memory(self, selection: Selection) -> int:
-        return 4 * selection.num_with_optimizer_state
+        return 4 * selection.num_trained

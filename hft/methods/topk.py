@@ -18,7 +18,9 @@ from hft.selection.masks import largest
 class TopK(Update):
     """Only a fraction of the entries of each tensor moves in a step."""
 
-    top_fraction: float = option("Fraction of the entries of each tensor that move in a step.", MISSING)
+    top_fraction: float = option(
+        "Fraction of the entries of each tensor, of those that train, that move in a step.", MISSING
+    )
 
     def __post_init__(self):
         if not 0 < self.top_fraction <= 1:

@@ -1,8 +1,9 @@
 """What a step of a run costs: FLOPs, and bytes that autograd keeps between forward and backward.
 
 - Attention is the full square, not its causal half, and what a flash kernel computes again is not counted.
-- A weight that trains, wholly or in part, costs the gradient of the whole weight. What lies below everything that
-  trains costs no backward pass, unless activation checkpointing is on.
+- A weight that trains, wholly or in part, costs the gradient of the whole weight. One that trains in part is put
+  together at each use, and kept with the activations. What lies below everything that trains costs no backward pass,
+  unless activation checkpointing is on.
 - The head is TRL's: it never holds all logits, and computes them a second time in the backward pass.
 - Rows are as long as they may be, and every token is trained on.
 """
@@ -104,15 +105,16 @@ def costs_of(
     """
     model = _counted_model(pickle.dumps(model_config), precision, rows, length, attention, padded, not fused_head)
     anatomy, trained = selection.anatomy, frozenset(selection.trained_parameters)
-    by_layer: list[set[str]] = [set() for _ in range(anatomy.num_layers)]
+    by_layer: list[dict[str, bool]] = [{} for _ in range(anatomy.num_layers)]
     for name in trained & anatomy.in_layers:
         index = anatomy.parts_by_parameter[name][0][0].layer
-        by_layer[index].add(name.partition(f".{index}.")[2])
+        by_layer[index][name.partition(f".{index}.")[2]] = name in selection.frozen_masks
     outside = trained.difference(anatomy.in_layers)
     ends, calls = model.ends(outside, layers_train=any(by_layer), checkpointed=bool(checkpointed))
     layers, grad = [], calls[0].x.requires_grad
     for kind, names in zip(model.kinds, by_layer, strict=True):
-        layers.append(model.layer(kind, frozenset(names), grad=grad))
+        in_part = frozenset(name for name, is_split in names.items() if is_split)
+        layers.append(model.layer(kind, frozenset(names), in_part, grad=grad))
         grad = layers[-1].output.requires_grad
     kept = [layer for index, layer in enumerate(layers) if index not in checkpointed]
     dropped = [layer for index, layer in enumerate(layers) if index in checkpointed]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hft.errors import HFTError
+from hft.freezing import STACKED, is_wide
 from hft.model.anatomy import layers_of, meta_model
 
 if TYPE_CHECKING:
@@ -185,14 +186,17 @@ class CountedModel:
         with torch.no_grad():
             self.calls = self._ends(frozenset(), layers_train=False, checkpointed=False)[1]
 
-    def _layer(self, index: int, trained: frozenset[str], *, grad: bool) -> Counted:
-        """The layer at an index. Its trained parameters go by their names in it; its input may require a gradient."""
+    def _layer(self, index: int, trained: frozenset[str], in_part: frozenset[str], *, grad: bool) -> Counted:
+        """The layer at an index. Its trained parameters go by their names in it; its input may require a gradient.
+
+        The weight of those `in_part` is put together at each use.
+        """
         layer, x, args, kwargs = self.calls[index]
         with self.mode:
             x = torch.empty_like(x, requires_grad=grad)
             x = x.view_as(x)  # autocast would keep the copy of a leaf
         shared = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        return self._count(layer, trained, (x, *args), kwargs, shared)
+        return self._count(layer, trained, (x, *args), kwargs, shared, in_part)
 
     def _ends(self, trained: frozenset[str], *, layers_train: bool, checkpointed: bool) -> tuple[Counted, list[Call]]:
         """What is around the layers: embeddings, last norm, and the head if it is counted. Also how layers are called.
@@ -226,12 +230,18 @@ class CountedModel:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         shared: Iterable[UntypedStorage] = (),
+        in_part: Collection[str] = (),
     ) -> Counted:
         owner = self.model if module is self.body else module
         counter = Counter()
         try:
             with self.mode, AsOnGPU(), torch.autocast("cpu", torch.bfloat16, enabled=self.precision.autocast):
                 weights = self._weights(module, {owner.get_parameter(name) for name in trained})
+                stacked = {n for n, p in weights.items() if p.ndim == STACKED and p.requires_grad}
+                made = {*in_part, *(stacked if self.precision.autocast else ())}
+                for name in made:
+                    narrow = not is_wide(name, weights[name].ndim)
+                    weights[name] = weights[name].to(self.precision.frozen if narrow else self.precision.trained)
                 with counter, saved_tensors_hooks(counter.save, lambda unpack: unpack()):
                     out = _hidden(functional_call(module, weights, args, kwargs))
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
@@ -239,7 +249,8 @@ class CountedModel:
                 f"FLOPs and activations of model type {self.model.config.model_type} are not known: what it computes "
                 f"depends on its weights ({error})"
             ) from error
-        kept = {tensor.untyped_storage() for tensor in (*weights.values(), *module.buffers())}
+        own = (weight for name, weight in weights.items() if name not in made)
+        kept = {tensor.untyped_storage() for tensor in (*own, *module.buffers())}
         saved = counter.saved - kept
         shared = saved.intersection(shared)
         return Counted(

@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from hft.freezing import is_wide
 from hft.methods import Method
+from hft.parts import index_bytes
 from hft.planning.engine import Engine
 from hft.selection import Selection
 
@@ -30,15 +32,17 @@ WORKING = ("gathered", "activations", "transient")
 class Memory:
     """Bytes per device by what they are for."""
 
-    weights: float  # frozen parameters, and the frozen values of partly frozen ones, in the dtype they are held in
-    master_weights: float  # fp32, of what trains. Partly frozen parameters have them, gradients and moments whole
+    # frozen parameters, and whole those that train in part, in the dtype they are held in; and which elements train
+    weights: float
+    master_weights: float  # fp32, of what trains
     gradients: float  # fp32
     moments: float  # AdamW's two, fp32; none of SGD
     reference: float = 0.0  # of a reference model, a copy of the trained half, or of everything if the model is sharded
     method: float = 0.0  # what the method keeps beside them, such as the starting weights
     buckets: float = 0.0  # DDP's copy of all gradients, from which it sends them
     # what a sharded model holds whole at one time, about: two layers and what lies outside the layers in the dtype
-    # that it computes with, and the gradients of one layer, in that dtype and in fp32 to be reduced
+    # that it computes with, and the gradients of one layer, in that dtype and in fp32 to be reduced; of what trains in
+    # part also the gradient of one whole weight
     gathered: float = 0.0
     activations: float = 0.0  # what autograd holds between the forward and the backward pass of a micro-batch
     transient: float = 0.0  # the most that a micro-batch takes beside them at one time (`StepCosts.transient`)
@@ -83,7 +87,7 @@ def memory_of(
         costs: of a micro-batch, where they are known.
     """
     engine = engine or Engine()
-    held, moments, shards = selection.num_with_optimizer_state, engine.moments_bytes, engine.shards
+    held, moments, shards = selection.num_trained, engine.moments_bytes, engine.shards
     buckets = 4 * held if engine.processes > shards else 0
     working = {"activations": costs.saved, "transient": costs.transient} if costs else {}
     if method.adapter:  # the reference is the base itself, with the adapter switched off
@@ -92,12 +96,16 @@ def memory_of(
     at_once = method.schedule.peak_numel(selection) if method.schedule else held
     reference |= bool(method.strategy and method.strategy.extra_rows().reference)
     kept = sum(part.memory(selection) for part in (method.update, method.strategy) if part)
-    # Of partly frozen parameters, the frozen values are kept a second time.
-    frozen = (selection.anatomy.numel - selection.num_trained) * engine.frozen_bytes
-    if shards == 1 and selection.freezes_embeddings:  # those of the input hand their fp32 on to the layers
-        frozen += (4 - engine.frozen_bytes) * next(iter(selection.anatomy.embeddings.values()))
+    anatomy, masks = selection.anatomy, selection.frozen_masks
+    whole = {name: anatomy.numels[name] for name in (*selection.frozen_parameters, *masks)}
+    frozen = engine.frozen_bytes * sum(whole.values())
+    if shards == 1:  # embeddings of the input hand their fp32 on to the layers; ends and norms in part are held in it
+        wide = [name for name in masks if name not in anatomy.shapes or is_wide(name, len(anatomy.shapes[name]))]
+        first = next(iter(anatomy.embeddings))
+        frozen += (4 - engine.frozen_bytes) * sum(whole.get(name, 0) for name in {first, *wide})
+    index = sum(index_bytes(mask, anatomy.shapes.get(name, mask.shape)) for name, mask in masks.items())
     return Memory(
-        weights=frozen / shards,
+        weights=frozen / shards + index,
         master_weights=4 * held / shards,
         gradients=4 * at_once / shards,
         moments=moments * at_once / shards,
@@ -112,7 +120,8 @@ def memory_of(
 def planned_reference_bytes(selection: Selection, engine: Engine) -> float:
     """A reference model beside what it shares with the policy.
 
-    On one device it copies what trains: matrices in the checkpoint's dtype, and in fp32 what is not a linear layer.
+    On one device it copies what trains whole: matrices in the checkpoint's dtype, and in fp32 what is not a linear
+    layer. Of what trains in part it shares the base's values.
     """
     anatomy, frozen = selection.anatomy, engine.frozen_bytes
     if engine.shards > 1:
@@ -125,17 +134,20 @@ def planned_reference_bytes(selection: Selection, engine: Engine) -> float:
     def is_linear(name: str) -> bool:
         return blocks.get(name) in ("attention", "mlp") or (name in anatomy.embeddings and name != first)
 
-    return sum(numels[n] * (frozen if is_linear(n) else 4) for n in selection.trained_parameters)
+    copied = (name for name in selection.trained_parameters if name not in selection.frozen_masks)
+    return sum(numels[name] * (frozen if is_linear(name) else 4) for name in copied)
 
 
 def gathered_bytes(selection: Selection, itemsize: int) -> float:
     """Bytes that a sharded model holds whole at one time (`Memory.gathered`)."""
-    anatomy, trained = selection.anatomy, set(selection.trained_parameters)
-    layers: list[list[int]] = [[0, 0] for _ in range(anatomy.num_layers)]
+    anatomy, masks, frozen = selection.anatomy, selection.frozen_masks, set(selection.frozen_parameters)
+    layers: list[list[int]] = [[0, 0, 0] for _ in range(anatomy.num_layers)]
     for name, parts in anatomy.parts_by_parameter.items():
-        numel = math.prod(anatomy.shapes[name])
-        layers[parts[0][0].layer][0] += numel
-        layers[parts[0][0].layer][1] += numel * (name in trained)
+        numel, layer = anatomy.numels[name], layers[parts[0][0].layer]
+        trained = 0 if name in frozen else selection.num_trained_of(name)
+        layer[0] += numel + (trained if name in masks else 0)
+        layer[1] += trained
+        layer[2] = max(layer[2], numel if name in masks else 0)
     outside = sum((anatomy.embeddings | anatomy.others).values())
-    size, gradients = (max(column) for column in zip(*layers, strict=True))
-    return itemsize * (2 * size + outside) + (itemsize + 4) * gradients
+    size, gradients, whole = (max(column) for column in zip(*layers, strict=True))
+    return itemsize * (2 * size + outside + whole) + (itemsize + 4) * gradients

@@ -46,6 +46,8 @@ class Manifest:
         moved: parameters that training changed in memory, of those that the base alone holds on disk: an adapter's own
             and none of the base, or none of the frozen ones.
         only_trained: whether the folder holds only the tensors that train, wholly or in part (`save_only_trained`).
+        compact: whether the optimizer's state in a checkpoint is that of trained elements, which was once that of whole
+            tensors.
         tuned: of a Half-Reset, the model that was reset: its tensors are the trained ones, unchanged.
         schedule: how the trained units changed within the round, if they did: `config`, and once it has started
             `steps`, `fractions` and `history`. Units that trained at any step count as trained; those that never did
@@ -71,6 +73,7 @@ class Manifest:
     strategy: dict = field(default_factory=dict)
     moved: list[str] = field(default_factory=list)
     only_trained: bool = False
+    compact: bool = False
     tuned: str | None = None
     schedule: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
@@ -98,6 +101,7 @@ class Manifest:
             trainable_fraction={"layers": selection.fraction_of_layers, "model": selection.fraction_of_model},
             counts={block: list(count) for block, count in selection.counts().items()},
             masks={name: mask.digest() for name, mask in selection.frozen_masks.items()},
+            compact=bool(selection.frozen_masks),
             earlier=rounds_so_far(base),
             processes=world_size(),
             **record,
@@ -163,6 +167,12 @@ class Manifest:
             raise HFTError(
                 f"cannot resume from {checkpoint}: the same settings froze other units there, so the policy or the "
                 "model has changed; give another --output_dir, or --resume_from_checkpoint none"
+            )
+        if self.compact and not other.compact:
+            raise HFTError(
+                f"cannot resume from {checkpoint}: an earlier version of hft kept there the optimizer's state of whole "
+                "tensors, of which now only the trained elements have one; give another --output_dir, or "
+                "--resume_from_checkpoint none"
             )
         names = [n for n, digest in self.frozen_checksums.items() if other.frozen_checksums[n] != digest]
         if names or (not self.frozen_checksums and self.base != other.base):

@@ -164,6 +164,10 @@ def make_plan(config: Config) -> RunPlan:
     args, notes = training_arguments(config, machine)
     check_arguments(args, model_config)
     notes += check_positions(model_config, args, getattr(config.method.adapter, "num_virtual_tokens", None) or 0)
+    if not config.method.adapter:
+        from hft.training.engines import check_in_part
+
+        check_in_part(args, model_config, selection)
     if importlib.util.find_spec("hft.planning"):  # a fork may have removed it
         from hft.planning.fit import fit
 

@@ -54,7 +54,7 @@ class Mask:
         """Unpack it, on the device that it lies on."""
         shifts = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
         flat = (self.bits[:, None] >> shifts) & 1
-        return flat.reshape(-1)[: self.numel].view(self.shape).bool()
+        return flat.reshape(-1)[: self.numel].view(self.shape).view(torch.bool)
 
     def __invert__(self) -> Mask:
         count = None if self._count is None else self.numel - self._count

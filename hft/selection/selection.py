@@ -201,21 +201,17 @@ class Selection:
     @functools.cached_property
     def num_trained_in_layers(self) -> int:
         """Trained parameters in the layers."""
-        return sum(self._num_trained_of(name) for name in self.trained_parameters if name in self.anatomy.in_layers)
+        return sum(self.num_trained_of(name) for name in self.trained_parameters if name in self.anatomy.in_layers)
 
     @functools.cached_property
     def num_trained(self) -> int:
         """Trained parameters in the whole model."""
-        return sum(map(self._num_trained_of, self.trained_parameters))
+        return sum(map(self.num_trained_of, self.trained_parameters))
 
-    def _num_trained_of(self, name: str) -> int:
+    def num_trained_of(self, name: str) -> int:
+        """Trained elements of a parameter that trains, wholly or in part."""
         size, mask = self.anatomy.numels[name], self.frozen_masks.get(name)
         return size if mask is None else size - mask.count() * (size // mask.numel)
-
-    @property
-    def num_with_optimizer_state(self) -> int:
-        """Parameters with an fp32 master, a gradient and optimizer state: partly frozen ones have them whole."""
-        return sum(self.anatomy.numels[name] for name in self.trained_parameters)
 
     @property
     def fraction_of_layers(self) -> float:

@@ -1,4 +1,4 @@
-"""Keeps what is frozen while a run trains, and holds what the engine has made of a run against its plan."""
+"""Holds what the engine has made of a run against its plan."""
 
 from __future__ import annotations
 
@@ -8,28 +8,13 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hft.errors import HFTError
-from hft.freezing import PartFreezer, check_frozen
+from hft.freezing import check_frozen
 from hft.methods import steps_elsewhere
+from hft.parts import checkpoint_name
 from hft.selection import Selection
 
 if TYPE_CHECKING:
     from hft.training.base import ManifestMixin
-
-
-class KeepFrozen(TrainerCallback):
-    """Keeps frozen elements of partly frozen parameters in place, once the engine has prepared the model."""
-
-    def __init__(self, selection: Selection, dtypes: dict[str, torch.dtype]):
-        self.selection, self.dtypes = selection, dtypes
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.freezer = PartFreezer(model, self.selection.frozen_masks, self.dtypes)
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.freezer.restore()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.freezer.remove()
 
 
 class HoldToPlan(TrainerCallback):
@@ -49,7 +34,7 @@ class HoldToPlan(TrainerCallback):
         if self.selection is not None:
             check_frozen(model, self.selection)
         for name, parameter in model.named_parameters():
-            stored = self.dtypes.get(name, parameter.dtype)
+            stored = self.dtypes.get(checkpoint_name(name), parameter.dtype)
             planned = torch.promote_types(stored, torch.float32) if parameter.requires_grad else stored
             if torch.promote_types(parameter.dtype, planned) != parameter.dtype:
                 raise HFTError(

@@ -9,15 +9,20 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from hft.errors import HFTError
+from hft.errors import HFTError, shorten
 from hft.freezing import HALF_PRECISION, upcast
 from hft.machine import is_sharded, is_zero3
 from hft.record.manifest import Manifest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer, TrainingArguments
+    from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
     from hft.selection import Selection
+
+
+# Optimizers that look at single elements, or at blocks of them with one scale; bitsandbytes has the last four.
+ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+ELEMENTWISE += ("paged_adamw_32bit", "lion_32bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 
 
 class EngineQuirks:
@@ -95,6 +100,22 @@ def autocast_decoder(model: PreTrainedModel, args: TrainingArguments) -> None:
 
     model.base_model.register_forward_pre_hook(enter)
     model.base_model.register_forward_hook(leave, always_call=True)
+
+
+def check_in_part(args: TrainingArguments, model_config: PretrainedConfig, selection: Selection) -> None:
+    """Refuse what cannot hold parameters that train in part."""
+    if not (masks := selection.frozen_masks):
+        return
+    if getattr(args, "use_vllm", False):
+        raise HFTError("vLLM takes whole weights, and some train in part; leave out use_vllm, or select whole tensors")
+    if args.optim.value not in ELEMENTWISE:
+        raise HFTError(
+            f"{min(masks)} trains in part, and {args.optim.value} looks at whole matrices; set optim to one of "
+            f"{shorten(ELEMENTWISE, most=len(ELEMENTWISE))}, or select whole tensors"
+        )
+    tied = model_config.get_text_config().tie_word_embeddings and masks.keys() & selection.anatomy.embeddings
+    if tied and is_sharded(args):
+        raise HFTError("FSDP2 cannot shard tied embeddings that train in part; launch with --engine ddp")
 
 
 def check_zero3(args: TrainingArguments, selection: Selection, *, save_only_trained: bool) -> None:

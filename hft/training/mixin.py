@@ -13,25 +13,26 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Tr
 from trl import RewardTrainer
 
 from hft.errors import HFTError
-from hft.freezing import freeze, whole
+from hft.freezing import autocast_experts, freeze, whole
 from hft.machine import is_main, is_sharded
-from hft.methods import check_steps_here
 from hft.methods.callback import ScheduleCallback
 from hft.model.anatomy import anatomy_of
 from hft.model.load import load_base
 from hft.model.weights import MODEL_CONFIG, checksum
+from hft.parts import join, joined, split, stored
 from hft.record.checkpoints import is_checkpoint
 from hft.record.manifest import Manifest
 from hft.selection import Selection, SelectionConfig, select
 from hft.selection.masks import frozen_values, save_masks
 from hft.training.base import ManifestMixin
-from hft.training.callbacks import HoldToPlan, KeepFrozen
+from hft.training.callbacks import HoldToPlan
 from hft.training.checkpointing import CheckpointedLayers
 from hft.training.engines import (
     EngineQuirks,
     autocast_decoder,
     before_loading,
     check_engine,
+    check_in_part,
     check_zero3,
     upcast_for,
 )
@@ -89,8 +90,7 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
             selection = select(anatomy_of(model), selection or SelectionConfig())
         self.selection = selection
         check_zero3(args, selection, save_only_trained=save_only_trained)
-        if selection.frozen_masks:
-            check_steps_here(args, "the selection freezes parts of tensors and")
+        check_in_part(args, model.config, selection)
         freeze(model, selection)
         self._record(model, args, update, schedule)
         if save_only_trained and selection.frozen_parameters:
@@ -100,22 +100,26 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
             # transformers' own list; on a resume Trainer takes these, and only these, as rightly missing.
             model._keys_to_ignore_on_save |= state_keys(model, selection.frozen_parameters)
 
-        callbacks = update.callbacks(model, selection.anatomy) if update else []  # before the upcast: the base's values
         if schedule:  # now, since Trainer's constructor collects what a checkpoint keeps of callbacks
             kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self.schedule]
         autocast, sharded = args.bf16 or args.fp16, is_sharded(args)
         takes_reference = "ref_model" in inspect.signature(super().__init__).parameters
         takes_reference &= getattr(args, "kl_to_base", 1) > 0
         if takes_reference and not (sharded or kwargs.get("ref_model") or getattr(args, "precompute_ref_log_probs", 0)):
-            kwargs["ref_model"] = shared_reference(model, autocast=autocast)
+            kwargs["ref_model"] = shared_reference(model, selection.frozen_masks, autocast=autocast)
+        if autocast and not sharded:
+            autocast_experts(model)
+        split(model, selection.frozen_masks, whole_states=not sharded)
+        if selection.frozen_masks:  # DDP would send their masks before each forward pass
+            args.ddp_broadcast_buffers = False
+        callbacks = update.callbacks(model, selection.anatomy) if update else []  # before the upcast: the base's values
         upcast_for(model, args)
         super().__init__(model=model, args=args, **kwargs)
         if not takes_reference and not sharded and getattr(self, "ref_model", None) is not None:
             share_frozen(self.ref_model, self.model, self._stored_dtypes, autocast=autocast)
         autocast_decoder(self.model, args)
-        # KeepFrozen last: it puts back what any other callback has moved.
-        self.act_last = [*callbacks, KeepFrozen(selection, self._stored_dtypes)]
-        acts = bool(selection.frozen_masks or schedule or (update and update.acts_around_step))
+        self.act_last = callbacks
+        acts = bool(schedule or (update and update.acts_around_step))
         hold = HoldToPlan(self, None if schedule else selection, self._stored_dtypes, acts=acts)
         for callback in [hold, CheckpointedLayers(), *self.act_last]:
             self.add_callback(callback)
@@ -161,7 +165,7 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
             frozen = self.manifest.frozen_checksums.keys() - self.manifest.masks.keys()
             dtypes = {name: dtype for name, dtype in dtypes.items() if name in frozen}
         if self.args.should_save:
-            state = cast(state, self.model, dtypes)
+            state = cast(joined(self.model, state), self.model, dtypes)
         super()._save(str(folder), state)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -208,7 +212,7 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
 
         Every process takes part, since FSDP2 gathers each parameter from all of them.
         """
-        parameters, masks, checksums = dict(model.named_parameters()), self.selection.frozen_masks, {}
+        parameters, masks, checksums = stored(model), self.selection.frozen_masks, {}
         for name in names:
             value = whole(parameters[name].detach())
             if is_main():
@@ -225,6 +229,7 @@ def loaded(
         head = {"auto_class": AutoModelForSequenceClassification, "num_labels": 1} if rewards else {}
         model, stored = load_base(model, args, **head)
     else:
+        join(model)  # what an earlier run has split
         stored = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     if getattr(model.config, "quantization_config", None) is not None:
         raise HFTError("the model is quantized; half fine-tuning trains the weights themselves, give the original")

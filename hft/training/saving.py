@@ -9,6 +9,7 @@ import torch
 
 from hft.errors import HFTError
 from hft.model.weights import Weights, local_folder
+from hft.parts import checkpoint_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,14 +19,15 @@ def cast(
     state: dict[str, torch.Tensor], model: PreTrainedModel, dtypes: dict[str, torch.dtype]
 ) -> dict[str, torch.Tensor]:
     """A state dict whose parameters have the dtypes given by name; tied ones stay one tensor under several keys."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    keys = {key: names[id(p)] for key, p in model.named_parameters(remove_duplicate=False)}
+    names = {id(parameter): checkpoint_name(name) for name, parameter in model.named_parameters()}
+    keys = {checkpoint_name(key): names[id(p)] for key, p in model.named_parameters(remove_duplicate=False)}
     made: dict[str, torch.Tensor] = {}
     for key, tensor in state.items():
         name = keys.get(key, key)
-        if name in dtypes and tensor.dtype != dtypes[name] and name not in made:
-            made[name] = tensor.to(dtypes[name]).cpu()
-    return {key: made.get(keys.get(key, key), tensor) for key, tensor in state.items()}
+        if name not in made:
+            wanted = dtypes.get(name, tensor.dtype)
+            made[name] = tensor if tensor.dtype == wanted else tensor.to(wanted).cpu()
+    return {key: made[keys.get(key, key)] for key in state}
 
 
 def check_stored_as_computed(base: str, revision: str | None, names: Iterable[str]) -> None:

@@ -12,9 +12,10 @@ from transformers.modeling_utils import local_torch_dtype
 from trl.trainer.utils import add_fused_lm_head
 
 from hft.errors import HFTError
-from hft.freezing import freeze
+from hft.freezing import autocast_experts, freeze, is_wide
 from hft.model.anatomy import anatomy_of, architecture_of, layers_of, meta_model
 from hft.model.load import read_config
+from hft.parts import parts_of, split
 from hft.planning.costs import (
     BFLOAT16,
     FLOAT32,
@@ -93,8 +94,12 @@ def real_model(config, selection, precision, attention, checkpointed):
     if attention:
         model.set_attn_implementation(attention)
     freeze(model, selection)
-    embeddings = [p for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()]
-    for parameter in [*embeddings, *(p for p in model.parameters() if p.requires_grad)]:
+    if precision.autocast:
+        autocast_experts(model)
+    split(model, selection.frozen_masks)
+    wide = [p for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()]
+    wide += [part.original0 for name, part in parts_of(model).items() if is_wide(name, part.original0.ndim)]
+    for parameter in [*wide, *(p for p in model.parameters() if p.requires_grad)]:
         parameter.data = parameter.data.to(precision.trained)
     if checkpointed:
         model.activation_checkpointing_enable({"use_reentrant": False})

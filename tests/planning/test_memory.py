@@ -4,14 +4,16 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 import hft
 from hft.continual.strategies.self_replay import reference_of
+from hft.parts import parts_of
 from hft.planning.costs import FLOAT32, MIXED
 from hft.planning.forecast import forecast
 from hft.runs.train import make_trainer
 from hft.training.reference import reference_bytes
+from tests.model.test_architectures import small
 
 
 class Gradients(TrainerCallback):
@@ -66,6 +68,37 @@ def test_the_state_of_a_run_takes_what_its_plan_says(objective, keys, tiny, data
     assert all(tensor.dtype == torch.float32 for tensor in moments)
     assert memory.reference == (reference_bytes(trainer) if objective == "dpo" else 0)
     assert memory.state == sum(weights.values()) + gradients.bytes + memory.moments + memory.reference
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "objective", "most"),
+    [
+        ("llama", "random-element", "dpo", 0.51),
+        ("phi3", "hft", "sft", 0.51),
+        ("mixtral", "hft", "sft", 0.56),
+        ("qwen3_moe", "hft", "dpo", 0.56),
+        ("gpt_oss", "hft", "sft", 0.56),
+    ],
+)
+def test_tensors_that_train_in_part_take_what_their_plan_says(
+    family, method, objective, most, tiny, data, pairs, tmp_path
+):
+    base = tmp_path / "base"
+    small(family).to(torch.bfloat16).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(base)
+    keys = {"bf16": True, "model_name_or_path": str(base), "max_length": 64, "per_device_train_batch_size": 2}
+    plan = plan_of(objective, tmp_path / "out", tiny, pairs if objective == "dpo" else data, method, **keys)
+    trainer, gradients = make_trainer(plan), Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    memory, weights, selection = forecast(plan.config).memory, weights_of(trainer.model), plan.selection
+    index = sum(buffer.nbytes for part in parts_of(trainer.model).values() for buffer in part.buffers())
+    assert index > 0
+    assert weights[False] + index == memory.weights
+    assert weights[True] == gradients.bytes == memory.master_weights == memory.gradients == 4 * selection.num_trained
+    assert sum(moment.nbytes for moment in moments_of(trainer)) == memory.moments
+    assert memory.reference == (reference_bytes(trainer) if objective == "dpo" else 0)
+    assert selection.num_trained_in_layers / selection.anatomy.numel_in_layers < most
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora", "osf", "p-tuning-v2"])

@@ -32,6 +32,9 @@ RUNS = {
 }
 
 
+RESUMED = ("lisa", "only-trained", "random-element", "experts")
+
+
 def flags(processes: int) -> list[str]:
     settings = SETTINGS | {"per_device_train_batch_size": 8 // processes}
     return [word for key, value in settings.items() for word in (f"--{key}", str(value).lower())]
@@ -82,8 +85,8 @@ def launch(folder: Path, tiny: Path, data: Path, pairs: Path, rows: list[dict]) 
             main(command(objective, folder / "one" / objective, *flags(1), model=tiny, data=datasets[objective])) == 0
         )
 
-    def listed(processes: int) -> list[dict]:
-        runs = []
+    def listed(processes: int) -> dict[str, dict]:
+        runs = {}
         for name, (objective, method, more) in RUNS.items():
             out = folder / ("two" if processes == 2 else "one") / name
             values = {"model_name_or_path": str(base if name == "experts" else tiny), "output_dir": str(out)}
@@ -91,17 +94,12 @@ def launch(folder: Path, tiny: Path, data: Path, pairs: Path, rows: list[dict]) 
             values["per_device_train_batch_size"] = 8 // processes
             values |= {"strategy_data": str(memory)} if "strategy_data" in more else {}
             files = [f"recipes/tiny/{objective}.yaml", f"recipes/methods/{method}.yaml"]
-            runs.append({"objective": objective, "files": files, "flags": values})
-            if processes == 2 and name in ("lisa", "only-trained"):  # cut after two steps and resumed
-                resumed = folder / "two" / f"{name}-resumed"
-                runs.append({"copy": [str(out / "checkpoint-2"), str(resumed)]})
-                runs.append({"objective": objective, "files": files, "flags": values | {"output_dir": str(resumed)}})
+            runs[name] = {"objective": objective, "files": files, "flags": values}
         return runs
 
-    for run in listed(1):
+    for run in listed(1).values():
         assert hft.train(hft.make_plan(hft.load_config(run["objective"], *run["files"], **run["flags"]))).ok
-    half, resumed = folder / "two" / "sft" / "checkpoint-2", folder / "two" / "sft-resumed"
-    values = SETTINGS | {"model_name_or_path": str(tiny), "dataset_name": str(data), "output_dir": str(resumed)}
+    values = SETTINGS | {"model_name_or_path": str(tiny), "dataset_name": str(data)}
     values["per_device_train_batch_size"] = 4
     files = ["recipes/tiny/sft.yaml", "recipes/methods/hft.yaml"]
     refused = {"output_dir": str(folder / "two" / "refused")}
@@ -110,13 +108,24 @@ def launch(folder: Path, tiny: Path, data: Path, pairs: Path, rows: list[dict]) 
         {"objective": "sft", "files": files, "flags": split, "refused": "would change which rows a step takes"},
         {"objective": "sft", "files": files, "flags": values | refused, "refused": "should be held in torch.float32"},
     ]
-    runs += [*listed(2), {"copy": [str(half), str(resumed)]}, {"objective": "sft", "files": files, "flags": values}]
+    two = listed(2)
+    resumed = {"sft": {"objective": "sft", "files": files, "flags": values}} | {name: two[name] for name in RESUMED}
+    runs += two.values()
+    for name, run in resumed.items():
+        out = str(folder / "two" / f"{name}-resumed")
+        runs.append({"copy": [str(folder / "two" / name / "checkpoint-2"), out]})
+        runs.append(run | {"flags": run["flags"] | {"output_dir": out}})
     (folder / "runs.json").write_text(json.dumps(runs))
     torchrun(2, SCRIPT, "--runs", folder / "runs.json")
-    again = folder / "four" / "sft"
-    again.mkdir(parents=True)
-    (again / "checkpoint-2").symlink_to(half)
-    torchrun(4, SCRIPT, *command("sft", again, *flags(4), model=tiny, data=data))
+    runs = []
+    for name in ("sft", "experts"):
+        out = folder / "four" / name
+        out.mkdir(parents=True)
+        (out / "checkpoint-2").symlink_to(folder / "two" / name / "checkpoint-2")
+        again = {"output_dir": str(out), "per_device_train_batch_size": 2}
+        runs.append(resumed[name] | {"flags": resumed[name]["flags"] | again})
+    (folder / "runs.json").write_text(json.dumps(runs))
+    torchrun(4, SCRIPT, "--runs", folder / "runs.json")
 
 
 def moved(folder: Path, other: Path, base: Path) -> float:
@@ -183,17 +192,19 @@ def test_dpo_starts_at_the_reference_in_fp32(folder):
     assert first["logps/chosen"] == pytest.approx(theirs["logps/chosen"], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["sft", "lisa", "only-trained"])
+@pytest.mark.parametrize("name", ["sft", *RESUMED])
 def test_a_resumed_run_ends_at_the_same_bits(folder, name):
     straight, resumed = (tensors(folder / "two" / out / "checkpoint-4") for out in (name, f"{name}-resumed"))
     assert all(identical(straight[key], resumed[key]) for key in straight)
 
 
 def test_another_number_of_processes_takes_a_run_over(folder, tiny, data, tmp_path, capsys):
-    two, four = folder / "two" / "sft", folder / "four" / "sft"
-    assert losses(four / "checkpoint-4") == pytest.approx(losses(two / "checkpoint-4"), rel=1e-3)
-    assert moved(two, four, tiny) < 0.1
-    assert main(["verify", str(four)]) == 0
+    for name in ("sft", "experts"):
+        two, four = folder / "two" / name, folder / "four" / name
+        assert losses(four / "checkpoint-4") == pytest.approx(losses(two / "checkpoint-4"), rel=1e-3)
+        assert moved(two, four, tiny if name == "sft" else two / "checkpoint-2") < 0.1
+        assert main(["verify", str(four)]) == 0
+    two = folder / "two" / "sft"
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "checkpoint-2").symlink_to(two / "checkpoint-2")
     capsys.readouterr()

@@ -42,7 +42,7 @@ class AGEM(GEM):
         return [-product / square if product < 0 else 0.0]
 
     def memory(self, selection: Selection) -> int:
-        return 4 * selection.num_with_optimizer_state if self.strategy_data else 0  # fp32: m
+        return 4 * selection.num_trained if self.strategy_data else 0  # fp32: m
 
     def extra_rows(self) -> ExtraRows:
         return ExtraRows(min(self.memory_batch, super().extra_rows().per_step))

@@ -77,7 +77,7 @@ class GEM(Strategy):
         if not self.strategy_data:
             return 0
         tasks = len({row["task"] for row in read_jsonl(self.strategy_data)})
-        return 4 * tasks * selection.num_with_optimizer_state  # fp32: every m_k; g is the gradient that the run has
+        return 4 * tasks * selection.num_trained  # fp32: every m_k; g is the gradient that the run has
 
     def extra_rows(self) -> ExtraRows:
         return ExtraRows(len(read_jsonl(self.strategy_data)) if self.strategy_data else 0)

@@ -30,6 +30,7 @@ from hft.freezing import upcast
 from hft.machine import is_main
 from hft.methods.strategy import ExtraRows, Strategy
 from hft.model.load import load_base, plain_generation
+from hft.parts import stored
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -72,7 +73,7 @@ def reference_of(trainer: Trainer) -> PreTrainedModel:
     """The model as it is before the round, which shares its frozen tensors with the one that trains."""
     args = trainer.args
     reference, _ = load_base(trainer.manifest.base, args)
-    frozen = {name: p for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    frozen = {name: p for name, p in stored(trainer.model).items() if not p.requires_grad}
     upcast(reference.requires_grad_(False), autocast=args.bf16)
     for name, parameter in reference.named_parameters():
         if name in frozen:
