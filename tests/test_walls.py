@@ -14,7 +14,7 @@ FLOORS = [
     {"catalog", "model", "demo"},
     {"config"},
     {"selection"},
-    {"freezing", "methods"},
+    {"freezing", "methods", "parts"},
     {"record"},
     {"data", "loop", "objectives", "training"},
     {"runs"},

@@ -6,9 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from hft.freezing import is_wide
 from hft.methods import Method
-from hft.parts import index_bytes
 from hft.planning.engine import Engine
 from hft.selection import Selection
 
@@ -86,6 +84,9 @@ def memory_of(
         reference: whether there is a reference model.
         costs: of a micro-batch, where they are known.
     """
+    from hft.freezing import is_wide
+    from hft.parts import index_bytes
+
     engine = engine or Engine()
     held, moments, shards = selection.num_trained, engine.moments_bytes, engine.shards
     buckets = 4 * held if engine.processes > shards else 0
