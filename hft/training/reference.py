@@ -28,7 +28,7 @@ def check_reference(args: TrainingArguments) -> None:
         raise HFTError("sync_ref_model would move the frozen half, which policy and reference share; leave it out")
 
 
-def shared_reference(policy: PreTrainedModel, in_part: Collection[str], *, autocast: bool) -> PreTrainedModel:
+def shared_reference(policy: PreTrainedModel, in_part: Collection[str] = (), *, autocast: bool) -> PreTrainedModel:
     """A copy of a policy that shares its frozen parameters; for Llama-2-7B under HFT 7.3 GB instead of 13.5 GB.
 
     It also shares the base's values of what trains in part. The policy is frozen, and still whole and in the
