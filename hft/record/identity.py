@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,6 @@ PARTS = {
 }
 # Keys of a config that say who wrote it.
 WRITTEN_BY = ("_name_or_path", "transformers_version")
-
-
-def depends_on(model: str | Path, rows: Mapping[str, Iterable[Any]], /, **more: Any) -> dict[str, Any]:
-    """What a number that a model gets on some rows depends on: where two are equal, so is the number.
-
-    `rows` are what is read, by name; `more` settings, versions, other digests, such as `digests_of` an adapter's base.
-    None counts as absent.
-    """
-    read = {name: digest(list(some)) for name, some in rows.items()}
-    given = {key: value for key, value in more.items() if value is not None}
-    return {"model": digests_of(model), "rows": read} | given
 
 
 def digests_of(folder: str | Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from hft.record.identity import depends_on, differences
+from hft.record.identity import digests_of
 
 
 @pytest.mark.parametrize(
@@ -20,20 +20,17 @@ from hft.record.identity import depends_on, differences
 )
 def test_a_number_depends_on_every_part_of_a_model(tiny, tmp_path, name, part):
     model = shutil.copytree(tiny, tmp_path / "model")
-    before = depends_on(model, {"task": [{"prompt": "a"}]}, limit=3)
-    assert before == depends_on(tiny, {"task": [{"prompt": "a"}]}, limit=3, seed=None)  # wherever it lies
+    before = digests_of(model)
+    assert before == digests_of(tiny)  # wherever it lies
     content = (model / name).read_bytes()
     (model / name).write_bytes(
         json.dumps(json.loads(content) | {"x": 1}).encode() if "config" in name else content + b" "
     )
-    assert differences(before, depends_on(model, {"task": [{"prompt": "a"}]}, limit=3))[0].startswith(f"{part} ")
+    assert [key for key, value in digests_of(model).items() if value != before[key]] == [part]
 
 
-def test_a_number_depends_on_rows_and_settings_and_not_on_who_wrote_a_config(tiny, tmp_path):
+def test_a_number_does_not_depend_on_who_wrote_a_config(tiny, tmp_path):
     model = shutil.copytree(tiny, tmp_path / "model")
-    before = depends_on(model, {"task": [{"prompt": "a"}]}, limit=3)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"transformers_version": "0", "_name_or_path": "x"}))
-    assert before == depends_on(model, {"task": [{"prompt": "a"}]}, limit=3)
-    assert before != depends_on(model, {"task": [{"prompt": "b"}]}, limit=3)
-    assert before != depends_on(model, {"task": [{"prompt": "a"}]}, limit=4)
+    assert digests_of(model) == digests_of(tiny)
