@@ -26,11 +26,11 @@ def train_sft(out: Path, values: Mapping[str, Any], *inputs: Path) -> None:
     """Train or resume a run of `hft sft`, or verify a finished one; refuse one that began from other files."""
     name = "-".join(out.resolve().parts[-3:])  # of the stages' folder, the stage and the run
     plan = make_plan(load_config("sft", **values, output_dir=str(out), run_name=name))
-    begun = out / "stage.json"
-    if begun.exists() and not is_current(begun, {}, *inputs):
+    started = out / "stage.json"
+    if started.exists() and not is_current(started, {}, *inputs):
         raise HFTError(f"{out} was trained from other rows or another model than are there now; remove it")
     if is_main():
-        write_record(begun, {}, *inputs)
+        write_record(started, {}, *inputs)
     say(f"hft sft --config {out / CONFIG_NAME}", "", *([] if plan.start.is_finished else [plan.report()]))
     if not train(plan).ok:
         raise HFTError(f"verify failed for {out}: see above")
