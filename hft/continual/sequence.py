@@ -20,7 +20,7 @@ from hft.record.identity import differences
 from hft.record.manifest import write_text
 from hft.runs.config import comparable, read_saved_config
 from hft.runs.plan import load_tokenizer, make_plan
-from hft.runs.train import train
+from hft.runs.train import cannot_write_to, train
 
 SEQUENCE_NAME = "sequence.yaml"  # in the sequence's folder: all its keys, written once its data are complete
 
@@ -68,7 +68,10 @@ def prepare(plan: SequencePlan, data: SequenceData) -> None:
                 "--output_dir"
             )
         return
-    plan.out.mkdir(parents=True, exist_ok=True)
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write_to(plan.out, error) from error
     write_text(plan.out / RECIPE_NAME, to_yaml(plan.common))
     data.shorten(load_tokenizer(plan.config(data.rounds(plan)[0][0])), plan)
     data.write(plan)

@@ -39,10 +39,14 @@ def run_stages(plan: CPIPlan, stages: Sequence[str]) -> None:
     from hft.cpi.scores import score_models
     from hft.cpi.tasks import write_task_rows
     from hft.cpi.train import train_from_fused
+    from hft.runs.train import cannot_write_to
 
     join_processes(plan.values)
     if is_main():  # with the folder of stage 1, so that a stage can be repeated from it
-        plan.out.mkdir(parents=True, exist_ok=True)
+        try:
+            plan.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write_to(plan.out, error) from error
         values = plan.values | {"probe_dir": str(plan.probes)}
         write_text(plan.out / CONFIG_NAME, to_yaml({key: value for key, value in values.items() if key != "dry_run"}))
     write_task_rows(plan)

@@ -74,6 +74,7 @@ def find_start(config: Config, identity: dict[str, Any], args: TrainingArguments
         notes.append(f"NOTE: {', '.join(path.name for path in later)} in {out} will be removed")
     if not start:
         return Start(notes=tuple(notes))
+    check_same_run(identity, Manifest.load(start).identity, start)
     optims = {str(one.get("optim") or config.objective.config.optim) for one in (values, before)}
     restored = [change for change in changes if change.startswith(RESTORED) or "reduce_lr_on_plateau" in change]
     if restored := [change for change in restored if not (change.startswith("optim ") and optims <= ADAMW)]:
@@ -84,7 +85,6 @@ def find_start(config: Config, identity: dict[str, Any], args: TrainingArguments
         )
     if changes:
         notes.append(f"NOTE: resuming with other settings than before: {'; '.join(changes)}")
-    check_same_run(identity, Manifest.load(start).identity, start)
     check_complete(Path(start), args)
     return Start(start, notes=(*notes, f"resuming from {start}"))
 

@@ -27,7 +27,9 @@ class HoldToPlan(TrainerCallback):
     def __init__(
         self, trainer: ManifestMixin, selection: Selection | None, dtypes: dict[str, torch.dtype], *, acts: bool
     ):
-        self.trainer, self.selection, self.dtypes, self.acts = trainer, selection, dtypes, acts
+        self.selection, self.dtypes, self.acts = selection, dtypes, acts
+        self.flat = trainer.is_deepspeed_enabled  # which holds all parameters flat
+        self.own_loader = type(trainer).get_train_dataloader is not Trainer.get_train_dataloader  # such as GRPO's
         self.rows = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
@@ -41,10 +43,9 @@ class HoldToPlan(TrainerCallback):
                     f"{name} should be held in {planned} and the engine has made it {parameter.dtype}; launch with "
                     "hft's own configs, and with an accelerate that hft allows"
                 )
-        if not self.trainer.is_deepspeed_enabled:  # which holds all of them flat
+        if not self.flat:
             self.check_optimizer(args, model, getattr(optimizer, "optimizer", optimizer))
-        own_loader = type(self.trainer).get_train_dataloader is not Trainer.get_train_dataloader  # such as GRPO's
-        rows = None if own_loader else train_dataloader.total_batch_size * args.gradient_accumulation_steps
+        rows = None if self.own_loader else train_dataloader.total_batch_size * args.gradient_accumulation_steps
         if rows not in (None, self.rows):
             raise HFTError(f"a step would take {rows} rows, planned are {self.rows}; did something change the batch?")
 

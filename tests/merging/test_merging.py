@@ -527,7 +527,7 @@ def test_make_names_the_models_of_a_reset_and_of_merges():
     lines = [
         line.split("hft ", 1)[1].split() for line in text.splitlines() if "hft reset" in line or "hft merge" in line
     ]
-    both = ["--models", "runs/llama2-7b-sft-fft", "runs/llama2-7b-dpo-fft-from-llama2-7b-sft-fft"]
+    both = ["--models", "runs/llama2-7b-sft-fft", "runs/llama2-7b-dpo-fft"]
     reset, ties, average = lines
     assert reset == ["reset", "--config", "recipes/llama2-7b/reset.yaml", "--out", "runs/llama2-7b-reset"]
     assert ties[:6] == ["merge", "--config", "recipes/merges/ties-sd.yaml", *both]

@@ -120,7 +120,7 @@ def test_dpo_checkpoints_the_same_layers_in_every_step(tmp_path, tiny, pairs, ho
     ("flags", "message"),
     [
         (["--activation_checkpointing_layers", "5"], "must lie in 0..4, the model's layers, got 5"),
-        (["--activation_checkpointing_layers", "many"], "expected 'auto', got 'many'"),
+        (["--activation_checkpointing_layers", "many"], "expected an integer or 'auto', got 'many'"),
         (
             ["--activation_checkpointing_layers", "auto", "--schedule", "badam", "--policy", "all"],
             "give a number of layers",
