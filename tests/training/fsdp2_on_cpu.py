@@ -1,9 +1,9 @@
-"""accelerate's FSDP2 on CPU processes: torchrun fsdp2_on_cpu.py WORDS OF hft | torchrun fsdp2_on_cpu.py --runs FILE.
+"""accelerate's FSDP2 on CPU processes: torchrun fsdp2_on_cpu.py [--ddp] WORDS OF hft, or --runs FILE.
 
 accelerate shards on a CPU as on a GPU and only declines to choose FSDP2 there, so this chooses it. Everything else is
-what `accelerate launch` with hft/accelerate/fsdp2.yaml sets up. With `--runs` the file's runs follow each other in
-one process: a JSON list of {"objective", "files", "flags"}, and of {"copy": [checkpoint, into]}. With "refused", a run
-is to end with an error that says this, under an engine that leaves all weights in bf16.
+what `accelerate launch` with hft/accelerate/fsdp2.yaml sets up; `--ddp` leaves it at DDP. With `--runs` the file's runs
+follow each other in one process: a JSON list of {"objective", "files", "flags"}, and of {"copy": [checkpoint, into]}.
+With "refused", a run is to end with an error that says this, under an engine that leaves all weights in bf16.
 """
 
 import json
@@ -93,6 +93,9 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    words = sys.argv[1:]
+    if words[0] == "--ddp":
+        sys.exit(main(words[1:]))
     set_environment()
     choose_fsdp()
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(words))
