@@ -10,7 +10,7 @@ import torch
 
 from hft.cli import main
 from hft.record.manifest import Manifest
-from tests.conftest import ROOT, command, identical, losses, tensors, torchrun, write_jsonl
+from tests.conftest import ROOT, command, identical, losses, tensors, torchrun
 
 
 @pytest.mark.parametrize(("stage", "method"), [("sft", "random-element")])
@@ -38,28 +38,19 @@ def test_two_processes_agree_with_one_at_the_same_global_batch(tmp_path, tiny, d
         assert name not in one.frozen_checksums or name in one.masks or identical(ours[name], tensor)
 
 
-def test_ddp_refuses_other_rows_and_dtypes_than_planned_and_projects_before_it_ranks(tmp_path, tiny, data):
-    rows = [json.loads(line)["messages"] for line in (data / "train.jsonl").read_text().splitlines()[:5]]
-    memory = [{"prompt": user["content"], "completion": answer["content"][::-1], "task": "0"} for user, answer in rows]
-    files = [["recipes/tiny/sft.yaml", f"recipes/methods/{method}.yaml"] for method in ("hft", "gmt")]
-    values = {"model_name_or_path": str(tiny), "dataset_name": str(data), "output_dir": str(tmp_path / "refused")}
+def test_ddp_refuses_other_rows_and_dtypes_than_planned(tmp_path, tiny, data):
+    files = ["recipes/tiny/sft.yaml", "recipes/methods/hft.yaml"]
+    values = {"model_name_or_path": str(tiny), "dataset_name": str(data), "output_dir": str(tmp_path / "out")}
     values |= {"max_steps": 2, "per_device_train_batch_size": 4, "global_batch_size": 8, "report_to": "none"}
-    values |= {"bf16": True, "eval_strategy": "no", "eval_on_start": False, "save_strategy": "no"}
+    values |= {"bf16": True, "eval_strategy": "no", "eval_on_start": False}
     split = values | {"accelerator_config": {"split_batches": True}}
-    gem = values | {"output_dir": str(tmp_path / "gem"), "save_strategy": "steps", "save_steps": 2}
-    gem |= {"strategy": "gem", "strategy_data": str(write_jsonl(tmp_path / "memory.jsonl", memory))}
     runs = [
-        {"objective": "sft", "files": files[0], "flags": split, "refused": "would change which rows a step takes"},
-        {"objective": "sft", "files": files[0], "flags": values, "refused": "should be held in torch.float32"},
-        {"objective": "sft", "files": files[1], "flags": gem},
+        {"objective": "sft", "files": files, "flags": split, "refused": "would change which rows a step takes"},
+        {"objective": "sft", "files": files, "flags": values, "refused": "should be held in torch.float32"},
     ]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     torchrun(2, ROOT / "tests/training/fsdp2_on_cpu.py", "--ddp", "--runs", tmp_path / "runs.json")
-    assert not list((tmp_path / "refused").rglob("*.safetensors"))
-    # AdamW's moments see the projected gradient's largest fifth in each of two steps, never all of it.
-    state = torch.load(tmp_path / "gem" / "checkpoint-2" / "optimizer.pt")["state"].values()
-    moments = [one["exp_avg"] for one in state if one["exp_avg"].ndim > 1]
-    assert sum(m.count_nonzero() for m in moments) <= 0.41 * sum(m.numel() for m in moments)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 ONLY_ONE_FAILS = """
