@@ -144,8 +144,9 @@ def _answers(task: str, rows: list[dict[str, Any]]) -> Spec:
 
 def suites_of(words: Sequence[str], suite: str | None = None) -> dict[str, list[str]]:
     """The suite of each of `--tasks`, where none is given the one that has it; else `LM_EVAL`, lm-eval's own tasks."""
+    words = [name for word in words for name in word.split(",") if name]  # lm-eval's command takes commas
     if suite or not words:
-        return {suite or "quick": list(words)}
+        return {suite or "quick": words}
     found: dict[str, list[str]] = {}
     for word in words:
         owners = [name for name, benchmarks in SUITES.items() if word in {each.name for each in benchmarks}]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hft.cli import main
 from hft.evaluation import evaluate as module
-from hft.evaluation.evaluate import Settings, evaluate
+from hft.evaluation.evaluate import Settings, evaluate, suites_of
 from hft.evaluation.rows import answer_rows, general_texts, held_out_rows, replay_texts
 from hft.evaluation.subject import folder_of, subject_of
 from hft.evaluation.suites import SUITES
@@ -538,3 +538,10 @@ def test_a_base_and_its_run_answer_side_by_side(run, tiny, capsys, monkeypatch):
     assert [row["base_answer"] for row in read_jsonl(run / "scores/answers.jsonl")] == [None, None]
     assert main(["generate", str(tiny)]) == 2
     assert "say what to ask with --prompt" in error_of(capsys)
+
+
+def test_tasks_are_separated_by_blanks_or_commas_and_find_their_suites():
+    found = suites_of(["facts,drift", "arc_easy,", "winogrande:acc"])
+    assert found == {"quick": ["facts", "drift"], module.LM_EVAL: ["arc_easy", "winogrande:acc"]}
+    assert suites_of(["facts", "drift,kl"], "quick") == {"quick": ["facts", "drift", "kl"]}
+    assert suites_of([]) == {"quick": []}
