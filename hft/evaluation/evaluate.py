@@ -85,8 +85,7 @@ def evaluate(
         benchmarks: others than those of `SUITES`.
         engines: open models by folder (`engine_of`), which are scored with the weights they have now and stay open.
     """
-    if find_spec("lm_eval") is None:
-        raise HFTError("evaluation needs lm-evaluation-harness: pip install 'half-fine-tuning[eval]'")
+    check_installed()
     settings = settings or Settings()
     subject = subject_of(model, settings.base)
     settings = resolved(suite, subject, settings)
@@ -153,7 +152,16 @@ def suites_of(words: Sequence[str], suite: str | None = None) -> dict[str, list[
         if len(owners) > 1:
             raise HFTError(f"{word} is in the suites {' and '.join(owners)}; choose one with --suite")
         found.setdefault(owners[0] if owners else LM_EVAL, []).append(word)
+    if LM_EVAL in found:
+        check_installed()
+        for word in found[LM_EVAL]:
+            find_task(word)  # a mistake is known before the other suites are scored
     return found
+
+
+def check_installed() -> None:
+    if find_spec("lm_eval") is None:
+        raise HFTError("evaluation needs lm-evaluation-harness: pip install 'half-fine-tuning[eval]'")
 
 
 def _chosen(suite: str, settings: Settings) -> list[Benchmark]:

@@ -1,6 +1,7 @@
 """Tasks of lm-eval that are in no suite of ours: by name or by the path of a YAML file."""
 
 import difflib
+import functools
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +35,7 @@ def find_task(word: str) -> Benchmark:
     return Benchmark(word, path, metrics, tuple(dict.fromkeys(str(file.parent) for file in files[path])))
 
 
+@functools.cache
 def _files() -> dict[str, list[Path]]:
     """The files of lm-eval that define each task, group or tag."""
     found: dict[str, list[Path]] = {}

@@ -19,6 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hft.cli import main
+from hft.errors import HFTError
 from hft.evaluation import evaluate as module
 from hft.evaluation.evaluate import Settings, evaluate, suites_of
 from hft.evaluation.rows import answer_rows, general_texts, held_out_rows, replay_texts
@@ -545,3 +546,5 @@ def test_tasks_are_separated_by_blanks_or_commas_and_find_their_suites():
     assert found == {"quick": ["facts", "drift"], module.LM_EVAL: ["arc_easy", "winogrande:acc"]}
     assert suites_of(["facts", "drift,kl"], "quick") == {"quick": ["facts", "drift", "kl"]}
     assert suites_of([]) == {"quick": []}
+    with pytest.raises(HFTError, match="lm-eval has no task 'arc_eazy', did you mean arc_easy"):
+        suites_of(["facts", "arc_eazy"])  # before facts are scored

@@ -164,7 +164,7 @@ def test_every_frozen_bit_stays_under_fsdp2(folder, name):
     assert json.loads((out / "results.json").read_text())["verify"]["not_finite"] == 0
 
 
-def test_only_the_largest_projected_gradients_reach_the_moments_under_fsdp2(folder):
+def test_a_fifth_of_each_gradient_reaches_the_moments_under_fsdp2(folder):
     state = torch.load(folder / "two" / "gem" / "checkpoint-2" / "optimizer.bin")["state"].values()
     fractions = [moments["exp_avg"].count_nonzero() / moments["exp_avg"].numel() for moments in state]
     assert 0.1 < max(fractions) <= 0.41  # a fifth in each of two steps
