@@ -85,7 +85,7 @@ def distance(model: nn.Module, start: nn.Module) -> dict[str, float]:
 
 def recovered(model: nn.Module, examples: list[Row], rows: Rows, steps: int, learning_rate: float) -> Rows:
     """What a copy of a model answers after a few full-batch steps on ten examples of the old task."""
-    model = copy.deepcopy(model).train()
+    model = copy.deepcopy(model).train().requires_grad_(True)  # a merged adapter's base is frozen
     width = max(len(row.ids) for row in examples)
     ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in examples])
     labels = torch.full_like(ids, -100)
