@@ -58,7 +58,7 @@ def test_at_equal_learning_curves_are_compared_where_both_have_learned_as_much()
 
 def test_whole_seeds_come_first_and_every_arm_is_one_of_hfts_methods():
     todo = list(dict.fromkeys(run.cells(MINI, quick=False)))
-    arms = 16 * 6
+    arms = 16 * 5
     assert {cell.seed for cell in todo[:arms]} == {0}
     assert len({cell.name for cell in todo}) == len(todo) == 5 * arms + 2 * MINI["halves"]["count"] - 2
     assert {cell.arm for cell in run.cells(MINI, quick=True)} == {"fft", "hft", "bottom"}
