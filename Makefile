@@ -211,10 +211,12 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadscope $(ARGS)
 
 # The lowest and the newest versions that pyproject.toml allows, each in a separate environment.
+test-lowest: RESOLUTION = lowest-direct
+test-newest: RESOLUTION = highest
 test-lowest test-newest: test-%:
 	$(PYTHON) -m venv $(VENV)/$*
-	$(VENV)/$*/bin/python .ci/versions.py $* > $(VENV)/$*/versions.txt
-	$(VENV)/$*/bin/pip install --quiet --disable-pip-version-check --constraint $(VENV)/$*/versions.txt --editable '.[dev]'
+	$(VENV)/$*/bin/pip install --quiet --disable-pip-version-check uv
+	$(VENV)/$*/bin/uv pip install --quiet --python $(VENV)/$*/bin/python --resolution $(RESOLUTION) --editable '.[dev]'
 	OMP_NUM_THREADS=1 $(VENV)/$*/bin/pytest -m "not slow and not gpu" -n 2 --dist loadscope $(ARGS)
 
 test-slow: $(INSTALLED)
