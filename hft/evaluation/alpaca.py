@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from hft.errors import HFTError, reason
-from hft.evaluation.evaluate import Settings, resolved, unscored
+from hft.evaluation.evaluate import resolved, unscored
 from hft.evaluation.generate import answers_to
 from hft.evaluation.local import read_rows
 from hft.evaluation.subject import load_tokenizer, subject_of
+from hft.evaluation.suites import Settings
 from hft.machine import is_main, say
 from hft.record.identity import digest
 from hft.record.manifest import write_text
@@ -36,10 +37,10 @@ def score_alpaca(model: str, settings: Settings, out: Path) -> Scores:
     outputs, leaderboard = folder / "model_outputs.json", folder / JUDGE / "leaderboard.csv"
     if not outputs.exists():
         say(f"{model}: answers to {len(prompts):,} prompts")
-        longest = settings.max_gen_toks or LONGEST
         template = load_tokenizer(subject.tokenizer) if settings.chat else None
         chats = [[{"role": "user", "content": prompt["instruction"]}] for prompt in prompts]
-        answers = answers_to(chats, subject, template, longest, settings.batch_size, settings.dtype)
+        longest = settings.max_gen_toks or LONGEST
+        answers = answers_to(chats, subject, template, replace(settings, max_gen_toks=longest))
         rows = [
             prompt | {"output": answer, "generator": generator} for prompt, answer in zip(prompts, answers, strict=True)
         ]

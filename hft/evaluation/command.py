@@ -10,9 +10,9 @@ from typing import Literal
 from hft.config import Keys, fill, option, read_arguments
 from hft.errors import HFTError
 from hft.evaluation.alpaca import ALPACA, score_alpaca
-from hft.evaluation.evaluate import Settings, evaluate, suites_of
+from hft.evaluation.evaluate import evaluate, suites_of
 from hft.evaluation.subject import folder_of, subject_of
-from hft.evaluation.suites import SUITES
+from hft.evaluation.suites import SUITES, Settings
 from hft.machine import is_main, leave_process_group, say
 from hft.record.scores import Scores
 from hft.runs.result import RESULTS_NAME, RunResult

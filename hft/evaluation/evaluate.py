@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import random
 import sys
-from collections.abc import Mapping, Sequence
-from copy import copy
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from hft import __version__
-from hft.config import option
 from hft.errors import HFTError, reason
 from hft.evaluation.drawn import SEED as DRAWING_SEED
 from hft.evaluation.drawn import drawn_rows
 from hft.evaluation.find import LM_EVAL, find_task
-from hft.evaluation.local import TASK_FOLDER, as_dataset, local_spec, on_rows
-from hft.evaluation.results import check_finite, count_truncated, rows_of_results, scores_of_results
+from hft.evaluation.local import TASK_FOLDER, local_spec, on_rows
+from hft.evaluation.results import check_finite, count_truncated, read_results
 from hft.evaluation.rows import answer_rows, general_texts, held_out_rows, text_rows
-from hft.evaluation.subject import Subject, check_weights, load_tokenizer, subject_of
-from hft.evaluation.suites import LOSS, PROTOCOLS, SUITES, Benchmark
+from hft.evaluation.subject import Subject, load_tokenizer, subject_of
+from hft.evaluation.suites import LOSS, PROTOCOLS, SUITES, Benchmark, Settings
 from hft.machine import is_main, say
 from hft.record.identity import digest
 from hft.record.scores import Scores, save_rows
@@ -32,6 +32,7 @@ from hft.runs.result import RESULTS_NAME
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
+    from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks.manager import TaskDict
     from transformers import PreTrainedTokenizerBase
 
@@ -40,30 +41,8 @@ SEED = 1234  # lm-eval's default
 SCORED_WITH = ("lm_eval", "torch", "transformers", "datasets")
 # Settings that decide which benchmarks are run and how fast, not what comes out.
 NEUTRAL = ("tasks", "batch_size", "dtype", "allow_code", "log_samples")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a suite is run; the flags of `hft eval`."""
-
-    limit: int | None = option("Rows of each task; default: all.")
-    paper_subsets: bool = option("GSM8K 200, BBH 40 a task, TyDiQA 100 a language.", False)
-    tasks: list[str] = field(
-        default_factory=list, metadata={"help": "Benchmarks, lm-eval's tasks (NAME:METRIC) or YAML files."}
-    )
-    max_gen_toks: int | None = option("Most tokens of an answer; default: the task's.")
-    chat: bool | None = option("Use the chat template; default: if any, not in quick.")
-    dtype: Literal["bfloat16", "float16", "float32", "auto"] | None = option(
-        "Of the model; default: bfloat16 on GPUs, else float32."
-    )
-    batch_size: int = option("Rows per forward pass.", 8)
-    backend: str = option("lm-eval's engine, hf or vllm.", "hf")
-    backend_args: dict[str, Any] = field(default_factory=dict, metadata={"help": "Further engine arguments, as JSON."})
-    base: str | None = option("What the models were tuned from; default: by manifest.")
-    task_data: str | None = option("A run with held-out rows, for models without any.")
-    data: str | None = option("Folder of JSON Lines files to score on, not the Hub.")
-    allow_code: bool = option("Run generated code (HumanEval, MBPP).", False)
-    log_samples: bool = option("Keep each row's outcome, in scores/.", True)
+# Of lm-eval's warnings those about what is counted or meant here.
+MEANT = ("Custom kwargs can be passed", "Combined length of context", "Left truncation applied")
 
 
 def evaluate(
@@ -86,6 +65,8 @@ def evaluate(
         engines: open models by folder (`engine_of`), which are scored with the weights they have now and stay open.
     """
     check_installed()
+    from hft.evaluation.engine import engine_of
+
     settings = settings or Settings()
     subject = subject_of(model, settings.base)
     settings = resolved(suite, subject, settings)
@@ -95,26 +76,25 @@ def evaluate(
             continue
         tasks = _load(benchmark, spec, settings)
         one = _on_rows(scores, benchmark, tasks, subject)
-        path = None if out is None else one.path(out, benchmark.name)
-        if path and (saved := _saved(path, one)):
-            scores.scores += saved.scores
-            scores.data |= saved.data
-            continue
-        if not engines:
-            say(f"{subject.name}: {benchmark.name}")
-        results = _run_tasks(benchmark, tasks, opened, subject, settings)
-        if not is_main():
-            continue
-        check_finite(benchmark, results)
-        one.scores = scores_of_results(benchmark, results)
-        if cut := count_truncated(engine_of(subject, settings, opened), results):
-            one.truncated[benchmark.name] = cut
-            n = one.scores[0].n
-            say(f"{benchmark.name}: {cut:,} of {n:,} prompts were longer than the context, and cut from the left")
-        if path and settings.log_samples:
-            save_rows(rows_of_results(benchmark, results), path)
-        if path:
-            one.save(out)
+        path = out and one.path(out, benchmark.name)
+        if saved := path and _saved(path, one):
+            one = saved
+        else:
+            if not engines:
+                say(f"{subject.name}: {benchmark.name}")
+            results = _run_tasks(benchmark, tasks, opened, subject, settings)
+            if not is_main():
+                continue
+            check_finite(benchmark.name, results)
+            one.scores, rows = read_results(benchmark, results)
+            if cut := count_truncated(engine_of(subject, settings, opened), results):
+                one.truncated[benchmark.name] = cut
+                n = one.scores[0].n
+                say(f"{benchmark.name}: {cut:,} of {n:,} prompts were longer than the context, and cut from the left")
+            if path and settings.log_samples:
+                save_rows(rows, path)
+            if path:
+                one.save(out)
         scores.scores += one.scores
         scores.data |= one.data
     return scores
@@ -132,13 +112,10 @@ def losses_on(
     `rows` has the conversations of each task as a trainer takes them; the run `template` has the chat template that
     renders them. Only tasks whose rows have changed are scored again.
     """
-    made = {task: answer_rows(some, load_tokenizer(Path(template))) for task, some in rows.items()}
-    benchmarks = [Benchmark(task, "hft_task", LOSS, spec=_answers("hft_task", some)) for task, some in made.items()]
+    tokenizer = load_tokenizer(Path(template))
+    specs = {task: on_rows({"hft_task": {"test": answer_rows(some, tokenizer)}}) for task, some in rows.items()}
+    benchmarks = [Benchmark(task, "hft_task", LOSS, spec=spec) for task, spec in specs.items()]
     return evaluate(model, suite, Settings(chat=False), out, benchmarks)
-
-
-def _answers(task: str, rows: list[dict[str, Any]]) -> Spec:
-    return on_rows({task: as_dataset(test=rows)})
 
 
 def suites_of(words: Sequence[str], suite: str | None = None) -> dict[str, list[str]]:
@@ -169,15 +146,16 @@ def _chosen(suite: str, settings: Settings) -> list[Benchmark]:
         return [find_task(word) for word in settings.tasks]
     benchmarks = {benchmark.name: benchmark for benchmark in SUITES[suite]}
     if unknown := sorted(set(settings.tasks) - benchmarks.keys()):
-        others = [name for name, found in SUITES.items() if {benchmark.name for benchmark in found} & set(unknown)]
-        hint = f"; --suite {' or '.join(others)} has it" if others else "; without --suite lm-eval's tasks are searched"
+        hint = "; without --suite all suites and lm-eval's tasks are searched"
         raise HFTError(f"suite {suite} has no {', '.join(unknown)}, only {', '.join(benchmarks)}{hint}")
-    chosen = [benchmarks[name] for name in settings.tasks or benchmarks]
-    refused = [benchmark for benchmark in chosen if benchmark.runs_code and not settings.allow_code]
-    for benchmark in refused:
-        say(f"{benchmark.name} is skipped: it runs generated code, which needs --allow_code")
-    chosen = [benchmark for benchmark in chosen if benchmark not in refused]
-    return [replace(one, task=one.chat_task) if settings.chat and one.chat_task else one for one in chosen]
+    chosen = []
+    for benchmark in (benchmarks[name] for name in settings.tasks or benchmarks):
+        if benchmark.runs_code and not settings.allow_code:
+            say(f"{benchmark.name} is skipped: it runs generated code, which needs --allow_code")
+        else:
+            form = "_chat" if settings.chat and benchmark.has_chat_task else ""
+            chosen.append(replace(benchmark, task=benchmark.task + form))
+    return chosen
 
 
 def unscored(suite: str, subject: Subject, settings: Settings) -> Scores:
@@ -208,22 +186,26 @@ def _saved(path: Path, wanted: Scores) -> Scores | None:
 
 def _rows_sha256(tasks: TaskDict) -> str:
     """Of all that lm-eval may read: the rows to score, and those that examples are taken from."""
-    digests = {}
-    for name, task in tasks["tasks"].items():
-        shots = list(task.fewshot_docs()) if task.config.num_fewshot else []
-        rows = [json.dumps(row, default=str, sort_keys=True) for row in (*task.eval_docs, *shots)]
-        digests[name] = digest(rows)
-    return digest(digests)
+
+    def rows(task: ConfigurableTask) -> list[str]:
+        shots = task.fewshot_docs() if task.config.num_fewshot else ()
+        return [json.dumps(row, default=str, sort_keys=True) for row in (*task.eval_docs, *shots)]
+
+    return digest({name: digest(rows(task)) for name, task in tasks["tasks"].items()})
 
 
 def resolved(suite: str, subject: Subject, settings: Settings) -> Settings:
     """Settings whose chat format and dtype are decided."""
-    import torch
-
-    chat, dtype = settings.chat, settings.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    chat = settings.chat
     if chat is None:
         chat = suite != "quick" and _has_chat_format(load_tokenizer(subject.tokenizer))
-    return replace(settings, chat=chat, dtype=dtype)
+    return replace(settings, chat=chat, dtype=dtype_of(settings.dtype))
+
+
+def dtype_of(given: str | None) -> str:
+    import torch
+
+    return given or ("bfloat16" if torch.cuda.is_available() else "float32")
 
 
 def _has_chat_format(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -234,77 +216,40 @@ def _has_chat_format(tokenizer: PreTrainedTokenizerBase) -> bool:
     return text.removeprefix(tokenizer.bos_token or "") != "?"
 
 
+@functools.cache
+def hear_warnings() -> None:
+    logging.getLogger("lm_eval").addHandler(LMEvalWarnings(logging.WARNING))
+
+
 class LMEvalWarnings(logging.Handler):
     """Prints each of lm-eval's warnings once, and none about what is counted or meant here."""
 
-    MEANT = ("Custom kwargs can be passed", "Combined length of context", "Left truncation applied")
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.said: set[str] = set()
-
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if text not in self.said and not any(known in text for known in self.MEANT):
-            self.said.add(text)
-            print(f"lm-eval: {text}", file=sys.stderr)
+        if not any(known in record.getMessage() for known in MEANT):
+            _print_once(f"lm-eval: {record.getMessage()}")
 
 
-def hear_warnings() -> None:
-    logger = logging.getLogger("lm_eval")
-    if not any(isinstance(handler, LMEvalWarnings) for handler in logger.handlers):
-        logger.addHandler(LMEvalWarnings())
-
-
-def engine_of(subject: Subject, settings: Settings, engines: dict[Path, LM]) -> LM:
-    """The engine of a model among those that are open, which it joins."""
-    if subject.tokenizer not in engines:
-        engines[subject.tokenizer] = open_lm(subject, settings)
-    return engines[subject.tokenizer]
-
-
-def open_lm(subject: Subject, settings: Settings) -> LM:
-    import torch
-    from lm_eval.api.registry import get_model
-
-    from hft.evaluation.reader import Reader
-    from hft.model.load import plain_generation
-
-    arguments = {"pretrained": str(subject.weights), "tokenizer": str(subject.tokenizer), "dtype": settings.dtype}
-    arguments |= {"batch_size": settings.batch_size} | ({"peft": str(subject.adapter)} if subject.adapter else {})
-    if settings.backend == "hf":
-        arguments |= {"device": "cuda" if torch.cuda.is_available() else "cpu", "max_batch_size": settings.batch_size}
-    elif subject.adapter:
-        raise HFTError(
-            f"{settings.backend} takes no adapter here; make a plain model of it with `hft merge --method adapter`"
-        )
-    try:
-        backend = Reader if settings.backend == "hf" else get_model(settings.backend)
-        lm = backend(**arguments, **settings.backend_args)
-    except (OSError, ValueError, KeyError, ModuleNotFoundError) as error:
-        raise HFTError(f"cannot open {subject.weights} with {settings.backend}: {reason(error)}") from error
-    if settings.backend == "hf":
-        check_weights(lm.model, subject.name)
-        lm.model.generation_config = plain_generation(lm.model)
-    return lm
+@functools.cache
+def _print_once(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def spec_of(benchmark: Benchmark, subject: Subject, settings: Settings) -> Spec | None:
     """What lm-eval runs, on our rows where they are not the task's; None if there are none."""
-    if benchmark.name == "drift":
-        return _answers(benchmark.task, text_rows(general_texts(), load_tokenizer(subject.tokenizer)))
-    if benchmark.task in ("hft_task", "hft_kl"):
-        made = _held_out(benchmark.name, subject, settings)
-        return None if made is None else _answers(benchmark.task, made)
+    if benchmark.task in ("hft_drift", "hft_task", "hft_kl"):
+        rows = _rows_of_quick(benchmark.name, subject, settings)
+        return rows and on_rows({benchmark.task: {"test": rows}})
     if settings.data is None:
         return benchmark.task
-    spec = local_spec(benchmark, Path(settings.data))
+    spec = local_spec(benchmark.task, Path(settings.data))
     if spec is None:
         say(f"{benchmark.name} is skipped: {settings.data} has no rows of it")
     return spec
 
 
-def _held_out(name: str, subject: Subject, settings: Settings) -> list[dict[str, Any]] | None:
+def _rows_of_quick(name: str, subject: Subject, settings: Settings) -> list[dict[str, Any]] | None:
+    if name == "drift":
+        return text_rows(general_texts(), load_tokenizer(subject.tokenizer))
     run = Path(settings.task_data or subject.name)
     if not (run / RESULTS_NAME).exists():
         say(f"{name} is skipped: {run} is not a finished run with held-out rows; name one with --task_data")
@@ -317,20 +262,36 @@ def _held_out(name: str, subject: Subject, settings: Settings) -> list[dict[str,
     return None
 
 
+@contextmanager
+def _refusals(benchmark: Benchmark) -> Iterator[None]:
+    from datasets.exceptions import DatasetsError
+    from yaml import YAMLError
+
+    try:
+        yield
+    except (
+        AssertionError,
+        DatasetsError,
+        ImportError,
+        LookupError,
+        OSError,
+        TypeError,
+        ValueError,
+        YAMLError,
+    ) as error:
+        raise HFTError(f"{benchmark.name} cannot be run: {reason(error)}") from error
+
+
 def _load(benchmark: Benchmark, spec: Spec, settings: Settings) -> TaskDict:
     """lm-eval's tasks with their rows."""
     import lm_eval
-    from datasets.exceptions import DatasetsError
     from lm_eval.tasks import TaskManager
-    from yaml import YAMLError
 
     hear_warnings()
     _seed()  # some tasks shuffle while they load
     folders = [Path(lm_eval.__file__).parent / "tasks" / folder for folder in benchmark.folders]
-    try:
+    with _refusals(benchmark):
         loaded = TaskManager(include_path=[*folders, TASK_FOLDER], include_defaults=False).load([spec])
-    except (DatasetsError, ImportError, LookupError, OSError, TypeError, ValueError, YAMLError) as error:
-        raise HFTError(f"{benchmark.name} cannot be run: {reason(error)}") from error
     for task in loaded["tasks"].values():
         if settings.max_gen_toks and task.get_config("output_type") == "generate_until":
             task.set_config("generation_kwargs", {"max_gen_toks": settings.max_gen_toks}, update=True)
@@ -349,22 +310,21 @@ def _run_tasks(
     These are the steps of `lm_eval.simple_evaluate`, which also runs `pip list` each time, for a second or two.
     """
     import lm_eval
-    from datasets.exceptions import DatasetsError
+
+    from hft.evaluation.engine import engine_of, scoring_tokens, without_system_turn
 
     lm = engine_of(subject, settings, engines)
     # A chat template writes the special tokens itself: none is added, in training neither.
     rendered = settings.chat or benchmark.rendered
     lm.add_bos_token = settings.backend_args.get("add_bos_token", False if rendered else None)
     if benchmark.task in ("hft_task", "hft_kl"):
-        from hft.evaluation.divergence import AnswerTokens
-
         is_kl = benchmark.task == "hft_kl"
-        lm = AnswerTokens(lm, engine_of(subject.base_subject(), settings, engines) if is_kl else None)
+        lm = scoring_tokens(lm, engine_of(subject.base_subject(), settings, engines) if is_kl else None)
     if settings.chat and not benchmark.turns:
-        lm = _without_system_turn(lm)
+        lm = without_system_turn(lm)
     limit, samples, drawing = settings.limit, None, random.Random(DRAWING_SEED)
     _seed()
-    try:
+    with _refusals(benchmark):
         if settings.paper_subsets and benchmark.paper_rows:
             sizes = {name: len(task.eval_docs) for name, task in tasks["tasks"].items()}
             samples = {name: rows[:limit] for name, rows in drawn_rows(sizes, benchmark.paper_rows, drawing).items()}
@@ -382,30 +342,12 @@ def _run_tasks(
             bootstrap_iters=1000,
             confirm_run_unsafe_code=settings.allow_code,
         )
-    except (AssertionError, DatasetsError, ImportError, LookupError, OSError, ValueError) as error:
-        raise HFTError(f"{benchmark.name} cannot be run: {reason(error)}") from error
     return results or {}
-
-
-def _without_system_turn(lm: LM) -> LM:
-    """A model in whose chat format the description of a task starts the user's message."""
-    render, lm = lm.apply_chat_template, copy(lm)
-
-    def apply_chat_template(chat: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        if chat[0]["role"] == "system":
-            system, user, *rest = chat
-            chat = [user | {"content": system["content"] + user["content"]}, *rest]
-        return render(chat, add_generation_prompt=add_generation_prompt)
-
-    lm.apply_chat_template = apply_chat_template
-    return lm
 
 
 def _seed() -> None:
     """As `lm_eval.simple_evaluate` does; its tasks draw from the global generators."""
-    import numpy as np
-    import torch
+    from transformers import set_seed
 
+    set_seed(SEED)
     random.seed(0)
-    np.random.seed(SEED)  # noqa: NPY002
-    torch.manual_seed(SEED)

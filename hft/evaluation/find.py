@@ -16,23 +16,22 @@ NAMES = re.compile(r"^(?:task|group|tag):[ \t]*([\"'\w.\-]+)[ \t]*$|^tag:[ \t]*(
 
 def find_task(word: str) -> Benchmark:
     """The task that a word of `--tasks` names, as NAME, NAME:METRIC or the path of a YAML file."""
-    path, _, metric = word.partition(":")
-    metrics = {metric: metric} if metric else {}
+    path, colon, metric = word.partition(":")
     if path.endswith((".yaml", ".yml")):
         if not Path(path).is_file():
             raise HFTError(f"there is no task file {path}")
-        name = Path(path).stem + word.removeprefix(path)
+        name = Path(path).stem + colon + metric
         groups = re.findall(r"^group: *(\S+)", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
-        if groups:  # whose members lm-eval finds in the folder
-            return Benchmark(name, groups[0], metrics, (str(Path(path).parent.resolve()),))
-        return Benchmark(name, path, metrics)
+        folders = (str(Path(path).parent.resolve()),) if groups else ()  # where lm-eval finds its members
+        return Benchmark(name, groups[0] if groups else path, folders=folders, only=metric or None)
     files = _files()
     if path not in files:
         known = [*files, *(benchmark.name for suite in SUITES.values() for benchmark in suite)]
         near = difflib.get_close_matches(path, known, n=3)
         hint = f", did you mean {' or '.join(near)}?" if near else "; `lm-eval ls tasks` lists them"
         raise HFTError(f"lm-eval has no task {path!r}{hint}")
-    return Benchmark(word, path, metrics, tuple(dict.fromkeys(str(file.parent) for file in files[path])))
+    folders = tuple(dict.fromkeys(str(file.parent) for file in files[path]))
+    return Benchmark(word, path, folders=folders, only=metric or None)
 
 
 @functools.cache

@@ -11,9 +11,11 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from hft.config import Keys, fill, option, read_arguments
-from hft.errors import HFTError
+from hft.errors import HFTError, reason
+from hft.evaluation.evaluate import check_installed, dtype_of
 from hft.evaluation.rows import held_out_rows, prompt_and_answer
-from hft.evaluation.subject import Subject, check_weights, folder_of, load_tokenizer, subject_of
+from hft.evaluation.subject import Subject, folder_of, load_tokenizer, subject_of
+from hft.evaluation.suites import Settings
 from hft.jsonl import write_jsonl
 from hft.machine import say
 from hft.record.scores import ANSWERS_NAME, SCORES_FOLDER
@@ -49,6 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     asked = fill(GenerateCommand, given.resolve(Keys((GenerateCommand,)))[0])
     if not models:
         raise HFTError(f"name who is to answer: {usage}")
+    check_installed()
+    settings = Settings(max_gen_toks=asked.max_new_tokens, batch_size=asked.batch_size, dtype=dtype_of(asked.dtype))
     subjects = {model: subject_of(model) for model in models}
     chats, references = _questions(asked, models[0])
     tuned = [subject for subject in subjects.values() if asked.base and subject.base]
@@ -56,11 +60,10 @@ def main(arguments: Sequence[str]) -> int:
     first = load_tokenizer(subjects[models[0]].tokenizer)
     answers = {}
     for name, subject in everyone.items():
-        own = load_tokenizer(subject.tokenizer)
         say(f"{name} answers")
-        template = own if own.chat_template else first if first.chat_template else None
-        limits = (asked.max_new_tokens, asked.batch_size, asked.dtype)
-        answers[name] = answers_to(chats, subject, template, *limits)
+        templates = (load_tokenizer(subject.tokenizer), first)
+        template = next((tokenizer for tokenizer in templates if tokenizer.chat_template), None)
+        answers[name] = answers_to(chats, subject, template, settings)
     for number, (chat, reference) in enumerate(zip(chats, references, strict=True)):
         columns = {name: texts[number] for name, texts in answers.items()}
         say("", f"{number + 1}. {chat[-1]['content']}", "")
@@ -76,52 +79,30 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def answers_to(
-    chats: Sequence[Chat],
-    subject: Subject,
-    template: PreTrainedTokenizerBase | None,
-    max_new_tokens: int,
-    batch_size: int,
-    dtype: str | None = None,
+    chats: Sequence[Chat], subject: Subject, template: PreTrainedTokenizerBase | None, settings: Settings
 ) -> list[str]:
     """Greedy answers of a model, prompts split over the processes; without a `template` they stay as they are."""
-    import torch
     from accelerate import PartialState
     from accelerate.utils import gather_object
-    from tqdm import tqdm
-    from transformers import AutoModelForCausalLM
+    from lm_eval.api.instance import Instance
 
-    from hft.model.load import plain_generation
+    from hft.evaluation.engine import open_lm
 
-    state, tokenizer = PartialState(), load_tokenizer(subject.tokenizer)
-    dtype = dtype or ("bfloat16" if state.device.type == "cuda" else "float32")
-    model = AutoModelForCausalLM.from_pretrained(subject.weights, dtype=dtype)
-    if subject.adapter:
-        from peft import PeftModel
+    def rendered(chat: Chat) -> str:
+        if template is None:
+            return "\n\n".join(message["content"] for message in chat)
+        return template.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
-        model = PeftModel.from_pretrained(model, subject.adapter)
-    check_weights(model, subject.name)
-    model.to(state.device).eval()
-    ends = [model.generation_config.eos_token_id, tokenizer.eos_token_id]
-    ends = sorted({end for each in ends for end in (each if isinstance(each, list) else [each]) if end is not None})
-    tokenizer.padding_side = "left"
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    special = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
-    settings = plain_generation(model, max_new_tokens=max_new_tokens, do_sample=False, **special)
-    texts, answers = [_rendered(chat, template) for chat in chats], []
-    with state.split_between_processes(texts) as own:
-        for start in tqdm(range(0, len(own), batch_size), desc="batches", disable=not state.is_main_process):
-            part = own[start : start + batch_size]  # a chat template writes the special tokens itself
-            batch = tokenizer(part, padding=True, add_special_tokens=template is None, return_tensors="pt")
-            with torch.no_grad():
-                ids = model.generate(**batch.to(state.device), generation_config=settings)
-            answers += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    lm = open_lm(subject, settings)
+    lm.add_bos_token = None if template is None else False  # a chat template writes the special tokens itself
+    keywords = {"until": [], "do_sample": False, "max_gen_toks": settings.max_gen_toks}
+    requests = [Instance("generate_until", {}, (rendered(chat), keywords), n) for n, chat in enumerate(chats)]
+    try:
+        with PartialState().split_between_processes(requests) as own:
+            answers = lm.generate_until(own)
+    except AssertionError as error:  # more tokens than the model's context has
+        raise HFTError(f"{subject.name} cannot answer: {reason(error)}") from error
     return [answer.strip() for answer in gather_object(answers)]
-
-
-def _rendered(chat: Chat, template: PreTrainedTokenizerBase | None) -> str:
-    if template is None:
-        return "\n\n".join(message["content"] for message in chat)
-    return template.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
 
 def _questions(asked: GenerateCommand, run: str) -> tuple[list[Chat], list[str | None]]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hft.errors import HFTError
 from hft.evaluation.suites import METRIC_UNITS, Benchmark
@@ -18,64 +17,52 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 Results = dict[str, Any]  # of `lm_eval.evaluate`
+Samples = list[dict[str, Any]]  # of a question, one for each filter
 
 
-@dataclass(frozen=True)
-class Metric:
+class Metric(NamedTuple):
     """A number of a task: our name, lm-eval's, the filter of its answers, and the unit with the factor to it."""
 
     name: str
     base: str
     kind: str
-    unit: str = "%"
-    scale: float = 100
-    higher_is_better: bool = True
-
-    def of_row(self, samples: list[dict[str, Any]]) -> float | None:
-        """Its value on a question; of several, such as one per instruction, their mean; None for what has no mean."""
-        value = next((sample.get(self.base) for sample in samples if sample["filter"] == self.kind), None)
-        if isinstance(value, list) and value and all(isinstance(each, Real) for each in value):
-            value = sum(value) / len(value)
-        return self.scale * float(value) if isinstance(value, Real) else None
+    unit: str
+    scale: float
+    higher_is_better: bool
 
 
-def scores_of_results(benchmark: Benchmark, results: Results) -> list[Score]:
-    """lm-eval's numbers under our names, fractions as percentages."""
-    scores = []
-    for task, name in (names_of(benchmark, results) | {task: name for name, task in benchmark.parts.items()}).items():
-        n = sum(results["n-samples"][leaf]["effective"] for leaf in _leaves(task, results))
-        values = results["results"][task]
-        for one in metrics_of(benchmark, results, task):
+def read_results(benchmark: Benchmark, results: Results) -> tuple[list[Score], DataFrame]:
+    """lm-eval's numbers under our names, fractions as percentages, and the rows behind them in the same units."""
+    import pandas as pd
+
+    scores, rows = [], []
+    roots = _roots(results)
+    names = {roots[0]: benchmark.name} if len(roots) == 1 else {root: root for root in roots}
+    names |= {task: name for name, task in benchmark.parts.items()}
+    for task, name in names.items():
+        leaves, values, metrics = _leaves(task, results), results["results"][task], _metrics(benchmark, results, task)
+        n = sum(results["n-samples"][leaf]["effective"] for leaf in leaves)
+        for one in metrics:
             error = values.get(f"{one.base}_stderr,{one.kind}")
             stderr = None if error in (None, "N/A") else one.scale * error
             value = one.scale * values[f"{one.base},{one.kind}"]
             scores.append(Score(name, one.name, value, stderr, n, one.unit, one.higher_is_better))
-    return scores
-
-
-def rows_of_results(benchmark: Benchmark, results: Results) -> DataFrame:
-    """The rows behind the scores, in the units of the scores (`hft.record.scores.rows_of`)."""
-    import pandas as pd
-
-    rows = []
-    names = names_of(benchmark, results) | {task: name for name, task in benchmark.parts.items()}
-    for root in names_of(benchmark, results):
-        metrics = metrics_of(benchmark, results, root)
-        for leaf in _leaves(root, results):
+        for leaf in leaves if task in roots else ():
             for samples in _by_question(results["samples"][leaf]):
                 row = {"row": digest(samples[0]["doc_hash"])[:16], "task": names.get(leaf, leaf)}
-                rows.append(row | {one.name: one.of_row(samples) for one in metrics} | {"answer": _answer(samples[0])})
+                row |= {one.name: _value(one, samples) for one in metrics}
+                rows.append(row | {"answer": _answer(samples[0])})
     made = pd.DataFrame(rows)
     again = made.groupby("row").cumcount()  # a question that stands there twice
-    return made.assign(row=made["row"].where(again == 0, made["row"] + "-" + again.astype(str)))
+    return scores, made.assign(row=made["row"].where(again == 0, made["row"] + "-" + again.astype(str)))
 
 
-def check_finite(benchmark: Benchmark, results: Results) -> None:
+def check_finite(name: str, results: Results) -> None:
     """Refuse what a model computed without numbers; a choice among NaN would look like a score."""
     for leaf, samples in results["samples"].items():
         answers = (response for sample in samples for each in sample["resps"] for response in each)
         if any(math.isnan(one[0]) for one in answers if isinstance(one, tuple)):
-            raise HFTError(f"{benchmark.name} cannot be scored: the model's log-likelihoods of {leaf} are NaN")
+            raise HFTError(f"{name} cannot be scored: the model's log-likelihoods of {leaf} are NaN")
 
 
 def count_truncated(lm: LM, results: Results) -> int:
@@ -84,19 +71,19 @@ def count_truncated(lm: LM, results: Results) -> int:
     if length is None:  # an engine that counts no tokens
         return 0
 
-    def is_cut(prompt: str, second: str | Mapping[str, Any]) -> bool:
+    def is_cut(prompt: str, second: str | dict[str, Any], *_: object) -> bool:
         if isinstance(second, str):
             text, room = prompt + second, length + 1
         else:
             text, room = prompt, length - int(second.get("max_gen_toks", lm.max_gen_toks))
         return len(text.encode()) > room and len(lm.tok_encode(text)) > room  # a token is a byte or more
 
-    questions = (samples[0] for leaf in results["samples"].values() for samples in _by_question(leaf))
-    return sum(any(is_cut(*arguments[:2]) for arguments in one["arguments"] if len(arguments) > 1) for one in questions)
+    questions = (samples[0]["arguments"] for leaf in results["samples"].values() for samples in _by_question(leaf))
+    return sum(any(is_cut(*arguments) for arguments in one if len(arguments) > 1) for one in questions)
 
 
-def names_of(benchmark: Benchmark, results: Results) -> dict[str, str]:
-    """The tasks or groups with a score of their own that no other such holds, and our names of them."""
+def _roots(results: Results) -> list[str]:
+    """The tasks or groups with a score that no other such holds."""
 
     def scored(task: str) -> list[str]:
         members = results["group_subtasks"].get(task)
@@ -105,26 +92,26 @@ def names_of(benchmark: Benchmark, results: Results) -> dict[str, str]:
         return [one for member in members for one in scored(member)]
 
     inside = {name for names in results["group_subtasks"].values() for name in names}
-    found = [one for task in results["results"] if task not in inside for one in scored(task)]
-    return {found[0]: benchmark.name} if len(found) == 1 else {task: task for task in found}
+    return [one for task in results["results"] if task not in inside for one in scored(task)]
 
 
-def metrics_of(benchmark: Benchmark, results: Results, task: str) -> list[Metric]:
+def _metrics(benchmark: Benchmark, results: Results, task: str) -> list[Metric]:
     """A benchmark's metrics; of a task that is in no suite all that lm-eval computed, or the one asked for."""
-    if benchmark.is_ours:
-        units = {name: (METRIC_UNITS[name], 1, False) for name in METRIC_UNITS}
-        return [Metric(name, *key.split(","), *units.get(name, ())) for name, key in benchmark.metrics.items()]
+    if benchmark.metrics:
+        units = {name: (unit, 1, False) for name, unit in METRIC_UNITS.items()}
+        named = benchmark.metrics.items()
+        return [Metric(name, *key.split(","), *units.get(name, ("%", 100, True))) for name, key in named]
     known = [key for key, value in results["results"][task].items() if _is_score(key, value)]
-    keys = [key for key in known if not benchmark.metrics or key.split(",")[0] in benchmark.metrics]
+    keys = [key for key in known if benchmark.only in (None, key.split(",")[0])]
     if not keys:
-        raise HFTError(f"{task} has no metric {', '.join(benchmark.metrics)}, only {', '.join(known)}")
-    better, found = results["higher_is_better"].get(task, {}), []
+        raise HFTError(f"{task} has no metric {benchmark.only}, only {', '.join(known)}")
+    samples, found = [row for leaf in _leaves(task, results) for row in results["samples"][leaf]], []
     for base, kind in (key.split(",") for key in keys):
-        leaves = [results["samples"][leaf] for leaf in _leaves(task, results)]
-        rows = [row.get(base) for leaf in leaves for row in leaf if row["filter"] == kind]
-        values = [value for row in rows for value in (row if isinstance(row, list) else [row])]
-        upward = bool(better.get(base, True))
-        is_fraction = upward and all(isinstance(value, Real) and 0 <= value <= 1 for value in values)
+        values = [row.get(base) for row in samples if row["filter"] == kind]
+        upward = bool(results["higher_is_better"].get(task, {}).get(base, True))
+        is_fraction = upward and all(
+            isinstance(one, Real) and 0 <= one <= 1 for each in values for one in _listed(each)
+        )
         name = base if kind == "none" else f"{base},{kind}"
         found.append(Metric(name, base, kind, *(("%", 100) if is_fraction else ("", 1)), upward))
     return found
@@ -139,15 +126,25 @@ def _is_score(key: str, value: object) -> bool:
     return "," in key and "_stderr" not in key and isinstance(value, Real)
 
 
-def _by_question(samples: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The samples of each question, one for each filter."""
-    found: dict[Any, list[dict[str, Any]]] = {}
+def _by_question(samples: Samples) -> Iterable[Samples]:
+    found: dict[Any, Samples] = {}
     for sample in samples:
         found.setdefault(sample["doc_id"], []).append(sample)
-    return list(found.values())
+    return found.values()
 
 
-def _answer(sample: Mapping[str, Any]) -> Any:
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _value(metric: Metric, samples: Samples) -> float | None:
+    """Of a question; of several values, such as one per instruction, their mean; None for what has no mean."""
+    values = _listed(next((sample.get(metric.base) for sample in samples if sample["filter"] == metric.kind), None))
+    is_number = values and all(isinstance(each, Real) for each in values)
+    return metric.scale * float(sum(values) / len(values)) if is_number else None
+
+
+def _answer(sample: dict[str, Any]) -> Any:
     """What the model wrote, or the candidate that it finds most likely; None for the likelihood of one text."""
     responses = sample["resps"]
     if isinstance(responses[0][0], str):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,21 +17,15 @@ if TYPE_CHECKING:
 CHARACTERS = 1000  # of each text: 200 to 300 tokens
 TEXTS_PER_TOPIC = 3
 HELD_OUT_ROWS = 64
-MARK = re.compile(r"{%-?\s*generation\b")  # before what an assistant writes
 
 
-def general_texts(first: int = 0) -> list[str]:
+def general_texts() -> list[str]:
     """Prose that every machine has and no demo data holds: from every other of Python's reference topics."""
     from pydoc_data.topics import topics
 
-    texts = [" ".join(text.split()) for _, text in sorted(topics.items())[first::2]]
+    texts = [" ".join(text.split()) for _, text in sorted(topics.items())[::2]]
     starts = range(0, TEXTS_PER_TOPIC * CHARACTERS, CHARACTERS)
     return [text[start:][:CHARACTERS] for text in texts for start in starts if len(text) >= start + CHARACTERS]
-
-
-def replay_texts() -> list[str]:
-    """Prose of the same kind to train on: from the other topics."""
-    return general_texts(first=1)
 
 
 def text_rows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -40,39 +33,25 @@ def text_rows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
     return [{"context": "", "answer": text, "tokens": count} for text, count in zip(texts, counts, strict=True)]
 
 
-def answer_rows(rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+def answer_rows(rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """The last answer of each conversation or pair, up to its end token, and what stands before it.
 
-    The chat template of `tokenizer`, the run's, renders them. Where it marks what trains, the answer is what it marks.
+    The chat template of `tokenizer`, the run's, renders them.
     """
-    rows = list(rows)
-    if rows and ("text" in rows[0] or isinstance(rows[0].get("prompt"), str)):  # without a chat template
-        texts = ((row.get("prompt", ""), row.get("completion", row.get("text"))) for row in rows)
-        return [{"context": prompt, "answer": answer, "is_plain": True} for prompt, answer in texts]
-    split = _marked if MARK.search(str(tokenizer.chat_template)) else _after_prompt
-    return [
-        split(*prompt_and_answer(row), partial(tokenizer.apply_chat_template, **template_arguments(row)))
-        for row in rows
-    ]
-
-
-def _marked(prompt: list[dict], answer: dict, render: Callable[..., Any]) -> dict[str, str]:
-    chat = [*prompt, answer]
-    text = render(chat, tokenize=False)
-    offsets = {"return_offsets_mapping": True}
-    found = render(chat, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=offsets)
-    trained = [index for index, bit in enumerate(found["assistant_masks"]) if bit]
-    first = max(index for index in trained if index - 1 not in trained)
-    start, end = found["offset_mapping"][first][0], found["offset_mapping"][trained[-1]][1]
-    return {"context": text[:start], "answer": text[start:end].rstrip()}
-
-
-def _after_prompt(prompt: list[dict], answer: dict, render: Callable[..., Any]) -> dict[str, str]:
-    context = render(prompt, tokenize=False, add_generation_prompt=True) if prompt else ""
-    whole = render([*prompt, answer], tokenize=False).rstrip()
-    if not whole.startswith(context):
-        raise HFTError("the chat template renders an answered prompt differently; quick cannot score that")
-    return {"context": context, "answer": whole[len(context) :]}
+    found = []
+    for row in rows:
+        if "text" in row or isinstance(row.get("prompt"), str):  # without a chat template
+            answer = row.get("completion", row.get("text"))
+            found.append({"context": row.get("prompt", ""), "answer": answer, "is_plain": True})
+            continue
+        prompt, answer = prompt_and_answer(row)
+        render = partial(tokenizer.apply_chat_template, tokenize=False, **template_arguments(row))
+        context = render(prompt, add_generation_prompt=True) if prompt else ""
+        whole = render([*prompt, answer]).rstrip()
+        if not whole.startswith(context):
+            raise HFTError("the chat template renders an answered prompt differently; quick cannot score that")
+        found.append({"context": context, "answer": whole[len(context) :]})
+    return found
 
 
 def prompt_and_answer(row: dict[str, Any]) -> tuple[list[dict], dict]:

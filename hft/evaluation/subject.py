@@ -10,7 +10,6 @@ from hft.errors import HFTError, reason
 from hft.record.identity import digests_of
 
 if TYPE_CHECKING:
-    from torch.nn import Module
     from transformers import PreTrainedTokenizerBase
 
 
@@ -24,7 +23,11 @@ class Subject:
     base: str | None  # what it was tuned from
     revision: str | None  # the commit, tag or branch of a base on the Hub
     inputs: dict[str, Any]  # SHA-256 of what is in the model's folder and, for an adapter, in its base's
-    sha256: str  # of its weight files; for a model from the Hub the commit
+
+    @property
+    def sha256(self) -> str:
+        """Of its weight files; for a model from the Hub the commit."""
+        return self.inputs["model"].get("commit") or self.inputs["model"]["weights"]
 
     @property
     def tokenizer(self) -> Path:
@@ -50,16 +53,13 @@ def subject_of(model: str, base: str | None = None) -> Subject:
     if is_adapter and base is None:
         raise HFTError(f"{model} is an adapter without a manifest; name its base with --base")
     weights = local_folder(base, revision) if is_adapter else folder
-    inputs = {"model": identity_of_model(model, folder)}
-    inputs |= {"base": identity_of_model(base, weights)} if is_adapter else {}
-    own = inputs["model"]
-    sha256 = own.get("commit") or own["weights"]
-    return Subject(model, weights, folder if is_adapter else None, base, revision, inputs, sha256)
+    inputs = {"model": _identity(model, folder)} | ({"base": _identity(base, weights)} if is_adapter else {})
+    return Subject(model, weights, folder if is_adapter else None, base, revision, inputs)
 
 
-def identity_of_model(model: str, folder: Path) -> dict[str, str]:
-    """What identifies a model: the digests of its files, or the commit on the Hub."""
-    return digests_of(folder) if Path(model).is_dir() else {"commit": folder.name}
+def _identity(name: str, folder: Path) -> dict[str, str]:
+    """The digests of a model's files, or the commit on the Hub."""
+    return digests_of(folder) if Path(name).is_dir() else {"commit": folder.name}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -69,13 +69,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise HFTError(f"cannot load the tokenizer of {folder}: {reason(error)}") from error
-
-
-def check_weights(model: Module, name: object) -> None:
-    """Refuse weights that are no numbers: what such a model answers would still get a score."""
-    floats = ((key, tensor) for key, tensor in model.named_parameters() if tensor.is_floating_point())
-    if wrong := [key for key, tensor in floats if not tensor.isfinite().all()]:
-        raise HFTError(f"{name} cannot be scored: {len(wrong):,} of its tensors hold NaN or infinity, {wrong[0]} first")
 
 
 def folder_of(model: str) -> Path:

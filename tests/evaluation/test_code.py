@@ -10,9 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 from hft.cli import main
-from hft.evaluation import evaluate as module
+from hft.evaluation.engine import Reader
 from hft.evaluation.evaluate import Settings, evaluate
-from hft.evaluation.reader import Reader
 from hft.evaluation.tasks.code.code import pass_at, with_instructions
 from hft.record.scores import scores_of
 from tests.conftest import write_jsonl
@@ -117,7 +116,7 @@ class Answers(LM):
 
 
 def score_of(task, lm, tiny, rows, monkeypatch, **settings):
-    monkeypatch.setattr(module, "open_lm", lambda *_: lm)
+    monkeypatch.setattr("hft.evaluation.engine.open_lm", lambda *_: lm)
     settings = Settings(tasks=(task,), data=str(rows), allow_code=True, **settings)
     return evaluate(str(tiny), TASKS[task][0], settings).find(task)
 

@@ -1,7 +1,6 @@
 """Scores: known answers, lm-eval's own tasks on the same rows, and what plain torch computes."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from hft.cli import main
 from hft.errors import HFTError
 from hft.evaluation import evaluate as module
 from hft.evaluation.evaluate import Settings, evaluate, suites_of
-from hft.evaluation.rows import answer_rows, general_texts, held_out_rows, replay_texts
+from hft.evaluation.rows import answer_rows, held_out_rows
 from hft.evaluation.subject import folder_of, subject_of
 from hft.evaluation.suites import SUITES
 from hft.evaluation.tasks.quick import facts
@@ -80,17 +79,14 @@ def test_losses_and_kl_are_what_torch_computes_on_the_ids_that_were_trained(run,
     assert scores.find("kl").value > 0
 
 
-def test_an_answer_is_its_tokens_and_its_end_whether_or_not_the_template_marks_them(run, tiny):
+def test_an_answer_ends_with_its_end_token(run):
     tokenizer = AutoTokenizer.from_pretrained(run)
     rows = held_out_rows(run)[:3]
-    marked = answer_rows(rows, tokenizer)
-    assert marked[0]["context"].endswith("<|assistant|>\n")
-    assert marked[0]["answer"] == rows[0]["messages"][-1]["content"].strip() + "</s>"
-    template = tokenizer.chat_template
-    unmarked = re.sub(r"{%- (end)?generation %}", "", template)
-    for other in (unmarked, template.replace("+ eos_token", "+ eos_token + '\\n'")):
-        tokenizer.chat_template = other
-        assert answer_rows(rows, tokenizer) == marked
+    made = answer_rows(rows, tokenizer)
+    assert made[0]["context"].endswith("<|assistant|>\n")
+    assert made[0]["answer"] == rows[0]["messages"][-1]["content"].strip() + "</s>"
+    tokenizer.chat_template = tokenizer.chat_template.replace("+ eos_token", "+ eos_token + '\\n'")
+    assert answer_rows(rows, tokenizer) == made
 
 
 def test_rows_add_up_to_the_score_and_pair_with_those_of_another_model(run, tiny, tmp_path):
@@ -168,7 +164,6 @@ def rows_of_ours(tmp_path) -> Path:
     """One folder with rows of the benchmarks in the documented forms."""
     questions = [("Who wrote Faust", ["Goethe"]), ("Where is ETH", ["Zürich", "Zurich"]), ("How many", ["1,234"])]
     closed = [{"question": question, "answers": answers} for question, answers in questions]
-    closed[0]["answers"] = "Goethe"  # a text is read as a list of one
     for name in ("triviaqa", "nq_open", "hotpotqa"):
         write_jsonl(tmp_path / f"{name}.jsonl", closed)
     write_jsonl(
@@ -192,7 +187,7 @@ def _mmlu(subject: str, answer: int | str) -> dict:
 
 def score_of(task: str, suite: str, answer, tiny, rows, monkeypatch, **settings):
     model = Says(answer)
-    monkeypatch.setattr(module, "open_lm", lambda *_: model)
+    monkeypatch.setattr("hft.evaluation.engine.open_lm", lambda *_: model)
     settings = Settings(tasks=(task,), data=str(rows), chat=False, allow_code=True, **settings)
     return evaluate(str(tiny), suite, settings).find(task), model
 
@@ -226,13 +221,6 @@ def test_closed_book_answers(answer, correct, tiny, rows_of_ours, monkeypatch):
 def test_a_model_that_always_says_one_thing(task, suite, answer, value, tiny, rows_of_ours, monkeypatch):
     score, _ = score_of(task, suite, answer, tiny, rows_of_ours, monkeypatch)
     assert score.value == pytest.approx(value)
-
-
-def test_letters_are_read_as_answers(tiny, tmp_path, monkeypatch):
-    write_jsonl(tmp_path / "mmlu_test.jsonl", [_mmlu("anatomy", "C"), _mmlu("virology", "B")])
-    write_jsonl(tmp_path / "mmlu_dev.jsonl", [_mmlu(s, 0) for s in ("anatomy", "virology") for _ in range(5)])
-    score, _ = score_of("mmlu_0shot", "general", "C", tiny, tmp_path, monkeypatch)
-    assert score.value == 50
 
 
 def test_a_failed_generation_is_an_error_and_never_a_zero(tiny, rows_of_ours, monkeypatch):
@@ -303,14 +291,8 @@ def test_facts_are_questions_with_one_right_answer_among_eight():
     assert right["The capital of France is"] == "Paris"
 
 
-def test_texts_to_drift_on_and_to_replay_have_nothing_in_common():
-    assert len(general_texts()) > 40
-    assert len(replay_texts()) > 40
-    assert not set(general_texts()) & set(replay_texts())
-
-
 def test_code_runs_only_when_allowed(tiny, rows_of_ours, capsys, monkeypatch):
-    monkeypatch.setattr(module, "open_lm", lambda *_: pytest.fail("nothing to ask"))
+    monkeypatch.setattr("hft.evaluation.engine.open_lm", lambda *_: pytest.fail("nothing to ask"))
     assert main(["eval", str(tiny), "--suite", "general", "--tasks", "humaneval", "--data", str(rows_of_ours)]) == 0
     assert "humaneval is skipped: it runs generated code, which needs --allow_code" in capsys.readouterr().out
 
@@ -339,7 +321,7 @@ def test_another_backend_gets_the_model_and_its_own_arguments(tiny, rows_of_ours
         (["none"], "none is neither a folder nor found on the Hub"),
         (
             ["TINY", "--suite", "quick", "--tasks", "gsm8k"],
-            "suite quick has no gsm8k, only facts, drift, task, kl; --suite general ",
+            "suite quick has no gsm8k, only facts, drift, task, kl; without --suite ",
         ),
         (["TINY", "--tasks", "arc_eazy"], "lm-eval has no task 'arc_eazy', did you mean arc_easy or "),
         (["TINY", "--tasks", "mine.yaml"], "there is no task file mine.yaml"),
@@ -396,7 +378,7 @@ def test_a_task_of_ones_own_is_scored_from_its_file_and_again_when_its_rows_chan
     task = tmp_path / "sums.yaml"
     task.write_text(TASK.replace("ROWS", str(write_jsonl(tmp_path / "rows.jsonl", rows))))
     out = shutil.copytree(tiny, tmp_path / "tiny", ignore=shutil.ignore_patterns("scores"))
-    monkeypatch.setattr(module, "open_lm", lambda *_: Says(lambda prompt: prompt.removesuffix("+1 =")))
+    monkeypatch.setattr("hft.evaluation.engine.open_lm", lambda *_: Says(lambda prompt: prompt.removesuffix("+1 =")))
     assert main(["eval", str(out), "--tasks", f"{task}", "facts", "--chat", "false", "--limit", "3"]) == 0
     assert (scores_of(out)["lm_eval"].find("sums", "acc").value, scores_of(out)["quick"].find("facts").n) == (0, 9)
     assert rows_of(out, "lm_eval", "sums")["answer"].tolist() == ["0", "1", "2"]
@@ -427,7 +409,7 @@ def test_two_commands_at_once_keep_each_others_scores(tiny, tmp_path, monkeypatc
         return ""
 
     opened = iter([Says(answer), HFLM(pretrained=str(tiny), dtype="float32", device="cpu")])
-    monkeypatch.setattr(module, "open_lm", lambda *_: next(opened))
+    monkeypatch.setattr("hft.evaluation.engine.open_lm", lambda *_: next(opened))
     evaluate(str(tiny), "quick", Settings(tasks=["facts"], limit=1), tmp_path)
     assert {score.task for score in scores_of(tmp_path)["quick"].scores} >= {"facts", "drift"}
 
@@ -455,7 +437,7 @@ def test_prompts_that_do_not_fit_are_counted(tiny, rows_of_ours, tmp_path, capsy
 
 
 def test_a_model_without_weights_is_skipped_and_the_others_are_scored(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(module, "open_lm", lambda *_: Says(""))
+    monkeypatch.setattr("hft.evaluation.engine.open_lm", lambda *_: Says(""))
     (tmp_path / "unfinished").mkdir()
     folders = [shutil.copytree(tiny, tmp_path / name, ignore=shutil.ignore_patterns("scores")) for name in "ac"]
     models = [str(folders[0]), str(tmp_path / "unfinished"), str(folders[1])]
@@ -489,7 +471,7 @@ def test_a_rendered_prompt_gets_no_second_bos(tiny, tmp_path):
     for chat, rendered in ((True, False), (False, True), (False, False)):
         lm = Sees(pretrained=str(folder), dtype="float32", device="cpu")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "open_lm", lambda *_, lm=lm: lm)
+            patch.setattr("hft.evaluation.engine.open_lm", lambda *_, lm=lm: lm)
             benchmarks = [replace(known, rendered=rendered)]
             evaluate(str(folder), "general", Settings(data=str(rows), chat=chat), benchmarks=benchmarks)
     assert [ids[0] == tokenizer.bos_token_id for ids in seen] == [False, False, True]

@@ -15,7 +15,6 @@ from datasets import Dataset, DatasetDict
 from lm_eval.api.model import LM
 from transformers import AutoTokenizer
 
-from hft.evaluation import evaluate as module
 from hft.evaluation.drawn import drawn_rows
 from hft.evaluation.evaluate import Settings, evaluate
 from tests.conftest import ROOT, write_jsonl
@@ -97,7 +96,7 @@ def ask(tiny, tokenizer, tmp_path, monkeypatch):
         for name, own in (ROWS | (rows or {})).items():
             write_jsonl(tmp_path / f"{name}.jsonl", own)
         stub = Chat(tokenizer, answer)
-        monkeypatch.setattr(module, "open_lm", lambda *_: stub)
+        monkeypatch.setattr("hft.evaluation.engine.open_lm", lambda *_: stub)
         settings = {"tasks": (benchmark,), "data": str(tmp_path), "chat": True} | settings
         return evaluate(str(model), suite, Settings(**settings)), stub
 
