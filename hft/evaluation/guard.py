@@ -7,23 +7,9 @@ import resource
 import signal
 import sys
 
-# Audit events of what changes files: where their arguments hold a path, and the open folder it starts from.
-CHANGES = {
-    "os.chflags": ((0, None),),
-    "os.chmod": ((0, 2),),
-    "os.chown": ((0, 3),),
-    "os.link": ((0, 2), (1, 3)),
-    "os.mkdir": ((0, 2),),
-    "os.remove": ((0, 1),),
-    "os.removexattr": ((0, None),),
-    "os.rename": ((0, 2), (1, 3)),
-    "os.rmdir": ((0, 1),),
-    "os.setxattr": ((0, None),),
-    "os.symlink": ((1, 2),),
-    "os.truncate": ((0, None),),
-    "os.utime": ((0, 3),),
-}
-NAMES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink"}  # the others follow a link at the end
+# Audit events of what changes files, beside `open`.
+CHANGES = {"os.chflags", "os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.removexattr", "os.rename"}
+CHANGES |= {"os.rmdir", "os.setxattr", "os.symlink", "os.truncate", "os.utime"}
 # Other processes, the network, C functions, and SQL, which names files of its own.
 REFUSED = (
     *("os.exec", "os.fork", "os.kill", "os.posix_spawn", "os.system", "signal.pthread_kill", "subprocess."),
@@ -51,34 +37,31 @@ def isolate(folder: str) -> None:
 
 
 def make_hook(folder: str):
-    """The audit hook that refuses what reaches beyond the folder."""
+    """The audit hook that refuses what reaches beyond the folder.
 
-    def is_inside(path, start=None, follow=True) -> bool:
-        if isinstance(path, int):
-            path = f"/proc/self/fd/{path}"
-        elif start not in (None, -1):
-            path = os.path.join(os.path.realpath(f"/proc/self/fd/{start}"), os.fsdecode(path))
-        parent, name = os.path.split(os.fsdecode(path))
-        place = os.path.realpath(os.fsdecode(path)) if follow else os.path.join(os.path.realpath(parent), name)
-        return (place + os.sep).startswith(folder + os.sep)
+    Nothing outside can be opened to write, linked to, or opened as a folder. So all that a path inside leads to is
+    inside, also from an open folder, which the events do not tell, if the path does not lead up.
+    """
+
+    def is_inside(path) -> bool:
+        path = os.fsdecode(path)
+        return ".." not in path.split("/") and (os.path.realpath(path) + os.sep).startswith(folder + os.sep)
 
     def may_open(path, mode, flags) -> bool:
-        if not isinstance(path, str | bytes | os.PathLike) or is_inside(path):
-            # os.open does not tell its audit event which folder a relative path starts from
-            return mode is not None or not flags & WRITING or b".." not in os.fsencode(path).split(b"/")
-        writes = flags & WRITING or (mode and set(mode) & set("wax+"))
-        return os.fsdecode(path) == os.devnull if writes else mode is not None or not os.path.isdir(path)
+        if isinstance(path, int) or os.fsdecode(path) == os.devnull:
+            return True
+        writes = flags & WRITING or set(mode or "") & set("wax+")
+        return is_inside(path) or not (writes or (mode is None and os.path.isdir(path)))
+
+    def may_change(first, *others) -> bool:
+        paths = [first, *(other for other in others if isinstance(other, str | bytes | os.PathLike))]
+        return not isinstance(first, int) and all(map(is_inside, paths))
 
     def hook(event, arguments):
         if event == "import" and arguments[0] in REFUSED_MODULES:
             raise ImportError(f"{arguments[0]} is refused")
-        allowed = not event.startswith(REFUSED)
-        if event == "open":
-            allowed = may_open(*arguments)
-        elif event in CHANGES:
-            places = ((arguments[path], start and arguments[start]) for path, start in CHANGES[event])
-            allowed = all(is_inside(path, start, event not in NAMES) for path, start in places)
-        if not allowed:
+        checks = {"open": may_open, **dict.fromkeys(CHANGES, may_change)}
+        if event.startswith(REFUSED) or (event in checks and not checks[event](*arguments)):
             raise PermissionError(f"{event} is refused")
 
     return hook
