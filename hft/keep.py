@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from hft.config import Keys, fill, option, read_arguments, to_yaml
 from hft.errors import HFTError
-from hft.evaluation.evaluate import Settings, engine_of, evaluate, resolved, spec_of
+from hft.evaluation.evaluate import check_installed, evaluate, resolved, spec_of
 from hft.evaluation.subject import subject_of
-from hft.evaluation.suites import SUITES
+from hft.evaluation.suites import SUITES, Settings
 from hft.machine import indented, say
 from hft.merging.checkpoint import Checkpoint, new_folder, open_base
 from hft.merging.config import MergeConfig
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     say("", table(points, merging.alpha), "")
     with new_folder(Path(config.out)) as folder:
         say(write(folder))
-        recipe = {key: getattr(merging, key) for key in ("method", "models", "base", "alpha")}
+        recipe = {"method": "wise-ft", "models": [run], "base": merging.base, "alpha": merging.alpha}
         (folder / CONFIG_NAME).write_text(to_yaml(recipe))
         content = {"method": run_method(run_config(tuned.folder), manifest), "budget": most}
         content |= {"alpha": merging.alpha, "points": [{"alpha": one, "scores": found} for one, found in points]}
@@ -99,22 +99,22 @@ def limits_of(budget: Sequence[str]) -> dict[str, float]:
 
 def scorer(config: KeepConfig, tuned: Checkpoint, base: Checkpoint) -> Callable[[Alpha], Values]:
     """What scores a model between the two on the quick suite; its weights are set in place."""
-    known = {f.name: getattr(config, f.name) for f in fields(Settings) if hasattr(config, f.name)}
-    subject = subject_of(tuned.name, config.base)
-    settings = resolved("quick", subject, Settings(**known))
-    specs = [spec_of(one, subject, settings) for one in SUITES["quick"]]
-    if None in specs:
-        raise HFTError(
-            f"{tuned.name} has no held-out rows to say what it learned; name a run that has with --task_data"
-        )
-    benchmarks, engines = [replace(one, spec=spec) for one, spec in zip(SUITES["quick"], specs, strict=True)], {}
+    check_installed()
+    from hft.evaluation.engine import engine_of
+
+    subject, engines = subject_of(tuned.name, config.base), {}
+    settings = resolved("quick", subject, fill(Settings, vars(config)))
+    benchmarks = [replace(one, spec=spec_of(one, subject, settings)) for one in SUITES["quick"]]
+    if not all(one.spec for one in benchmarks):
+        has_none = "has no held-out rows to say what it learned; name a run that has with --task_data"
+        raise HFTError(f"{tuned.name} {has_none}")
     parameters = dict(engine_of(subject, settings, engines).model.named_parameters())
 
+    @torch.no_grad()
     def score(alpha: Alpha) -> Values:
         tensor_of = on_the_line(base, tuned, alpha)
-        with torch.no_grad():
-            for name in tuned.parameters:
-                parameters[name].copy_(tensor_of(name).to(tuned.specs[name].dtype))
+        for name in tuned.parameters:
+            parameters[name].copy_(tensor_of(name).to(tuned.specs[name].dtype))
         found = evaluate(tuned.name, "quick", settings, benchmarks=benchmarks, engines=engines)
         return {f"{one.task}/{one.metric}": one.value for one in found.scores}
 
@@ -129,11 +129,13 @@ def search(
     start = points[0][1]
 
     def fits(values: Values) -> bool:
-        return all(LOST[n][1] * (values[LOST[n][0]] - start[LOST[n][0]]) <= most[n] for n in most)
+        return all(way * (values[key] - start[key]) <= most[name] for name, (key, way) in LOST.items() if name in most)
 
     chosen, values = [point for point in points if fits(point[1])][-1]
     if chosen == 0:
         raise HFTError("every step from the base loses more than the budget allows; give a larger one")
+    if not blocks:
+        return points, chosen
     by_block = dict.fromkeys(sorted(set(blocks.values())), chosen)
     while further := [by_block | {block: round(alpha + 0.1, 1)} for block, alpha in by_block.items() if alpha < 1]:
         tried = [(one, score(one)) for one in tqdm(further, desc="one block further", unit="model")]
@@ -141,7 +143,7 @@ def search(
         if not within:
             break
         by_block, values = min(within, key=lambda point: point[1][LEARNED])
-    return ([*points, (by_block, values)], by_block) if blocks else (points, chosen)
+    return [*points, (by_block, values)], by_block
 
 
 def table(points: Sequence[tuple[Alpha, Mapping[str, float]]], chosen: Alpha) -> str:

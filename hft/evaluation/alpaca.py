@@ -41,10 +41,8 @@ def score_alpaca(model: str, settings: Settings, out: Path) -> Scores:
         chats = [[{"role": "user", "content": prompt["instruction"]}] for prompt in prompts]
         longest = settings.max_gen_toks or LONGEST
         answers = answers_to(chats, subject, template, replace(settings, max_gen_toks=longest))
-        rows = [
-            prompt | {"output": answer, "generator": generator} for prompt, answer in zip(prompts, answers, strict=True)
-        ]
         if is_main():
+            rows = [prompts[n] | {"output": answer, "generator": generator} for n, answer in enumerate(answers)]
             folder.mkdir(parents=True, exist_ok=True)
             write_text(outputs, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     if leaderboard.exists():
@@ -60,16 +58,14 @@ def score_alpaca(model: str, settings: Settings, out: Path) -> Scores:
 
 def _prompts(settings: Settings) -> list[dict[str, str]]:
     if settings.data:
-        rows = read_rows(Path(settings.data, f"{TASK}.jsonl"))
-    else:
-        from huggingface_hub import hf_hub_download
+        return read_rows(Path(settings.data, f"{TASK}.jsonl"))
+    from huggingface_hub import hf_hub_download
 
-        try:
-            file = hf_hub_download("tatsu-lab/alpaca_eval", f"{TASK}.json", repo_type="dataset")
-        except OSError as error:
-            raise HFTError(f"cannot fetch AlpacaEval's prompts: {reason(error)}; or give --data FOLDER") from error
-        rows = json.loads(Path(file).read_text(encoding="utf-8"))
-    return [{"instruction": row["instruction"], "dataset": row.get("dataset", "")} for row in rows]
+    try:
+        file = hf_hub_download("tatsu-lab/alpaca_eval", f"{TASK}.json", repo_type="dataset")
+    except OSError as error:
+        raise HFTError(f"cannot fetch AlpacaEval's prompts: {reason(error)}; or give --data FOLDER") from error
+    return json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def _read(leaderboard: Path, generator: str) -> list[Score]:

@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from pathlib import Path
 from typing import Literal
 
 from hft.config import Keys, fill, option, read_arguments
@@ -60,22 +59,20 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _score(model: str, suite: str, settings: Settings) -> None:
+    """Score a model; a run's scores are also in its model card and its wandb run."""
     out = folder_of(model)
     scores = score_alpaca(model, settings, out) if suite == ALPACA else evaluate(model, suite, settings, out)
-    if scores.scores:
-        say("", scores_text(scores), "", f"saved in {out}/scores/{suite}")
-    if scores.scores and is_main() and (out / RESULTS_NAME).exists():
-        _record(scores, out)
-
-
-def _record(scores: Scores, out: Path) -> None:
-    """Add the scores to the model card and the wandb run of a run."""
+    if not scores.scores:
+        return
+    say("", scores_text(scores), "", f"saved in {out}/scores/{suite}")
+    if not is_main() or not (out / RESULTS_NAME).exists():
+        return
     result = RunResult.load(out)
     result.write_card(out)
     if result.wandb and os.environ.get("WANDB_MODE") != "disabled":
         from hft.runs.tracking import log_scores
 
-        named = {f"{scores.suite}/{score.task}/{score.metric}": score.value for score in scores.scores}
+        named = {f"{suite}/{score.task}/{score.metric}": score.value for score in scores.scores}
         log_scores(result.wandb, named)
 
 

@@ -1,25 +1,19 @@
 """What open-instruct (commit f342459) draws: a benchmark's rows, and TyDiQA's examples, whose passages it cuts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from random import Random
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from lm_eval.api.task import ConfigurableTask
-    from transformers import PreTrainedTokenizerBase
-
-SEED = 42
+DRAWING_SEED = 42
 CONTEXT_TOKENS = 512
 
 
-def drawn_rows(sizes: Mapping[str, int], rows: int, random: Random) -> dict[str, list[int]]:
+def draw_rows(sizes: Mapping[str, int], rows: int, random: Random) -> dict[str, list[int]]:
     """The rows of each task, which are drawn one task after the other, in alphabetical order."""
     return {name: random.sample(range(n), rows) if n > rows else list(range(n)) for name, n in sorted(sizes.items())}
 
 
-def prepare_tydiqa(tasks: Mapping[str, ConfigurableTask], tokenizer: PreTrainedTokenizerBase, random: Random) -> None:
+def draw_examples(tasks: Mapping[str, Any], tokenizer: Any, random: Random) -> None:
     """Draw one example for each language, after the rows, and cut all passages.
 
     A passage that is cut starts with the tokenizer's BOS token, as in the original.

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from hft import __version__
 from hft.errors import HFTError, reason
-from hft.evaluation.drawn import SEED as DRAWING_SEED
-from hft.evaluation.drawn import drawn_rows
+from hft.evaluation.drawn import DRAWING_SEED, draw_examples, draw_rows
 from hft.evaluation.find import LM_EVAL, find_task
 from hft.evaluation.local import TASK_FOLDER, local_spec, on_rows
 from hft.evaluation.results import check_finite, count_truncated, read_results
 from hft.evaluation.rows import answer_rows, general_texts, held_out_rows, text_rows
 from hft.evaluation.subject import Subject, load_tokenizer, subject_of
-from hft.evaluation.suites import LOSS, PROTOCOLS, SUITES, Benchmark, Settings
+from hft.evaluation.suites import PROTOCOLS, SUITES, Benchmark, Settings
 from hft.machine import is_main, say
 from hft.record.identity import digest
 from hft.record.scores import Scores, save_rows
@@ -114,7 +113,7 @@ def losses_on(
     """
     tokenizer = load_tokenizer(Path(template))
     specs = {task: on_rows({"hft_task": {"test": answer_rows(some, tokenizer)}}) for task, some in rows.items()}
-    benchmarks = [Benchmark(task, "hft_task", LOSS, spec=spec) for task, spec in specs.items()]
+    benchmarks = [Benchmark(task, "hft_task", {"loss": "loss,none"}, spec=spec) for task, spec in specs.items()]
     return evaluate(model, suite, Settings(chat=False), out, benchmarks)
 
 
@@ -169,8 +168,7 @@ def unscored(suite: str, subject: Subject, settings: Settings) -> Scores:
 
 def _on_rows(scores: Scores, benchmark: Benchmark, tasks: TaskDict, subject: Subject) -> Scores:
     """The same for one benchmark, with its rows and, where it compares with the base, what that is."""
-    about = {key: value for key, value in asdict(replace(benchmark, spec=None)).items() if not callable(value)}
-    inputs = scores.inputs | {"benchmark": digest(about)}
+    inputs = scores.inputs | {"benchmark": digest(asdict(replace(benchmark, spec=None)))}
     if benchmark.task == "hft_kl":
         inputs["kl_base"] = subject.base_subject().inputs
     return replace(scores, data={benchmark.name: _rows_sha256(tasks)}, scores=[], inputs=inputs, truncated={})
@@ -216,22 +214,22 @@ def _has_chat_format(tokenizer: PreTrainedTokenizerBase) -> bool:
     return text.removeprefix(tokenizer.bos_token or "") != "?"
 
 
-@functools.cache
-def hear_warnings() -> None:
-    logging.getLogger("lm_eval").addHandler(LMEvalWarnings(logging.WARNING))
-
-
 class LMEvalWarnings(logging.Handler):
     """Prints each of lm-eval's warnings once, and none about what is counted or meant here."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not any(known in record.getMessage() for known in MEANT):
-            _print_once(f"lm-eval: {record.getMessage()}")
+            print_once(f"lm-eval: {record.getMessage()}")
 
 
 @functools.cache
-def _print_once(text: str) -> None:
+def print_once(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+@functools.cache
+def hear_warnings() -> None:
+    logging.getLogger("lm_eval").addHandler(LMEvalWarnings(logging.WARNING))
 
 
 def spec_of(benchmark: Benchmark, subject: Subject, settings: Settings) -> Spec | None:
@@ -241,7 +239,7 @@ def spec_of(benchmark: Benchmark, subject: Subject, settings: Settings) -> Spec 
         return rows and on_rows({benchmark.task: {"test": rows}})
     if settings.data is None:
         return benchmark.task
-    spec = local_spec(benchmark.task, Path(settings.data))
+    spec = local_spec(benchmark, Path(settings.data))
     if spec is None:
         say(f"{benchmark.name} is skipped: {settings.data} has no rows of it")
     return spec
@@ -267,18 +265,10 @@ def _refusals(benchmark: Benchmark) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
     from yaml import YAMLError
 
+    of_python = (AssertionError, ImportError, LookupError, OSError, TypeError, ValueError)
     try:
         yield
-    except (
-        AssertionError,
-        DatasetsError,
-        ImportError,
-        LookupError,
-        OSError,
-        TypeError,
-        ValueError,
-        YAMLError,
-    ) as error:
+    except (*of_python, DatasetsError, YAMLError) as error:
         raise HFTError(f"{benchmark.name} cannot be run: {reason(error)}") from error
 
 
@@ -327,10 +317,10 @@ def _run_tasks(
     with _refusals(benchmark):
         if settings.paper_subsets and benchmark.paper_rows:
             sizes = {name: len(task.eval_docs) for name, task in tasks["tasks"].items()}
-            samples = {name: rows[:limit] for name, rows in drawn_rows(sizes, benchmark.paper_rows, drawing).items()}
+            samples = {name: rows[:limit] for name, rows in draw_rows(sizes, benchmark.paper_rows, drawing).items()}
             limit = None
-        if benchmark.prepare:
-            benchmark.prepare(tasks["tasks"], load_tokenizer(subject.tokenizer), drawing)
+        if benchmark.draws_example:
+            draw_examples(tasks["tasks"], load_tokenizer(subject.tokenizer), drawing)
         results = lm_eval.evaluate(
             lm=lm,
             task_dict=tasks,

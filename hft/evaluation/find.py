@@ -23,7 +23,7 @@ def find_task(word: str) -> Benchmark:
         name = Path(path).stem + colon + metric
         groups = re.findall(r"^group: *(\S+)", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
         folders = (str(Path(path).parent.resolve()),) if groups else ()  # where lm-eval finds its members
-        return Benchmark(name, groups[0] if groups else path, folders=folders, only=metric or None)
+        return Benchmark(name, groups[0] if groups else path, only=metric or None, folders=folders)
     files = _files()
     if path not in files:
         known = [*files, *(benchmark.name for suite in SUITES.values() for benchmark in suite)]
@@ -31,7 +31,7 @@ def find_task(word: str) -> Benchmark:
         hint = f", did you mean {' or '.join(near)}?" if near else "; `lm-eval ls tasks` lists them"
         raise HFTError(f"lm-eval has no task {path!r}{hint}")
     folders = tuple(dict.fromkeys(str(file.parent) for file in files[path]))
-    return Benchmark(word, path, folders=folders, only=metric or None)
+    return Benchmark(word, path, only=metric or None, folders=folders)
 
 
 @functools.cache

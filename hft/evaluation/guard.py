@@ -57,10 +57,11 @@ def make_hook(folder: str):
         paths = [first, *(other for other in others if isinstance(other, str | bytes | os.PathLike))]
         return not isinstance(first, int) and all(map(is_inside, paths))
 
+    checks = {"open": may_open, **dict.fromkeys(CHANGES, may_change)}
+
     def hook(event, arguments):
         if event == "import" and arguments[0] in REFUSED_MODULES:
             raise ImportError(f"{arguments[0]} is refused")
-        checks = {"open": may_open, **dict.fromkeys(CHANGES, may_change)}
         if event.startswith(REFUSED) or (event in checks and not checks[event](*arguments)):
             raise PermissionError(f"{event} is refused")
 

@@ -3,18 +3,32 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
+from hft.config import read_yaml
 from hft.errors import HFTError
+from hft.evaluation.suites import Benchmark
 from hft.jsonl import read_jsonl
 
 Rows = list[dict[str, Any]]
 TASK_FOLDER = Path(__file__).with_name("tasks")
 OUTER, INNER = "local", "rows"
+
+Texts = Annotated[list[str], Field(min_length=1)]
+TYPES = {  # of files.yaml
+    "text": str,
+    "text if any": NotRequired[str],
+    "texts": Texts,
+    "four texts": Annotated[list[str], Field(min_length=4, max_length=4)],
+    "index of four": Annotated[int, Field(ge=0, le=3)],
+    "targets": TypedDict("Targets", {"choices": Texts, "labels": list[Literal[0, 1]]}),
+    "mappings": list[dict[str, Any]],
+    "anything": Any,
+}
 
 
 def as_dataset(**splits: Rows) -> Callable[..., Any]:
@@ -56,106 +70,31 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def local_spec(task: str, folder: Path) -> dict[str, Any] | None:
+def local_spec(benchmark: Benchmark, folder: Path) -> dict[str, Any] | None:
     """The task or group of a benchmark, on the rows of a folder; None if the folder has none of it.
 
     docs/evaluation.md lists the files and their fields. Prompts, shots, filters and metrics are the task's.
     """
-    form = FORMS.get(task.removesuffix("_chat"))
-    if form is None or not all((folder / f"{name}.jsonl").exists() for name in form.files.values()):
+    files = {split: folder / f"{name}.jsonl" for split, name in benchmark.files.items()}
+    if not files or not all(path.exists() for path in files.values()):
         return None
     tasks: dict[str, dict[str, Rows]] = {}
-    for split, name in form.files.items():
-        for row in read_rows(folder / f"{name}.jsonl"):
-            member = (form.member or task).format(**row)
-            tasks.setdefault(member, {}).setdefault(split, []).append(form.convert(row))
-    tasks = {name: splits for name, splits in tasks.items() if next(iter(form.files)) in splits}
-    return on_rows(tasks, task if form.member else None, **form.more)
+    for split, path in files.items():
+        for row in read_rows(path):
+            task = (benchmark.member or benchmark.task).format(**row)
+            tasks.setdefault(task, {}).setdefault(split, []).append(row)
+    tasks = {task: splits for task, splits in tasks.items() if next(iter(files)) in splits}
+    return on_rows(tasks, benchmark.task if benchmark.member else None, **benchmark.differ)
 
 
 def read_rows(path: Path) -> Rows:
-    """The rows of a file of a benchmark, with the fields of `FIELDS` in their types."""
+    """The rows of a file of a benchmark, with the fields that are read of it in their types."""
+    fields = read_yaml(Path(__file__).with_name("files.yaml"))[path.stem]
+    row = TypedDict(path.stem, {name: TYPES[kind] for name, kind in fields.items()})
     rows = read_jsonl(path)
     try:
-        return TypeAdapter(list[TypedDict(path.stem, FIELDS[path.stem])]).validate_python(rows)
+        return TypeAdapter(list[row]).validate_python(rows)
     except ValidationError as error:
         number, *field = error.errors()[0]["loc"]
         where = f"{path}, row {number} (the first is 0), {'.'.join(map(str, field))}"
         raise HFTError(f"{where}: {error.errors()[0]['msg']}") from None
-
-
-class Form(NamedTuple):
-    """How the rows of files become a task, or the tasks of a group."""
-
-    files: Mapping[str, str]  # by split, the one that is scored first
-    member: str | None = None  # the task of the group that a row belongs to, by the row's fields
-    convert: Callable[[dict[str, Any]], dict[str, Any]] = dict
-    more: Mapping[str, Any] = {}  # keys that differ from the task's YAML
-
-
-def _closed_book(file: str, answer: Callable[[list[str]], Any]) -> Form:
-    """Questions without a passage; `answer` brings the right answers into the form of lm-eval's task."""
-    return Form({"validation": file}, None, lambda row: {"question": row["question"], "answer": answer(row["answers"])})
-
-
-Texts = Annotated[list[str], Field(min_length=1)]
-Four = Annotated[list[str], Field(min_length=4, max_length=4)]
-OneOfFour = Annotated[int, Field(ge=0, le=3)]
-
-
-class Targets(TypedDict):
-    choices: Texts
-    labels: list[Literal[0, 1]]
-
-
-QUESTION = {"question": str, "answers": Texts}
-MMLU = {"question": str, "choices": Four, "answer": OneOfFour, "subject": str}
-CODE = {"prompt": str, "entry_point": str, "canonical_solution": str, "test": str, "instruction": NotRequired[str]}
-# By the name of the file: the fields that are read of its rows.
-FIELDS: dict[str, dict[str, Any]] = {
-    "mmlu_test": MMLU,
-    "mmlu_dev": MMLU,
-    "gsm8k_test": {"question": str, "answer": str},
-    "bbh": {"task": str, "input": str, "target": str},
-    "truthfulqa_mc": {"question": str, "mc1_targets": Targets, "mc2_targets": Targets},
-    "humaneval": CODE,
-    "nq_open": QUESTION,
-    "triviaqa": QUESTION,
-    "triviaqa_dev": QUESTION,
-    "hotpotqa": QUESTION,
-    "ifeval": {"key": Any, "prompt": str, "instruction_id_list": Texts, "kwargs": list[dict[str, Any]]},
-    "mbpp_test": {"text": str, "code": str, "test_list": Texts},
-    "hellaswag": {"query": str, "choices": Four, "label": OneOfFour},
-    "tydiqa_dev": QUESTION | {"language": str, "context": str},
-    "tydiqa_train": QUESTION | {"language": str, "context": str},
-    "math": {"problem": str, "solution": str},
-    "execution": {"code": str, "input": str, "output": str},
-    "alpaca_eval": {"instruction": str, "dataset": NotRequired[str]},
-}
-
-PLAIN = {"process_docs": None}  # rows that need none of the task's changes
-# By the name of the task without a final `_chat`.
-FORMS = {
-    "hft_mmlu_open_instruct": Form({"test": "mmlu_test", "dev": "mmlu_dev"}, "mmlu_{subject}"),
-    "hft_mmlu_opencompass": Form({"test": "mmlu_test", "dev": "mmlu_dev"}, "mmlu_{subject}"),
-    "hft_gsm8k_open_instruct": Form({"test": "gsm8k_test"}, "gsm8k_cot"),
-    "hft_gsm8k_opencompass": Form({"test": "gsm8k_test"}),
-    "hft_bbh_open_instruct": Form({"test": "bbh"}, "bbh_cot_fewshot_{task}"),
-    "hft_bbh_opencompass": Form({"test": "bbh"}, "bbh_cot_fewshot_{task}"),
-    "hft_tydiqa_open_instruct": Form(
-        {"validation": "tydiqa_dev", "train": "tydiqa_train"}, "tydiqa_goldp_{language}", more=PLAIN
-    ),
-    "hft_truthfulqa_open_instruct": Form({"validation": "truthfulqa_mc"}, "truthfulqa_mc2"),
-    "hft_humaneval_open_instruct": Form({"test": "humaneval"}),
-    "hft_humaneval_opencompass": Form({"test": "humaneval"}),
-    "nq_open": _closed_book("nq_open", list),
-    "triviaqa": _closed_book("triviaqa", lambda answers: {"aliases": answers}),
-    "hft_hotpotqa": _closed_book("hotpotqa", lambda answers: answers[0]),
-    "hft_nq_opencompass": Form({"test": "nq_open"}, more=PLAIN),
-    "hft_triviaqa_opencompass": Form({"test": "triviaqa_dev"}, more=PLAIN),
-    "ifeval": Form({"train": "ifeval"}),
-    "hft_mbpp_opencompass": Form({"test": "mbpp_test"}),
-    "hft_hellaswag_opencompass": Form({"validation": "hellaswag"}, "hellaswag", more=PLAIN),
-    "hft_math_opencompass": Form({"test": "math"}, "minerva_math_algebra"),
-    "hft_execution_opencompass": Form({"test": "execution"}),
-}

@@ -14,17 +14,14 @@ GUARD = Path(__file__).with_name("guard.py")
 def passes(program: str, seconds: int = SECONDS, memory: int = MEMORY) -> bool:
     """Whether a program, its tests included, runs to its end without an error; `sys.exit` and `os._exit` do not.
 
-    It may take `seconds` of processor time, about as many of wall time, and `memory` bytes of address space. Python's
-    audit hooks refuse what changes files outside a temporary folder, other processes, signals, sockets and C functions;
-    where Linux lets users make namespaces, everything else is also mounted read-only and there is no network
-    interface. The program may read any file that the user may. That stops what models write, not an attacker: run code
-    that may be hostile in a container.
+    It may take `seconds` of processor time, about as many of wall time, and `memory` bytes of address space.
+    docs/evaluation.md says what it may not do. That stops what models write, not an attacker.
     """
     token = secrets.token_hex()
     with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-I", str(GUARD), str(seconds), str(memory)]
         # numpy's BLAS takes address space for each of its threads
         environment = {"HOME": folder, "TMPDIR": folder, "OPENBLAS_NUM_THREADS": "1"}
-        command = [sys.executable, "-I", str(GUARD), str(seconds), str(memory)]
         streams = {"input": f"{token}\n{program}".encode(errors="replace"), "stdout": subprocess.PIPE}
         streams["stderr"] = subprocess.DEVNULL
         try:

@@ -1,12 +1,14 @@
-"""The benchmarks of each suite, which of lm-eval's results is their score, and the settings that they run under."""
+"""What is scored, and how: the benchmarks of each suite, and the settings that they run under."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from hft.config import option
-from hft.evaluation.drawn import prepare_tydiqa
+from hft.config import option, read_yaml
 
+# Whose prompts and rules a suite has.
+PROTOCOLS = {"quick": "hft", "general": "open-instruct", "knowledge": "lm-eval", "recent": "opencompass"}
 # Metrics that are not percentages; of these, less is better.
 METRIC_UNITS = {"loss": "nats/token", "kl": "nats/token", "choice_loss": "nats/question"}
 
@@ -43,97 +45,25 @@ class Benchmark:
     task: str  # the lm-eval task or group
     # By name lm-eval's key, `metric,filter`; the first is the benchmark's score. Empty: all that lm-eval computes.
     metrics: Mapping[str, str] = field(default_factory=dict)
-    folders: tuple[str, ...] = ()  # below `lm_eval/tasks`, those that hold the task; none for a task of ours
+    only: str | None = None  # the metric that was asked for, of all that lm-eval computes
+    folders: Sequence[str] = ()  # below `lm_eval/tasks`, those that hold the task; none for a task of ours
     num_fewshot: int | None = None  # examples in the prompt; None for the task's own number
     paper_rows: int | None = None  # rows of each subtask where the HFT paper's evaluation takes a subset
     parts: Mapping[str, str] = field(default_factory=dict)  # subtasks whose scores are saved too, by our name
     has_chat_task: bool = False  # under a chat template its prompt is another: that of the task TASK_chat
     turns: bool = False  # under a chat template the examples are turns, not one user message
     instruction: str | None = None  # what the prompt starts with, before what the task says
-    prepare: Callable[..., None] | None = None  # changes the rows of the tasks, for a tokenizer and a random generator
+    draws_example: bool = False  # as open-instruct for TyDiQA
     runs_code: bool = False
-    spec: dict[str, Any] | None = None  # its config as lm-eval takes it, where it differs from the task's
     rendered: bool = False  # whether its prompts are rendered by a chat template already
-    only: str | None = None  # the metric that was asked for, of all that lm-eval computes
+    spec: dict[str, Any] | None = None  # its config as lm-eval takes it, where it differs from the task's
+    # With `--data`:
+    files: Mapping[str, str] = field(default_factory=dict)  # by split the file of its rows; the first is scored
+    member: str | None = None  # the task of the group that a row belongs to, by the row's fields
+    differ: Mapping[str, Any] = field(default_factory=dict)  # what differs from the task, as the rows do
 
 
-LOSS = {"loss": "loss,none"}
-ACC = {"acc": "acc,none"}
-EXACT = {"exact_match": "exact_match,none"}
-CONTAINS = {"contains": "contains,none"}
-PASS = {"pass@1": "pass@1,code"}
-F1 = {"f1": "f1,none", "exact_match": "exact_match,none"}
-CLOSED_BOOK = {"exact_match": "exact_match,remove_whitespace"}
-MMLU, BBH = ("mmlu/default",), ("bbh/cot_fewshot",)
-MMLU_OPEN_INSTRUCT = ("hft_mmlu_open_instruct", ACC, MMLU)
-FOLLOW_EXAMPLES = "Follow the given examples and answer the question.\n"
-
-# Whose prompts and rules a suite has; docs/evaluation.md says for each table of the HFT paper what is exact.
-PROTOCOLS = {"quick": "hft", "general": "open-instruct", "knowledge": "lm-eval", "recent": "opencompass"}
-
-# Quick's last three read rows that depend on the model and the run (hft.evaluation.rows).
-SUITES: dict[str, tuple[Benchmark, ...]] = {
-    "quick": (
-        Benchmark(
-            "facts",
-            "hft_facts",
-            {"acc": "acc,none", "acc_centered": "acc_centered,none", "choice_loss": "choice_loss,none"},
-            parts={f"facts_{kind}": f"hft_facts_{kind}" for kind in ("capitals", "currencies", "elements")},
-        ),
-        Benchmark("drift", "hft_drift", LOSS),
-        Benchmark("task", "hft_task", LOSS),
-        Benchmark("kl", "hft_kl", {"kl": "kl,none"}),
-    ),
-    # A.3.2. On 200 rows of GSM8K, 40 of each BBH task and 100 of each TyDiQA language, as in open-instruct's scripts,
-    # which the paper follows.
-    "general": (
-        Benchmark("mmlu_0shot", *MMLU_OPEN_INSTRUCT, num_fewshot=0, has_chat_task=True),
-        Benchmark("mmlu_5shot", *MMLU_OPEN_INSTRUCT, num_fewshot=5, has_chat_task=True),
-        Benchmark("gsm8k", "hft_gsm8k_open_instruct", EXACT, ("gsm8k",), paper_rows=200, has_chat_task=True),
-        Benchmark("bbh", "hft_bbh_open_instruct", EXACT, BBH, paper_rows=40),
-        Benchmark(
-            *("tydiqa", "hft_tydiqa_open_instruct", F1, ("tydiqa",)),
-            num_fewshot=1,
-            paper_rows=100,
-            has_chat_task=True,
-            prepare=prepare_tydiqa,
-        ),
-        Benchmark("truthfulqa", "hft_truthfulqa_open_instruct", ACC, ("truthfulqa",)),
-        Benchmark(
-            "humaneval",
-            "hft_humaneval_open_instruct",
-            {"pass@10": "pass@10,code", "pass@1": "pass@1,code"},
-            has_chat_task=True,
-            runs_code=True,
-        ),
-    ),
-    "knowledge": (
-        Benchmark("nq_open", "nq_open", CLOSED_BOOK, ("nq_open",), num_fewshot=0),
-        Benchmark("triviaqa", "triviaqa", CLOSED_BOOK, ("triviaqa",), num_fewshot=0),
-        Benchmark("hotpotqa", "hft_hotpotqa", CLOSED_BOOK, num_fewshot=0),
-    ),
-    # A.4.9 to A.4.12, Tables 16 to 23.
-    "recent": (
-        Benchmark("mmlu", "hft_mmlu_opencompass", ACC, MMLU, num_fewshot=5, turns=True),
-        Benchmark("hellaswag", "hft_hellaswag_opencompass", ACC, ("hellaswag",)),
-        Benchmark("gsm8k", "hft_gsm8k_opencompass", EXACT, turns=True),
-        Benchmark("bbh", "hft_bbh_opencompass", EXACT, BBH, instruction=FOLLOW_EXAMPLES),
-        Benchmark("nq", "hft_nq_opencompass", CONTAINS),
-        Benchmark("triviaqa", "hft_triviaqa_opencompass", CONTAINS, has_chat_task=True),
-        Benchmark(
-            "ifeval",
-            "ifeval",
-            {
-                "prompt_strict": "prompt_level_strict_acc,none",
-                "inst_strict": "inst_level_strict_acc,none",
-                "prompt_loose": "prompt_level_loose_acc,none",
-                "inst_loose": "inst_level_loose_acc,none",
-            },
-            ("ifeval",),
-        ),
-        Benchmark("humaneval_greedy", "hft_humaneval_opencompass", PASS, runs_code=True),
-        Benchmark("mbpp", "hft_mbpp_opencompass", PASS, has_chat_task=True, turns=True, runs_code=True),
-        Benchmark("livecodebench", "hft_execution_opencompass", {"pass@1": "pass@1,none"}),
-        Benchmark("math", "hft_math_opencompass", EXACT, ("minerva_math",), turns=True),
-    ),
+SUITES = {
+    suite: tuple(Benchmark(name, **keys) for name, keys in benchmarks.items())
+    for suite, benchmarks in read_yaml(Path(__file__).with_name("suites.yaml")).items()
 }

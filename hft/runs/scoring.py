@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -71,18 +72,18 @@ def score_base(config: Config, args: TrainingArguments, tokenizer: PreTrainedTok
     from hft.model.load import load_base
     from hft.selection.importance import save_scored, select_by_importance, token_ids
 
-    chosen, by = config.method.selection, ""
-    rows = []
-    if chosen.score in READ_TEXT:
-        rows = load_split(chosen.importance_data, "train")
-        by = f" on {chosen.importance_rows} rows of {chosen.importance_data}"
+    chosen = config.method.selection
+    reads_text = chosen.score in READ_TEXT
+    rows = load_split(chosen.importance_data, "train") if reads_text else []
     made_from = sources(config, args)
-    if is_made_from(folder, made_from):
-        say(f"importance: read from {folder}", "")
-        return
+    with suppress(HFTError):  # no scores there, or not all
+        if made_from.items() <= load_scores(folder).items():
+            say(f"importance: read from {folder}", "")
+            return
     theirs = [path.name for path in folder.glob("*") if path.name not in (IMPORTANCE_NAME, MASKS_NAME)]
     if theirs:
         raise HFTError(f"{folder} holds {theirs[0]} beside scores; name another folder")
+    by = f" on {chosen.importance_rows} rows of {chosen.importance_data}" if reads_text else ""
     say(f"scoring the base by {chosen.score}{by}")
     model, _ = load_base(config.run.model_name_or_path, args)
     texts = list(token_ids(tokenizer, rows, args.max_length, chosen.importance_rows or 0))
@@ -97,19 +98,10 @@ def sources(config: Config, args: TrainingArguments) -> dict[str, Any]:
     """What the scores of a run's base depend on."""
     from hft.data import fingerprint
 
-    chosen, base = config.method.selection, config.run.model_name_or_path
-    folder = local_folder(base, config.revision)
+    chosen, folder = config.method.selection, local_folder(config.run.model_name_or_path, config.revision)
     found = {"base": config.base, "weights": weights_fingerprint(folder), "max_length": args.max_length}
     found["selection"] = {key: value for key, value in asdict(chosen).items() if key in SCORED}
     if chosen.score in READ_TEXT:
         template = comparable(config.values).get("chat_template_path")
         found |= {"data": fingerprint(chosen.importance_data), "tokens": companions_of(folder), "template": template}
     return found
-
-
-def is_made_from(folder: Path, made_from: dict[str, Any]) -> bool:
-    try:
-        found = load_scores(folder)
-    except HFTError:  # none there, or not whole
-        return False
-    return all(found.get(key) == value for key, value in made_from.items())

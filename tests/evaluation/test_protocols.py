@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 from lm_eval.api.model import LM
 from transformers import AutoTokenizer
 
-from hft.evaluation.drawn import drawn_rows
+from hft.evaluation.drawn import draw_rows
 from hft.evaluation.evaluate import Settings, evaluate
 from tests.conftest import ROOT, write_jsonl
 
@@ -195,11 +195,11 @@ def test_an_answer_counts_as_in_its_original(suite, benchmark, answer, values, a
 
 def test_the_rows_that_open_instruct_draws():
     """random.seed(42), then random.sample of the rows, of TyDiQA's for one language after the other."""
-    (gsm8k,) = drawn_rows({"gsm8k": 1319}, 200, random.Random(42)).values()
+    (gsm8k,) = draw_rows({"gsm8k": 1319}, 200, random.Random(42)).values()
     assert gsm8k[:8] == [1309, 228, 51, 563, 501, 457, 285, 209]
     random.seed(42)
     assert gsm8k == random.sample(range(1319), 200)
-    tydiqa = drawn_rows({"tydiqa_goldp_bn": 113, "tydiqa_goldp_ar": 921}, 100, random.Random(42))
+    tydiqa = draw_rows({"tydiqa_goldp_bn": 113, "tydiqa_goldp_ar": 921}, 100, random.Random(42))
     random.seed(42)
     assert tydiqa == {
         name: random.sample(range(n), 100) for name, n in (("tydiqa_goldp_ar", 921), ("tydiqa_goldp_bn", 113))
