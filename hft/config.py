@@ -52,7 +52,8 @@ WORDS |= {
 
 def option(help: str, default: Any = None, **more: Any) -> Any:
     """A dataclass's field with the help that `--help` prints."""
-    return field(default=default, metadata={"help": help}, **more)
+    kind = {"default_factory": default.copy} if isinstance(default, list | dict) else {"default": default}
+    return field(**kind, metadata={"help": help}, **more)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -39,9 +39,8 @@ Values = dict[str, float]  # by task and metric
 class KeepConfig:
     """What `hft keep` takes."""
 
-    budget: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Most that may be lost against the base: drift=0.05, kl=0.1 (nats/token), facts=2 (points)."},
+    budget: list[str] = option(
+        "Most that may be lost against the base: drift=0.05, kl=0.1 (nats/token), facts=2 (points).", []
     )
     out: str | None = option("Folder for the result.")
     base: str | None = option("What the model was tuned from; default: by manifest.")

@@ -30,7 +30,7 @@ def score_alpaca(model: str, settings: Settings, out: Path) -> Scores:
     subject = subject_of(model, settings.base)
     settings = resolved(ALPACA, subject, settings)
     prompts = _prompts(settings)[: settings.limit]
-    scores = replace(unscored(ALPACA, subject, settings), data={TASK: digest(prompts)})
+    scores = unscored(ALPACA, subject, settings, {TASK: digest(prompts)})
     # Named after all that the answers depend on: other answers have a name that no old verdict knows.
     key = digest([scores.inputs, scores.data, scores.settings, scores.versions, scores.dtype])[:8]
     folder, generator = out / f"alpaca_eval-{key}", f"{Path(model).name}-{key}"

@@ -40,8 +40,6 @@ SEED = 1234  # lm-eval's default
 SCORED_WITH = ("lm_eval", "torch", "transformers", "datasets")
 # Settings that decide which benchmarks are run and how fast, not what comes out.
 NEUTRAL = ("tasks", "batch_size", "dtype", "allow_code", "log_samples")
-# Of lm-eval's warnings those about what is counted or meant here.
-MEANT = ("Custom kwargs can be passed", "Combined length of context", "Left truncation applied")
 
 
 def evaluate(
@@ -69,14 +67,18 @@ def evaluate(
     settings = settings or Settings()
     subject = subject_of(model, settings.base)
     settings = resolved(suite, subject, settings)
-    scores, opened = unscored(suite, subject, settings), engines or {}
+    scores, opened = unscored(suite, subject, settings, {}), engines or {}
     for benchmark in _chosen(suite, settings) if benchmarks is None else benchmarks:
         if (spec := benchmark.spec or spec_of(benchmark, subject, settings)) is None:
             continue
         tasks = _load(benchmark, spec, settings)
-        one = _on_rows(scores, benchmark, tasks, subject)
+        one = unscored(suite, subject, settings, {benchmark.name: _rows_sha256(tasks)})
+        one.inputs["benchmark"] = digest(asdict(replace(benchmark, spec=None)))
+        if benchmark.task == "hft_kl":
+            one.inputs["kl_base"] = subject.base_subject().inputs
         path = out and one.path(out, benchmark.name)
-        if saved := path and _saved(path, one):
+        saved = Scores.load(path) if path and path.exists() else None
+        if saved and replace(saved, scores=[], truncated={}, model=one.model) == one:
             one = saved
         else:
             if not engines:
@@ -157,29 +159,15 @@ def _chosen(suite: str, settings: Settings) -> list[Benchmark]:
     return chosen
 
 
-def unscored(suite: str, subject: Subject, settings: Settings) -> Scores:
-    """No scores yet, of a model under settings, with what every score depends on."""
+def unscored(suite: str, subject: Subject, settings: Settings, data: dict[str, str]) -> Scores:
+    """No scores yet, of a model on rows under settings, with what every score depends on."""
     same = {key: value for key, value in asdict(settings).items() if key not in NEUTRAL}
     same["protocol"] = PROTOCOLS.get(suite, "hft")
     packages = [*SCORED_WITH, *(["peft"] if subject.adapter else []), *filter(find_spec, {settings.backend} - {"hf"})]
     versions = {package: version(package) for package in packages} | {"hft": __version__}
-    return Scores(suite, subject.name, subject.sha256, settings.dtype, same, {}, versions, inputs=subject.inputs)
-
-
-def _on_rows(scores: Scores, benchmark: Benchmark, tasks: TaskDict, subject: Subject) -> Scores:
-    """The same for one benchmark, with its rows and, where it compares with the base, what that is."""
-    inputs = scores.inputs | {"benchmark": digest(asdict(replace(benchmark, spec=None)))}
-    if benchmark.task == "hft_kl":
-        inputs["kl_base"] = subject.base_subject().inputs
-    return replace(scores, data={benchmark.name: _rows_sha256(tasks)}, scores=[], inputs=inputs, truncated={})
-
-
-def _saved(path: Path, wanted: Scores) -> Scores | None:
-    """What is saved under the same settings, if it depends on the same weights, rows and packages."""
-    if not path.exists():
-        return None
-    found = Scores.load(path)
-    return found if replace(found, scores=[], truncated={}, model=wanted.model) == wanted else None
+    own = subject.inputs["model"]
+    about = (suite, subject.name, own.get("commit") or own["weights"], settings.dtype)
+    return Scores(*about, same, data, versions, inputs=subject.inputs.copy())
 
 
 def _rows_sha256(tasks: TaskDict) -> str:
@@ -194,16 +182,12 @@ def _rows_sha256(tasks: TaskDict) -> str:
 
 def resolved(suite: str, subject: Subject, settings: Settings) -> Settings:
     """Settings whose chat format and dtype are decided."""
-    chat = settings.chat
-    if chat is None:
-        chat = suite != "quick" and _has_chat_format(load_tokenizer(subject.tokenizer))
-    return replace(settings, chat=chat, dtype=dtype_of(settings.dtype))
-
-
-def dtype_of(given: str | None) -> str:
     import torch
 
-    return given or ("bfloat16" if torch.cuda.is_available() else "float32")
+    chat, dtype = settings.chat, settings.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    if chat is None:
+        chat = suite != "quick" and _has_chat_format(load_tokenizer(subject.tokenizer))
+    return replace(settings, chat=chat, dtype=dtype)
 
 
 def _has_chat_format(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -217,14 +201,13 @@ def _has_chat_format(tokenizer: PreTrainedTokenizerBase) -> bool:
 class LMEvalWarnings(logging.Handler):
     """Prints each of lm-eval's warnings once, and none about what is counted or meant here."""
 
+    known = ["Custom kwargs can be passed", "Combined length of context", "Left truncation applied"]
+
     def emit(self, record: logging.LogRecord) -> None:
-        if not any(known in record.getMessage() for known in MEANT):
-            print_once(f"lm-eval: {record.getMessage()}")
-
-
-@functools.cache
-def print_once(text: str) -> None:
-    print(text, file=sys.stderr)
+        text = record.getMessage()
+        if not any(known in text for known in self.known):
+            self.known.append(text)
+            print(f"lm-eval: {text}", file=sys.stderr)
 
 
 @functools.cache

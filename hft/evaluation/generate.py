@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile, zip_longest
 from pathlib import Path
 from textwrap import wrap
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft.config import Keys, fill, option, read_arguments
 from hft.errors import HFTError, reason
-from hft.evaluation.evaluate import check_installed, dtype_of
+from hft.evaluation.evaluate import check_installed, resolved
 from hft.evaluation.rows import held_out_rows, prompt_and_answer
 from hft.evaluation.subject import Subject, folder_of, load_tokenizer, subject_of
 from hft.evaluation.suites import Settings
@@ -32,9 +32,7 @@ NARROWEST = 24  # characters of a column
 class GenerateCommand:
     """What `hft generate` takes besides models."""
 
-    prompt: list[str] = field(
-        default_factory=list, metadata={"help": "What to ask; default: held-out rows of the first run."}
-    )
+    prompt: list[str] = option("What to ask; default: held-out rows of the first run.", [])
     rows: int = option("How many held-out rows.", 3)
     base: bool = option("Ask the bases too.", True)
     max_new_tokens: int = option("Longest answer.", 128)
@@ -52,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     if not models:
         raise HFTError(f"name who is to answer: {usage}")
     check_installed()
-    settings = Settings(max_gen_toks=asked.max_new_tokens, batch_size=asked.batch_size, dtype=dtype_of(asked.dtype))
+    settings = Settings(max_gen_toks=asked.max_new_tokens, batch_size=asked.batch_size, dtype=asked.dtype)
     subjects = {model: subject_of(model) for model in models}
     chats, references = _questions(asked, models[0])
     tuned = [subject for subject in subjects.values() if asked.base and subject.base]
@@ -63,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
         say(f"{name} answers")
         templates = (load_tokenizer(subject.tokenizer), first)
         template = next((tokenizer for tokenizer in templates if tokenizer.chat_template), None)
-        answers[name] = answers_to(chats, subject, template, settings)
+        answers[name] = answers_to(chats, subject, template, resolved("quick", subject, settings))
     for number, (chat, reference) in enumerate(zip(chats, references, strict=True)):
         columns = {name: texts[number] for name, texts in answers.items()}
         say("", f"{number + 1}. {chat[-1]['content']}", "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,7 +47,10 @@ def read_results(benchmark: Benchmark, results: Results) -> tuple[list[Score], D
             value = one.scale * values[f"{one.base},{one.kind}"]
             scores.append(Score(name, one.name, value, stderr, n, one.unit, one.higher_is_better))
         for leaf in leaves if task in roots else ():
-            for samples in _by_question(results["samples"][leaf]):
+            questions: dict[Any, Samples] = {}
+            for sample in results["samples"][leaf]:
+                questions.setdefault(sample["doc_id"], []).append(sample)
+            for samples in questions.values():
                 row = {"row": digest(samples[0]["doc_hash"])[:16], "task": names.get(leaf, leaf)}
                 row |= {one.name: _value(one, samples) for one in metrics}
                 rows.append(row | {"answer": _answer(samples[0])})
@@ -78,8 +80,12 @@ def count_truncated(lm: LM, results: Results) -> int:
             text, room = prompt, length - int(second.get("max_gen_toks", lm.max_gen_toks))
         return len(text.encode()) > room and len(lm.tok_encode(text)) > room  # a token is a byte or more
 
-    questions = (samples[0]["arguments"] for leaf in results["samples"].values() for samples in _by_question(leaf))
-    return sum(any(is_cut(*arguments) for arguments in one if len(arguments) > 1) for one in questions)
+    cut = set()
+    for leaf, samples in results["samples"].items():
+        for sample in samples:
+            if any(is_cut(*arguments) for arguments in sample["arguments"] if len(arguments) > 1):
+                cut.add((leaf, sample["doc_id"]))  # once, whatever the number of filters
+    return len(cut)
 
 
 def _roots(results: Results) -> list[str]:
@@ -124,13 +130,6 @@ def _leaves(task: str, results: Results) -> list[str]:
 
 def _is_score(key: str, value: object) -> bool:
     return "," in key and "_stderr" not in key and isinstance(value, Real)
-
-
-def _by_question(samples: Samples) -> Iterable[Samples]:
-    found: dict[Any, Samples] = {}
-    for sample in samples:
-        found.setdefault(sample["doc_id"], []).append(sample)
-    return found.values()
 
 
 def _listed(value: Any) -> list[Any]:

@@ -25,11 +25,6 @@ class Subject:
     inputs: dict[str, Any]  # SHA-256 of what is in the model's folder and, for an adapter, in its base's
 
     @property
-    def sha256(self) -> str:
-        """Of its weight files; for a model from the Hub the commit."""
-        return self.inputs["model"].get("commit") or self.inputs["model"]["weights"]
-
-    @property
     def tokenizer(self) -> Path:
         return self.adapter or self.weights
 

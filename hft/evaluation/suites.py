@@ -19,9 +19,7 @@ class Settings:
 
     limit: int | None = option("Rows of each task; default: all.")
     paper_subsets: bool = option("GSM8K 200, BBH 40 a task, TyDiQA 100 a language.", False)
-    tasks: list[str] = field(
-        default_factory=list, metadata={"help": "Benchmarks, lm-eval's tasks (NAME:METRIC) or YAML files."}
-    )
+    tasks: list[str] = option("Benchmarks, lm-eval's tasks (NAME:METRIC) or YAML files.", [])
     max_gen_toks: int | None = option("Most tokens of an answer; default: the task's.")
     chat: bool | None = option("Use the chat template; default: if any, not in quick.")
     dtype: Literal["bfloat16", "float16", "float32", "auto"] | None = option(
@@ -29,7 +27,7 @@ class Settings:
     )
     batch_size: int = option("Rows per forward pass.", 8)
     backend: str = option("lm-eval's engine, hf or vllm.", "hf")
-    backend_args: dict[str, Any] = field(default_factory=dict, metadata={"help": "Further engine arguments, as JSON."})
+    backend_args: dict[str, Any] = option("Further engine arguments, as JSON.", {})
     base: str | None = option("What the models were tuned from; default: by manifest.")
     task_data: str | None = option("A run with held-out rows, for models without any.")
     data: str | None = option("Folder of JSON Lines files to score on, not the Hub.")
