@@ -1,12 +1,11 @@
 """Tasks of lm-eval that are in no suite of ours: by name or by the path of a YAML file."""
 
-import difflib
 import functools
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from hft.errors import HFTError
+from hft.errors import HFTError, did_you_mean
 from hft.evaluation.suites import SUITES, Benchmark
 
 LM_EVAL = "lm_eval"  # the suite that their scores are saved under
@@ -27,8 +26,7 @@ def find_task(word: str) -> Benchmark:
     files = _files()
     if path not in files:
         known = [*files, *(benchmark.name for suite in SUITES.values() for benchmark in suite)]
-        near = difflib.get_close_matches(path, known, n=3)
-        hint = f", did you mean {' or '.join(near)}?" if near else "; `lm-eval ls tasks` lists them"
+        hint = did_you_mean(path, known, "; `lm-eval ls tasks` lists them")
         raise HFTError(f"lm-eval has no task {path!r}{hint}")
     folders = tuple(dict.fromkeys(str(file.parent) for file in files[path]))
     return Benchmark(word, path, only=metric or None, folders=folders)

@@ -67,11 +67,11 @@ def main(arguments: Sequence[str]) -> int:
         say("", f"{number + 1}. {chat[-1]['content']}", "")
         say(side_by_side(columns | ({"(reference)": reference} if reference else {})))
     for model, subject in subjects.items():
-        rows = zip(chats, references, answers[model], answers.get(subject.base, [None] * len(chats)), strict=True)
-        names = ("prompt", "reference", "answer", "base_answer")
+        columns = zip(chats, references, answers[model], answers.get(subject.base, [None] * len(chats)), strict=True)
+        rows = [{"prompt": c, "reference": r, "answer": a, "base_answer": b} for c, r, a, b in columns]
         about = {"model": model, "base": subject.base, "max_new_tokens": asked.max_new_tokens}
         path = folder_of(model) / SCORES_FOLDER / ANSWERS_NAME
-        write_jsonl(path, [dict(zip(names, row, strict=True)) | about for row in rows])
+        write_jsonl(path, [row | about for row in rows])
         say("", f"saved in {path}")
     return 0
 

@@ -1,6 +1,7 @@
 """Code tasks: an answer is read as its reader would, in the prompts of the paper's evaluations."""
 
 import json
+import shutil
 from textwrap import indent
 
 import pytest
@@ -13,7 +14,7 @@ from hft.cli import main
 from hft.evaluation.engine import Reader
 from hft.evaluation.evaluate import Settings, evaluate
 from hft.evaluation.tasks.code.code import pass_at, with_instructions
-from hft.record.scores import scores_of
+from hft.record.scores import rows_of, scores_of
 from tests.conftest import write_jsonl
 
 PROBLEMS = [
@@ -81,30 +82,30 @@ def rows(tmp_path):
 
 
 class Answers(LM):
-    """A model that knows the solution of each row, right or wrong, and answers in a style."""
+    """A model that knows the solution of each row, right or wrong, and answers two rows in each style."""
 
     tokenizer_name = "none"
 
-    def __init__(self, style, right):
+    def __init__(self, styles, right):
         super().__init__()
-        self.style, self.right, self.prompts = style, right, []
+        self.styles, self.right, self.prompts = list(styles), right, []
 
     def generate_until(self, requests):
         self.prompts += [request.args[0] for request in requests]
-        return [self.answer(request.doc) for request in requests]
+        return [self.answer(request.doc, self.styles[request.doc_id // 2]) for request in requests]
 
-    def answer(self, row):
+    def answer(self, row, style):
         if "code" in row:
             head, body = row["code"].splitlines(keepends=True)
         else:
             head, body = row["prompt"][row["prompt"].index(f"def {row['entry_point']}") :], row["canonical_solution"]
         if not self.right:
             body = "    pass\n"
-        if "code" in row and self.style == "continuation":
+        if "code" in row and style == "continuation":
             return f" '{head}{body}' \n"
-        if "code" in row and self.style == "continuation that closes its block":
+        if "code" in row and style == "continuation that closes its block":
             return f"Sure.\n[BEGIN]\n '{head}{body}' \n[DONE]\n{AFTER}".replace("_", "\\_")
-        return STYLES[self.style](head, body)
+        return STYLES[style](head, body)
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         return "".join(f"<{message['role']}>{message['content']}" for message in chat_history)
@@ -115,21 +116,25 @@ class Answers(LM):
     loglikelihood_rolling = loglikelihood
 
 
-def score_of(task, lm, tiny, rows, monkeypatch, **settings):
+def score_of(task, lm, tiny, rows, monkeypatch, out=None, **settings):
     monkeypatch.setattr("hft.evaluation.engine.open_lm", lambda *_: lm)
     settings = Settings(tasks=(task,), data=str(rows), allow_code=True, **settings)
-    return evaluate(str(tiny), TASKS[task][0], settings).find(task)
+    return evaluate(str(tiny), TASKS[task][0], settings, out).find(task)
 
 
 @pytest.mark.parametrize("chat", [False, True])
-@pytest.mark.parametrize("style", STYLES)
-def test_right_answers_score_100_in_every_style_and_wrong_ones_0(style, chat, tiny, rows, monkeypatch):
+@pytest.mark.parametrize("task", TASKS)
+def test_right_answers_score_100_in_every_style_and_wrong_ones_0(task, chat, tiny, rows, monkeypatch):
     monkeypatch.setattr("hft.evaluation.sandbox.passes", runs_quickly)
-    for task, (_, samples) in TASKS.items():
-        for right in (True, False):
-            lm = Answers(style, right)
-            score = score_of(task, lm, tiny, rows, monkeypatch, chat=chat)
-            assert (score.value, score.n, len(lm.prompts)) == (100 * right, 2, 2 * samples), task
+    write_jsonl(rows / "humaneval.jsonl", PROBLEMS * len(STYLES))
+    write_jsonl(rows / "mbpp_test.jsonl", MBPP * len(STYLES))
+    for right in (True, False):
+        lm = Answers(STYLES, right)
+        score_of(task, lm, tiny, rows, monkeypatch, rows, chat=chat)
+        scored = rows_of(rows, TASKS[task][0], task)
+        assert scored["pass@1"].tolist() == [100 * right] * 2 * len(STYLES)
+        assert len(lm.prompts) == len(scored) * TASKS[task][1]
+        shutil.rmtree(rows / "scores")
 
 
 def runs_quickly(program: str) -> bool:
@@ -143,27 +148,33 @@ def runs_quickly(program: str) -> bool:
 
 def test_the_sandbox_decides(tiny, rows, monkeypatch):
     for right in (True, False):
-        score = score_of("humaneval_greedy", Answers("block", right), tiny, rows, monkeypatch, chat=True)
+        score = score_of("humaneval_greedy", Answers(["block"], right), tiny, rows, monkeypatch, chat=True)
         assert score.value == 100 * right
 
 
-def prompts_of(task, tiny, rows, monkeypatch, chat) -> list[str]:
+@pytest.fixture(scope="module")
+def reader(tiny) -> Reader:
+    return Reader(pretrained=str(tiny), device="cpu", dtype="float32")
+
+
+def prompts_of(task, tiny, rows, monkeypatch, reader, chat) -> list[str]:
     """What a model with TULU's template is asked, with the first row first."""
     asked = []
 
-    def generate_until(self, requests):
+    def generate_until(requests):
         asked.extend(request.args[0] for request in requests)
         return [""] * len(requests)
 
-    monkeypatch.setattr(Reader, "generate_until", generate_until)
+    monkeypatch.setattr(reader, "generate_until", generate_until)
+    monkeypatch.setattr("hft.evaluation.engine.open_lm", lambda *_: reader)
     settings = Settings(tasks=(task,), data=str(rows), chat=chat, allow_code=True, limit=1)
     evaluate(str(tiny), TASKS[task][0], settings)
     return asked
 
 
-def test_prompts_are_those_of_open_instruct_and_opencompass(tiny, rows, monkeypatch):
+def test_prompts_are_those_of_open_instruct_and_opencompass(tiny, rows, monkeypatch, reader):
     problem = PROBLEMS[0]
-    ask = lambda task, chat: prompts_of(task, tiny, rows, monkeypatch, chat)[0]  # noqa: E731
+    ask = lambda task, chat: prompts_of(task, tiny, rows, monkeypatch, reader, chat)[0]  # noqa: E731
     assert ask("humaneval", False) == problem["prompt"]
     start = "Here is the function:\n\n```python\n" + problem["prompt"]
     assert ask("humaneval", True) == f"<s><|user|>\n{problem['instruction']}\n<|assistant|>\n{start}"
@@ -187,10 +198,10 @@ def test_prompts_are_those_of_open_instruct_and_opencompass(tiny, rows, monkeypa
     assert [chat.count(f"<|{role}|>") for role in ("user", "assistant")] == [4, 4]
 
 
-def test_a_row_without_an_instruction_is_asked_to_complete_the_function(tiny, rows, monkeypatch):
+def test_a_row_without_an_instruction_is_asked_to_complete_the_function(tiny, rows, monkeypatch, reader):
     problem = {key: value for key, value in PROBLEMS[1].items() if key != "instruction"}
     write_jsonl(rows / "humaneval.jsonl", [problem])
-    prompt = prompts_of("humaneval", tiny, rows, monkeypatch, chat=True)[0]
+    prompt = prompts_of("humaneval", tiny, rows, monkeypatch, reader, chat=True)[0]
     asked = f"Complete the following python function.\n\n\n{problem['prompt']}".strip()
     assert prompt.startswith(f"<s><|user|>\n{asked}\n<|assistant|>\nHere is the function:")
 
@@ -247,17 +258,16 @@ def llama_tokenizer(texts: list[str]) -> LlamaTokenizer:
     return LlamaTokenizer(vocab=pieces["vocab"], merges=merges, pad_token="<unk>")
 
 
-def test_an_answer_is_decoded_behind_its_prompt(tiny):
-    lm = Reader(pretrained=str(tiny), device="cpu", dtype="float32")
-    assert lm.tok_decode(lm.tokenizer.encode(" a b , c", add_special_tokens=False)) == " a b , c"
-    assert lm.tok_decode(lm.eot_token_id, skip_special_tokens=False) == "</s>"
+def test_an_answer_is_decoded_behind_its_prompt(reader):
+    assert reader.tok_decode(reader.tokenizer.encode(" a b , c", add_special_tokens=False)) == " a b , c"
+    assert reader.tok_decode(reader.eot_token_id, skip_special_tokens=False) == "</s>"
 
 
-def test_a_forced_start_follows_a_template_that_ends_without_a_blank(tiny):
-    lm = Reader(pretrained=str(tiny), device="cpu", dtype="float32")
-    lm.tokenizer.chat_template = "{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}"
+def test_a_forced_start_follows_a_template_that_ends_without_a_blank(reader, monkeypatch):
+    template = "{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}"
+    monkeypatch.setattr(reader.tokenizer, "chat_template", template)
     start = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A: \n"}]
-    assert lm.apply_chat_template(start, add_generation_prompt=False) == "[INST]Q[/INST] A: \n"
+    assert reader.apply_chat_template(start, add_generation_prompt=False) == "[INST]Q[/INST] A: \n"
 
 
 def test_pass_at_k_is_the_unbiased_estimate():

@@ -112,7 +112,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_what_is_scored_is_not_asked_again_until_what_it_depends_on_changes(run, tmp_path, monkeypatch):
     copy = shutil.copytree(run, tmp_path / "run")
-    evaluate(str(copy), "quick", Settings(limit=6), copy)
     before, asked = contents(copy), []
     run_tasks = module._run_tasks
     monkeypatch.setattr(module, "_run_tasks", lambda b, *more: asked.append(b.name) or run_tasks(b, *more))
@@ -129,15 +128,15 @@ def test_what_is_scored_is_not_asked_again_until_what_it_depends_on_changes(run,
         assert old in text
         (copy / file).write_text(text.replace(old, new))
 
-    everything = ["facts", "drift", "task", "kl"]
-    changes = [("config.json", '"rope_theta": 10000', '"rope_theta": 20000', everything)]
-    changes += [("chat_template.jinja", "<|assistant|>", "<|model|>", everything)]
-    for *changed, again in changes:
-        asked.clear()
-        change(*changed)
-        assert main(["eval", str(copy), "--limit", "6"]) == 0
-        assert asked == again
-        assert len(contents(copy)) == len(before) + 4  # those with --limit 2
+    change("config.json", '"rope_theta": 10000', '"rope_theta": 20000')
+    asked.clear()
+    assert main(["eval", str(copy), "--limit", "6"]) == 0
+    assert asked == ["facts", "drift", "task", "kl"]
+    change("chat_template.jinja", "<|assistant|>", "<|model|>")
+    asked.clear()
+    assert main(["eval", str(copy), "--limit", "6", "--tasks", "drift", "kl"]) == 0
+    assert asked == ["drift", "kl"]
+    assert len(contents(copy)) == len(before) + 4  # those with --limit 2
 
 
 class Says(LM):
@@ -192,35 +191,14 @@ def score_of(task: str, suite: str, answer, tiny, rows, monkeypatch, **settings)
     return evaluate(str(tiny), suite, settings).find(task), model
 
 
-@pytest.mark.parametrize(
-    ("answer", "correct"),
-    [
-        ("Goethe", 1),
-        (" goethe", 1),  # leading space and case
-        ("Zürich", 1),
-        ("Zurich", 1),  # an alias
-        ("1,234", 1),
-        ("1234", 1),
-        ("Bach", 0),
-        ("", 0),
-    ],
-)
-def test_closed_book_answers(answer, correct, tiny, rows_of_ours, monkeypatch):
-    score, _ = score_of("triviaqa", "knowledge", answer, tiny, rows_of_ours, monkeypatch)
-    assert score.value == pytest.approx(100 * correct / 3)
-    assert score.n == 3
-
-
-@pytest.mark.parametrize(
-    ("task", "suite", "answer", "value"),
-    [
-        ("nq_open", "knowledge", "Goethe", 100 / 3),
-        ("hotpotqa", "knowledge", "Goethe", 100 / 3),
-    ],
-)
-def test_a_model_that_always_says_one_thing(task, suite, answer, value, tiny, rows_of_ours, monkeypatch):
-    score, _ = score_of(task, suite, answer, tiny, rows_of_ours, monkeypatch)
-    assert score.value == pytest.approx(value)
+@pytest.mark.parametrize("task", ["triviaqa", "nq_open", "hotpotqa"])
+def test_closed_book_answers(task, tiny, rows_of_ours, monkeypatch):
+    score, _ = score_of(task, "knowledge", " goethe", tiny, rows_of_ours, monkeypatch)  # leading space and case
+    assert (score.value, score.n) == (pytest.approx(100 / 3), 3)
+    if task == "triviaqa":
+        for answer, correct in (("Zurich", 1), ("1234", 1), ("Bach", 0), ("", 0)):  # an alias, without the comma
+            score, _ = score_of(task, "knowledge", answer, tiny, rows_of_ours, monkeypatch)
+            assert score.value == pytest.approx(100 * correct / 3)
 
 
 def test_a_failed_generation_is_an_error_and_never_a_zero(tiny, rows_of_ours, monkeypatch):
@@ -323,7 +301,7 @@ def test_another_backend_gets_the_model_and_its_own_arguments(tiny, rows_of_ours
             ["TINY", "--suite", "quick", "--tasks", "gsm8k"],
             "suite quick has no gsm8k, only facts, drift, task, kl; without --suite ",
         ),
-        (["TINY", "--tasks", "arc_eazy"], "lm-eval has no task 'arc_eazy', did you mean arc_easy or "),
+        (["TINY", "--tasks", "arc_eazy"], "lm-eval has no task 'arc_eazy', did you mean 'arc_easy'?"),
         (["TINY", "--tasks", "mine.yaml"], "there is no task file mine.yaml"),
         (
             ["TINY", "--suite", "knowledge", "--tasks", "triviaqa", "--data", "BAD"],
@@ -528,5 +506,5 @@ def test_tasks_are_separated_by_blanks_or_commas_and_find_their_suites():
     assert found == {"quick": ["facts", "drift"], module.LM_EVAL: ["arc_easy", "winogrande:acc"]}
     assert suites_of(["facts", "drift,kl"], "quick") == {"quick": ["facts", "drift", "kl"]}
     assert suites_of([]) == {"quick": []}
-    with pytest.raises(HFTError, match="lm-eval has no task 'arc_eazy', did you mean arc_easy"):
+    with pytest.raises(HFTError, match="lm-eval has no task 'arc_eazy', did you mean 'arc_easy'"):
         suites_of(["facts", "arc_eazy"])  # before facts are scored
