@@ -11,7 +11,7 @@ from hft.cpi.group import load_groups, run_names
 from hft.cpi.probe import start_of
 from hft.cpi.tasks import TEST
 from hft.errors import HFTError
-from hft.evaluation.evaluate import Settings, evaluate, losses_on
+from hft.evaluation.evaluate import Settings, evaluate, loss_on
 from hft.jsonl import read_jsonl
 from hft.machine import indented, say
 from hft.record.manifest import write_json
@@ -26,12 +26,12 @@ def score_models(plan: CPIPlan) -> None:
     """Score the base, the probes, and the models before and after each group, on each task, unless that is done."""
     groups, base = load_groups(plan), start_of(plan)
     models = models_of(plan, groups)
-    rows = {task: read_jsonl(plan.data_of(task) / TEST) for task in plan.tasks}
     *_, final = models.values()
+    held_out = [loss_on(task, read_jsonl(plan.data_of(task) / TEST), final) for task in plan.tasks]
     found: dict[str, dict[str, Score]] = {}
     for name, folder in {"base": base, **models}.items():
         out = plan.out / "base" if name == "base" else folder  # the base may be the user's own folder, or the Hub's
-        losses = losses_on(str(folder), "cpi", rows, final, out)
+        losses = evaluate(str(folder), "cpi", Settings(chat=False), out, held_out)
         found[name] = {task: losses.find(task) for task in plan.tasks}
         for task, benchmark in ((key, task.benchmark) for key, task in plan.tasks.items() if task.benchmark):
             settings = Settings(**plan.config.eval | {"tasks": (benchmark,)})

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import random
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -101,22 +99,10 @@ def evaluate(
     return scores
 
 
-def losses_on(
-    model: str,
-    suite: str,
-    rows: Mapping[str, Sequence[dict[str, Any]]],
-    template: str | Path,
-    out: str | Path | None = None,
-) -> Scores:
-    """Score a model by its loss on the last answer of conversations, task by task.
-
-    `rows` has the conversations of each task as a trainer takes them; the run `template` has the chat template that
-    renders them. Only tasks whose rows have changed are scored again.
-    """
-    tokenizer = load_tokenizer(Path(template))
-    specs = {task: on_rows({"hft_task": {"test": answer_rows(some, tokenizer)}}) for task, some in rows.items()}
-    benchmarks = [Benchmark(task, "hft_task", {"loss": "loss,none"}, spec=spec) for task, spec in specs.items()]
-    return evaluate(model, suite, Settings(chat=False), out, benchmarks)
+def loss_on(task: str, rows: Iterable[dict[str, Any]], template: Path) -> Benchmark:
+    """The loss on the last answer of conversations, as a trainer takes them, that a run's chat template renders."""
+    made = answer_rows(rows, load_tokenizer(template))
+    return Benchmark(task, "hft_task", {"loss": "loss,none"}, spec=on_rows({"hft_task": {"test": made}}))
 
 
 def suites_of(words: Sequence[str], suite: str | None = None) -> dict[str, list[str]]:
@@ -198,23 +184,6 @@ def _has_chat_format(tokenizer: PreTrainedTokenizerBase) -> bool:
     return text.removeprefix(tokenizer.bos_token or "") != "?"
 
 
-class LMEvalWarnings(logging.Handler):
-    """Prints each of lm-eval's warnings once, and none about what is counted or meant here."""
-
-    known = ["Custom kwargs can be passed", "Combined length of context", "Left truncation applied"]
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if not any(known in text for known in self.known):
-            self.known.append(text)
-            print(f"lm-eval: {text}", file=sys.stderr)
-
-
-@functools.cache
-def hear_warnings() -> None:
-    logging.getLogger("lm_eval").addHandler(LMEvalWarnings(logging.WARNING))
-
-
 def spec_of(benchmark: Benchmark, subject: Subject, settings: Settings) -> Spec | None:
     """What lm-eval runs, on our rows where they are not the task's; None if there are none."""
     if benchmark.task in ("hft_drift", "hft_task", "hft_kl"):
@@ -260,7 +229,8 @@ def _load(benchmark: Benchmark, spec: Spec, settings: Settings) -> TaskDict:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    hear_warnings()
+    for name in ("lm_eval.api.task", "lm_eval.models.huggingface"):
+        logging.getLogger(name).addFilter(_is_news)
     _seed()  # some tasks shuffle while they load
     folders = [Path(lm_eval.__file__).parent / "tasks" / folder for folder in benchmark.folders]
     with _refusals(benchmark):
@@ -316,6 +286,12 @@ def _run_tasks(
             confirm_run_unsafe_code=settings.allow_code,
         )
     return results or {}
+
+
+def _is_news(warning: logging.LogRecord) -> bool:
+    """Of lm-eval's warnings those that are about nothing that is counted or meant here."""
+    known = ("Custom kwargs can be passed", "Combined length of context", "Left truncation applied")
+    return not any(text in warning.getMessage() for text in known)
 
 
 def _seed() -> None:

@@ -351,7 +351,9 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 """
 
 
-def test_a_task_of_ones_own_is_scored_from_its_file_and_again_when_its_rows_change(tiny, tmp_path, capsys, monkeypatch):
+def test_a_task_of_ones_own_is_scored_from_its_file_and_again_when_its_rows_change(
+    tiny, tmp_path, capsys, caplog, monkeypatch
+):
     rows = [{"sum": f"{n}+1", "options": [str(n + 1), str(n)], "label": 0} for n in range(4)]
     task = tmp_path / "sums.yaml"
     task.write_text(TASK.replace("ROWS", str(write_jsonl(tmp_path / "rows.jsonl", rows))))
@@ -360,7 +362,8 @@ def test_a_task_of_ones_own_is_scored_from_its_file_and_again_when_its_rows_chan
     assert main(["eval", str(out), "--tasks", f"{task}", "facts", "--chat", "false", "--limit", "3"]) == 0
     assert (scores_of(out)["lm_eval"].find("sums", "acc").value, scores_of(out)["quick"].find("facts").n) == (0, 9)
     assert rows_of(out, "lm_eval", "sums")["answer"].tolist() == ["0", "1", "2"]
-    assert "acc is defined, but aggregation is not" in capsys.readouterr().err  # lm-eval's own warning
+    assert "acc is defined, but aggregation is not" in caplog.text  # lm-eval's own warning
+    assert "Custom kwargs" not in caplog.text
     words = ["eval", str(out), "--chat", "false", "--limit", "3", "--tasks"]
     write_jsonl(tmp_path / "rows.jsonl", [row | {"label": 1} for row in rows])
     assert main([*words, str(task), f"{task}:acc_norm"]) == 0
