@@ -14,7 +14,7 @@ from hft.evaluation.subject import load_tokenizer, subject_of
 from hft.evaluation.suites import Settings
 from hft.machine import is_main, say
 from hft.record.identity import digest
-from hft.record.manifest import write_text
+from hft.record.manifest import write_json
 from hft.record.scores import Score, Scores
 
 ALPACA = "alpaca"  # the suite
@@ -44,7 +44,7 @@ def score_alpaca(model: str, settings: Settings, out: Path) -> Scores:
         if is_main():
             rows = [prompts[n] | {"output": answer, "generator": generator} for n, answer in enumerate(answers)]
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(outputs, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+            write_json(outputs, rows)
     if leaderboard.exists():
         scores.scores = _read(leaderboard, generator)
         if is_main():

@@ -116,15 +116,14 @@ def _questions(asked: GenerateCommand, run: str) -> tuple[list[Chat], list[str |
     return [prompt for prompt, _ in pairs], [answer["content"] for _, answer in pairs]
 
 
-def side_by_side(columns: dict[str, str], width: int | None = None) -> str:
+def side_by_side(columns: dict[str, str]) -> str:
     """Texts in columns below their names; one below the other where the terminal is too narrow."""
-    width = ((width or shutil.get_terminal_size().columns) - 3 * (len(columns) - 1)) // len(columns)
+    width = (shutil.get_terminal_size().columns - 3 * (len(columns) - 1)) // len(columns)
     if width < NARROWEST:
         return "\n\n".join(f"{name}:\n{text}" for name, text in columns.items())
-    texts = [[name[-width:], "-" * width, *_wrapped(text, width)] for name, text in columns.items()]
+    texts = []
+    for name, text in columns.items():
+        lines = [line for paragraph in text.splitlines() for line in wrap(paragraph, width) or [""]]
+        texts.append([name[-width:], "-" * width, *lines])
     rows = zip_longest(*texts, fillvalue="")
     return "\n".join(" | ".join(cell.ljust(width) for cell in row).rstrip() for row in rows)
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    return [line for paragraph in text.splitlines() for line in wrap(paragraph, width) or [""]]

@@ -19,6 +19,7 @@ REFUSED = (
 REFUSED_MODULES = {"_dbm", "_gdbm", "readline"}
 UNAUDITED = [(os, "mkfifo"), (os, "mknod"), (os, "setpriority"), (signal, "pidfd_send_signal")]
 UNAUDITED += [(_posixsubprocess, "fork_exec")]  # multiprocessing's
+MEMORY = 2**30  # bytes of address space
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC
 
 
@@ -72,7 +73,7 @@ def refuse(*_, **__):
     raise PermissionError("this is refused")
 
 
-def run(seconds: int, memory: int) -> None:
+def run(seconds: int) -> None:
     """Run the program on stdin after the line with a token; write the token to stdout if it runs to its end."""
     token, _, program = sys.stdin.buffer.read().partition(b"\n")
     report, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
@@ -80,7 +81,7 @@ def run(seconds: int, memory: int) -> None:
     folder = os.path.realpath(os.getcwd())
     if sys.platform == "linux":
         isolate(folder)
-    for limit, value in (("AS", memory), ("CPU", seconds), ("FSIZE", 2**20), ("CORE", 0)):
+    for limit, value in (("AS", MEMORY), ("CPU", seconds), ("FSIZE", 2**20), ("CORE", 0)):
         resource.setrlimit(getattr(resource, f"RLIMIT_{limit}"), (value, value))
     for module, name in UNAUDITED:
         if hasattr(module, name):
@@ -92,6 +93,4 @@ def run(seconds: int, memory: int) -> None:
 
 
 if __name__ == "__main__":
-    arguments = [int(word) for word in sys.argv[1:]]
-    del sys.argv[1:]
-    run(*arguments)
+    run(int(sys.argv.pop()))
