@@ -502,6 +502,8 @@ def test_a_base_and_its_run_answer_side_by_side(run, tiny, capsys, monkeypatch):
     assert [row["base_answer"] for row in read_jsonl(run / "scores/answers.jsonl")] == [None, None]
     assert main(["generate", str(tiny)]) == 2
     assert "say what to ask with --prompt" in error_of(capsys)
+    assert main(["generate", str(run), "--prompt", "Hi", "--max_new_tokens", "99999"]) == 2
+    assert "cannot answer: Invalid configuration: requested max tokens to generate (99999)" in error_of(capsys)
 
 
 def test_tasks_are_separated_by_blanks_or_commas_and_find_their_suites():
