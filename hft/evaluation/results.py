@@ -73,18 +73,16 @@ def count_truncated(lm: LM, results: Results) -> int:
     if length is None:  # an engine that counts no tokens
         return 0
 
-    def is_cut(prompt: str, second: str | dict[str, Any], *_: object) -> bool:
-        if isinstance(second, str):
-            text, room = prompt + second, length + 1
-        else:
-            text, room = prompt, length - int(second.get("max_gen_toks", lm.max_gen_toks))
-        return len(text.encode()) > room and len(lm.tok_encode(text)) > room  # a token is a byte or more
-
     cut = set()
     for leaf, samples in results["samples"].items():
         for sample in samples:
-            if any(is_cut(*arguments) for arguments in sample["arguments"] if len(arguments) > 1):
-                cut.add((leaf, sample["doc_id"]))  # once, whatever the number of filters
+            for prompt, second, *_ in (arguments for arguments in sample["arguments"] if len(arguments) > 1):
+                if isinstance(second, str):
+                    text, room = prompt + second, length + 1
+                else:
+                    text, room = prompt, length - int(second.get("max_gen_toks", lm.max_gen_toks))
+                if len(text.encode()) > room and len(lm.tok_encode(text)) > room:  # a token is a byte or more
+                    cut.add((leaf, sample["doc_id"]))
     return len(cut)
 
 
