@@ -54,7 +54,7 @@ def open_lm(subject: Subject, settings: Settings) -> LM:
     arguments = {"pretrained": str(subject.weights), "tokenizer": str(subject.tokenizer), "dtype": settings.dtype}
     arguments |= {"batch_size": settings.batch_size} | ({"peft": str(subject.adapter)} if subject.adapter else {})
     if settings.backend == "hf":
-        arguments |= {"device": "cuda" if torch.cuda.is_available() else "cpu", "max_batch_size": settings.batch_size}
+        arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     elif subject.adapter:
         raise HFTError(
             f"{settings.backend} takes no adapter here; make a plain model of it with `hft merge --method adapter`"
