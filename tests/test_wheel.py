@@ -27,6 +27,9 @@ def test_an_installed_wheel_works_in_an_empty_folder(tmp_path):
     (wheel,) = tmp_path.glob("half_fine_tuning-*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], check=True)
 
+    ours = [name for name in files.stdout.split() if name.startswith("hft/")]
+    assert [name for name in ours if not (tmp_path / "site" / name).exists()] == []
+
     def python(*words: str) -> str:
         env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
         run = subprocess.run([sys.executable, *words], cwd=work, env=env, capture_output=True, text=True, check=False)
