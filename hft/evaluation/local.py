@@ -16,7 +16,6 @@ from hft.jsonl import read_jsonl
 
 Rows = list[dict[str, Any]]
 TASK_FOLDER = Path(__file__).with_name("tasks")
-OUTER, INNER = "local", "rows"
 
 Texts = Annotated[list[str], Field(min_length=1)]
 TYPES = {  # of files.yaml
@@ -52,7 +51,7 @@ def on_rows(tasks: Mapping[str, Mapping[str, Rows]], group: str | None = None, *
         for task, splits in tasks.items()
     ]
     # lm-eval 0.4.13 hands all keys of the outermost group to its tasks, which know no aggregate_metric_list.
-    return {"group": OUTER, "task": [{**content, "group": INNER, "task": members}] if group else members}
+    return {"group": "local", "task": [{**content, "group": "rows", "task": members}] if group else members}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
