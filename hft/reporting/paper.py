@@ -1,6 +1,5 @@
 """The tables of the HFT paper and of CPI-FT as data, from `paper/*.yaml`, and what our runs scored in them."""
 
-import difflib
 import functools
 import re
 from collections.abc import Mapping, Sequence
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from hft.config import read_yaml
-from hft.errors import HFTError
+from hft.errors import HFTError, did_you_mean
 from hft.evaluation.suites import PROTOCOLS
 from hft.record.scores import Scores, SuiteScores, scores_of
 from hft.reporting.collect import EXTRAS, SEED_IN_NAME, pretrained, read_json
-from hft.reporting.measure import Key, Measured, entries_of, measure, summarize
+from hft.reporting.measure import Key, Measured, measure, parts_of, summarize
 
 DATA = Path(__file__).with_name("paper")
 MATRIX = "matrix.json"  # of a sequence of tasks
@@ -53,6 +52,11 @@ class PaperTable:
         return self.columns == ROUNDS
 
     @property
+    def tasks(self) -> list[str]:
+        """The tasks of a matrix, in the order in which they are learned."""
+        return [row.label for row in self.rows if row.label not in ("OP", "BWT")]
+
+    @property
     def models(self) -> list[str]:
         return list(dict.fromkeys(row.model for row in self.rows))
 
@@ -71,22 +75,13 @@ class PaperTable:
 @functools.cache
 def tables() -> dict[str, PaperTable]:
     """All tables by name: those with a number, then the figures and other papers'."""
-    runs, harnesses = read_runs(), read_yaml(DATA / "harnesses.yaml")
-    entries: dict[str, Any] = {}
-    for file in ("tables.yaml", "trace.yaml", "cpi.yaml"):
-        entries |= read_yaml(DATA / file)
-    names = sorted(entries, key=lambda name: not name.isdigit())
-    return {name: _table(name, entries[name], runs, harnesses) for name in names}
+    harnesses = read_yaml(DATA / "harnesses.yaml")
+    files = [read_yaml(DATA / f"{name}.yaml") for name in ("tables", "trace", "cpi")]
+    entries = {name: entry for file in files for name, entry in file.items()}
+    return {name: table_of(name, entries[name], harnesses) for name in sorted(entries, key=lambda n: not n.isdigit())}
 
 
-def read_runs() -> dict[str, tuple[str, tuple[str, ...]]]:
-    """The model and the commands of each run."""
-    content = read_yaml(DATA / "runs.yaml")
-    pairs = ((model, run, made) for model, runs in content.items() for run, made in runs.items())
-    return {run: (model, (made,) if isinstance(made, str) else tuple(made)) for model, run, made in pairs}
-
-
-def _table(name: str, entry: dict[str, Any], runs: Mapping[str, Any], harnesses: Mapping[str, Any]) -> PaperTable:
+def table_of(name: str, entry: dict[str, Any], harnesses: Mapping[str, Any]) -> PaperTable:
     columns, rows = entry.get("columns"), entry.get("rows")
     if "matrix" in entry:  # of TRACE: tasks by rounds, of one run
         columns = ROUNDS
@@ -98,20 +93,28 @@ def _table(name: str, entry: dict[str, Any], runs: Mapping[str, Any], harnesses:
         title=entry["title"],
         section=entry["section"],
         columns=tuple(columns),
-        rows=tuple(_row(row, runs) for row in rows),
+        rows=tuple(map(row_of, rows)),
         means={column: tuple(members) for column, members in entry.get("means", {}).items()},
         scores={column: tuple(scores[column]) for column in columns if column in scores},
-        notes=tuple(note for note in (entry.get("note"), *(notes.get(column) for column in columns)) if note),
+        notes=tuple(note for note in (entry.get("note"), *map(notes.get, columns)) if note),
     )
 
 
-def _row(entry: dict[str, Any], runs: Mapping[str, tuple[str, tuple[str, ...]]]) -> PaperRow:
+def row_of(entry: dict[str, Any]) -> PaperRow:
     run = entry.get("run")
-    model, commands = runs[run] if run else (entry["model"], ())
+    model, commands = read_runs()[run] if run else (entry["model"], ())
     cached = re.fullmatch(r"models--.+--(.+)", run or "")  # a model of the Hub as it is
     base = cached[1] if cached else read_bases().get(model, "")
     folder = f"{run}/{entry['inside']}" if "inside" in entry else run
     return PaperRow(entry["row"], model, base, tuple(entry["values"]), folder, commands, entry.get("note"))
+
+
+@functools.cache
+def read_runs() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """The model and the commands of each run."""
+    content = read_yaml(DATA / "runs.yaml")
+    pairs = ((model, run, made) for model, runs in content.items() for run, made in runs.items())
+    return {run: (model, (made,) if isinstance(made, str) else tuple(made)) for model, run, made in pairs}
 
 
 @functools.cache
@@ -122,15 +125,14 @@ def read_bases() -> dict[str, str]:
 def find_table(name: str) -> PaperTable:
     if name in tables():
         return tables()[name]
-    near = difflib.get_close_matches(name.lower().removeprefix("table").strip(" -"), tables(), n=1, cutoff=0)
-    raise HFTError(f"unknown table {name!r}, did you mean {near[0]}? `hft paper` lists all")
+    hint = did_you_mean(name.lower().removeprefix("table").strip(" -"), tables(), ";")
+    raise HFTError(f"unknown table {name!r}{hint} `hft paper` lists all")
 
 
 def find_rows(table: PaperTable, model: str | None = None) -> list[PaperRow]:
-    if model is None or model in table.models:
-        return [row for row in table.rows if model in (None, row.model)]
-    [near] = difflib.get_close_matches(model, table.models, n=1, cutoff=0)
-    raise HFTError(f"table {table.name} has no rows of {model!r}, did you mean {near}?")
+    if rows := [row for row in table.rows if model in (None, row.model)]:
+        return rows
+    raise HFTError(f"table {table.name} has no rows of {model!r}, only of {', '.join(table.models)}")
 
 
 def rows_of_run(run: str) -> list[tuple[PaperTable, PaperRow]]:
@@ -140,27 +142,16 @@ def rows_of_run(run: str) -> list[tuple[PaperTable, PaperRow]]:
 
 def papers_number(folder: Path, base: str, scores: Mapping[str, SuiteScores], keys: Sequence[Key]) -> float | None:
     """What the paper has for some scores of a run, by the names of its folder and of its pretrained model."""
-    if not all(has_protocol(one) for tasks in entries_of(keys, [scores]) for one in tasks):
+    parts = parts_of(keys, scores)
+    if not parts or not all(has_protocol(one) for one, _ in parts):
         return None
     inside = f"{SEED_IN_NAME.sub('', folder.parent.name)}/{folder.name}"
     for name in (folder.name, SEED_IN_NAME.sub("", folder.name), inside):
         for table, row in rows_of_run(name.split("/")[0]):
-            columns = [one for one in table.columns if table.keys(one) == tuple(keys)]
+            columns = [column for column in table.columns if table.keys(column) == tuple(keys)]
             if columns and (row.run, row.base) == (name, base):
                 return row.values[table.columns.index(columns[0])]
     return None
-
-
-def papers_matrix(name: str, matrix: Mapping[str, Any]) -> PaperTable | None:
-    """The paper's scores of a sequence, if its tasks and its pretrained model are the paper's."""
-    for table, row in rows_of_run(SEED_IN_NAME.sub("", name)):
-        if table.is_matrix and row.base == matrix["base"] and tasks_of(table) == matrix["tasks"]:
-            return table
-    return None
-
-
-def tasks_of(matrix: PaperTable) -> list[str]:
-    return [row.label for row in matrix.rows if row.label not in ("OP", "BWT")]
 
 
 def matrix_row(matrix: Mapping[str, Any], label: str) -> list[float | None]:
@@ -174,7 +165,7 @@ def matrix_row(matrix: Mapping[str, Any], label: str) -> list[float | None]:
 def has_protocol(scores: Scores) -> bool:
     """Whether scores were measured by the protocol, or on the tasks, that the paper's tables are set beside."""
     if scores.suite == "trace":
-        return scores.settings.get("tasks") == tasks_of(find_table("24"))
+        return scores.settings.get("tasks") == find_table("24").tasks
     return scores.suite not in PROTOCOLS or scores.settings.get("protocol") == PROTOCOLS[scores.suite]
 
 
@@ -183,15 +174,13 @@ def measure_row(table: PaperTable, row: PaperRow, runs: str | Path = "runs") -> 
     folders = [folder for folder in folders_of(table, row, Path(runs)) if pretrained(folder) == row.base]
     if table.is_matrix:
         matrices = [read_json(folder / MATRIX, EXTRAS[MATRIX]) for folder in folders if (folder / MATRIX).exists()]
-        rounds = [matrix_row(one, row.label) for one in matrices if one["tasks"] == tasks_of(table)]
-        found = {
-            column: summarize([(value, None) for value in values if value is not None])
-            for column, values in zip(ROUNDS, zip_longest(*rounds), strict=False)
-        }
+        rounds = [matrix_row(one, row.label) for one in matrices if one["tasks"] == table.tasks]
+        values = ([(value, None) for value in some if value is not None] for some in zip_longest(*rounds))
+        found = dict(zip(ROUNDS, map(summarize, values), strict=False))
     else:
         suites = [scores_of(folder).items() for folder in folders]
         scores = [{suite: SuiteScores(filter(has_protocol, some)) for suite, some in found} for found in suites]
-        found = {column: measure(keys, scores) if (keys := table.keys(column)) else None for column in table.columns}
+        found = {column: measure(keys, scores) for column in table.columns if (keys := table.keys(column))}
     return {column: measured for column, measured in found.items() if measured}
 
 
