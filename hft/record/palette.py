@@ -2,27 +2,16 @@
 
 import zlib
 
+from hft import catalog
+
 INK, FAINT = "#1f2328", "#d0d7de"
 # Told apart by color-blind readers too (after Okabe and Ito).
 OWN = {"base": ("#59636e", "X"), "fft": ("#0072b2", "^"), "hft": ("#d55e00", "o")}
 COLORS = ("#009e73", "#aa4499", "#b8860b", "#4b4fc4", "#117a8b", "#7a4b2a")
 MARKERS, DASHES = "sDv^Pph<>", ("-", "--", ":", "-.")
 TRAINED, FROZEN = OWN["hft"][0], "#cfd8dc"
-# The methods that come with hft take turns; append new ones.
-METHODS = ("lora", "lisa", "badam", "hft-layer", "hft-model", "random-element", "importance", "mixout", "l2sp", "gmt")
-METHODS += ("mofo", "qlora", "adalora", "osf", "p-tuning-v2", "lora-qv", "half-reset", "autofreeze", "smartfrz")
-METHODS += (
-    "dynamic",
-    "freeze-qk",
-    "freeze-ov",
-    "hft-ratio",
-    "hft-freeze-io",
-    "spectrum",
-    "lota",
-    "cpi",
-    "bottom",
-    "kl",
-)
+# The methods that come with hft take turns.
+METHODS = [*sorted({path.stem for path in catalog.METHODS.glob("*.yaml")} - OWN.keys()), "half-reset"]
 
 
 def style_of(kind: str) -> tuple[str, str]:

@@ -84,14 +84,13 @@ class SuiteScores(list[Scores]):
             found.setdefault((score.task, score.metric), score)
         return list(found.values())
 
-    def of(self, task: str) -> Scores | None:
+    def of(self, task: str, metric: str | None = None) -> Scores | None:
         """The scores of a task with what they depend on."""
-        return next((each for each in self if each.find(task)), None)
+        return next((each for each in self if each.find(task, metric)), None)
 
     def find(self, task: str, metric: str | None = None) -> Score | None:
         """The score of a task, by default that of its first metric."""
-        found = (score for each in self if (score := each.find(task, metric)))
-        return next(found, None)
+        return next(filter(None, (each.find(task, metric) for each in self)), None)
 
 
 def scores_of(folder: str | Path) -> dict[str, SuiteScores]:
@@ -138,8 +137,8 @@ def save_rows(rows: DataFrame, path: Path) -> None:
 
 def _files_of(folder: str | Path) -> dict[str, list[tuple[Path, Scores]]]:
     """The files of each suite, those on all rows first, then the newest, and none of weights that are gone."""
-    paths = [path for pattern in ("*.json", "*/*.json") for path in Path(folder, SCORES_FOLDER).glob(pattern)]
-    found = [(path, Scores.load(path)) for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)]
+    newest = sorted(Path(folder, SCORES_FOLDER).glob("*/*.json"), key=lambda path: -path.stat().st_mtime)
+    found = [(path, Scores.load(path)) for path in newest]
     found = [(path, scores) for path, scores in found if scores.model_sha256 == found[0][1].model_sha256]
     found.sort(key=lambda each: -(each[1].settings.get("limit") or float("inf")))
     return {suite: [each for each in found if each[1].suite == suite] for suite in sorted({s.suite for _, s in found})}

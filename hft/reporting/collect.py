@@ -6,9 +6,11 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from hft.errors import HFTError, reason
 from hft.evaluation.subject import folder_of
@@ -28,9 +30,12 @@ SEEDS = ("selection_seed", "seed", "data_seed")
 ORIGINS = ("base", "model_name_or_path", "tuned", "models")  # settings that name other models
 FIRST = ("base", "fft", "hft")  # the order of methods; others follow by name
 # What `hft diff`, a sequence of runs and `hft keep` write, and the keys that a report takes from it.
-EXTRAS = {"diff.json": ("layers", "rounds"), "matrix.json": ("tasks", "rounds", "scores", "op", "bwt")}
+EXTRAS = {
+    "diff.json": ("layers", "rounds"),
+    "matrix.json": ("tasks", "rounds", "scores", "op", "bwt"),
+    "keep.json": ("method", "points"),
+}
 SEQUENCE_CONFIG = "recipe.yaml"
-EXTRAS |= {"keep.json": ("method", "points")}
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,10 @@ class LoadedRun:
     model: str  # name of the pretrained model that it goes back to, without path or organization
     method: str  # as its config has it; `half-reset` for a reset, `base` for a plain model
     settings: dict[str, Any]  # without seeds; runs that agree in all of them form a group
+    order: tuple[int | None, int | None]  # what seeds the order of its batches
     manifest: Manifest | None  # None for merges and plain models
     result: RunResult | None  # None for an unfinished run, and for what was not trained
     scores: dict[str, SuiteScores]  # by suite
-    steps: dict[int, dict[str, SuiteScores]] = field(default_factory=dict)  # those of checkpoints, by step
-    losses: list[tuple[int, float]] = field(default_factory=list)  # step and training loss, as logged
-    optimizer_bytes: int | None = None  # in the last checkpoint
 
     @functools.cached_property
     def rows(self) -> Callable[[str, str], DataFrame | None]:
@@ -54,10 +57,29 @@ class LoadedRun:
         return functools.cache(functools.partial(rows_of, self.folder))
 
     @functools.cached_property
-    def order(self) -> tuple[int | None, int | None]:
-        """What seeds the order of its batches."""
-        config = run_config(self.folder)
-        return config.get("seed"), config.get("data_seed")
+    def steps(self) -> dict[int, dict[str, SuiteScores]]:
+        """The scores of its checkpoints, by step."""
+        scored = ((path, scores_of(path)) for path in checkpoints(self.folder))
+        return {int(path.name.rpartition("-")[2]): found for path, found in scored if found}
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The last one with the trainer's state."""
+        return next((path for path in reversed(checkpoints(self.folder)) if (path / TRAINER_STATE).exists()), None)
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """Steps and training losses, as logged."""
+        path = self.last_checkpoint
+        log = read_json(path / TRAINER_STATE, ["log_history"])["log_history"] if path else []
+        return [(row["step"], row["loss"]) for row in log if "loss" in row]
+
+    @property
+    def optimizer_bytes(self) -> int | None:
+        """Of the optimizer state in the last checkpoint, one file or FSDP's folder; None if it was not saved."""
+        states = self.last_checkpoint.glob("optimizer*") if self.last_checkpoint else []
+        files = [path for state in states for path in (state, *state.rglob("*")) if path.is_file()]
+        return sum(path.stat().st_size for path in files) or None
 
     @property
     def objective(self) -> str:
@@ -97,8 +119,7 @@ class Group:
     """Runs that differ only in their seeds."""
 
     runs: list[LoadedRun]
-    kind: str  # the method, after the objective if there are several, and what differs from most groups in its recipe
-    arm: str  # the kind, and the method's own settings that tell it from other groups of it
+    arm: str  # the method, after the objective if there are several, and the settings that tell it from other groups
     label: str  # the arm, with its learning rate where there are several
 
     @property
@@ -111,12 +132,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Collection:
-    """What some folders hold: groups by model, and by folder name the contents of each file of `EXTRAS`."""
+    """What some folders hold: groups by model, and for each file of `EXTRAS` its contents by the name of its folder."""
 
     models: dict[str, list[Group]]
-    diffs: dict[str, dict[str, Any]]
-    matrices: dict[str, dict[str, Any]]
-    keeps: dict[str, dict[str, Any]]
+    extras: dict[str, dict[str, dict[str, Any]]]
 
     @property
     def groups(self) -> list[Group]:
@@ -130,36 +149,28 @@ def collect(folders: Iterable[str | Path]) -> Collection:
     for folder, given in {folder_of(str(given)).resolve(): given for given in folders}.items():
         names = [name for name in EXTRAS if (folder / name).exists()]
         for name in names:
-            extras[name][folder.name] = read_json(folder / name, EXTRAS[name]) | {"base": pretrained(folder)}
+            extras[name][folder.name] = read_json(folder / name, EXTRAS[name]) | {"folder": folder}
         if "matrix.json" not in names and (run := read_run(folder)):  # a sequence is not a run
             runs.append(run)
         elif not names:
             raise HFTError(f"{given} holds no run and no scores; give folders of runs, or of models that were scored")
-    return Collection(group_by_model(runs), *extras.values())
+    return Collection(group_by_model(runs), extras)
 
 
 def read_run(folder: Path) -> LoadedRun | None:
     """None if the folder is neither a run nor a model that was scored."""
     config, manifest, scores = run_config(folder), run_manifest(folder), scores_of(folder)
-    if not (config or manifest or scores):
-        return None
-    if not (config or manifest):
+    result = RunResult.load(folder) if (folder / RESULTS_NAME).exists() else None
+    if config or manifest:
+        method = run_method(config, manifest) or folder.name  # one of CPI-FT has none
+        model, settings = pretrained(folder), run_settings(config or manifest.selection)
+    elif scores:
         name = next(iter(scores.values()))[0].model
-        return LoadedRun(folder, Path(name).name, "base", {"model": name}, None, None, scores)
-    states = [path / TRAINER_STATE for path in checkpoints(folder) if (path / TRAINER_STATE).exists()]
-    log = read_json(states[-1], ["log_history"])["log_history"] if states else []
-    return LoadedRun(
-        folder,
-        pretrained(folder),
-        run_method(config, manifest) or folder.name,  # one of CPI-FT has none
-        run_settings(config or manifest.selection),
-        manifest,
-        RunResult.load(folder) if (folder / RESULTS_NAME).exists() else None,
-        scores,
-        {int(path.name.rpartition("-")[2]): found for path in checkpoints(folder) if (found := scores_of(path))},
-        [(row["step"], row["loss"]) for row in log if "loss" in row],
-        optimizer_size(states[-1].parent) if states else None,
-    )
+        model, method, settings = Path(name).name, "base", {"model": name}
+    else:
+        return None
+    order = config.get("seed"), config.get("data_seed")
+    return LoadedRun(folder, model, method, settings, order, manifest, result, scores)
 
 
 def run_config(folder: Path) -> dict[str, Any]:
@@ -217,12 +228,6 @@ def origins_of(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [one for key in ("tuned", "models") for one in settings.get(key) or [] if isinstance(one, dict)]
 
 
-def optimizer_size(checkpoint: Path) -> int | None:
-    """Bytes of the optimizer state in a checkpoint, one file or FSDP's folder; None if it was not saved."""
-    files = [path for found in checkpoint.glob("optimizer*") for path in (found, *found.rglob("*")) if path.is_file()]
-    return sum(path.stat().st_size for path in files) or None
-
-
 def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -233,24 +238,12 @@ def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
 
 def group_by_model(runs: Sequence[LoadedRun]) -> dict[str, list[Group]]:
     """Groups of runs by the name of their model: base, then by objective, method and learning rate."""
-    groups: dict[tuple[str, ...], list[LoadedRun]] = {}
-    for run in runs:
-        settings = json.dumps(run.settings, sort_keys=True, default=str)
-        groups.setdefault((run.model, run.objective, run.method, settings), []).append(run)
-    firsts = [members[0] for members in groups.values()]
-    models: dict[str, list[Group]] = {}
-    for members in sorted(groups.values(), key=lambda members: order_of(members[0])):
-        first = members[0]
-        others = [other for other in firsts if other.model == first.model]
-        peers = [other for other in others if (other.objective, other.method) == (first.objective, first.method)]
-        several = first.objective and len({other.objective for other in others} - {""}) > 1
-        recipe, of_method = differing(first, peers, others)
-        kind = " ".join([*([first.objective.upper()] if several else []), first.method, *recipe])
-        arm = " ".join([kind, *of_method])
-        rates = {peer.learning_rate for peer in peers}
-        label = f"{arm} {rate_text(first.learning_rate)}" if first.learning_rate and len(rates) > 1 else arm
-        models.setdefault(first.model, []).append(Group(members, kind, arm, label))
-    return models
+    found: dict[str, dict[str, list[LoadedRun]]] = {}
+    for run in sorted(runs, key=order_of):
+        same = json.dumps([run.objective, run.method, run.settings], sort_keys=True, default=str)
+        found.setdefault(run.model, {}).setdefault(same, []).append(run)
+    models = {model: list(groups.values()) for model, groups in found.items()}
+    return {model: [named(one, [other[0] for other in groups]) for one in groups] for model, groups in models.items()}
 
 
 def order_of(run: LoadedRun) -> tuple[Any, ...]:
@@ -259,30 +252,39 @@ def order_of(run: LoadedRun) -> tuple[Any, ...]:
     return run.model, method > 0, objective, method, run.method, run.learning_rate or 0
 
 
-def differing(run: LoadedRun, peers: Sequence[LoadedRun], others: Sequence[LoadedRun]) -> tuple[list[str], list[str]]:
-    """The settings of the recipe, and of the method, that tell a run from its peers, runs of its method.
+def named(runs: list[LoadedRun], others: Sequence[LoadedRun]) -> Group:
+    """A group of runs, by what tells its first one from the first ones of all groups of its model."""
+    run = runs[0]
+    peers = [other for other in others if (other.objective, other.method) == (run.objective, run.method)]
+    several = run.objective and len({other.objective for other in others} - {""}) > 1
+    arm = " ".join([*([run.objective.upper()] if several else []), run.method, *differing(run, peers, others)])
+    rates = {peer.learning_rate for peer in peers}
+    return Group(runs, arm, f"{arm} {rate_text(run.learning_rate)}" if run.learning_rate and len(rates) > 1 else arm)
+
+
+def differing(run: LoadedRun, peers: Sequence[LoadedRun], others: Sequence[LoadedRun]) -> list[str]:
+    """The settings that tell a run from its peers, runs of its method: first the recipe's, then the method's.
 
     The learning rate is not among them, nor what most `others`, runs of its model, have in their recipe.
     """
     from hft.runs.config import replaced_keys
 
-    recipe, of_method, methods_keys = [], [], replaced_keys(run.settings)
-    for key, value in run.settings.items():
+    of_method = replaced_keys(run.settings)
+    words = []
+    for key, value in sorted(run.settings.items(), key=lambda item: item[0] in of_method):
         theirs = [other.settings[key] for other in others if key in other.settings]
-        usual = key not in methods_keys and 2 * theirs.count(value) > len(theirs)
-        if usual or value is None or key.startswith("learning_rate"):
+        usual = key not in of_method and 2 * theirs.count(value) > len(theirs)
+        same = all(peer.settings.get(key) == value for peer in peers)
+        if usual or same or value is None or key.startswith("learning_rate"):
             continue
-        if any(peer.settings.get(key) != value for peer in peers):
-            shown = value[0] if key in ORIGINS else value
-            shown = shown["method"] if isinstance(shown, dict) else Path(str(shown)).name
-            name = "from" if key in ORIGINS else key.removesuffix("_fraction").replace("_", " ")
-            (of_method if key in methods_keys else recipe).append(f"{name} {shown}")
-    return recipe, of_method
+        shown = value[0] if key in ORIGINS else value
+        shown = shown["method"] if isinstance(shown, dict) else Path(str(shown)).name
+        words.append(f"{'from' if key in ORIGINS else key.removesuffix('_fraction').replace('_', ' ')} {shown}")
+    return words
 
 
 def rate_text(rate: float) -> str:
-    mantissa, exponent = f"{rate:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+    return np.format_float_scientific(rate, precision=2, trim="-", exp_digits=1)
 
 
 def baseline_of(group: Group, groups: Sequence[Group]) -> Group | None:

@@ -15,41 +15,39 @@ def report(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", default="report", help="folder for report.html, report.md and figures (%(default)s)")
     parser.add_argument("--report_to", choices=("none", "wandb"), default="none", help="log the page (%(default)s)")
     options = parser.parse_args(arguments)
-    if (old := Path(options.out)).is_dir() and any(old.iterdir()) and not (old / "report.html").exists():
-        raise HFTError(f"{old} holds other files than a report; name another folder with --out")
+    out = Path(options.out)
+    if out.is_dir() and any(out.iterdir()) and not (out / "report.html").exists():
+        raise HFTError(f"{out} holds other files than a report; name another folder with --out")
 
     from hft.reporting.collect import collect
     from hft.reporting.page import write_report
     from hft.reporting.sections import make_sections
 
-    found, out = collect(options.runs), Path(options.out)
+    found = collect(options.runs)
     sections = make_sections(found)
     counts = [(sum(len(group.runs) for group in found.groups), f"runs of {', '.join(found.models)}")]
-    counts += [(len(found.matrices), "sequences of tasks")]
-    runs = ", ".join(f"{count} {what}" for count, what in counts if count)
+    counts += [(len(found.extras["matrix.json"]), "sequences of tasks")]
     try:
-        paths = write_report(runs, sections, out)
+        paths = write_report(", ".join(f"{count} {what}" for count, what in counts if count), sections, out)
     except OSError as error:
         raise HFTError(f"cannot write to {out}: {error.strerror or reason(error)}") from error
     if options.report_to != "none":
         tables = [table for section in sections for table in section.tables]
-        say(log_report(paths[0], out, {name: value for table in tables for name, value in table.numbers.items()}))
+        say(log_report(out, {name: value for table in tables for name, value in table.numbers.items()}))
     say(*paths)
     return 0
 
 
-def log_report(page: Path, out: Path, numbers: dict[str, float]) -> str:
-    """Log a page to wandb, numbers as its summary and the folder as an artifact, and say where."""
+def log_report(out: Path, numbers: dict[str, float]) -> str:
+    """Log a report's page to wandb, numbers as its summary and the folder as an artifact, and say where."""
     import wandb
 
-    from hft.runs.tracking import finish, open_run
+    from hft.runs.tracking import finish, open_run, upload
 
     run, where = open_run(name=out.resolve().name, job_type="report")
-    run.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+    run.log({"report": wandb.Html((out / "report.html").read_text(encoding="utf-8"), inject=False)})
     run.summary.update(numbers)
-    artifact = wandb.Artifact(f"report-{run.id}", type="report")
-    artifact.add_dir(str(out))
-    run.log_artifact(artifact)
+    upload(out, kind="report")
     finish()
     wandb.teardown()  # another run in this process reads its settings again
     return where

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from math import isfinite, pi
+from collections.abc import Mapping, Sequence
+from math import pi
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas as pd
 from matplotlib import rc_context
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from hft.config import fill
@@ -29,20 +30,20 @@ WIDTH = 4.6  # inches, so that 9 points are readable on a phone
 # For matplotlib's `rc_context`.
 RC = {"rc": {"svg.hashsalt": "hft"}, "fname": Path(__file__).with_name("templates") / "report.mplstyle"}
 
-# Color and marker of each kind of group, in every figure.
-Styles = Mapping[str, tuple[str, str]]
+PREFIX = re.compile(f"^({'|'.join(map(str.upper, OBJECTIVES))}) ")  # of an arm, where there are several objectives
 
 
-def styles_of(kinds: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A style per kind, that of its method. An objective changes none."""
-    prefix = re.compile(f"^({'|'.join(map(str.upper, OBJECTIVES))}) ")
-    return {kind: style_of(prefix.sub("", kind)) for kind in (*OWN, *kinds)}
+def look(arm: str, objective: str = "") -> dict[str, Any]:
+    """Arguments of `plot` for a method; an objective changes the line, with hollow markers where it is not solid."""
+    return plot_style(style_of(PREFIX.sub("", arm)), find_objective(objective).linestyle if objective else "-")
 
 
-def plot_style(style: tuple[str, str], objective: str = "") -> dict[str, Any]:
-    """Arguments of `plot` for a style; markers are hollow where an objective's line is not solid."""
+def look_of(group: Group) -> dict[str, Any]:
+    return look(group.arm, group.first.objective)
+
+
+def plot_style(style: tuple[str, str], line: str = "-") -> dict[str, Any]:
     color, marker = style
-    line = find_objective(objective).linestyle if objective else "-"
     inside, edge = (color, "white") if line == "-" else ("white", color)
     markers = {"marker": marker, "markerfacecolor": inside, "markeredgecolor": edge, "markeredgewidth": 0.8}
     return {"color": color, "linestyle": line, "markersize": 6} | markers
@@ -64,14 +65,7 @@ def with_legend(figure: Figure) -> Figure:
     return figure
 
 
-def over_seeds(number: Measured) -> float:
-    """The length of an error bar."""
-    return number.spread if number.n > 1 else 0
-
-
-def frontier(
-    groups: Sequence[Group], x: Column, y: Column, styles: Styles, ways: Sequence[Mapping[str, Any]] = ()
-) -> Figure | None:
+def frontier(groups: Sequence[Group], x: Column, y: Column, ways: Sequence[Mapping[str, Any]] = ()) -> Figure | None:
     """What was learned against what was kept, a curve per arm over learning rates; None unless two groups have both.
 
     `ways` are contents of `keep.json`, the way from a tuned model to its base.
@@ -82,28 +76,24 @@ def frontier(
     figure, axes = canvas(f"{x.name}, {x.unit} → better", f"{y.name}, {y.unit} → better", 3.2)
     for number, arm in enumerate(dict.fromkeys(group.arm for group, *_ in placed)):
         points = [point for point in placed if point[0].arm == arm]
-        group = points[0][0]
-        style = plot_style(styles[group.kind], group.first.objective) | {"zorder": 3 - number / 100}  # the first on top
+        style = look_of(points[0][0]) | {"zorder": 3 - number / 100}  # the first on top
         axes.plot([a.value for _, a, _ in points], [b.value for *_, b in points], **style | {"marker": ""})
         for size, (_, a, b) in enumerate(points):
-            axes.errorbar(
-                a.value, b.value, over_seeds(b), over_seeds(a), elinewidth=1, **style | {"markersize": 6 + 1.5 * size}
-            )
-        if group.kind not in axes.get_legend_handles_labels()[1]:
-            axes.plot([], [], label=group.kind, **style)
+            axes.errorbar(a.value, b.value, b.bar, a.bar, elinewidth=1, **style | {"markersize": 6 + 1.5 * size})
+        axes.plot([], [], label=arm, **style)
     for way in ways:
         line = [point["scores"] for point in way["points"] if not isinstance(point["alpha"], dict)]  # not by block
         values = [[scores.get("/".join(column.keys[0][1:])) for column in (x, y)] for scores in line]
         if values and None not in values[0]:
-            color = styles.get(way["method"], ("gray",))[0]
-            axes.plot(*zip(*values, strict=True), color=color, linestyle=":", label=f"{way['method']} to its base")
+            line = {"color": style_of(way["method"])[0], "linestyle": ":", "label": f"{way['method']} to its base"}
+            axes.plot(*zip(*values, strict=True), **line)
     for column, axis in ((x, axes.xaxis), (y, axes.yaxis)):
         axis.set_inverted(not column.higher_is_better)
         axis.set_major_locator(MaxNLocator(6))
     return with_legend(figure)
 
 
-def radar(groups: Sequence[Group], columns: Sequence[Column], styles: Styles) -> Figure:
+def radar(groups: Sequence[Group], columns: Sequence[Column]) -> Figure:
     """Figure 1: a polygon per group."""
     figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
     axes = figure.add_subplot(projection="polar", theta_offset=pi / 2, theta_direction=-1)
@@ -111,8 +101,7 @@ def radar(groups: Sequence[Group], columns: Sequence[Column], styles: Styles) ->
     angles = [2 * pi * index / len(columns) for index in range(len(columns) + 1)]
     for group in groups:
         values = [group.measure(column).value / top for column, top in zip(columns, best, strict=True)]
-        style = plot_style(styles[group.kind], group.first.objective)
-        axes.plot(angles, [*values, values[0]], label=group.label, **style)
+        axes.plot(angles, [*values, values[0]], label=group.label, **look_of(group))
     axes.set_xticks(angles[:-1], [f"{column.label}\n{top:.1f}" for column, top in zip(columns, best, strict=True)])
     axes.set_yticks([0.25, 0.5, 0.75, 1], [])
     axes.set_ylim(0, 1.04)
@@ -121,7 +110,7 @@ def radar(groups: Sequence[Group], columns: Sequence[Column], styles: Styles) ->
     return with_legend(figure)
 
 
-def ratio_curves(groups: Sequence[Group], column: Column, styles: Styles) -> Figure | None:
+def ratio_curves(groups: Sequence[Group], column: Column) -> Figure | None:
     """Figure 3, a curve per learning rate; None unless three fractions of one learning rate were scored."""
     curves: dict[tuple[str, float | None], list[tuple[float, Measured]]] = {}
     for run, number in ((group.first, group.measure(column)) for group in groups if group.first.is_ratio):
@@ -134,10 +123,10 @@ def ratio_curves(groups: Sequence[Group], column: Column, styles: Styles) -> Fig
     figure, axes = canvas("trainable fraction of the layers, %", f"{column.name}, {column.unit}")
     for (objective, rate), points in curves.items():
         more = f" {rate_text(rate)}" if len(curves) > 1 and rate else ""
-        x, y, errors = zip(*((x, number.value, over_seeds(number)) for x, number in points), strict=True)
-        axes.errorbar(x, y, errors, label=f"hft{more}", **plot_style(styles["hft"], objective))
+        x, y, errors = zip(*((x, number.value, number.bar) for x, number in points), strict=True)
+        axes.errorbar(x, y, errors, label=f"hft{more}", **look("hft", objective))
         if x[-1] == 100:
-            axes.axhline(y[-1], color=styles["fft"][0], linestyle=":", label=f"fft{more}")
+            axes.axhline(y[-1], color=OWN["fft"][0], linestyle=":", label=f"fft{more}")
     return with_legend(figure)
 
 
@@ -158,14 +147,12 @@ def selection_picture(run: LoadedRun) -> Figure:
 
     made = run.manifest
     anatomy = anatomy_of(meta_model(read_config(str(run.folder), run.folder)))
-    masks = masks_of(run.folder, made)
-    trained = {name: ~mask for name, mask in masks.items()}
+    trained = {name: ~mask for name, mask in masks_of(run.folder, made).items()}
     drawn = Selection(anatomy, fill(SelectionConfig, made.selection), frozenset(made.trained_units), trained)
     if history := made.schedule.get("history"):
         figure = plot_schedule(drawn, history, made.schedule["steps"])
     else:
-        words = ("stays tuned", "goes back") if made.tuned else ("trains", "frozen")
-        figure = plot_selection(drawn, words=words)
+        figure = plot_selection(drawn, words=("stays tuned", "goes back") if made.tuned else ("trains", "frozen"))
     figure.set_size_inches(WIDTH, 0.65 * figure.get_figheight())
     axes = figure.axes[0]
     axes.set_yticks(axes.get_yticks(), [one.get_text().replace("layernorm", "norm") for one in axes.get_yticklabels()])
@@ -177,18 +164,19 @@ def heatmap(matrix: Mapping[str, Any]) -> Figure:
 
     `scores` has shape (rounds, tasks), in %, None where a task was not scored.
     """
-    tasks, rounds, scores = matrix["tasks"], matrix["rounds"], matrix["scores"]
+    scores = np.ma.masked_invalid(np.array(matrix["scores"], float))
     figure, axes = canvas("", "after round", 0.9 + 0.3 * len(scores))
-    known = [(x, y, v) for y, row in enumerate(scores) for x, v in enumerate(row) if v is not None and isfinite(v)]
-    top = max((value for *_, value in known), default=0) or 1
-    for x, y, value in known:
-        shade = {"color": TRAINED, "alpha": 0.75 * max(0, value / top), "linewidth": 0}
-        axes.add_patch(Rectangle((x, y), 1, 1, **shade))
-        axes.text(x + 0.5, y + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=8)
-    axes.set(xlim=(0, len(tasks)), ylim=(len(scores), 0), frame_on=False)
+    shades = LinearSegmentedColormap.from_list("score", ["white", TRAINED])
+    axes.pcolormesh(scores, cmap=shades, vmin=0, vmax=(scores.max() or 1) / 0.75)
+    for (y, x), value in np.ndenumerate(scores.filled(np.nan)):
+        if np.isfinite(value):
+            axes.text(x + 0.5, y + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=8)
+    axes.set(frame_on=False)
+    axes.invert_yaxis()
     axes.grid(visible=False)
-    axes.set_xticks([x + 0.5 for x in range(len(tasks))], tasks, rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_yticks([y + 0.5 for y in range(len(scores))], rounds)
+    rounds, tasks = np.arange(len(matrix["rounds"])) + 0.5, np.arange(len(matrix["tasks"])) + 0.5
+    axes.set_yticks(rounds, matrix["rounds"])
+    axes.set_xticks(tasks, matrix["tasks"], rotation=35, ha="right", rotation_mode="anchor")
     return figure
 
 
@@ -205,21 +193,20 @@ def task_curves(matrix: Mapping[str, Any]) -> Figure:
     return with_legend(figure)
 
 
-def curves(series: Sequence[tuple[Group, Sequence[tuple[int, float]]]], ylabel: str, styles: Styles) -> Figure | None:
-    """Values over steps, averaged over a group's runs and in bins of many steps; dashes tell groups of one kind."""
+def curves(series: Sequence[tuple[Group, Sequence[tuple[int, float]]]], ylabel: str) -> Figure | None:
+    """Values over steps, averaged over a group's runs and in bins of many steps; dashes tell groups of one arm."""
     series = [(group, values) for group, values in series if values]
     if not series:
         return None
     figure, axes = canvas("step", ylabel)
     drawn: dict[str, int] = {}
     for group, values in series:
-        number = drawn[group.kind] = drawn.get(group.kind, -1) + 1
-        steps = sorted({step for step, _ in values})
-        size = -(-len(steps) // 150)
-        bins = [set(steps[first : first + size]) for first in range(0, len(steps), size)]
-        y = [fmean(value for step, value in values if step in one) for one in bins]
-        style = plot_style(styles[group.kind]) | {"linestyle": DASHES[number % len(DASHES)]}
-        axes.plot([fmean(one) for one in bins], y, label=group.label, **style | ({"marker": ""} if len(y) > 30 else {}))
+        number = drawn[group.arm] = drawn.get(group.arm, -1) + 1
+        points = pd.DataFrame(values, columns=["step", "value"]).groupby("step", as_index=False).mean()
+        points = points.groupby(points.index // -(-len(points) // 150)).mean()
+        style = look(group.arm) | {"linestyle": DASHES[number % len(DASHES)]}
+        style |= {"marker": ""} if len(points) > 30 else {}
+        axes.plot(points["step"], points["value"], label=group.label, **style)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return with_legend(figure)
 

@@ -1,18 +1,18 @@
 """What models are compared by: a score or the mean of some, over runs that differ only in their seeds."""
 
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hft.record.scores import Score, Scores, SuiteScores
 
 Key = tuple[str, str, str]  # suite, task and metric of a score
-# Settings that name what other parts of a score's record hold by content.
-NAMES = ("base", "task_data", "data")
+NAMES = ("base", "task_data", "data")  # settings that name what other parts of a score's record hold by content
 BY_DIGEST = ("rows", "benchmark", "kl_base")
-# What the tasks of a mean need not have in common.
+# What numbers may differ in: the tasks of a mean, and models of which the rows that both answered are compared.
 OF_A_TASK = (*BY_DIGEST, "protocol", "paper_subsets")
+CHOOSE_ROWS = ("limit", "paper_subsets")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,15 @@ class Measured:
         """The settings that make it another measurement than the benchmark's."""
         return [f"{key} {self.conditions[key]}" for key in ("limit", "max_gen_toks") if self.conditions.get(key)]
 
+    @property
+    def bar(self) -> float:
+        """The length of an error bar, over seeds."""
+        return self.spread if self.n > 1 else 0
+
+    def text(self, digits: int) -> str:
+        """`12.3 ± 0.4`, the spread only over several runs."""
+        return f"{self.value:,.{digits}f}" + (f" ± {self.spread:,.{digits}f}" if self.n > 1 else "")
+
 
 def conditions_of(scores: Scores, but: Collection[str] = ()) -> dict[str, Any]:
     """How scores were measured, but for some of it; equal for numbers that may be compared."""
@@ -63,27 +72,26 @@ def conditions_that_differ(first: Scores, other: Scores, but: Collection[str] = 
     return [key if key in BY_DIGEST else f"{key} {one.get(key)} and {two.get(key)}" for key in differ]
 
 
-def parts_of(keys: Sequence[Key], scores: Mapping[str, SuiteScores]) -> list[Score]:
-    """A model's scores, given by suite, under some keys; empty unless all are there."""
-    found = [scores[suite].find(task, metric) if suite in scores else None for suite, task, metric in keys]
-    return [] if None in found else found
+def parts_of(keys: Sequence[Key], scores: Mapping[str, SuiteScores]) -> list[tuple[Scores, Score]]:
+    """A model's scores, given by suite, under some keys, with what they depend on; empty unless all are there."""
+    found = [
+        (one, one.find(task, metric))
+        for suite, task, metric in keys
+        if suite in scores and (one := scores[suite].of(task, metric))
+    ]
+    return found if len(found) == len(keys) else []
 
 
-def mean_of(parts: Sequence[Score]) -> tuple[float, float | None]:
+def mean_of(parts: Sequence[tuple[Scores, Score]]) -> tuple[float, float | None]:
     """The mean of independent scores and its standard error, None if that of a score is not known."""
-    errors = [part.stderr for part in parts]
+    errors = [score.stderr for _, score in parts]
     error = None if None in errors else sum(error**2 for error in errors) ** 0.5 / len(errors)
-    return statistics.fmean(part.value for part in parts), error
+    return statistics.fmean(score.value for _, score in parts), error
 
 
-def entries_of(keys: Sequence[Key], runs: Sequence[Mapping[str, SuiteScores]]) -> list[list[Scores]]:
-    """What the scores under some keys depend on, for each run that has all of them."""
-    return [[scores[suite].of(task) for suite, task, _ in keys] for scores in runs if parts_of(keys, scores)]
-
-
-def unlike(keys: Sequence[Key], runs: Sequence[Mapping[str, SuiteScores]]) -> list[str]:
+def unlike(keys: Sequence[Key], runs: Iterable[Mapping[str, SuiteScores]]) -> list[str]:
     """The conditions that forbid a mean: those in which a run's tasks differ, or a task's runs."""
-    found = entries_of(keys, runs)
+    found = [[one for one, _ in parts] for scores in runs if (parts := parts_of(keys, scores))]
     tasks = [conditions_that_differ(run[0], other, OF_A_TASK) for run in found for other in run[1:]]
     seeds = [conditions_that_differ(*pair) for run in found[1:] for pair in zip(found[0], run, strict=True)]
     return list(dict.fromkeys(one for each in (*tasks, *seeds) for one in each))
@@ -93,18 +101,17 @@ def measure(keys: Sequence[Key], runs: Sequence[Mapping[str, SuiteScores]]) -> M
     """The mean of the scores under some keys over the runs that have all of them; None if none has, or they differ in
     how they were measured (`unlike`).
     """
-    found = entries_of(keys, runs)
+    found = [parts for scores in runs if (parts := parts_of(keys, scores))]
     if not found or unlike(keys, runs):
         return None
-    numbers = [mean_of(parts) for scores in runs if (parts := parts_of(keys, scores))]
-    return summarize(numbers, conditions_of(found[0][0], OF_A_TASK))
+    return summarize(map(mean_of, found), conditions_of(found[0][0][0], OF_A_TASK))
 
 
 def summarize(
-    numbers: Sequence[tuple[float, float | None]], conditions: Mapping[str, Any] | None = None
+    numbers: Iterable[tuple[float, float | None]], conditions: Mapping[str, Any] | None = None
 ) -> Measured | None:
     """The values of some runs, each with its standard error, as one number; None for no runs."""
-    if not numbers:
+    if not (numbers := list(numbers)):
         return None
     values = [value for value, _ in numbers]
     spread = statistics.stdev(values) if len(values) > 1 else numbers[0][1]

@@ -22,54 +22,52 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cell:
+    """Of a table; a cell without notes may be a plain string."""
+
     text: str
-    notes: dict[str, str] = field(default_factory=dict)  # smaller, below the text, with their classes: better or worse
+    notes: dict[str, str]  # smaller, below the text, with their classes: better or worse
+
+
+Row = Sequence[Cell | str]
 
 
 @dataclass(frozen=True)
-class ReportTable:
+class Table:
     caption: str
-    head: list[Cell]
-    rows: list[list[Cell]]
-    numbers: dict[str, float] = field(default_factory=dict)  # of the table, for wandb's summary
+    head: Row
+    rows: list[Row]
+    numbers: dict[str, float] = field(default_factory=dict)  # for wandb's summary
 
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
     title: str
-    figure: Figure
+    figure: Figure | None
 
 
 @dataclass(frozen=True)
 class Section:
     title: str
     text: str
-    tables: list[ReportTable]
+    tables: list[Table]
     drawings: list[Drawing]
-
-    @property
-    def id(self) -> str:
-        return slug(self.title)
 
 
 def write_report(title: str, sections: Sequence[Section], out: Path) -> list[Path]:
     """Write `report.html`, which needs no other file, and `report.md` with its figures; returns the two paths."""
+    loader, undefined = jinja2.PackageLoader("hft.reporting"), jinja2.StrictUndefined
+    html = jinja2.select_autoescape(["html.jinja"])
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hft.reporting"),
-        autoescape=jinja2.select_autoescape(["html.jinja"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        loader=loader, autoescape=html, trim_blocks=True, lstrip_blocks=True, undefined=undefined
     )
-    environment.filters["escaped"] = escaped
+    environment.filters |= {"escaped": escaped, "slug": slug}
     drawings = [drawing for section in sections for drawing in section.drawings]
     out.mkdir(parents=True, exist_ok=True)
     svgs, files = {}, {}
     for number, drawing in enumerate(tqdm(drawings, desc="drawing", unit="figure", leave=False), 1):
         name = f"figure-{number:02}-{slug(drawing.title)}"
-        svg = to_svg(drawing.figure, name, escape(drawing.title))
-        svgs[drawing], files[drawing] = Markup(svg), f"{name}.svg"
-        (out / files[drawing]).write_text(svg, encoding="utf-8")
+        svgs[drawing], files[drawing] = Markup(to_svg(drawing.figure, name, escape(drawing.title))), f"{name}.svg"
+        (out / files[drawing]).write_text(svgs[drawing], encoding="utf-8")
     paths = [out / "report.html", out / "report.md"]
     for path in paths:
         template = environment.get_template(f"{path.name}.jinja")
