@@ -53,7 +53,7 @@ class LoadedRun:
 
     @functools.cached_property
     def rows(self) -> Callable[[str, str], DataFrame | None]:
-        """The rows behind its scores by suite and task, each read once (`hft.record.scores.rows_of`)."""
+        """By suite and task, each read once."""
         return functools.cache(functools.partial(rows_of, self.folder))
 
     @functools.cached_property
@@ -62,43 +62,38 @@ class LoadedRun:
         scored = ((path, scores_of(path)) for path in checkpoints(self.folder))
         return {int(path.name.rpartition("-")[2]): found for path, found in scored if found}
 
-    @property
-    def last_checkpoint(self) -> Path | None:
-        """The last one with the trainer's state."""
-        return next((path for path in reversed(checkpoints(self.folder)) if (path / TRAINER_STATE).exists()), None)
+    @functools.cached_property
+    def states(self) -> list[Path]:
+        """What the trainer saved of itself, oldest first."""
+        return [path / TRAINER_STATE for path in checkpoints(self.folder) if (path / TRAINER_STATE).exists()]
 
     @property
     def losses(self) -> list[tuple[int, float]]:
-        """Steps and training losses, as logged."""
-        path = self.last_checkpoint
-        log = read_json(path / TRAINER_STATE, ["log_history"])["log_history"] if path else []
+        log = read_json(self.states[-1], ["log_history"])["log_history"] if self.states else []
         return [(row["step"], row["loss"]) for row in log if "loss" in row]
 
     @property
     def optimizer_bytes(self) -> int | None:
         """Of the optimizer state in the last checkpoint, one file or FSDP's folder; None if it was not saved."""
-        states = self.last_checkpoint.glob("optimizer*") if self.last_checkpoint else []
+        states = self.states[-1].parent.glob("optimizer*") if self.states else []
         files = [path for state in states for path in (state, *state.rglob("*")) if path.is_file()]
         return sum(path.stat().st_size for path in files) or None
 
     @property
     def objective(self) -> str:
-        """Its name; empty for what was not trained."""
         return self.result.objective if self.result else ""
 
     @property
     def learning_rate(self) -> float | None:
-        """An adapter's factor included."""
         rate = self.settings.get("learning_rate")
         return rate and rate * self.settings.get("learning_rate_factor", 1.0)
 
     @property
     def fractions(self) -> dict[str, float]:
         """Trainable fraction of the `layers`, on average under a schedule, and of the `model`; empty if unknown."""
-        if self.manifest is None:
-            return {}
-        schedule = self.manifest.schedule.get("fractions")
-        return self.manifest.trainable_fraction | ({"layers": schedule["mean"]} if schedule else {})
+        made = self.manifest
+        mean = {"layers": made.schedule["fractions"]["mean"]} if made and "fractions" in made.schedule else {}
+        return made.trainable_fraction | mean if made else {}
 
     @property
     def is_ratio(self) -> bool:
@@ -242,45 +237,36 @@ def group_by_model(runs: Sequence[LoadedRun]) -> dict[str, list[Group]]:
     for run in sorted(runs, key=order_of):
         same = json.dumps([run.objective, run.method, run.settings], sort_keys=True, default=str)
         found.setdefault(run.model, {}).setdefault(same, []).append(run)
-    models = {model: list(groups.values()) for model, groups in found.items()}
-    return {model: [named(one, [other[0] for other in groups]) for one in groups] for model, groups in models.items()}
+    return {model: [named(some, [*groups.values()]) for some in groups.values()] for model, groups in found.items()}
 
 
 def order_of(run: LoadedRun) -> tuple[Any, ...]:
-    method = FIRST.index(run.method) if run.method in FIRST else len(FIRST)
+    method = [*FIRST, run.method].index(run.method)
     objective = find_objective(run.objective).order if run.objective else len(OBJECTIVES)
     return run.model, method > 0, objective, method, run.method, run.learning_rate or 0
 
 
-def named(runs: list[LoadedRun], others: Sequence[LoadedRun]) -> Group:
-    """A group of runs, by what tells its first one from the first ones of all groups of its model."""
-    run = runs[0]
-    peers = [other for other in others if (other.objective, other.method) == (run.objective, run.method)]
-    several = run.objective and len({other.objective for other in others} - {""}) > 1
-    arm = " ".join([*([run.objective.upper()] if several else []), run.method, *differing(run, peers, others)])
-    rates = {peer.learning_rate for peer in peers}
-    return Group(runs, arm, f"{arm} {rate_text(run.learning_rate)}" if run.learning_rate and len(rates) > 1 else arm)
-
-
-def differing(run: LoadedRun, peers: Sequence[LoadedRun], others: Sequence[LoadedRun]) -> list[str]:
-    """The settings that tell a run from its peers, runs of its method: first the recipe's, then the method's.
-
-    The learning rate is not among them, nor what most `others`, runs of its model, have in their recipe.
+def named(runs: list[LoadedRun], groups: Sequence[list[LoadedRun]]) -> Group:
+    """A group, by what tells it from the others of its model: the settings of its recipe, unless most have the same,
+    then those of its method, and the learning rate.
     """
     from hft.runs.config import replaced_keys
 
-    of_method = replaced_keys(run.settings)
-    words = []
+    run, others = runs[0], [group[0] for group in groups]
+    peers = [other for other in others if (other.objective, other.method) == (run.objective, run.method)]
+    several = run.objective and len({other.objective for other in others} - {""}) > 1
+    words, of_method = [run.objective.upper()] if several else [], replaced_keys(run.settings)
+    words.append(run.method)
     for key, value in sorted(run.settings.items(), key=lambda item: item[0] in of_method):
         theirs = [other.settings[key] for other in others if key in other.settings]
         usual = key not in of_method and 2 * theirs.count(value) > len(theirs)
         same = all(peer.settings.get(key) == value for peer in peers)
-        if usual or same or value is None or key.startswith("learning_rate"):
-            continue
-        shown = value[0] if key in ORIGINS else value
-        shown = shown["method"] if isinstance(shown, dict) else Path(str(shown)).name
-        words.append(f"{'from' if key in ORIGINS else key.removesuffix('_fraction').replace('_', ' ')} {shown}")
-    return words
+        if not (usual or same or value is None or key.startswith("learning_rate")):
+            shown = value[0] if key in ORIGINS else value
+            shown = shown["method"] if isinstance(shown, dict) else Path(str(shown)).name
+            words.append(f"{'from' if key in ORIGINS else key.removesuffix('_fraction').replace('_', ' ')} {shown}")
+    rates = run.learning_rate and len({peer.learning_rate for peer in peers}) > 1
+    return Group(runs, " ".join(words), " ".join([*words, *([rate_text(run.learning_rate)] if rates else [])]))
 
 
 def rate_text(rate: float) -> str:

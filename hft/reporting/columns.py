@@ -39,7 +39,7 @@ def columns_of_suite(suite: str, scored: Iterable[Mapping[str, SuiteScores]]) ->
         name = task if tasks.count(task) == 1 else f"{task}, {metric.removeprefix('acc_')}"
         label = LABELS.get(key, name.replace("_", " "))
         columns.append(Column((key,), label, found[key].unit, found[key].higher_is_better))
-    means = [mean for mean in (GENERAL, KNOWLEDGE) if mean.suite == suite]
+    means = [mean for mean in (GENERAL, KNOWLEDGE) if mean.keys[0][0] == suite]
     return columns + [mean for mean in means if any(parts_of(mean.keys, one) for one in scored)]
 
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hft.errors import HFTError, reason
+from hft.errors import HFTError
 from hft.machine import say
 
 
@@ -27,10 +27,7 @@ def report(arguments: Sequence[str]) -> int:
     sections = make_sections(found)
     counts = [(sum(len(group.runs) for group in found.groups), f"runs of {', '.join(found.models)}")]
     counts += [(len(found.extras["matrix.json"]), "sequences of tasks")]
-    try:
-        paths = write_report(", ".join(f"{count} {what}" for count, what in counts if count), sections, out)
-    except OSError as error:
-        raise HFTError(f"cannot write to {out}: {error.strerror or reason(error)}") from error
+    paths = write_report(", ".join(f"{count} {what}" for count, what in counts if count), sections, out)
     if options.report_to != "none":
         tables = [table for section in sections for table in section.tables]
         say(log_report(out, {name: value for table in tables for name, value in table.numbers.items()}))

@@ -35,15 +35,8 @@ PREFIX = re.compile(f"^({'|'.join(map(str.upper, OBJECTIVES))}) ")  # of an arm,
 
 def look(arm: str, objective: str = "") -> dict[str, Any]:
     """Arguments of `plot` for a method; an objective changes the line, with hollow markers where it is not solid."""
-    return plot_style(style_of(PREFIX.sub("", arm)), find_objective(objective).linestyle if objective else "-")
-
-
-def look_of(group: Group) -> dict[str, Any]:
-    return look(group.arm, group.first.objective)
-
-
-def plot_style(style: tuple[str, str], line: str = "-") -> dict[str, Any]:
-    color, marker = style
+    color, marker = style_of(PREFIX.sub("", arm))
+    line = find_objective(objective).linestyle if objective else "-"
     inside, edge = (color, "white") if line == "-" else ("white", color)
     markers = {"marker": marker, "markerfacecolor": inside, "markeredgecolor": edge, "markeredgewidth": 0.8}
     return {"color": color, "linestyle": line, "markersize": 6} | markers
@@ -76,7 +69,7 @@ def frontier(groups: Sequence[Group], x: Column, y: Column, ways: Sequence[Mappi
     figure, axes = canvas(f"{x.name}, {x.unit} → better", f"{y.name}, {y.unit} → better", 3.2)
     for number, arm in enumerate(dict.fromkeys(group.arm for group, *_ in placed)):
         points = [point for point in placed if point[0].arm == arm]
-        style = look_of(points[0][0]) | {"zorder": 3 - number / 100}  # the first on top
+        style = look(arm, points[0][0].first.objective) | {"zorder": 3 - number / 100}  # the first on top
         axes.plot([a.value for _, a, _ in points], [b.value for *_, b in points], **style | {"marker": ""})
         for size, (_, a, b) in enumerate(points):
             axes.errorbar(a.value, b.value, b.bar, a.bar, elinewidth=1, **style | {"markersize": 6 + 1.5 * size})
@@ -101,7 +94,7 @@ def radar(groups: Sequence[Group], columns: Sequence[Column]) -> Figure:
     angles = [2 * pi * index / len(columns) for index in range(len(columns) + 1)]
     for group in groups:
         values = [group.measure(column).value / top for column, top in zip(columns, best, strict=True)]
-        axes.plot(angles, [*values, values[0]], label=group.label, **look_of(group))
+        axes.plot(angles, [*values, values[0]], label=group.label, **look(group.arm, group.first.objective))
     axes.set_xticks(angles[:-1], [f"{column.label}\n{top:.1f}" for column, top in zip(columns, best, strict=True)])
     axes.set_yticks([0.25, 0.5, 0.75, 1], [])
     axes.set_ylim(0, 1.04)
@@ -160,10 +153,7 @@ def selection_picture(run: LoadedRun) -> Figure:
 
 
 def heatmap(matrix: Mapping[str, Any]) -> Figure:
-    """Scores of a sequence of tasks; the stronger the color the higher.
-
-    `scores` has shape (rounds, tasks), in %, None where a task was not scored.
-    """
+    """The scores of a sequence of tasks by round; the stronger the color the higher."""
     scores = np.ma.masked_invalid(np.array(matrix["scores"], float))
     figure, axes = canvas("", "after round", 0.9 + 0.3 * len(scores))
     shades = LinearSegmentedColormap.from_list("score", ["white", TRAINED])
@@ -183,10 +173,9 @@ def heatmap(matrix: Mapping[str, Any]) -> Figure:
 def task_curves(matrix: Mapping[str, Any]) -> Figure:
     """The score of each task of a sequence over the rounds, and OP after each."""
     figure, axes = canvas("after round", "score, %")
-    for number, task in enumerate(matrix["tasks"]):
-        known = [(x, row[number]) for x, row in enumerate(matrix["scores"]) if row[number] is not None]
-        style = plot_style((COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]))
-        axes.plot(*zip(*known, strict=True), label=task, **style) if known else None
+    for number, (task, scores) in enumerate(pd.DataFrame(matrix["scores"], columns=matrix["tasks"]).items()):
+        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+        axes.plot(scores.dropna(), label=task, color=color, marker=marker)
     first = len(matrix["scores"]) - len(matrix["op"])
     axes.plot(range(first, first + len(matrix["op"])), matrix["op"], label="OP", color=INK, linewidth=2.5)
     axes.set_xticks(range(len(matrix["rounds"])), matrix["rounds"], rotation=35, ha="right", rotation_mode="anchor")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,8 +39,7 @@ class Curve:
         return np.stack([self.learned.mean((1, 2)), self.kept.mean((1, 2))], axis=1)
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A number with its 95% interval over resampled seeds and rows; nan where it is not defined."""
 
     value: float
@@ -111,9 +111,8 @@ def estimate(statistic: Callable[..., float], *curves: Curve, seed: int = 0) -> 
     weights = [_weights(generator, size) for size in (*curves[0].learned.shape[1:], curves[0].kept.shape[2])]
     drawn = zip(*(curve.points(*weights) for curve in curves), strict=True)
     values = np.array([statistic(*points) for points in drawn])
-    defined = values[np.isfinite(values)]
-    tails = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
-    low, high = np.quantile(defined, tails) if len(defined) > CONFIDENCE * DRAWS else (float("nan"),) * 2
+    few = np.isnan(values).mean() >= 1 - CONFIDENCE
+    low, high = np.nanquantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]) if not few else [np.nan] * 2
     return Estimate(statistic(*(curve.mean_points for curve in curves)), float(low), float(high))
 
 

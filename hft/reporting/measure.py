@@ -25,13 +25,9 @@ class Column:
     higher_is_better: bool = True
 
     @property
-    def suite(self) -> str:
-        return self.keys[0][0]
-
-    @property
     def name(self) -> str:
         """The label outside its suite's tables."""
-        return self.label if len(self.keys) == 1 else f"{self.suite}, {self.label}"
+        return self.label if len(self.keys) == 1 else f"{self.keys[0][0]}, {self.label}"
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,6 @@ class Measured:
 
     @property
     def bar(self) -> float:
-        """The length of an error bar, over seeds."""
         return self.spread if self.n > 1 else 0
 
     def text(self, digits: int) -> str:

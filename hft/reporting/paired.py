@@ -22,9 +22,7 @@ class Difference:
     rows: int
     seeds: tuple[int, int]
     p: float  # of a difference at least as large if there were none
-    gained: int | None = (
-        None  # rows that were lower; None unless each row has one of two values, such as right or wrong
-    )
+    gained: int | None = None  # rows that went up; None unless each has one of two values, such as right or wrong
     lost: int | None = None
 
     @property
@@ -34,8 +32,7 @@ class Difference:
     @property
     def interval(self) -> tuple[float, float]:
         """At 95% confidence."""
-        half = stats.t.ppf((1 + CONFIDENCE) / 2, self.df) * self.se
-        return self.mean - half, self.mean + half
+        return stats.t.interval(CONFIDENCE, self.df, self.mean, self.se) if self.se else (self.mean, self.mean)
 
     @property
     def detectable(self) -> float:

@@ -57,6 +57,12 @@ class PaperTable:
         return [row.label for row in self.rows if row.label not in ("OP", "BWT")]
 
     @property
+    def digits(self) -> list[int]:
+        """The decimals that the paper prints in each column."""
+        columns = zip(*(row.values for row in self.rows), strict=True)
+        return [max(len(str(float(v)).partition(".")[2]) for v in some if v is not None) for some in columns]
+
+    @property
     def models(self) -> list[str]:
         return list(dict.fromkeys(row.model for row in self.rows))
 
@@ -169,30 +175,28 @@ def has_protocol(scores: Scores) -> bool:
     return scores.suite not in PROTOCOLS or scores.settings.get("protocol") == PROTOCOLS[scores.suite]
 
 
-def measure_row(table: PaperTable, row: PaperRow, runs: str | Path = "runs") -> dict[str, Measured]:
-    """What we measured for a row, by column: over the row's run and those that differ from it in their seed only."""
-    folders = [folder for folder in folders_of(table, row, Path(runs)) if pretrained(folder) == row.base]
-    if table.is_matrix:
-        matrices = [read_json(folder / MATRIX, EXTRAS[MATRIX]) for folder in folders if (folder / MATRIX).exists()]
-        rounds = [matrix_row(one, row.label) for one in matrices if one["tasks"] == table.tasks]
-        values = ([(value, None) for value in some if value is not None] for some in zip_longest(*rounds))
-        found = dict(zip(ROUNDS, map(summarize, values), strict=False))
-    else:
-        suites = [scores_of(folder).items() for folder in folders]
-        scores = [{suite: SuiteScores(filter(has_protocol, some)) for suite, some in found} for found in suites]
-        found = {column: measure(keys, scores) for column in table.columns if (keys := table.keys(column))}
-    return {column: measured for column, measured in found.items() if measured}
-
-
-def strangers(table: PaperTable, row: PaperRow, runs: str | Path = "runs") -> list[str]:
-    """Why what is in the folders of a row does not stand beside the paper's numbers."""
-    said = []
+def measure_row(table: PaperTable, row: PaperRow, runs: str | Path = "runs") -> tuple[dict[str, Measured], list[str]]:
+    """What we measured for a row, by column, over the row's run and those that differ from it in their seed only; and
+    why what else is in their folders does not stand beside the paper's numbers.
+    """
+    scores, rounds, said = [], [], []
     for folder in filter(Path.exists, folders_of(table, row, Path(runs))):
         if (base := pretrained(folder)) != row.base:
             said.append(f"{folder} is not shown: it goes back to {base}, the paper's to {row.base}")
-        unknown = [suite for suite, found in scores_of(folder).items() if not all(map(has_protocol, found))]
-        said += [f"{folder}: scores of {suite} by another protocol or tasks are not shown" for suite in unknown]
-    return said
+            continue
+        for suite, found in (saved := scores_of(folder)).items():
+            saved[suite] = SuiteScores(filter(has_protocol, found))
+            if len(saved[suite]) < len(found):
+                said.append(f"{folder}: scores of {suite} by another protocol or tasks are not shown")
+        scores.append(saved)
+        matrix = read_json(folder / MATRIX, EXTRAS[MATRIX]) if table.is_matrix and (folder / MATRIX).exists() else {}
+        rounds += [matrix_row(matrix, row.label)] if matrix.get("tasks") == table.tasks else []
+    if table.is_matrix:
+        values = ([(value, None) for value in some if value is not None] for some in zip_longest(*rounds))
+        measured = dict(zip(ROUNDS, map(summarize, values), strict=False))
+    else:
+        measured = {column: measure(keys, scores) for column in table.columns if (keys := table.keys(column))}
+    return {column: one for column, one in measured.items() if one}, said
 
 
 def folders_of(table: PaperTable, row: PaperRow, runs: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hft.machine import say
 from hft.reporting.measure import Measured
-from hft.reporting.paper import PaperRow, PaperTable, find_rows, find_table, measure_row, strangers, tables
+from hft.reporting.paper import PaperRow, PaperTable, find_rows, find_table, measure_row, tables
 from hft.text import aligned, markdown
 
 # Of each row what we measured, by column.
@@ -28,9 +28,9 @@ def paper(arguments: Sequence[str]) -> int:
         return 0
     table = find_table(options.table)
     rows = find_rows(table, options.model)
-    ours = [measure_row(table, row, options.runs) for row in rows]
+    ours, reasons = zip(*(measure_row(table, row, options.runs) for row in rows), strict=True)
     print(as_markdown(table, rows, ours) if options.markdown else as_text(table, rows, ours))
-    say(*dict.fromkeys(why for row in rows for why in strangers(table, row, options.runs)))
+    say(*dict.fromkeys(why for said in reasons for why in said))
     return 0
 
 
@@ -63,7 +63,7 @@ def numbers(
     table: PaperTable, row: PaperRow, mine: dict[str, Measured], usual: Mapping[str, Any]
 ) -> dict[str, list[str]]:
     """The lines of a row: the paper's numbers, and ours if there are any, marked unless under the usual conditions."""
-    digits = [decimals(table, index) for index in range(len(table.columns))]
+    digits = table.digits
     lines = {row.label: ["-" if v is None else f"{v:.{d}f}" for v, d in zip(row.values, digits, strict=True)]}
     if mine:
         counts = sorted({one.n for one in mine.values()})
@@ -88,12 +88,6 @@ def unusual(one: Measured, usual: Mapping[str, Any]) -> list[str]:
     """The conditions of a number that are not the usual ones."""
     differ = [key for key in one.conditions.keys() & usual.keys() if one.conditions[key] != usual[key]]
     return sorted({*one.shortened, *(f"{key} {one.conditions[key]}" for key in differ)})
-
-
-def decimals(table: PaperTable, column: int) -> int:
-    """How many the paper prints in a column."""
-    values = [row.values[column] for row in table.rows if row.values[column] is not None]
-    return max(len(str(float(value)).partition(".")[2]) for value in values)
 
 
 def remarks(table: PaperTable, ours: Ours) -> list[str]:

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from tqdm import tqdm
 
+from hft.config import read_yaml
 from hft.planning.forecast import flops_to_fft
 from hft.record.scores import answers_of, scores_of
 from hft.reporting import figures
@@ -27,23 +29,19 @@ Parts = Iterator[Table | Drawing]  # of a section; those without rows or without
 
 
 def make_sections(found: Collection) -> list[Section]:
-    """The sections that have something to show; what a function that makes one says of itself is the section's text."""
-    sections = []
+    """The sections that have something to show, with the titles and texts of `templates/sections.yaml`."""
+    words, sections = read_yaml(Path(__file__).with_name("templates") / "sections.yaml"), []
     with rc_context(**figures.RC):
-        for title, make in SECTIONS.items():
+        for make in SECTIONS:
             parts = list(make(found))
             tables = [part for part in parts if isinstance(part, Table) and part.rows]
             drawings = [part for part in parts if isinstance(part, Drawing) and part.figure]
             if tables or drawings:
-                sections.append(Section(title, " ".join(make.__doc__.split()), tables, drawings))
+                sections.append(Section(**words[make.__name__], tables=tables, drawings=drawings))
     return sections
 
 
 def selections(found: Collection) -> Parts:
-    """Half Fine-Tuning trains a random half of every layer and freezes the rest, to forget less. In color what the
-    first run of each group trained, in gray what it left as it was; of a Half-Reset, what it kept of the tuned model
-    and what it put back to the base. Below, under Runs, whether all that was frozen is bit-identical to the base.
-    """
     distinct: dict[tuple[str, ...], LoadedRun] = {}
     for run in (group.first for group in found.groups):
         made = run.manifest
@@ -54,14 +52,6 @@ def selections(found: Collection) -> Parts:
 
 
 def frontiers(found: Collection) -> Parts:
-    """Further to the right a model learned more, further up it kept more: axes on which lower is better are turned
-    around. A curve per method over its learning rates, the higher the rate the larger the marker; bars are standard
-    deviations over seeds; dotted, a run's way back to its base (hft keep). Drift is the loss on general text. If the KL
-    to the base alone decided what is forgotten, all methods would lie on one curve against it. In the tables the
-    hypervolume is the area below a method's frontier and above the reference point: the base's task loss, and the worst
-    that any method here keeps. At equal learning the frontiers are compared where both methods have learned as much, by
-    straight lines between learning rates. Intervals are of 95%, over resampled rows and seeds.
-    """
     keeps = found.extras["keep.json"]
     for model, groups in found.models.items():
         ways = [keeps[run.folder.name] for group in groups for run in group.runs if run.folder.name in keeps]
@@ -103,11 +93,6 @@ def estimate_cell(one: Estimate, sign: str = "") -> Cell | str:
 
 
 def scores(found: Collection) -> Parts:
-    """Mean ± standard deviation over n runs that differ in their seeds; for a single run the standard error (se) over
-    its rows. Below, the difference to full fine-tuning with the same recipe on the same rows, in color where rows and
-    seeds tell the two apart (hft compare); and the paper's number, if it is of the same metric, protocol and pretrained
-    model. Numbers that were scored under different conditions are not compared.
-    """
     for model, groups in found.models.items():
         for suite, columns in columns_of(groups).items():
             lines = [(group, baseline_of(group, groups)) for group in groups]
@@ -155,25 +140,21 @@ def difference_note(found: Comparison | str | None, digits: int) -> dict[str, st
 
 
 def radars(found: Collection) -> Parts:
-    """As the paper's Figure 1. Each axis runs from 0 to the best score, which is printed at its end."""
     for model, groups in found.models.items():
-        columns = [column for of_suite in columns_of(groups).values() for column in of_suite]
-        columns = [column for column in columns if column.keys[0] in (*GENERAL.keys, *KNOWLEDGE.keys)]
-        columns = [column for column in columns if len(column.keys) == 1]
+        drawn = {(key,) for mean in (GENERAL, KNOWLEDGE) for key in mean.keys}
+        columns = [column for some in columns_of(groups).values() for column in some if column.keys in drawn]
         whole = [group for group in groups if all(map(group.measure, columns))][:6]
         if len(columns) > 2 and whole:
             yield Drawing(f"{model}: abilities", figures.radar(whole, columns))
 
 
 def ratios(found: Collection) -> Parts:
-    """As the paper's Figure 3: half fine-tuning at several trainable fractions; dotted, full fine-tuning."""
     for model, groups in found.models.items():
         for column in MEASURES:
             yield Drawing(f"{model}: {column.name} by trainable fraction", figures.ratio_curves(groups, column))
 
 
 def variations(found: Collection) -> Parts:
-    """As the paper's Figure 4: the mean absolute change of the elements of a block, by hft diff."""
     known = {run.folder.name: group for group in found.groups for run in group.runs}
     for diff in found.extras["diff.json"].values():
         names = {name: known[name].label if name in known else name for name in diff["layers"][0]["change"]}
@@ -187,51 +168,42 @@ def variations(found: Collection) -> Parts:
             yield Drawing(title, figures.variation(rows, "rounds", lines))
 
 
+# What a run costs, as it measured it: heading, decimals, number.
+COSTS: tuple[tuple[str, int, Callable[[LoadedRun], float | None]], ...] = (
+    ("tokens/s", 0, lambda run: run.result and run.result.tokens_per_second),
+    ("peak memory, GB", 1, lambda run: run.result and run.result.peak_memory_gb),
+    ("optimizer state, MB", 1, lambda run: run.optimizer_bytes and run.optimizer_bytes / 1e6),
+)
+
+
 def cost(found: Collection) -> Parts:
-    """As the runs measured it; below, relative to full fine-tuning. FLOPs per token are counted, and bound what a run
-    can save in time: a speed beyond that bound was measured on another machine, or on one with other work. The
-    optimizer state is that in the last checkpoint.
-    """
     for model, groups in found.models.items():
-        rows = []
-        for group in (group for group in groups if group.first.result):
-            fractions, flops = group.first.fractions, flops_to_fft(group.first.folder)
-            cells = [f"{100 * fractions[of]:.1f}" if of in fractions else "" for of in ("layers", "model")]
-            cells.append("" if flops is None else f"{flops:.3f}")
-            full = baseline_of(group, groups)
-            cells += [cost_cell(group, full, COSTS[0], flops), *(cost_cell(group, full, one) for one in COSTS[1:])]
-            rows.append([group.label, str(len(group.runs)), *cells])
+        rows = [cost_row(group, baseline_of(group, groups)) for group in groups if group.first.result]
         head = ["", "n", "trains, % of layers", "% of model", "FLOPs, of fft", *(name for name, *_ in COSTS)]
         yield Table(model, head, rows)
 
 
-# What a run costs, as it measured it: heading, decimals, number.
-COSTS: list[tuple[str, int, Callable[[LoadedRun], float | None]]] = [
-    ("tokens/s", 0, lambda run: run.result and run.result.tokens_per_second),
-    ("peak memory, GB", 1, lambda run: run.result and run.result.peak_memory_gb),
-    ("optimizer state, MB", 1, lambda run: run.optimizer_bytes and run.optimizer_bytes / 1e6),
-]
-
-
-def cost_cell(group: Group, baseline: Group | None, cost: tuple, flops: float | None = None) -> Cell | str:
-    """A cost, beside the baseline's; of a speed the FLOPs bound what it can be."""
-    _, digits, measure = cost
-    number, full = (
-        summarize((value, None) for run in (one.runs if one else []) if (value := measure(run)))
-        for one in (group, baseline)
-    )
-    notes = {}
-    if number and full and baseline is not group:
-        notes[f"{number.value / full.value:.2f} of fft"] = ""
-        if flops and number.value / full.value > 1 / flops:
-            notes["not the same machine state"] = ""
-    return Cell(number.text(digits), notes) if number else ""
+def cost_row(group: Group, baseline: Group | None) -> Row:
+    fractions, flops = group.first.fractions, flops_to_fft(group.first.folder)
+    row = [group.label, str(len(group.runs))]
+    row += [f"{100 * fractions[of]:.1f}" if of in fractions else "" for of in ("layers", "model")]
+    row.append("" if flops is None else f"{flops:.3f}")
+    for name, digits, measure in COSTS:
+        number, full = (
+            summarize((value, None) for run in (one.runs if one else []) if (value := measure(run)))
+            for one in (group, baseline)
+        )
+        notes = {}
+        if number and full and baseline is not group:
+            ratio = number.value / full.value
+            notes[f"{ratio:.2f} of fft"] = ""
+            if name == "tokens/s" and flops and ratio > 1 / flops:
+                notes["not the same machine state"] = ""
+        row.append(Cell(number.text(digits), notes) if number else "")
+    return row
 
 
 def sequences(found: Collection) -> Parts:
-    """The score of each task after each round, in %. OP is the mean over the tasks seen; BWT is the sum of what earlier
-    tasks gained or lost since they were learned, over the number of tasks (equation 5).
-    """
     rows = []
     for name, matrix in found.extras["matrix.json"].items():
         yield Drawing(f"{name}: scores by round", figures.heatmap(matrix))
@@ -249,7 +221,6 @@ def last_cell(matrix: Mapping[str, Any], key: str) -> Cell:
 
 
 def answers(found: Collection) -> Parts:
-    """To the same prompts, by hft generate: greedy, each model with the chat template that it was trained on."""
     for model, groups in found.models.items():
         prompts: dict[str, dict[str, str]] = {}
         for run in (run for group in groups for run in group.runs):
@@ -262,12 +233,11 @@ def answers(found: Collection) -> Parts:
 
 
 def steps(found: Collection) -> Parts:
-    """Means over seeds."""
     for model, groups in found.models.items():
         losses = [(group, [point for run in group.runs for point in run.losses]) for group in groups]
         yield Drawing(f"{model}: training loss", figures.curves(losses, "training loss"))
         columns = [column for of_suite in columns_of(groups, steps=True).values() for column in of_suite]
-        for column in (one for one in columns if one.suite != "quick" or one in MEASURES):
+        for column in (one for one in columns if one.keys[0][0] != "quick" or one in MEASURES):
             series = [(g, [point for run in g.runs for point in values_over_steps(run, column)]) for g in groups]
             drawing = figures.curves(series, f"{column.name}, {column.unit}")
             yield Drawing(f"{model}: {column.name} over the steps", drawing)
@@ -282,7 +252,6 @@ def values_over_steps(run: LoadedRun, column: Column) -> list[tuple[int, float]]
 
 
 def runs(found: Collection) -> Parts:
-    """The folders behind the numbers."""
     rows: list[Row] = []
     labeled = [(group.label, run) for group in found.groups for run in group.runs]
     for label, run in labeled:
@@ -295,16 +264,4 @@ def runs(found: Collection) -> Parts:
     yield Table("", ["run", "group", "steps", "verify", "scores"], rows)
 
 
-SECTIONS: dict[str, Callable[[Collection], Parts]] = {
-    "What trains": selections,
-    "Learned and kept": frontiers,
-    "Scores": scores,
-    "Answers": answers,
-    "Abilities": radars,
-    "Trainable fraction": ratios,
-    "Change of the parameters": variations,
-    "Cost": cost,
-    "Sequences": sequences,
-    "Over the steps": steps,
-    "Runs": runs,
-}
+SECTIONS = (selections, frontiers, scores, answers, radars, ratios, variations, cost, sequences, steps, runs)

@@ -137,19 +137,19 @@ def test_ours_are_the_mean_and_spread_over_seeds(runs):
     table = find_table("2")
     [hft] = [row for row in table.rows if row.run == "llama2-7b-sft-hft"]
     [fft] = [row for row in table.rows if row.run == "llama2-7b-sft-fft"]
-    measured = measure_row(table, hft, runs)
+    measured, _ = measure_row(table, hft, runs)
     assert measured.keys() == {"NaturalQuestion", "TriviaQA"}  # no average without all of its columns
     one = measured["NaturalQuestion"]
     assert (one.value, one.spread, one.n) == (7.0, 1.0, 3)
-    mean = measure_row(table, fft, runs)["Overall"]
+    mean = measure_row(table, fft, runs)[0]["Overall"]
     assert (mean.value, mean.n) == (15.0, 1)
     assert mean.spread == pytest.approx(3 / 3**0.5)
-    assert measure_row(table, table.rows[0], runs) == {}
+    assert measure_row(table, table.rows[0], runs) == ({}, [])
 
 
 def test_a_seed_with_a_row_of_its_own_is_not_pooled(runs):
     table = find_table("14")
-    first, second = (measure_row(table, row, runs)["NaturalQuestion"] for row in table.rows[:2])
+    first, second = (measure_row(table, row, runs)[0]["NaturalQuestion"] for row in table.rows[:2])
     assert (first.value, first.n) == (7.0, 2)  # seeds 0 and 2-seed=3
     assert (second.value, second.n) == (7.0, 1)
 
@@ -161,8 +161,8 @@ def test_a_checkpoint_has_scores_of_its_own(tmp_path):
     (tmp_path / row.run / "config.yaml").write_text("model_name_or_path: meta-llama/Llama-3.1-8B\n")
     save(tmp_path / row.run, "recent", nq__contains=27.0)
     assert row.run.endswith("/checkpoint-448")
-    assert measure_row(table, row, tmp_path)["NQ"].value == 27.0
-    assert measure_row(table, table.rows[1], tmp_path) == {}
+    assert measure_row(table, row, tmp_path)[0]["NQ"].value == 27.0
+    assert measure_row(table, table.rows[1], tmp_path) == ({}, [])
 
 
 def test_the_command_prints_commands_the_papers_numbers_and_ours(runs, capsys):
