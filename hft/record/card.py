@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from enum import Enum
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +56,10 @@ def write_card(
         linked=linked,
         escaped=escaped,
         base_id=portable(manifest.base),
-        facts=card_facts(manifest, config, verified),
+        method=portable(config.get("method")),
+        parts=part_facts(manifest),
+        datasets=data_facts(manifest, config.get("dataset_name") or []),
+        verified=verified and Counter(verified),
         answers=answers_of(folder)[:3],
         scores=[(suite, score) for suite, found in scores_of(folder).items() for score in found.scores],
         settings=to_yaml(portable({key: value for key, value in config.items() if key not in SECRETS})),
@@ -79,13 +81,9 @@ def license_of(model: str) -> dict[str, str]:
 
 def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
     """The plain values of a trainer's config that are not its defaults, but for names and folders."""
-    changed = {}
-    for f in fields(args):
-        value = getattr(args, f.name)
-        value = value.value if isinstance(value, Enum) else value
-        if isinstance(value, bool | int | float | str) and value != f.default:
-            changed[f.name] = value
-    return {key: value for key, value in changed.items() if key not in ("output_dir", "run_name")}
+    usual = {f.name: f.default for f in fields(args)} | {"output_dir": args.output_dir, "run_name": args.run_name}
+    values = {key: value for key, value in args.to_dict().items() if isinstance(value, bool | int | float | str)}
+    return {key: value for key, value in values.items() if value != usual.get(key)}
 
 
 def is_local(name: str) -> bool:
@@ -107,22 +105,17 @@ def linked(name: str, kind: str = "") -> str:
     return f"`{portable(name)}`" if is_local(name) else f"[{name}](https://huggingface.co/{kind}{name})"
 
 
-def card_facts(
-    manifest: Manifest, config: Mapping[str, Any], verified: Mapping[str, int] | None
-) -> list[tuple[str, str]]:
-    rows = [("method", portable(config["method"]))] if config.get("method") else []
-    rows += [*part_facts(manifest), *size_facts(manifest)]
-    names = config.get("dataset_name") or []
-    names = portable(names if isinstance(names, list) else [names])
+def data_facts(manifest: Manifest, names: str | list[str]) -> list[str]:
+    """Each dataset as a link to the Hub, or by the names of its folder and files; `names` are the config's."""
+    names, facts = portable(names if isinstance(names, list) else [names]), []
     for data, name in zip_longest(datasets_of(manifest), names):
         if data and "id" in data:
             revision = f" at {data['revision']}" if data.get("revision") else ""
-            rows.append(("data", linked(data["id"], "datasets/") + revision))
+            facts.append(linked(data["id"], "datasets/") + revision)
         elif data and data.get("files"):
             files = shorten([f"`{file}`" for file in data["files"] if file != name])
-            rows.append(("data", ": ".join(filter(None, [name and f"`{name}`", files]))))
-    result = verify_fact(Counter(verified), "reset" if manifest.tuned else "frozen") if verified else "has not run yet"
-    return [*rows, ("verify", result)]
+            facts.append(": ".join(filter(None, [name and f"`{name}`", files])))
+    return facts
 
 
 def datasets_of(manifest: Manifest) -> list[dict[str, Any]]:
@@ -143,30 +136,3 @@ def part_facts(manifest: Manifest) -> list[tuple[str, str]]:
             what = POLICIES[name] if kind == "policy" else find_method(kind, name).description
         rows.append((kind, f"{portable(name)}: {what}" if what else portable(name)))
     return rows
-
-
-def size_facts(manifest: Manifest) -> list[tuple[str, str]]:
-    """Which selection it is, and how much trains; of a Half-Reset, how much stays tuned."""
-    selection, fraction = manifest.selection, manifest.trainable_fraction
-    if manifest.is_adapter:
-        return [("trainable fraction", f"{fraction['model']:.2%} of the size of the base, which is frozen whole")]
-    which = f"seed {selection['selection_seed']}, round {selection['round']}"
-    counts = [f"{block} {trained} of {total}" for block, (trained, total) in manifest.counts.items()]
-    ends = f"embeddings and head {'none' if selection['freeze_embeddings'] else 'all'}"
-    size = f"{fraction['layers']:.1%} of the layers, {fraction['model']:.1%} of the whole model"
-    if over_steps := manifest.schedule.get("fractions"):
-        size += f"; of the layers {over_steps['mean']:.1%} at a time, on average"
-    return [
-        ("selection", which + (f", after {len(manifest.earlier)} earlier" if manifest.earlier else "")),
-        ("units that stay tuned" if manifest.tuned else "units that train", ", ".join([*counts, ends])),
-        ("fraction that stays tuned" if manifest.tuned else "trainable fraction", size),
-    ]
-
-
-def verify_fact(count: Counter[str], kind: str) -> str:
-    """What verify found, in a line; `kind` is how the tensors are called that must equal the base's."""
-    total, trained = count["identical"] + count["broken"], count["changed"] + count["unchanged"]
-    verdict = "FAILED" if count["broken"] + count["lost"] + count["unlisted"] else "passed"
-    moved = f", {count['changed']} of {trained} trained tensors changed" if trained else ""
-    new = f", {count['new']} are new" if count["new"] else ""
-    return f"{verdict}: {count['identical']} of {total} {kind} tensors bit-identical to the base{moved}{new}"

@@ -30,18 +30,15 @@ def zero3_parts(checkpoint: str | Path) -> list[Path]:
 def last_checkpoint(folder: str | Path) -> str | None:
     """The last complete checkpoint in a folder, or None; one without the trainer's state, the last file, is cut off."""
     for checkpoint in reversed(checkpoints(folder)):
-        if (checkpoint / MANIFEST_NAME).exists() and _is_json(checkpoint / TRAINER_STATE):
-            processes = Manifest.load(checkpoint).processes
-            states = [checkpoint / RNG_STATE.format(rank) for rank in range(processes if processes > 1 else 0)]
-            # The first process does not wait for the others' states, zip archives; weights alone have none.
-            if not any(path.exists() for path in states) or all(map(zipfile.is_zipfile, states)):
-                return str(checkpoint)
+        if not (checkpoint / MANIFEST_NAME).exists():
+            continue
+        try:
+            json.loads((checkpoint / TRAINER_STATE).read_text())
+        except (FileNotFoundError, ValueError):
+            continue
+        processes = Manifest.load(checkpoint).processes
+        states = [checkpoint / RNG_STATE.format(rank) for rank in range(processes if processes > 1 else 0)]
+        # The first process does not wait for the others' states, zip archives; weights alone have none.
+        if not any(path.exists() for path in states) or all(map(zipfile.is_zipfile, states)):
+            return str(checkpoint)
     return None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return False
-    return True

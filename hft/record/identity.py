@@ -16,6 +16,7 @@ PARTS = {
     "tokenizer": ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken"),
     "chat_template": ("chat_template*", "additional_chat_templates/*"),
 }
+Record = Mapping[str, Any] | None  # `record()` of a part of a run
 # Keys of a config that say who wrote it.
 WRITTEN_BY = ("_name_or_path", "transformers_version")
 
@@ -67,11 +68,7 @@ def _file_digest(path: str, version: tuple[int, ...]) -> str:
 
 
 def identity_of(
-    selection: Mapping[str, Any],
-    update: Mapping[str, Any] | None,
-    schedule: Mapping[str, Any] | None,
-    data: Mapping[str, Any] | None,
-    strategy: Mapping[str, Any] | None = None,
+    selection: Mapping[str, Any], update: Record, schedule: Record, data: Record, strategy: Record = None
 ) -> dict[str, Any]:
     """What makes two runs the same, as far as it is known before anything is loaded: the `record()` of each part."""
     kind = "adapter" if "adapter" in selection else "selection"
@@ -106,7 +103,9 @@ def check_same_run(ours: Mapping[str, Any], theirs: Mapping[str, Any], folder: o
     """
     found = differences({key: ours[key] for key in ours if key in theirs}, {k: theirs[k] for k in theirs if k in ours})
     if found:
-        raise HFTError(
-            f"cannot resume from {folder}: it was trained with other settings ({'; '.join(found)}); give the same "
-            "settings, another --output_dir, or --resume_from_checkpoint none"
-        )
+        raise cannot_resume(folder, f"it was trained with other settings ({'; '.join(found)})", "the same settings, ")
+
+
+def cannot_resume(checkpoint: object, why: str, give: str = "") -> HFTError:
+    others = "another --output_dir, or --resume_from_checkpoint none"
+    return HFTError(f"cannot resume from {checkpoint}: {why}; give {give}{others}")

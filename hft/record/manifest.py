@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hft import __version__
 from hft.errors import HFTError, reason
 from hft.machine import world_size
-from hft.record.identity import check_same_run, identity_of
+from hft.record.identity import cannot_resume, check_same_run, identity_of
 
 if TYPE_CHECKING:
     from hft.model.anatomy import Unit
@@ -43,11 +43,9 @@ class Manifest:
         masks: SHA-256 of the mask of each partly frozen parameter; the masks are in `hft_masks.safetensors`.
         update: how the trained weights moved (`Update.record()`).
         strategy: what each step did beside its rows (`Strategy.record()`).
-        moved: parameters that training changed in memory, of those that the base alone holds on disk: an adapter's own
-            and none of the base, or none of the frozen ones.
+        moved: parameters that changed in memory, of those that are not in the folder: none but an adapter's own.
         only_trained: whether the folder holds only the tensors that train, wholly or in part (`save_only_trained`).
-        compact: whether the optimizer's state in a checkpoint is that of trained elements, which was once that of whole
-            tensors.
+        compact: whether the optimizer's state in a checkpoint is that of trained elements, not of whole tensors.
         tuned: of a Half-Reset, the model that was reset: its tensors are the trained ones, unchanged.
         schedule: how the trained units changed within the round, if they did: `config`, and once it has started
             `steps`, `fractions` and `history`. Units that trained at any step count as trained; those that never did
@@ -109,12 +107,11 @@ class Manifest:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether an adapter trained: it is not among the base's weights."""
+        """Whether an adapter trained, which is not among the base's weights."""
         return "adapter" in self.selection
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes two runs the same."""
         return identity_of(self.selection, self.update, self.schedule.get("config"), self.data, self.strategy)
 
     def save(self, folder: str | Path) -> Path:
@@ -156,31 +153,21 @@ class Manifest:
         other = Manifest.load(checkpoint)
         check_same_run(self.identity, other.identity, checkpoint)
         if self.tokens and other.tokens not in ("", self.tokens):
-            raise HFTError(
-                f"cannot resume from {checkpoint}: the same rows have become other tokens since then, as with a chat "
-                "template that writes the date, or another tokenizer; give another --output_dir, or "
-                "--resume_from_checkpoint none"
-            )
+            why = "the same rows have become other tokens since then, as with a chat template that writes the date, or "
+            raise cannot_resume(checkpoint, f"{why}another tokenizer")
         # A policy in a file of the user's own may have changed while its config stayed the same.
         same_names = self.frozen_checksums.keys() == other.frozen_checksums.keys()
         if not same_names or (self.frozen_units, self.masks) != (other.frozen_units, other.masks):
-            raise HFTError(
-                f"cannot resume from {checkpoint}: the same settings froze other units there, so the policy or the "
-                "model has changed; give another --output_dir, or --resume_from_checkpoint none"
-            )
+            why = "the same settings froze other units there, so the policy or the model has changed"
+            raise cannot_resume(checkpoint, why)
         if self.compact and not other.compact:
-            raise HFTError(
-                f"cannot resume from {checkpoint}: an earlier version of hft kept there the optimizer's state of whole "
-                "tensors, of which now only the trained elements have one; give another --output_dir, or "
-                "--resume_from_checkpoint none"
-            )
+            why = "an earlier version of hft kept there the optimizer's state of whole tensors, of which now only the "
+            raise cannot_resume(checkpoint, f"{why}trained elements have one")
         names = [n for n, digest in self.frozen_checksums.items() if other.frozen_checksums[n] != digest]
         if names or (not self.frozen_checksums and self.base != other.base):
             different = names[0] if names else "path"
-            raise HFTError(
-                f"cannot resume from {checkpoint}: its base was {other.base}, whose {different} differs from that of "
-                f"{self.base}; give the same base, another --output_dir, or --resume_from_checkpoint none"
-            )
+            why = f"its base was {other.base}, whose {different} differs from that of {self.base}"
+            raise cannot_resume(checkpoint, why, "the same base, ")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> Path:

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -22,26 +23,20 @@ def plot_selection(selection: Selection, title: str = "", words: tuple[str, str]
 
     What trains in part is colored in between; a unit that some layers lack stays white there.
     """
-    units, num_layers = selection.anatomy.units, selection.anatomy.num_layers
-    kinds = list(dict.fromkeys((unit.block, unit.kind) for unit in sorted(units, key=lambda u: u.block)))
-    cells: dict[tuple[int, int], list[float]] = {}
-    for unit in units:
-        cell = kinds.index((unit.block, unit.kind)), unit.layer
-        cells.setdefault(cell, []).append(selection.trained_fraction(unit))
-    first, last = ends_of(selection.anatomy)
-    names = [kind if block not in ("experts", "router") else f"{block} {kind}" for block, kind in kinds]
-    names = [*map(label, first), *names, *map(label, last)]
-    grid = [[float("nan")] * num_layers for _ in names]
-    for (row, layer), fractions in cells.items():
-        grid[len(first) + row][layer] = sum(fractions) / len(fractions)
-
+    num_layers, (first, last) = selection.anatomy.num_layers, ends_of(selection.anatomy)
+    units = sorted(selection.anatomy.units, key=lambda unit: unit.block)
+    cells = [(unit.block, unit.kind, unit.layer, selection.trained_fraction(unit)) for unit in units]
+    table = pd.DataFrame(cells, columns=["block", "kind", "layer", "trained"])
+    table = table.pivot_table("trained", ["block", "kind"], "layer", sort=False).reindex(columns=range(num_layers))
+    kinds = [kind if block not in ("experts", "router") else f"{block} {kind}" for block, kind in table.index]
     summary = f"{selection.fraction_of_layers:.1%} of the layers {words[0]}"
-    axes = _axes(max(5, 0.24 * num_layers + 2.2), 0.3 * len(names) + 1.4, title, summary)
-    cells_look = {"cmap": SHADES, "vmin": 0, "vmax": 1, "edgecolors": "white", "linewidth": 1}
-    axes.pcolormesh(grid, **cells_look)
-    for row, name in zip([*range(len(first)), *range(len(names) - len(last), len(names))], first + last, strict=True):
-        axes.pcolormesh([0, num_layers], [row, row + 1], [[fraction_of(selection, name)]], **cells_look)
-    axes.set_yticks([row + 0.5 for row in range(len(names))], names)
+    names = [*map(label, first), *kinds, *map(label, last)]
+    axes = _axes(max(5, 0.24 * num_layers + 2.2), 0.3 * len(names) + 1.4, title, summary, names)
+    look = {"cmap": SHADES, "vmin": 0, "vmax": 1, "edgecolors": "white", "linewidth": 1}
+    rows = range(len(first), len(first) + len(kinds) + 1)
+    axes.pcolormesh(range(num_layers + 1), rows, table, **look)
+    for row, name in [*enumerate(first), *enumerate(last, rows[-1])]:
+        axes.pcolormesh([0, num_layers], [row, row + 1], [[fraction_of(selection, name)]], **look)
     ticks = range(0, num_layers, every(num_layers))
     axes.set_xticks([tick + 0.5 for tick in ticks], [str(tick) for tick in ticks])
     axes.set_xlabel("layer")
@@ -59,17 +54,13 @@ def plot_schedule(selection: Selection, history: Sequence[dict[str, Any]], steps
     layers = [[trained_fraction(layer, trained) for _, trained in phases] for layer in anatomy.layers]
     first, last = ends_of(anatomy)
     above, below = ([[float(name in trained) for _, trained in phases] for name in names] for names in (first, last))
-    grid = [*above, *layers, *below]
-
+    shown = [str(layer) if layer % every(anatomy.num_layers) == 0 else "" for layer in range(anatomy.num_layers)]
+    names = [*map(label, first), *shown, *map(label, last)]
     summary = f"{fractions_of(selection, phases, steps)['mean']:.1%} of the layers trains on average"
-    axes = _axes(8, 0.2 * len(grid) + 1.6, title, summary)
-    edges = [step for step, _ in phases] + [steps]
+    axes = _axes(8, 0.2 * len(names) + 1.6, title, summary, names)
+    edges, grid = [*(step for step, _ in phases), steps], [*above, *layers, *below]
     drawn = axes.pcolormesh(edges, range(len(grid) + 1), grid, cmap=SHADES, vmin=0, vmax=1)
-    shown = range(0, anatomy.num_layers, every(anatomy.num_layers))
-    ticks = [*range(len(first)), *(len(first) + layer for layer in shown), *range(len(grid) - len(last), len(grid))]
-    axes.set_yticks([tick + 0.5 for tick in ticks], [*map(label, first), *map(str, shown), *map(label, last)])
-    axes.set_ylabel("layer")
-    axes.set_xlabel("step")
+    axes.set(xlabel="step", ylabel="layer")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.figure.colorbar(drawn, ax=axes, label="trained fraction", ticks=[0, 1], fraction=0.03, pad=0.02)
     return axes.figure
@@ -97,12 +88,12 @@ def every(num_layers: int) -> int:
     return 1 if num_layers <= 8 else 4 if num_layers <= 40 else 8
 
 
-def _axes(width: float, height: float, title: str, summary: str) -> Axes:
+def _axes(width: float, height: float, title: str, summary: str, names: Sequence[str]) -> Axes:
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     lines = textwrap.wrap(f"{title}{': ' if title else ''}{summary}", int(9 * width))
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize="large")
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(frame_on=False)
     axes.invert_yaxis()
     axes.tick_params(length=0)
-    axes.set_frame_on(False)
+    axes.set_yticks([row + 0.5 for row in range(len(names))], names)
     return axes

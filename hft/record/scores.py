@@ -56,8 +56,7 @@ class Scores:
 
     def path(self, folder: str | Path, benchmark: str) -> Path:
         """Where they are saved; other settings have another file, so that a quick look replaces nothing."""
-        key = digest([self.dtype, self.settings])[:8]
-        return Path(folder, SCORES_FOLDER, self.suite, f"{benchmark}-{key}.json")
+        return Path(folder, SCORES_FOLDER, self.suite, f"{benchmark}-{digest([self.dtype, self.settings])[:8]}.json")
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
@@ -69,8 +68,7 @@ class Scores:
 
     def find(self, task: str, metric: str | None = None) -> Score | None:
         """The score of a task, by default that of its first metric."""
-        found = (score for score in self.scores if score.task == task and metric in (None, score.metric))
-        return next(found, None)
+        return next((one for one in self.scores if one.task == task and metric in (None, one.metric)), None)
 
 
 class SuiteScores(list[Scores]):
@@ -89,7 +87,6 @@ class SuiteScores(list[Scores]):
         return next((each for each in self if each.find(task, metric)), None)
 
     def find(self, task: str, metric: str | None = None) -> Score | None:
-        """The score of a task, by default that of its first metric."""
         return next(filter(None, (each.find(task, metric) for each in self)), None)
 
 

@@ -46,8 +46,8 @@ class Verification:
     parts: list[str] = field(default_factory=list)  # those among `identical` that are frozen in part
     unlisted: list[str] = field(default_factory=list)  # in the checkpoint, and not in the manifest
     not_finite: list[str] = field(default_factory=list)  # trained tensors that hold NaN or infinity
-    tuned: str | None = None  # of a Half-Reset, in which nothing has trained, the model that was reset
-    kept: Verification | None = None  # what stayed of it, compared with it; None if it was not found
+    tuned: str = ""  # of a Half-Reset, in which nothing has trained, how what should have stayed tuned compares
+    strayed: dict[str, str] = field(default_factory=dict)  # should have stayed tuned, yet different, and why
 
     @property
     def ok(self) -> bool:
@@ -55,45 +55,36 @@ class Verification:
 
     @property
     def num_wrong(self) -> int:
-        return len(self.broken) + len(self.lost) + len(self.unlisted) + (self.kept.num_wrong if self.kept else 0)
+        return sum(map(len, (self.broken, self.lost, self.unlisted, self.strayed)))
 
     def counts(self) -> dict[str, int]:
-        """The number of tensors by finding; what should have stayed tuned and did not counts as lost."""
-        counts = {name: len(value) for name, value in vars(self).items() if isinstance(value, list | dict)}
-        return counts | {"lost": counts["lost"] + (self.kept.num_wrong if self.kept else 0)}
+        """The number of tensors by finding."""
+        return {name: len(value) for name, value in vars(self).items() if isinstance(value, list | dict)}
 
     def report(self) -> str:
         """The result for people, one finding per line."""
         trained = len(self.changed) + len(self.unchanged)
-        changed = f"{len(self.changed)} of {trained} tensors changed"
-        lines = [
-            f"frozen:  {self._identical()}",
-            f"trained: {changed if trained else 'not compared, the base was not found'}",
-        ]
+        moved = (
+            f"{len(self.changed)} of {trained} tensors changed" if trained else "not compared, the base was not found"
+        )
+        lines = [f"frozen:  {self._identical()}", f"trained: {moved}"]
         if self.tuned:
-            kept = self.kept._identical() if self.kept else f"not compared, {self.tuned} was not found"
-            lines = [f"reset: {self._identical()}", f"tuned: {kept}"]
-        if self.new:
-            lines.append(f"  new, the base has none: {shorten(self.new, most=3)}")
-        if self.unchanged:
-            lines.append(f"  bit-identical to the base though trained: {shorten(self.unchanged, most=3)}")
+            lines = [f"reset: {self._identical()}", f"tuned: {self.tuned}"]
+        notes = {"new, the base has none": self.new, "bit-identical to the base though trained": self.unchanged}
+        notes["WARNING: NaN or infinity"] = self.not_finite
+        lines += [f"  {what}: {shorten(names, most=3)}" for what, names in notes.items() if names]
         if self.unchanged and not self.changed:
             lines.append("  WARNING: nothing has moved; is the learning rate too low for the dtype?")
-        if self.not_finite:
-            lines.append(f"  WARNING: NaN or infinity in {shorten(self.not_finite, most=3)}")
         verdict = "passed" if self.ok else f"FAILED: {self.num_wrong} tensors differ, are missing or are not listed"
-        return "\n".join([*lines, *self._wrong(), f"verify {verdict}"])
+        lines += [f"  MISMATCH {name}: {why}" for name, why in list((self.broken | self.strayed).items())[:10]]
+        lines += [f"  MISSING {name}" for name in self.lost[:10]]
+        lines += [f"  UNLISTED {name}: the manifest says neither frozen nor trained" for name in self.unlisted[:10]]
+        return "\n".join([*lines, f"verify {verdict}"])
 
     def _identical(self) -> str:
         total = len(self.identical) + len(self.broken)
         parts = f", {len(self.parts)} of them part of a tensor" if self.parts else ""
         return f"{len(self.identical)} of {total} tensors bit-identical to {self.against}{parts}"
-
-    def _wrong(self) -> list[str]:
-        broken = [f"  MISMATCH {name}: {why}" for name, why in list(self.broken.items())[:10]]
-        lost = [f"  MISSING {name}" for name in self.lost[:10]]
-        unlisted = [f"  UNLISTED {name}: the manifest says neither frozen nor trained" for name in self.unlisted[:10]]
-        return [*broken, *lost, *unlisted, *(self.kept._wrong() if self.kept else [])]
 
 
 def verify_tensors(
@@ -161,11 +152,10 @@ def verify_folder(out: str | Path, base: str | None = None) -> Verification:
     The other half of a Half-Reset is compared with the tuned model, if that is found. A base that is given must exist.
     """
     out, manifest = Path(out), Manifest.load(out)
-    frozen, trained = manifest.frozen_checksums, manifest.trained_parameters
+    frozen, listed = manifest.frozen_checksums, _listed(manifest)
     try:
         folder = local_folder(base) if base else local_folder(manifest.base, manifest.revision)
-        base_weights = weights_of(folder, frozen if manifest.is_adapter else _listed(manifest))
-        against = _short_path(folder)
+        base_weights, against = weights_of(folder, frozen if manifest.is_adapter else listed), _short_path(folder)
     except HFTError:
         if base:
             raise
@@ -174,13 +164,12 @@ def verify_folder(out: str | Path, base: str | None = None) -> Verification:
         base_weights, against = None, ""
     if manifest.is_adapter:
         return verify_adapter(out, manifest, base_weights)
-    masks = masks_of(out, manifest)
-    weights = Weights(out) if manifest.only_trained else weights_of(out, _listed(manifest))
+    masks, weights = masks_of(out, manifest), Weights(out) if manifest.only_trained else weights_of(out, listed)
     left_out = {}  # to the base, by save_only_trained
     if manifest.only_trained:
         left_out = {name: digest for name, digest in frozen.items() if name not in masks and name not in weights}
     saved = {name: digest for name, digest in frozen.items() if name not in left_out}
-    changing = () if manifest.tuned else trained
+    changing = () if manifest.tuned else manifest.trained_parameters
     found = verify_tensors(weights, saved, changing, base_weights, masks=masks, against=against)
     if left_out:  # that they had not moved in memory was found when the folder was written
         in_base = verify_tensors(base_weights, left_out, (), None)
@@ -188,19 +177,8 @@ def verify_folder(out: str | Path, base: str | None = None) -> Verification:
         found.broken |= in_base.broken | dict.fromkeys(manifest.moved, "changed in memory while the others trained")
     note_unlisted(found, out, manifest, weights, base_weights or {})
     if manifest.tuned:
-        found.tuned, found.kept = manifest.tuned, verify_kept(manifest, weights, masks)
+        note_strayed(found, manifest, weights, {name: ~mask for name, mask in masks.items()})
     return found
-
-
-def verify_kept(manifest: Manifest, weights: Tensors, masks: Mapping[str, Mask]) -> Verification | None:
-    """Compare what a Half-Reset kept with the tuned model, if that is found."""
-    try:
-        folder = local_folder(manifest.tuned)
-        tuned = weights_of(folder, manifest.trained_parameters)
-    except HFTError:
-        return None
-    kept, masks = dict.fromkeys(manifest.trained_parameters, ""), {name: ~mask for name, mask in masks.items()}
-    return verify_tensors(weights, kept, (), tuned, masks=masks, against=_short_path(folder))
 
 
 def verify_adapter(out: Path, manifest: Manifest, base: Tensors) -> Verification:
@@ -211,6 +189,19 @@ def verify_adapter(out: Path, manifest: Manifest, base: Tensors) -> Verification
     found.broken |= dict.fromkeys(sorted(moved - trained), "changed in memory while the adapter was trained")
     found.lost = [] if (out / ADAPTER_NAME).exists() else [ADAPTER_NAME]
     return found
+
+
+def note_strayed(found: Verification, manifest: Manifest, weights: Tensors, masks: Mapping[str, Mask]) -> None:
+    """Compare what a Half-Reset kept with the tuned model, if that is found."""
+    try:
+        folder = local_folder(manifest.tuned)
+        tuned = weights_of(folder, manifest.trained_parameters)
+    except HFTError:
+        found.tuned = f"not compared, {manifest.tuned} was not found"
+        return
+    stayed = dict.fromkeys(manifest.trained_parameters, "")
+    kept = verify_tensors(weights, stayed, (), tuned, masks=masks, against=_short_path(folder))
+    found.tuned, found.strayed = kept._identical(), kept.broken
 
 
 def note_unlisted(found: Verification, out: Path, manifest: Manifest, weights: Tensors, base: Tensors) -> None:

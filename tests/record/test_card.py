@@ -15,7 +15,6 @@ from hft.data import load_split
 from hft.jsonl import write_jsonl
 from hft.record.card import write_card
 from hft.record.scores import Score, Scores
-from hft.record.verification import Verification
 from hft.runs.config import is_neutral
 from tests.conftest import error_of
 
@@ -85,9 +84,9 @@ def test_scores_are_in_the_card_once_there_are_any(finished, tmp_path, capsys):
     assert "| general | drift | loss | 2.50 nats/token |  | 40 |\n\n## Answers" in text
     assert "| prompt | tiny | out |\n| --- | --- | --- |\n| 1\\|2? | c | a<br>\\`b\\` |\n\n## How to use it" in text
     assert f"| verify | {SAME}" in text
-    (out / "scores/general.json").write_text("[]")
+    (out / "scores/general/gsm8k.json").write_text("[]")
     assert main(again) == 2
-    assert "general.json holds no valid scores" in error_of(capsys)
+    assert "gsm8k.json holds no valid scores" in error_of(capsys)
 
 
 def test_models_and_data_of_the_hub_are_linked_and_in_the_metadata(finished, tmp_path):
@@ -150,14 +149,6 @@ def test_what_is_pushed_has_the_card_of_this_run_with_what_verify_found(finished
     assert 'name = "me/mine"' in text
     assert f"| verify | {SAME}" in text
     assert "## Scores" not in text
-
-
-def test_a_model_that_fails_verify_is_not_pushed(tmp_path, sft, uploads, monkeypatch, capsys):
-    monkeypatch.setattr(Verification, "num_wrong", 1)
-    monkeypatch.setattr(Verification, "ok", False)
-    assert sft(tmp_path / "out", *PUSH) == 1
-    assert uploads == []
-    assert "not pushed to the Hub: verify failed" in capsys.readouterr().out
 
 
 def test_a_token_in_a_config_is_refused(tmp_path, sft, capsys):

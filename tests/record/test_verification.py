@@ -44,7 +44,7 @@ def test_nan_in_what_trained_is_said(finished, tmp_path, capsys):
     name = hft.Manifest.load(out).trained_parameters[0]
     rewritten(out, lambda content: content[name].view(-1)[:1].fill_(torch.nan))
     main(["verify", str(out)])
-    assert f"WARNING: NaN or infinity in {name}" in capsys.readouterr().out
+    assert f"WARNING: NaN or infinity: {name}" in capsys.readouterr().out
 
 
 def test_a_head_that_the_config_ties_and_the_file_does_not_is_refused(tmp_path, tiny, sft, capsys):
@@ -68,17 +68,6 @@ def test_the_result_is_that_of_the_weights_that_were_saved(tmp_path, sft, data):
     assert losses[6] > min(losses[2], losses[4]) == state["best_metric"]
     before, after = RunResult.load(tmp_path / "out").held_out["loss"]
     assert (before, after) == (losses[0], pytest.approx(state["best_metric"], rel=1e-6))
-
-
-def test_a_run_that_was_killed_after_its_last_step_takes_no_other(tmp_path, sft):
-    flags = ["--lr_scheduler_type", "constant", "--warmup_steps", "0"]
-    assert sft(tmp_path / "out", *flags) == 0
-    straight = tensors(tmp_path / "out")
-    (tmp_path / "out" / "results.json").unlink()
-    (tmp_path / "out" / "model.safetensors").unlink()
-    assert sft(tmp_path / "out", *flags) == 0
-    assert RunResult.load(tmp_path / "out").steps == 4
-    assert all(torch.equal(straight[name], tensor) for name, tensor in tensors(tmp_path / "out").items())
 
 
 def test_a_checkpoint_without_optimizer_state_is_not_resumed(tmp_path, sft, capsys):
