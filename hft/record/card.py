@@ -119,7 +119,6 @@ def data_facts(manifest: Manifest, names: str | list[str]) -> list[str]:
 
 
 def datasets_of(manifest: Manifest) -> list[dict[str, Any]]:
-    """What identifies each dataset that a run was trained on."""
     return manifest.data.get("datasets", [manifest.data])
 
 

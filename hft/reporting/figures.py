@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import pi
 from pathlib import Path
@@ -50,7 +51,6 @@ def canvas(xlabel: str, ylabel: str, height: float = 2.9) -> tuple[Figure, Axes]
 
 
 def with_legend(figure: Figure) -> Figure:
-    """The figure, grown by a legend."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     columns = max(1, min(len(labels), int(66 / (max(map(len, labels)) + 7))))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=1.8, columnspacing=1.2)
@@ -188,12 +188,12 @@ def curves(series: Sequence[tuple[Group, Sequence[tuple[int, float]]]], ylabel: 
     if not series:
         return None
     figure, axes = canvas("step", ylabel)
-    drawn: dict[str, int] = {}
+    drawn = Counter()
     for group, values in series:
-        number = drawn[group.arm] = drawn.get(group.arm, -1) + 1
         points = pd.DataFrame(values, columns=["step", "value"]).groupby("step", as_index=False).mean()
         points = points.groupby(points.index // -(-len(points) // 150)).mean()
-        style = look(group.arm) | {"linestyle": DASHES[number % len(DASHES)]}
+        style = look(group.arm) | {"linestyle": DASHES[drawn[group.arm] % len(DASHES)]}
+        drawn[group.arm] += 1
         style |= {"marker": ""} if len(points) > 30 else {}
         axes.plot(points["step"], points["value"], label=group.label, **style)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -85,7 +85,6 @@ def usual_conditions(ours: Ours) -> Mapping[str, Any]:
 
 
 def unusual(one: Measured, usual: Mapping[str, Any]) -> list[str]:
-    """The conditions of a number that are not the usual ones."""
     differ = [key for key in one.conditions.keys() & usual.keys() if one.conditions[key] != usual[key]]
     return sorted({*one.shortened, *(f"{key} {one.conditions[key]}" for key in differ)})
 
