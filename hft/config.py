@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import textwrap
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from hft.catalog import find_recipe
 from hft.errors import HFTError, did_you_mean, read_text, reason
@@ -27,26 +28,26 @@ TURNS = {"prompt": "{{ prompt }}", "completion": "{{ completion }}"}
 SECRETS = ("hub_token", "token", "use_auth_token", "api_key")
 # transformers is renaming these; under either name the later value wins.
 ALIASES = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
-# Other tools' words for keys, with the value where it is not the same.
-WORDS = dict.fromkeys(("model", "model_name", "model_path", "base_model"), "model_name_or_path")
-WORDS |= dict.fromkeys(("dataset", "datasets", "data", "data_path", "train_file"), "dataset_name")
-WORDS |= dict.fromkeys(("batch_size", "train_batch_size"), "global_batch_size")
-WORDS |= dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs")
-WORDS |= dict.fromkeys(("max_seq_length", "max_seq_len", "seq_len", "sequence_len", "cutoff_len"), "max_length")
-WORDS |= dict.fromkeys(("dtype", "torch_dtype"), "model_init_kwargs: {dtype: float32}")
-WORDS |= dict.fromkeys(("model_revision", "revision"), "model_init_kwargs: {revision: main}")
-WORDS |= dict.fromkeys(("load_in_4bit", "load_in_8bit"), "adapter: qlora")
-WORDS |= {
-    "lr": "learning_rate",
-    "micro_batch_size": "per_device_train_batch_size",
-    "evaluation_strategy": "eval_strategy",
-    "val_set_size": "eval_rows",
-    "lora_r": "rank",
-    "lora_target_modules": "target_modules",
-    "use_peft": "adapter: lora",
-    "attn_implementation": "model_init_kwargs: {attn_implementation: sdpa}",
-    "group_by_length": "train_sampling_strategy: group_by_length",
-    "warmup_ratio": "warmup_steps: 0.03",  # below 1 a fraction of all steps
+# Keys by other tools' words for them, with a value where that differs too.
+WORDS = {
+    "model_name_or_path": "model model_name model_path base_model",
+    "dataset_name": "dataset datasets data data_path train_file",
+    "global_batch_size": "batch_size train_batch_size",
+    "num_train_epochs": "epochs num_epochs",
+    "max_length": "max_seq_length max_seq_len seq_len sequence_len cutoff_len",
+    "learning_rate": "lr",
+    "per_device_train_batch_size": "micro_batch_size",
+    "eval_strategy": "evaluation_strategy",
+    "eval_rows": "val_set_size",
+    "rank": "lora_r",
+    "target_modules": "lora_target_modules",
+    "warmup_steps: 0.03": "warmup_ratio",  # below 1 a fraction of all steps
+    "train_sampling_strategy: group_by_length": "group_by_length",
+    "adapter: lora": "use_peft",
+    "adapter: qlora": "load_in_4bit load_in_8bit",
+    "model_init_kwargs: {dtype: float32}": "dtype torch_dtype",
+    "model_init_kwargs: {revision: main}": "model_revision revision",
+    "model_init_kwargs: {attn_implementation: sdpa}": "attn_implementation",
 }
 
 
@@ -114,48 +115,39 @@ class Keys:
 
     @functools.cached_property
     def types(self) -> dict[str, Any]:
-        hints = ((cls, get_type_hints(cls)) for cls in self.classes)
-        return {f.name: types[f.name] for cls, types in hints for f in fields(cls) if f.init}
-
-    @functools.cached_property
-    def choices(self) -> dict[str, list[Any]]:
-        """The values of keys that a dataclass lists beside the type."""
-        listed = (f for cls in self.classes for f in fields(cls) if f.metadata.get("choices"))
-        return {f.name: list(f.metadata["choices"]) for f in listed}
+        """Their types, by name; a `Literal` where a dataclass lists the choices beside the type."""
+        found = {}
+        for cls in self.classes:
+            hints = get_type_hints(cls)
+            for f in (f for f in fields(cls) if f.init):
+                choices = f.metadata.get("choices")
+                found[f.name] = Literal[*choices, f.default] if choices else hints[f.name]
+        return found
 
     def convert(self, key: str, value: Any) -> Any:
         """A value from YAML, or the words of a flag, as the type of its key."""
         if key in self.types:
-            converted, choices = convert(key, value, self.types[key]), self.choices.get(key)
-            if choices and converted is not None and converted not in choices:
-                raise HFTError(f"{key}: expected {one_of(map(repr, choices))}, got {converted!r}")
-            return converted
-        hint = f", did you mean {WORDS[key]!r}?" if key in WORDS else did_you_mean(key, self.types)
+            return convert(key, value, self.types[key])
+        known = [name for name, words in WORDS.items() if key in words.split()]
+        hint = f", did you mean {known[0]!r}?" if known else did_you_mean(key, self.types)
         raise HFTError(self.explain(key) or f"unknown key {key!r}{hint}")
 
 
 def convert(key: str, value: Any, annotation: Any) -> Any:
     """A value from YAML or the command line as a type; `key` is for the message."""
     kinds = set(_alternatives(annotation))
-    if isinstance(value, bool) and not kinds & {bool, Any}:
-        raise HFTError(f"{key}: expected {_type_names(annotation)}, got {str(value).lower()}")
     if isinstance(value, str) and dict in kinds and value.lstrip().startswith("{"):
-        try:
-            return convert(key, yaml.load(value, Loader), annotation)
-        except (yaml.YAMLError, ValueError) as wrong:
-            raise HFTError(f"{key}: {reason(wrong)}") from wrong
+        value = _parsed(value, key)
     try:
-        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:  # a dataclass or model with its own config
-        adapter = TypeAdapter(annotation)
-    try:
-        converted = adapter.validate_python(value)
-    except ValidationError as error:
+        if isinstance(value, bool) and not kinds & {bool, Any}:  # pydantic would take it for a number
+            raise TypeError
+        converted = TypeAdapter(annotation).validate_python(value)
+    except (ValidationError, TypeError) as error:
         if isinstance(value, str) and NoneType in kinds and value.lower() in ("none", "null"):
             return None
-        if list in kinds and not isinstance(value, list | dict | NoneType):
+        if list in kinds and not isinstance(value, list | dict | bool | NoneType):
             return convert(key, [value], annotation)
-        got = "null" if value is None else repr(value)
+        got = json.dumps(value) if isinstance(value, bool | NoneType) else repr(value)
         raise HFTError(f"{key}: expected {_type_names(annotation)}, got {got}") from error
     return converted.value if isinstance(converted, Enum) else converted
 
@@ -210,13 +202,16 @@ for resolving in (Loader, Dumper):
     resolving.add_implicit_resolver(FLOAT, NUMBER, list("-+.0123456789"))
 
 
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:
+        raise HFTError(f"{where} is not valid YAML: {reason(error)}") from error
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file that is a mapping."""
-    text = read_text(path)
-    try:
-        content = yaml.load(text, Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
-        raise HFTError(f"{path} is not valid YAML: {reason(error)}") from error
+    content = _parsed(read_text(path), str(path))
     if not isinstance(content, dict):
         raise HFTError(f"{path} must be a YAML mapping of keys to values")
     return content
@@ -229,14 +224,11 @@ def to_yaml(config: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Given:
-    """What a command was given, before types are checked: files, their contents, and flags.
-
-    The value of a flag is a string or, where several words follow it, a list of strings.
-    """
+    """What a command was given, before types are checked."""
 
     files: list[str]
-    contents: list[dict[str, Any]]
-    flags: dict[str, Any]
+    contents: list[dict[str, Any]]  # of the files
+    flags: dict[str, Any]  # text, or a list where several words follow a flag
 
     def merge(
         self, replaced: Callable[[Mapping[str, Any]], Container[str]] = lambda config: ()
@@ -244,12 +236,10 @@ class Given:
         """Layer files and flags, later ones winning: untyped values, and the file of those that are from one."""
         merged: dict[str, Any] = {}
         sources: dict[str, str] = {}
-        for path, content in zip(self.files, self.contents, strict=True):
-            if "method" in content:
-                reset = replaced(merged)
-                merged = {key: value for key, value in merged.items() if key not in reset}
-            merged |= renamed(content)
-            sources |= dict.fromkeys(renamed(content), path)
+        for path, content in zip(self.files, map(renamed, self.contents), strict=True):
+            reset = replaced(merged) if "method" in content else ()
+            merged = {key: value for key, value in merged.items() if key not in reset} | content
+            sources |= dict.fromkeys(content, path)
         flags = renamed(self.flags)
         return merged | flags, {key: path for key, path in sources.items() if key not in flags}
 
@@ -331,16 +321,15 @@ def print_help(prog: str, description: str, groups: Mapping[str, Iterable[type]]
     print(f"usage: {prog} [--config FILE ...] [--key value ...]\n\n{description}\n")
     print("  --config FILE ...\n      files, or names from `hft recipes`; later ones win, then flags")
     shown: set[str] = set()
-    wrapped = textwrap.TextWrapper(110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     for heading, classes in groups.items():
         print(f"\n{heading}:", flush=True)
         keys = Keys(tuple(classes))
         for f in (f for cls in keys.classes for f in fields(cls) if f.init and f.name not in shown):
             shown.add(f.name)
-            choices, default = keys.choices.get(f.name), getattr(f.default, "value", f.default)
-            print(f"  --{f.name}  {one_of(map(repr, choices)) if choices else _type_names(keys.types[f.name])}")
+            default = getattr(f.default, "value", f.default)
             text = f.metadata.get("help", "") + ("" if default in (None, MISSING) else f" (default: {default})")
-            print(wrapped.fill(" ".join(text.split())))
+            print(f"  --{f.name}  {_type_names(keys.types[f.name])}")
+            print(textwrap.fill(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6))
 
 
 def fill(cls: type[T], config: Mapping[str, Any]) -> T:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib.metadata import version
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Union
 
 from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypeAliasType, TypedDict  # pydantic wants these below Python 3.12
@@ -45,8 +45,7 @@ def mapping(name: str, *classes: type, **types: Any) -> Any:
     """A mapping of some dataclasses' keys and no others, where the first with a name wins; some are of other types."""
     found: dict[str, Any] = {}
     for keys, f in ((Keys((cls,)), f) for cls in classes for f in fields(cls) if f.init):
-        listed = keys.choices.get(f.name)
-        kind = types.get(f.name) or (Literal[tuple(listed)] | None if listed else keys.types[f.name])
+        kind = types.get(f.name, keys.types[f.name])
         found.setdefault(f.name, described(f.name, kind, f.metadata.get("help", "")))
     found |= {old: found[new] for old, new in ALIASES.items() if new in found}
     return with_config(ConfigDict(extra="forbid", arbitrary_types_allowed=True))(TypedDict(name, found, total=False))

@@ -316,7 +316,7 @@ def test_another_base_is_another_round(tiny, tmp_path):
     [
         (["--per_device_train_batch_size", "0"], "batch sizes must be at least 1"),
         (["--accelerator_config", "none.json"], "No such file"),
-        (["--policy_options", "{a: [1}"], "policy_options: "),
+        (["--policy_options", "{a: [1}"], "policy_options is not valid YAML: "),
         (["--fraction", "0.25", "--policy", "all"], "fraction means nothing to the all policy"),
     ],
 )
