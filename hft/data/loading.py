@@ -1,6 +1,7 @@
 """Find a dataset's splits: a local file, a folder or a Hub id -> rows to train on and rows to evaluate on."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -48,49 +49,42 @@ class LoadedData:
 
 def load_split(name: str, split: str, config: str | None = None, revision: str | None = None) -> Dataset:
     """One split of a dataset, or a slice like `train[:1%]`, as it is stored; all of a file is the `train` split."""
-    path, more = _local_path(name), {}
+    path = _local_path(name)
+    more: dict[str, Any] = {"path": name, "name": config, "revision": revision}
+    if path.is_file():
+        more = {"path": FORMATS[path.suffix], "data_files": str(path)}
+    elif path.is_dir():
+        more["path"] = str(path)
     if path.exists():  # datasets would take rows that it has cached for other bytes of the same time and size
-        more = {"cache_dir": str(HF_DATASETS_CACHE / f"hft-{__version__}" / digest(fingerprint(name)))}
+        more["cache_dir"] = str(HF_DATASETS_CACHE / f"hft-{__version__}" / digest(fingerprint(name)))
     with _loading(name):
-        if path.is_file():
-            dataset = load_dataset(FORMATS[path.suffix], data_files=str(path), split=split, **more)
-        else:
-            where = str(path) if path.is_dir() else name
-            dataset = load_dataset(where, config, split=split, revision=revision, **more)
+        dataset = load_dataset(**more, split=split)
     if len(dataset) == 0:
         raise HFTError(f"dataset {name}, split {split}, is empty")
     return dataset
 
 
-def split_names(name: str, config: str | None = None, revision: str | None = None) -> list[str]:
-    """The splits of a dataset; a single file has only `train`."""
-    path = _local_path(name)
-    if path.is_file():
-        return ["train"]
-    with _loading(name):
-        return get_dataset_split_names(str(path) if path.is_dir() else name, config, revision=revision)
-
-
 def fingerprint(name: str, config: str | None = None, revision: str | None = None) -> dict[str, Any]:
     """What identifies a dataset: `files`, size and SHA-256 by path, or a Hub's `id`, `config` and `revision`."""
-
-    def identity(path: Path) -> dict[str, Any]:
-        return {"size": path.stat().st_size, "sha256": file_digest(path)}
-
     path = _local_path(name)
     with _loading(name):
-        if path.is_file():
-            return {"files": {path.name: identity(path)}}
+        if not path.exists():
+            commit = load_dataset_builder(name, config, revision=revision).hash
+            return {"id": name, "config": config, "revision": commit}
+        files = {path.name: path}
         if path.is_dir():
             inside = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
-            visible = {key: file for key, file in inside.items() if not any(part.startswith(".") for part in key.parts)}
-            return {"files": {key.as_posix(): identity(file) for key, file in visible.items()}}
-        return {"id": name, "config": config, "revision": load_dataset_builder(name, config, revision=revision).hash}
+            files = {
+                key.as_posix(): file for key, file in inside.items() if not any(part[0] == "." for part in key.parts)
+            }
+        return {
+            "files": {key: {"size": file.stat().st_size, "sha256": file_digest(file)} for key, file in files.items()}
+        }
 
 
 def load_data(run: RunConfig, read_rows: ReadRows, *, evaluate: bool) -> LoadedData:
     """The training rows and, if wanted, the rows to evaluate on (see `RunConfig.dataset_test_split`)."""
-    name, config = run.dataset_name, run.dataset_config
+    name, config, wanted = run.dataset_name, run.dataset_config, run.dataset_test_split
     if isinstance(name, list):
         each = [replace(run, dataset_name=one, dataset_weights=None) for one in name]
         return mixture([load_data(one, read_rows, evaluate=evaluate) for one in each], run.dataset_weights)
@@ -108,13 +102,15 @@ def load_data(run: RunConfig, read_rows: ReadRows, *, evaluate: bool) -> LoadedD
     identity |= {"form": "text"} if are_text(train) else {}
     if not evaluate:
         return LoadedData(name, train, None, notes, identity)
-    trained, splits = _splits(run.dataset_train_split), split_names(name, config, revision)
-    others = [split for split in splits if split not in trained]
-    wanted = run.dataset_test_split
+    splits, path = ["train"], _local_path(name)
+    if not path.is_file():
+        with _loading(name):
+            splits = get_dataset_split_names(str(path) if path.is_dir() else name, config, revision=revision)
+    others = [split for split in splits if split not in _splits(run.dataset_train_split)]
     if wanted is None or (wanted == "test" and not others):
         train, test = _hold_out(name, train, run.eval_rows)
         note = f"evaluation: {len(test):,} rows held out of {run.dataset_train_split}"
-    elif all(split in splits for split in _splits(wanted)):
+    elif set(_splits(wanted)) <= set(splits):
         test, more = rows(wanted)
         count = min(run.eval_rows or len(test), len(test))
         note, notes = f"evaluation: {count:,} of {len(test):,} rows of split {wanted}", [*notes, *more]
@@ -124,8 +120,8 @@ def load_data(run: RunConfig, read_rows: ReadRows, *, evaluate: bool) -> LoadedD
             f"dataset {name} has no split {wanted!r} to evaluate on, only {', '.join(splits)}: name one with "
             "--dataset_test_split, hold rows out with --dataset_test_split none, or pass --eval_strategy no"
         )
-    unused = [split for split in others if split not in _splits(wanted or "")]
-    note += f"; unused splits: {', '.join(unused)}" if unused else ""
+    if unused := [split for split in others if split not in _splits(wanted or "")]:
+        note += f"; unused splits: {', '.join(unused)}"
     return LoadedData(name, train, test, list(dict.fromkeys([*notes, note])), identity)
 
 
@@ -138,18 +134,13 @@ def mixture(parts: list[LoadedData], weights: list[float] | None) -> LoadedData:
     trains = [part.train.add_column("part", [index] * len(part.train)) for index, part in enumerate(parts)]
     odds = weights and [weight / sum(weights) for weight in weights]
     train = interleave_datasets(trains, odds, seed=0) if odds else concatenate_datasets(trains)
-    notes = []
+    notes, drawn = [], Counter(train["part"][:])
     for index, part in enumerate(parts):
-        count = train["part"][:].count(index)
-        notes += [f"dataset {part.name}: {count:,} of {len(part.train):,} training rows", *part.notes]
+        notes += [f"dataset {part.name}: {drawn[index]:,} of {len(part.train):,} training rows", *part.notes]
     tests = [part.test for part in parts if part.test is not None]
-    return LoadedData(
-        name=" + ".join(part.name for part in parts),
-        train=train.remove_columns("part"),
-        test=concatenate_datasets(tests) if tests else None,
-        notes=notes,
-        fingerprint={"datasets": [part.fingerprint for part in parts], "weights": weights},
-    )
+    name, test = " + ".join(part.name for part in parts), concatenate_datasets(tests) if tests else None
+    identity = {"datasets": [part.fingerprint for part in parts], "weights": weights}
+    return LoadedData(name, train.remove_columns("part"), test, notes, identity)
 
 
 def _hold_out(name: str, train: Dataset, count: int | None) -> tuple[Dataset, Dataset]:

@@ -18,8 +18,7 @@ def chat(value: object, column: str, role: str | None = None) -> list[dict[str, 
     if value is None:
         raise HFTError(f"{column} is null")
     if not isinstance(value, list):
-        text = "text or " if role else ""
-        raise HFTError(f"{column} must be {text}a list of {{role, content}}, got {value!r:.80}")
+        raise HFTError(f"{column} must be {'text or ' if role else ''}a list of {{role, content}}, got {value!r:.80}")
     if not value:
         raise HFTError(f"{column} is empty")
     return [_message(message, f"{column}[{index}]") for index, message in enumerate(value)]
@@ -34,12 +33,11 @@ def _message(message: object, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise HFTError(f"{where} must be {{role, content}}, got {message!r:.80}")
     message = {{"from": "role", "value": "content"}.get(key, key): value for key, value in message.items()}
-    role = message.get("role")
-    role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
+    role = SHAREGPT_ROLES.get(str(role), role)
     if role not in CHAT_ROLES:
         raise HFTError(f"{where} has the unknown role {role!r}; known are {', '.join(CHAT_ROLES)}")
-    content = _text(message.get("content"), where)
-    calls = message.get("tool_calls")
+    content = _text(content, where)
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise HFTError(f"{where}: tool_calls must be a list of calls, got {calls!r:.80}")
     if content is None and not any(message.get(key) for key in OTHER_SPEECH):

@@ -2,22 +2,21 @@
 
 import hashlib
 from collections.abc import Callable
-from functools import partial
 from itertools import chain, islice
 from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from hft.data.loading import LoadedData
-from hft.data.masks import check_masks
-from hft.data.templates import conversations, render_row, template_arguments, writes
+from hft.data.templates import conversations, render_row, template_arguments
 from hft.errors import HFTError
 
 PAIR = ["prompt_ids", "chosen_ids", "rejected_ids"]
 TOKENS = ["input_ids", "completion_ids", *PAIR]
-MESSAGE = {"role", "content"}
+MOST_ROWS = 1000  # tokenizing all of a large dataset twice more would take most of the time before the first step
 
 
 def check_prepared(trainer: Trainer, loaded: LoadedData, unit: str = "rows") -> list[str]:
@@ -25,13 +24,13 @@ def check_prepared(trainer: Trainer, loaded: LoadedData, unit: str = "rows") -> 
     args, tokenizer = trainer.args, trainer.processing_class
     packed = getattr(args, "packing", False)
     eval_packed = packed if getattr(args, "eval_packing", None) is None else args.eval_packing
-    notes = []
+    embedded, notes = trainer.model.get_input_embeddings().weight.shape[0], []
     with args.main_process_first(desc="checking the prepared rows"):
         for dataset in filter(None, (loaded.train, loaded.test)):
-            notes += _template_notes(dataset, tokenizer)
+            notes += _template_notes(dataset, tokenizer, loaded.name)
             if getattr(args, "assistant_only_loss", False):
-                notes += check_masks(dataset, tokenizer, trainer.chat_template, loaded.name, args.dataset_num_proc)
-        if len(tokenizer) > (embedded := trainer.model.get_input_embeddings().weight.shape[0]):
+                notes += _mask_notes(dataset, tokenizer, trainer.chat_template, loaded.name)
+        if len(tokenizer) > embedded:
             for dataset in filter(None, (trainer.train_dataset, trainer.eval_dataset)):
                 _check_ids(dataset, embedded, tokenizer, loaded.name)
         trainer.train_dataset, found = _learnable(trainer.train_dataset, loaded.train, f"training {unit}", packed, args)
@@ -123,25 +122,70 @@ def _packed_that_train(packed: Dataset) -> tuple[Dataset, int]:
     return _select(packed, [not row["whole"] for row in found]), sum(row["parts"] for row in found)
 
 
-def _template_notes(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _template_notes(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
     """What the rows give and the chat template does not write, judged by the first row that has it."""
-    notes = []
-    for column, nothing in (("tools", None), ("chat_template_kwargs", {})):
-        if column not in dataset.column_names:
+    notes, given = [], _found(dataset, dataset.column_names, _given, "reading the keys of rows")
+    for key in sorted(set(chain(*given))):
+        row = dataset[next(index for index, keys in enumerate(given) if key in keys)]
+        try:
+            is_written = render_row(row, tokenizer) != render_row(row, tokenizer, without=key)
+        except (TemplateError, TypeError):  # malformed without it, so the template reads it
             continue
-        index = next((index for index, value in enumerate(dataset[column][:]) if value), None)
-        row = dataset[index] if index is not None else None
-        if row and render_row(row, tokenizer) == render_row(row | {column: nothing}, tokenizer):
-            notes.append(f"{column}: the chat template writes the same without them")
-    keys = _found(dataset, dataset.column_names, _message_keys, "reading the keys of messages")
-    for key in sorted(set(chain(*keys))):
-        row = dataset[next(index for index, found in enumerate(keys) if key in found)]
-        render = partial(tokenizer.apply_chat_template, tokenize=False, **template_arguments(row))
-        if not all(writes(key, messages, render) for messages in conversations(row)):
-            count = sum(key in found for found in keys)
-            notes.append(f"{key} in the messages of {count:,} rows: the chat template writes the same without it")
+        if key == "tool_calls" and not is_written:
+            where = f"dataset {name}, row {row['row']} (the first is 0)"
+            raise HFTError(f"{where}: the chat template does not write tool calls; choose one that does")
+        if not is_written:
+            notes.append(f"{key} of {sum(key in keys for keys in given):,} rows: the chat template does not write it")
     return notes
 
 
-def _message_keys(row: dict[str, Any]) -> list[str]:
-    return sorted({key for message in chain(*conversations(row)) for key, value in message.items() if value} - MESSAGE)
+def _given(row: dict[str, Any]) -> list[str]:
+    """What a row gives to a chat template beside roles and contents: columns, and keys of messages."""
+    keys = {key for message in chain(*conversations(row)) for key, value in message.items() if value}
+    return [*(keys - {"role", "content"}), *(key for key in ("tools", "chat_template_kwargs") if row.get(key))]
+
+
+def _mask_notes(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, name: str
+) -> list[str]:
+    """Check the assistant mask of rows, as TRL makes it; returns a note if some of the assistant's turns do not train.
+
+    Template or tokenizer's offsets can be wrong. So rows, of a large dataset a sample spread evenly over it, are
+    tokenized twice, the second time with every other text doubled: the trained tokens must be the same.
+    """
+    rows = dataset.select(range(0, len(dataset), -(-len(dataset) // MOST_ROWS)))
+    untrained = [
+        (row["row"], turns) for row in rows if (turns := _untrained_turns(row, tokenizer, chat_template, name)) > 0
+    ]
+    if not untrained:
+        return []
+    return [
+        f"assistant turns not trained under this chat template: {sum(turns for _, turns in untrained):,}, in "
+        f"{len(untrained):,} of {len(rows):,} rows that were checked, the first is row {untrained[0][0]}"
+    ]
+
+
+def _untrained_turns(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None, name: str
+) -> int:
+    where = f"dataset {name}, row {row['row']} (the first is 0)"
+    [messages] = conversations(row)
+    # Said twice: other tokens, but the same beginning, end and words.
+    doubled = [
+        message | ({} if message["role"] == "assistant" else {"content": " ".join([message["content"]] * 2)})
+        for message in messages
+    ]
+    how = {"chat_template": chat_template, "return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = tokenizer.apply_chat_template([messages, doubled], **how | template_arguments(row))
+    pairs = zip(encoded["input_ids"], masks := encoded["assistant_masks"], strict=True)
+    once, twice = ([token for token, bit in zip(*pair, strict=True) if bit] for pair in pairs)
+    if not once:
+        raise HFTError(f"{where}: the chat template marks no token of the assistant, so nothing is trained")
+    if once != twice:
+        raise HFTError(
+            f"{where}: assistant_only_loss trains more than the assistant's tokens, {tokenizer.decode(once)!r:.80}; "
+            "the tokenizer's offsets or the template's {% generation %} blocks are wrong, choose another "
+            "--chat_template_path"
+        )
+    starts = sum(now and not before for now, before in zip(masks[0], [0, *masks[0]], strict=False))
+    return sum(message["role"] == "assistant" for message in messages) - starts

@@ -20,11 +20,10 @@ Converted = tuple[dict[str, list[dict[str, Any]]], str]  # a row, and why it is 
 
 
 def sft_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
-    """Demonstrations in one of the forms that `SFTTrainer` reads.
+    """Demonstrations as `messages`, as `prompt` and `completion`, or as text, which stays text.
 
-    They are `messages`, ShareGPT's `conversations`, `prompt` and `completion` as messages, or Alpaca's columns; beside
-    them `tools`, `chat_template_kwargs` and `system` are read. Text stays text, without a chat template. Returns the
-    rows that have something to learn, with their number in `dataset` as column `row`, and notes on what was dropped.
+    Returns the rows that have something to learn, with their number in `dataset` as column `row`, and notes on what was
+    dropped.
     """
     columns = set(dataset.column_names)
     if "conversations" in columns and "messages" not in columns:
@@ -48,9 +47,7 @@ def sft_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
 def preference_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
     """Preferences as conversations with an explicit prompt, the one form that TRL always reads alike.
 
-    UltraFeedback's layouts come down to it: dialogues beside a `prompt` that is text (HuggingFaceH4, allenai, argilla;
-    `DPOTrainer` fails on them) or absent (trl-lib), and prompt, chosen and rejected as messages or text. Returns as
-    `sft_rows` does; pairs that are equal or lack an answer, of which UltraFeedback has some, are dropped.
+    `DPOTrainer` fails on dialogues beside a `prompt` that is text, as in UltraFeedback. Returns as `sft_rows` does.
     """
     columns = set(dataset.column_names)
     if not {"chosen", "rejected"} <= columns:
@@ -63,10 +60,10 @@ def preference_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
 
 
 def unpaired_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
-    """Preferences with each answer as a row, `label` saying whether it was chosen; takes what `preference_rows` takes.
+    """Preferences with each answer as a row, `label` saying whether it was chosen.
 
-    Chosen and rejected answers alternate, so that a batch holds both. The rejected ones are two pairs ahead, since
-    KTO's KL term gives each prompt the answer of the row before, which should be to another prompt.
+    They alternate, so that a batch holds both. The rejected ones are two pairs ahead, since KTO's KL term gives each
+    prompt the answer of the row before, which should be to another prompt.
     """
     pairs, notes = preference_rows(dataset, name)
     ahead = pairs.select([(index + 2) % len(pairs) for index in range(len(pairs))])
@@ -129,15 +126,15 @@ def _conversation(row: dict[str, Any]) -> Converted:
 
 
 def _completion(row: dict[str, Any]) -> Converted:
-    prompt = chat(row["prompt"], "prompt", "user")
     completion = chat(row["completion"], "completion", "assistant")
-    for index, message in enumerate(completion):
-        if message["role"] != "assistant":
+    for index, role in enumerate(message["role"] for message in completion):
+        if role != "assistant":
             raise HFTError(
-                f"completion[{index}] is a turn of the {message['role']}, which would be trained; give the "
-                "conversation as messages, with assistant_only_loss"
+                f"completion[{index}] is a turn of the {role}, which would be trained; give the conversation as "
+                "messages, with assistant_only_loss"
             )
-    return {"prompt": prompt, "completion": completion}, "with a blank answer" if any(map(is_blank, completion)) else ""
+    fault = "with a blank answer" if any(map(is_blank, completion)) else ""
+    return {"prompt": chat(row["prompt"], "prompt", "user"), "completion": completion}, fault
 
 
 def _preference(row: dict[str, Any]) -> Converted:
@@ -145,6 +142,7 @@ def _preference(row: dict[str, Any]) -> Converted:
     for column, messages in pair.items():
         if messages[-1]["role"] != "assistant":
             raise HFTError(f"{column} must end with a turn of the assistant, not of the {messages[-1]['role']}")
+    answers = [messages[-1] for messages in pair.values()]
     if pair["chosen"][0]["role"] != "assistant":
         pair = extract_prompt(pair)
         if not pair["prompt"]:
@@ -152,22 +150,19 @@ def _preference(row: dict[str, Any]) -> Converted:
     elif row.get("prompt") is None:
         raise HFTError(f"chosen = {row['chosen']!r:.60} needs a prompt, in front of it or in another column")
     else:
-        pair = {"prompt": chat(row["prompt"], "prompt", "user")} | pair
-    if any(is_blank(pair[column][-1]) for column in ("chosen", "rejected")):
-        return pair, "with an empty answer"
-    if pair["chosen"] == pair["rejected"]:
-        return pair, "with equal answers"
-    if any(message["role"] != "assistant" for column in ("chosen", "rejected") for message in pair[column]):
-        return pair, "that differ before the last answer"
-    return pair, ""
+        pair["prompt"] = chat(row["prompt"], "prompt", "user")
+    fault = ""
+    if any(map(is_blank, answers)):
+        fault = "with an empty answer"
+    elif pair["chosen"] == pair["rejected"]:
+        fault = "with equal answers"
+    elif any(message["role"] != "assistant" for message in pair["chosen"] + pair["rejected"]):
+        fault = "that differ before the last answer"
+    return pair, fault
 
 
 def _convert(
-    dataset: Dataset,
-    name: str,
-    convert: Callable[[dict[str, Any]], Converted],
-    outputs: list[str],
-    unit: str,
+    dataset: Dataset, name: str, convert: Callable[[dict[str, Any]], Converted], outputs: list[str], unit: str
 ) -> tuple[Dataset, list[str]]:
     """Convert and check each row, and drop those with nothing to learn; the first of `outputs` gets `system`."""
     columns, are_text = dataset.column_names, convert is _text
@@ -195,37 +190,30 @@ def _convert(
     converted = dataset.select_columns(used).map(
         checked_row, with_indices=True, features=Features(features), remove_columns=used, desc=f"checking {unit}"
     )
-    unused = [column for column in columns if column not in used]
-    notes = [f"columns not used: {', '.join(unused)}"] if unused else []
+    notes = []
+    if unused := [column for column in columns if column not in used]:
+        notes.append(f"columns not used: {', '.join(unused)}")
     if are_text and "prompt" in outputs:
         keys = " ".join(f"--{key} '{template}'" for key, template in TURNS.items())
-        notes.append(
-            f"prompt and completion are text, which TRL joins without a chat template; {keys} makes them turns"
-        )
+        notes.append(f"prompt and completion are text, joined without a chat template; {keys} makes them turns")
     elif are_text:
         notes.append("text trains whole, without a chat template")
-    elif any(isinstance(stored[column], Value) for column in used if column in ("chosen", "rejected")):
+    elif "chosen" in outputs and Value in (type(stored["chosen"]), type(stored["rejected"])):
         notes.append("chosen and rejected are text, which becomes turns of the chat template")
     if count := sum(converted["has_system"][:]):
         notes.append(f"system not used in {count:,} rows that begin with another system message")
-    return _without_faults(converted.remove_columns("has_system"), name, unit, notes)
-
-
-def _without_faults(dataset: Dataset, name: str, unit: str, notes: list[str]) -> tuple[Dataset, list[str]]:
-    faults = dataset["fault"][:]
+    faults = converted["fault"][:]
     good = [index for index, fault in enumerate(faults) if not fault]
-    counts = ", ".join(f"{count:,} {fault}" for fault, count in Counter(filter(None, faults)).items())
+    if counts := ", ".join(f"{count:,} {fault}" for fault, count in Counter(filter(None, faults)).items()):
+        notes.append(f"dataset {name}: dropped {counts}, of {len(faults):,} {unit}")
     if not good:
         raise HFTError(f"dataset {name} has no {unit[:-1]} to learn from: {counts}")
-    dataset = dataset.remove_columns("fault")
-    if not counts:
-        return dataset, notes
-    return dataset.select(good), [*notes, f"dataset {name}: dropped {counts}, of {len(faults):,} {unit}"]
+    return converted.remove_columns(["fault", "has_system"]).select(good), notes
 
 
 def _with_system(messages: list[dict], system: object) -> tuple[list[dict], bool]:
     """A conversation that begins with a system message, and whether it had another one already, which wins."""
-    if system is None or (isinstance(system, str) and not system.strip()):
+    if not (system.strip() if isinstance(system, str) else system):
         return messages, False
     [first] = chat(system, "system", "system")
     if messages[0]["role"] in ("system", "developer"):

@@ -1,6 +1,6 @@
 """Rows through the chat template, as TRL renders them, and what the template or TRL refuses."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,21 +25,11 @@ def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
     return {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
 
 
-def render_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    arguments = template_arguments(row)
-    return [tokenizer.apply_chat_template(chat, tokenize=False, **arguments) for chat in conversations(row)]
-
-
-def writes(key: str, messages: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str]) -> bool:
-    """Whether a chat template writes what a conversation's messages hold under a key."""
-    if not any(message.get(key) for message in messages):
-        return True
-    texts = [message | {"content": message["content"] or ""} for message in messages]
-    silent = [{name: value for name, value in message.items() if name != key} for message in texts]
-    try:
-        return render(texts) != render(silent)
-    except TemplateError:  # malformed without it, so the template reads it
-        return True
+def render_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, without: str | None = None) -> list[str]:
+    """The text of a row's conversations; `without` a column, or a key of messages."""
+    arguments = template_arguments({column: value for column, value in row.items() if column != without})
+    chats = [[{k: v for k, v in message.items() if k != without} for message in chat] for chat in conversations(row)]
+    return [tokenizer.apply_chat_template(chat, tokenize=False, **arguments) for chat in chats]
 
 
 @contextmanager
@@ -53,17 +43,12 @@ def refusals(loaded: LoadedData, tokenizer: PreTrainedTokenizerBase) -> Iterator
     except HFTError:
         raise
     except (TemplateError, ValueError, TypeError, LookupError, RuntimeError) as error:
-        _check_rendering(loaded, tokenizer)
+        for row in (row for dataset in filter(None, (loaded.train, loaded.test)) for row in dataset):
+            try:
+                render_row(row, tokenizer)
+            except (TemplateError, ValueError, TypeError, LookupError) as wrong:
+                where = f"dataset {loaded.name}, row {row['row']} (the first is 0)"
+                raise HFTError(f"{where}: the chat template fails: {reason(wrong)}") from wrong
         if isinstance(error, ValueError) or "assistant_only_loss" in str(error):
             raise HFTError(reason(error)) from error
         raise
-
-
-def _check_rendering(loaded: LoadedData, tokenizer: PreTrainedTokenizerBase) -> None:
-    for dataset in filter(None, (loaded.train, loaded.test)):
-        for row in dataset:
-            try:
-                render_row(row, tokenizer)
-            except (TemplateError, ValueError, TypeError, LookupError) as error:
-                where = f"dataset {loaded.name}, row {row['row']} (the first is 0)"
-                raise HFTError(f"{where}: the chat template fails: {reason(error)}") from error

@@ -141,9 +141,8 @@ def test_templates_that_do_not_fit_are_refused(tmp_path):
 def test_keys_of_messages_that_the_template_does_not_write_are_noted(tiny, tmp_path, capsys):
     spoken = {"role": "assistant", "content": "a", "reasoning_content": "think", "name": "bot"}
     trainer_of(tiny, [{"messages": [USER, ASSISTANT]}, {"messages": [USER, spoken]}] * 8, tmp_path)
-    notes = [line for line in capsys.readouterr().out.splitlines() if "in the messages" in line]
-    same = "in the messages of 8 rows: the chat template writes the same without it"
-    assert notes == [f"name {same}", f"reasoning_content {same}"]
+    notes = [line for line in capsys.readouterr().out.splitlines() if "does not write it" in line]
+    assert notes == [f"{key} of 8 rows: the chat template does not write it" for key in ("name", "reasoning_content")]
 
 
 def test_text_in_parts_is_joined():
