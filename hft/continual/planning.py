@@ -62,7 +62,7 @@ def config_at(plan: SequencePlan, run: SequenceRun, folder: Path) -> Config:
 def plan_one(run: SequenceRun, config: Config, machine: Machine) -> PlannedRun:
     planned, _ = candidate_of(config, machine.gpus)
     args, engine = planned.args, planned.engine
-    steps = Batches(args, config.objective, engine.processes, len(run.rows)).steps
+    steps = Batches(config, args, engine.processes, len(run.rows)).steps
     size, flops, unknown = planned.state.total, None, None
     try:
         size = planned.memory.total

@@ -83,10 +83,10 @@ class Forecast:
     def report(self) -> str:
         """The forecast as text: selection, batch, costs, schedule, notes."""
         run = self.run
-        batches = Batches.of(run.config, run.args, run.engine.processes, self.data)
+        batches = Batches(run.config, run.args, run.engine.processes, self.data and len(self.data.train))
         memory = "" if self.candidates else self.memory.table()
         cost = self.compare(batches.tokens) if self.candidates else self.describe_state()
-        about = (run.config, run.selection, batches, run.settings, self.notes)
+        about = (run.config, run.selection, batches, run.settings, self.data, self.notes)
         return describe(*about, memory=memory, cost=cost)
 
     def compare(self, tokens: int | None) -> str:

@@ -15,12 +15,18 @@ from hft.errors import HFTError, read_text, reason
 from hft.machine import broadcast, indented, is_main, world_size
 from hft.model.vocabulary import ids_beyond
 from hft.model.weights import check_is_there
-from hft.objectives import Objective
 from hft.record.identity import identity_of
-from hft.runs.arguments import checkpointed_of, machine_settings, training_arguments
+from hft.runs.arguments import (
+    check_arguments,
+    check_packages,
+    check_positions,
+    check_saving,
+    checkpointed_of,
+    machine_settings,
+    training_arguments,
+)
 from hft.runs.config import Config, find_template
 from hft.runs.folder import Start, check_output, find_start
-from hft.runs.needs import check_arguments, check_packages, check_positions, check_saving
 from hft.selection import Selection
 
 if TYPE_CHECKING:
@@ -65,27 +71,21 @@ class RunPlan:
 
     @property
     def batches(self) -> Batches:
-        return Batches.of(self.config, self.args, world_size(), self.data)
+        return Batches(self.config, self.args, world_size(), len(self.data.train))
 
     def report(self) -> str:
         """The plan as text: selection, batch, steps and tokens, schedule, notes."""
-        return describe(self.config, self.selection, self.batches, self.machine, self.notes)
+        return describe(self.config, self.selection, self.batches, self.machine, self.data, self.notes)
 
 
 @dataclass(frozen=True)
 class Batches:
     """Batches, steps and tokens of a run."""
 
+    config: Config
     args: TrainingArguments
-    objective: Objective
     processes: int
-    train_rows: int | None  # before they are packed; None without the rows
-    test_rows: int = 0
-
-    @classmethod
-    def of(cls, config: Config, args: TrainingArguments, processes: int, data: LoadedData | None) -> Batches:
-        rows = (len(data.train), len(data.test or ())) if data else (None,)
-        return cls(args, config.objective, processes, *rows)
+    rows: int | None  # to train on, before they are packed; None if they are not known
 
     @property
     def global_batch(self) -> int:
@@ -98,9 +98,7 @@ class Batches:
         """Steps of the whole run; None without the rows, or if rows are packed and only the packed ones tell."""
         if self.args.max_steps > 0:
             return self.args.max_steps
-        if self.train_rows is None or getattr(self.args, "packing", False):
-            return None
-        return self.steps_over(self.train_rows)
+        return None if self.rows is None or getattr(self.args, "packing", False) else self.steps_over(self.rows)
 
     def steps_over(self, rows: int) -> int:
         """Steps of all epochs over that many rows."""
@@ -114,35 +112,35 @@ class Batches:
         """Tokens of the whole run if all rows are as long as they may be; None if that or its steps are not known."""
         if self.steps is None or self.args.max_length is None:
             return None
-        return self.steps * self.global_batch * self.objective.sequences * self.args.max_length
-
-    def describe(self) -> str:
-        """Batch, steps and tokens as text."""
-        args, processes, unit, known = self.args, self.processes, self.objective.unit, self.train_rows is not None
-        batch = (
-            f"global batch {self.global_batch} = {args.per_device_train_batch_size} {unit} x {processes} "
-            f"process{'es' if processes > 1 else ''} x {args.gradient_accumulation_steps} accumulation steps"
-        )
-        if self.steps is None:
-            length = "steps are known once the rows are packed" if known else "steps are not known without the rows"
-        else:
-            length = f"{self.steps:,} steps" + (f", at most {self.tokens:,} tokens" if self.tokens else "")
-        if not known:
-            return f"{batch}\n{length}"
-        return f"{batch}\n{self.train_rows:,} training {unit}, {length}; {self.test_rows:,} {unit} to evaluate on"
+        return self.steps * self.global_batch * self.config.objective.sequences * self.args.max_length
 
 
 def describe(
-    config: Config, selection: Selection, batches: Batches, machine: dict[str, Any], notes: Sequence[str], **costs: str
+    config: Config,
+    selection: Selection,
+    batches: Batches,
+    machine: dict[str, Any],
+    data: LoadedData | None,
+    notes: Sequence[str],
+    **costs: str,
 ) -> str:
     """A run as text, below headings; what is empty is skipped."""
-    steps, schedule = batches.steps, config.method.schedule
-    checkpointed = len(checkpointed_of(config, machine, batches.args, selection))
-    layers = f"activations of {checkpointed} of {selection.anatomy.num_layers} layers checkpointed"
+    args, steps, unit, schedule = batches.args, batches.steps, config.objective.unit, config.method.schedule
+    length = "steps are known once the rows are packed" if data else "steps are not known without the rows"
+    if steps is not None:
+        length = f"{steps:,} steps" + (f", at most {batches.tokens:,} tokens" if batches.tokens else "")
+    if data:
+        length = f"{len(data.train):,} training {unit}, {length}; {len(data.test or ()):,} {unit} to evaluate on"
+    checkpointed = len(checkpointed_of(config, machine, args, selection))
+    plan = f"""\
+global batch {batches.global_batch} = {args.per_device_train_batch_size} {unit} x {batches.processes} \
+process{"es" if batches.processes > 1 else ""} x {args.gradient_accumulation_steps} accumulation steps
+{length}
+activations of {checkpointed} of {selection.anatomy.num_layers} layers checkpointed"""
     blocks = {
         "selection": selection.summary(),
         "on this machine": to_yaml(machine).rstrip() if machine else "",
-        "plan": f"{batches.describe()}\n{layers}",
+        "plan": plan,
         **costs,
         "schedule": schedule.describe(selection, steps) if schedule and steps else "",
         "notes": "\n".join(notes),
@@ -157,16 +155,17 @@ def make_plan(config: Config) -> RunPlan:
         DoesNotFit: this machine cannot hold the run.
         HFTError: the run cannot be made as asked.
     """
+    from hft.training.engines import check_in_part
+
+    method, base = config.method, config.run.model_name_or_path
     check_packages(config.values)
     model_config = load_model_config(config)
     selection = plan_selection(config, model_config)
     machine = machine_settings(config.values)
     args, notes = training_arguments(config, machine)
     check_arguments(args, model_config)
-    notes += check_positions(model_config, args, getattr(config.method.adapter, "num_virtual_tokens", None) or 0)
-    if not config.method.adapter:
-        from hft.training.engines import check_in_part
-
+    notes += check_positions(model_config, args, getattr(method.adapter, "num_virtual_tokens", None) or 0)
+    if not method.adapter:
         check_in_part(args, model_config, selection)
     if importlib.util.find_spec("hft.planning"):  # a fork may have removed it
         from hft.planning.fit import fit
@@ -178,7 +177,7 @@ def make_plan(config: Config) -> RunPlan:
     if config.run.save_only_trained and not selection.frozen_parameters:
         notes.append("save_only_trained saves the whole model: no tensor is frozen as a whole")
     tokenizer = load_tokenizer(config)
-    check_saving(config.run.model_name_or_path, model_config, tokenizer, config.revision)
+    check_saving(base, model_config, tokenizer, config.revision)
     check_output(config)
     data = load_rows(config, args)
     if data.is_text and getattr(args, "assistant_only_loss", False):
@@ -187,7 +186,6 @@ def make_plan(config: Config) -> RunPlan:
     elif not data.is_text:
         check_template(config, tokenizer)
     notes += [*data.notes, *ids_beyond(tokenizer.get_vocab(), model_config.get_text_config().vocab_size)]
-    method = config.method
     update, schedule, strategy = (
         part.record() if part else None for part in (method.update, method.schedule, method.strategy)
     )
@@ -198,11 +196,10 @@ def make_plan(config: Config) -> RunPlan:
 
 
 def load_rows(config: Config, args: TrainingArguments) -> LoadedData:
-    with args.main_process_first(desc="loading the data"):
-        from hft.data import load_data
+    from hft.data import load_data
 
-        reader = config.objective.read_rows
-        return load_data(config.run, reader, evaluate=args.eval_strategy != "no")
+    with args.main_process_first(desc="loading the data"):
+        return load_data(config.run, config.objective.read_rows, evaluate=args.eval_strategy != "no")
 
 
 def plan_selection(config: Config, model_config: PretrainedConfig) -> Selection:
@@ -226,9 +223,9 @@ def load_model_config(config: Config) -> PretrainedConfig:
     """The base's config, from the recipe's `architecture` folder if it has one."""
     from hft.model.load import read_config
 
-    base = config.run.model_name_or_path
-    if config.run.architecture and not Path(base).is_dir():
-        return read_config(base, find_folder(config.run.architecture))
+    base, architecture = config.run.model_name_or_path, config.run.architecture
+    if architecture and not Path(base).is_dir():
+        return read_config(base, find_folder(architecture))
     return read_config(base, base, config.revision)
 
 
@@ -243,14 +240,14 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with the recipe's padding token and chat template."""
     from transformers import AutoTokenizer
 
-    base, template = config.run.model_name_or_path, config.run.chat_template_path
+    base, template = config.run.model_name_or_path, find_template(config.run.chat_template_path or "")
     check_is_there(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, revision=config.revision or "main", trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise HFTError(f"cannot load the tokenizer of {base}: {reason(error)}") from error
-    if template and Path(find_template(template)).is_file():
-        tokenizer.chat_template = read_text(find_template(template))
+    if Path(template).is_file():
+        tokenizer.chat_template = read_text(template)
     if token := config.run.tokenizer_pad_token:
         if token not in tokenizer.get_vocab():
             raise HFTError(f"tokenizer_pad_token {token!r} is not in the vocabulary of {base}")

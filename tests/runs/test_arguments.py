@@ -14,7 +14,7 @@ INSTALL = "needs a package: pip install"
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--report_to trackio none", f"report_to trackio {INSTALL} trackio"),
+        ("--report_to trackio", "report_to: TrackioCallback requires trackio to be installed. Run `pip"),
         ("--report_to carrier-pigeon", "report_to: carrier-pigeon is not supported, only "),
         ("--use_liger_kernel true", f"use_liger_kernel true {INSTALL} liger-kernel"),
         ("--deepspeed zero3.json", f"deepspeed zero3.json {INSTALL} 'half-fine-tuning[deepspeed]'"),
@@ -37,7 +37,7 @@ INSTALL = "needs a package: pip install"
     ],
 )
 def test_what_is_missing_is_one_sentence_and_nothing_is_written(tmp_path, sft, capsys, monkeypatch, flags, message):
-    monkeypatch.setattr("hft.runs.needs.find_spec", lambda name: None)
+    monkeypatch.setattr("hft.runs.arguments.find_spec", lambda name: None)
     (tmp_path / "latin.jinja").write_bytes("é".encode("latin-1"))
     words = flags.replace(":", ": ", 1).replace("LATIN", str(tmp_path / "latin.jinja")) if "{" in flags else flags
     words = words.replace("LATIN", str(tmp_path / "latin.jinja"))
