@@ -66,10 +66,10 @@ def main(arguments: Sequence[str]) -> int:
 def listing() -> str:
     """All names, each with what it is."""
     kinds: dict[str, list[str]] = {"recipes": [], "methods": [], "arms of hft cpi": [], "merges": []}
-    heading = {"cpi": "arms of hft cpi", "merges": "merges"}
     for name in names():
-        folder, slash, _ = name.partition("/")
-        kinds[heading.get(folder, "recipes") if slash else "methods"].append(f"  {name:28} {title(find_recipe(name))}")
+        folder = name.partition("/")[0]
+        kind = {name: "methods", "cpi": "arms of hft cpi", "merges": "merges"}.get(folder, "recipes")
+        kinds[kind].append(f"  {name:28} {title(find_recipe(name))}")
     lines = [line for kind, listed in kinds.items() for line in (kind, *listed, "")]
     lines += ["hft COMMAND --config RECIPE [METHOD] [--key value ...]    such as: hft sft --config tiny/sft hft"]
     return "\n".join([*lines, "hft recipes copy RECIPE FILE.yaml                         a copy to edit"])

@@ -1,6 +1,5 @@
 """The `hft` command: one table of commands, each imported when it is called."""
 
-import argparse
 import functools
 import gc
 import logging
@@ -22,31 +21,22 @@ from hft.objectives import OBJECTIVES, find_objective
 
 # Command, the function that takes the rest of the words and returns an exit status, and what it does.
 OBJECTIVE_COMMANDS = {
-    objective.name: ("hft.runs.command:main", objective.description)
+    objective.name: ("hft.runs.train:main", objective.description)
     for objective in sorted(map(find_objective, OBJECTIVES), key=lambda objective: objective.order)
 }
 COMMANDS = OBJECTIVE_COMMANDS | {
-    "continual": (
-        "hft.continual.command:main",
-        "continual fine-tuning: task after task, all scored after each: --config RECIPE [METHOD] [--strategy NAME]",
-    ),
+    "continual": ("hft.continual.command:main", "continual fine-tuning: task after task, all scored after each"),
     "plan": ("hft.planning.forecast:main", "forecast memory, FLOPs and GPU-hours of a run, here or on other GPUs"),
-    "importance": (
-        "hft.runs.scoring:main",
-        "score what matters to a base, for runs that freeze it: --config RECIPE.yaml --score NAME --out FOLDER",
-    ),
+    "importance": ("hft.runs.scoring:main", "score what matters to a base, for runs that freeze it"),
     "verify": ("hft.record.verification:main", "compare a model's frozen half with its base, bit by bit"),
     "reset": ("hft.merging.reset:main", "Half-Reset: put what would be frozen back to the base"),
     "merge": ("hft.merging.merge:main", "merge models, or an adapter into its base"),
-    "keep": ("hft.keep:main", "go only so far from the base to a tuned model: --budget drift=0.05 --out FOLDER"),
+    "keep": ("hft.keep:main", "go only so far from the base to a tuned model as a budget for what is lost allows"),
     "diff": ("hft.merging.diff:main", "how far models have moved from where they started, by layer and block"),
     "eval": ("hft.evaluation.command:main", "score models with lm-evaluation-harness"),
     "generate": ("hft.evaluation.generate:main", "answers of runs and their bases to the same prompts, side by side"),
     "compare": ("hft.reporting.compare:main", "what tells scored models apart on the same rows, and what does not"),
-    "paper": (
-        "hft.reporting.paper_command:paper",
-        "print the paper's tables, their commands, and your scores beside them",
-    ),
+    "paper": ("hft.reporting.paper_command:paper", "print the paper's tables, their commands, and your scores"),
     "report": ("hft.reporting.command:report", "compare runs: one HTML page, and Markdown with figures"),
     "push": ("hft.runs.push:main", "upload a finished run to the Hub once verify has passed"),
     "recipes": ("hft.catalog:main", "list the recipes and methods that come with hft, or copy one"),
@@ -75,15 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # TRL's own default uses this key, which transformers is renaming.
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
 
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    parser = _parser()
-    if not words:
-        parser.print_help()
-        return 0
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if threading.current_thread() is threading.main_thread():  # a run that trains answers SIGTERM and Ctrl-C itself
         signal.signal(signal.SIGTERM, functools.partial(_interrupt, os.getpid()))
     try:
-        command, rest = parser.parse_args(words[:1]).command, words[1:]
+        command, *rest = words
+        if command == "--version":
+            print(f"hft {__version__}")
+            return 0
+        if command in ("-h", "--help"):
+            print("usage: hft COMMAND ...\n\nHalf fine-tuning on TRL.\n\ncommands:")
+            print(*(f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()), sep="\n")
+            print("\nhft COMMAND --help lists what a command takes.")
+            return 0
         if command not in COMMANDS:
             raise HFTError(f"no command {command!r}{did_you_mean(command, COMMANDS, '; hft --help lists them')}")
         run = functools.partial(_run, command)
@@ -116,33 +110,17 @@ def _run(command: str, words: Sequence[str]) -> int:
     return function(command, words) if command in OBJECTIVES else function(words)
 
 
-def _parser() -> argparse.ArgumentParser:
-    listed = "\n".join(f"  {name:10} {what}" for name, (_, what) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="hft",
-        description="Half fine-tuning on TRL.",
-        epilog=f"commands:\n{listed}\n\nhft COMMAND --help lists what a command takes.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"hft {__version__}")
-    parser.add_argument("command", metavar="COMMAND", help="one of those below")
-    return parser
-
-
-def _imported(target: str) -> Callable[[Sequence[str]], int]:
+def _imported(target: str) -> Callable[..., int]:
     """The function that `module:function` names.
 
-    Imports make a million objects that stay. Looking for garbage among them, then and at the end, would take a third of
-    the time that a short command takes.
+    Imports make a million objects that stay: looking for garbage among them takes a third of a short command's time.
     """
-    if target.partition(":")[0] in sys.modules:
-        return pkgutil.resolve_name(target)
-    gc.disable()
-    try:
-        return pkgutil.resolve_name(target)
-    finally:
+    if target.partition(":")[0] not in sys.modules:
+        gc.disable()
+        pkgutil.resolve_name(target)
         gc.freeze()
         gc.enable()
+    return pkgutil.resolve_name(target)
 
 
 def _interrupt(process: int, number: int, frame: object) -> None:

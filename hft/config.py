@@ -62,18 +62,10 @@ class RunConfig:
     """What a run needs beyond TRL's config and the method's keys: model, data, batch and names."""
 
     model_name_or_path: str | None = option("The base: a folder or a Hub id.")
-    architecture: str | None = option(
-        "A folder with the base's config.json, to plan a run before the Hub is asked for it."
-    )
-    chat_template_path: str | None = option(
-        "Chat template: a .jinja file, or tulu.jinja or smollm2.jinja, which come with hft."
-    )
-    dataset_name: str | list[str] | None = option(
-        "A .jsonl, .json, .csv or .parquet file, a folder with one file per split, or a Hub id; or several."
-    )
-    dataset_weights: list[float] | None = option(
-        "How often each of several datasets is drawn from, until one has no more rows; by default all rows of each."
-    )
+    architecture: str | None = option("A folder with the base's config.json, to plan a run without the Hub.")
+    chat_template_path: str | None = option("A .jinja file, or hft's own tulu.jinja or smollm2.jinja.")
+    dataset_name: str | list[str] | None = option("A file, a folder with one file per split, or a Hub id; or several.")
+    dataset_weights: list[float] | None = option("How often each of several is drawn from, until one has no more rows.")
     prompt: str | None = option("SFT: jinja2 template of the user's turn, over the columns of a row.")
     completion: str | None = option("SFT: the same of the assistant's turn.")
     dataset_config: str | None = option("Configuration of a Hub dataset.")
@@ -84,12 +76,9 @@ class RunConfig:
     global_batch_size: int | None = option("Rows per step over all devices; gradient accumulation follows from it.")
     eval_rows: int | None = option("Rows to evaluate on: the first of the test split, or as many held out.")
     activation_checkpointing_layers: int | Literal["auto"] | None = option(
-        "Checkpoint the activations of this many layers, the first ones, whatever activation_checkpointing says; auto: "
-        "as few as fit into the GPU. By default of all layers or of none."
+        "Checkpoint the first so many layers, whatever activation_checkpointing says; auto: as few as fit into the GPU."
     )
-    save_only_trained: bool = option(
-        "Save only the tensors that train; hft merge --method delta makes the whole model of them.", False
-    )
+    save_only_trained: bool = option("Save only the tensors that train; see hft merge --method delta.", False)
     method: str | None = option("Name of the method, for the run's name.")
     schedule: str | None = option("Change what trains during the run: lisa, badam, ... or FILE.py:CLASS.")
     update: str | None = option("Change weights around each step: mixout, l2sp, mofo, gmt or FILE.py:CLASS.")

@@ -68,7 +68,7 @@ def cannot_write(error: BaseException) -> str | None:
     """
     cause: BaseException | None = error
     while cause is not None:
-        number, where = (cause.errno, cause.filename) if isinstance(cause, OSError) else (None, None)
+        number, where = getattr(cause, "errno", None), getattr(cause, "filename", None)
         if found := re.search(r"\(os error (\d+)\)", str(cause)):
             number = int(found[1])
         elif isinstance(cause, RuntimeError) and TORCH_WRITE.search(str(cause)):

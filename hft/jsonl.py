@@ -14,18 +14,15 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         HFTError: the file cannot be read, or a line is not a JSON object; the sentence names it.
     """
-    lines = read_text(path).split("\n")
-    return [_object(line, f"{path} is not JSON Lines: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-
-
-def _object(line: str, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise HFTError(f"{place}: {error.msg}") from error
-    if not isinstance(row, dict):
-        raise HFTError(f"{place}: {line.strip():.40} is not an object")
-    return row
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise HFTError(f"{path} is not JSON Lines: line {number}: {error.msg}") from error
+        if line.strip() and not isinstance(rows[-1], dict):
+            raise HFTError(f"{path} is not JSON Lines: line {number}: {line.strip():.40} is not an object")
+    return rows
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]], *, ensure_ascii: bool = False) -> int:

@@ -16,7 +16,6 @@ from hft.config import read_arguments
 from hft.errors import HFTError
 from hft.methods import classes_of
 
-ENGINES = ("fsdp2", "ddp", "zero3")
 CONFIGS = Path(__file__).parent / "accelerate"
 GRACE = 600  # seconds for the step and the save of a run that is asked to stop
 
@@ -46,7 +45,8 @@ def run(name: str, command: Callable[[Sequence[str]], int], words: Sequence[str]
     check(processes, engine, gpus, options)
     print(f"launching {processes} processes with {engine}; --num_processes and --engine choose others", flush=True)
     status = launch(processes, engine, options, [name, *rest])
-    if name == "cpi" and not status and is_whole(rest) and options.machine_rank == 0:
+    whole = name == "cpi" and " ".join(rest).startswith("--") and "--dry_run" not in rest
+    if whole and not status and options.machine_rank == 0:  # its last stage scores, in one process
         return command(["score", *rest])
     return status
 
@@ -55,18 +55,17 @@ def launcher_flags(name: str) -> argparse.ArgumentParser:
     """The flags of the launcher, which are no part of a run's config: they say where it runs, not what it computes."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False, exit_on_error=False)
     group = parser.add_argument_group("several processes")
-
-    def add(flag: str, **more) -> None:
-        group.add_argument(f"--{flag}", *([f"--{flag.replace('_', '-')}"] if "_" in flag else []), **more)
-
-    add("num_processes", type=int, metavar="N", help="over all machines; default: one per visible GPU")
+    add, number = group.add_argument, {"type": int, "metavar": "N"}
+    add("--num_processes", "--num-processes", help="over all machines; default: one per visible GPU", **number)
     if name != "eval":
         text = "how they share the model; default: fsdp2, or ddp for a method that cannot be sharded and on CPUs"
-        add("engine", choices=ENGINES, help=text)
-    add("num_machines", type=int, default=1, metavar="N", help="run the same command on each of them (default: 1)")
-    add("machine_rank", type=int, default=0, metavar="N", help="number of this machine, from 0")
-    add("main_process_ip", metavar="IP", help="address of machine 0")
-    add("main_process_port", type=int, metavar="PORT", help="default: 29500, or a free one on a single machine")
+        add("--engine", choices=("fsdp2", "ddp", "zero3"), help=text)
+    text = "run the same command on each of them (default: 1)"
+    add("--num_machines", "--num-machines", default=1, help=text, **number)
+    add("--machine_rank", "--machine-rank", default=0, help="number of this machine, from 0", **number)
+    add("--main_process_ip", "--main-process-ip", metavar="IP", help="address of machine 0")
+    text = "default: 29500, or a free one on a single machine"
+    add("--main_process_port", "--main-process-port", help=text, **number)
     return parser
 
 
@@ -75,11 +74,6 @@ def in_one_process(name: str, words: Sequence[str]) -> bool:
     if name == "cpi":
         return words[:1] in (["group"], ["score"])
     return name == "eval" and any(word.partition("=")[0] == "--backend" for word in words)
-
-
-def is_whole(words: Sequence[str]) -> bool:
-    """Whether `hft cpi` runs all stages; the last one scores, in one process."""
-    return words[:1] != [] and words[0].startswith("--") and "--dry_run" not in words
 
 
 def default_engine(words: Sequence[str], gpus: int) -> str:

@@ -46,5 +46,4 @@ def log_report(out: Path, numbers: dict[str, float]) -> str:
     run.summary.update(numbers)
     upload(out, kind="report")
     finish()
-    wandb.teardown()  # another run in this process reads its settings again
     return where

@@ -1,23 +1,30 @@
 """TRL's config of a run, and what its settings need, asked before any weights are loaded."""
 
-from __future__ import annotations
-
 import re
 import tempfile
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
+from transformers.integrations import get_reporting_integration_callbacks
+
+from hft import training
 from hft.config import fill
 from hft.errors import HFTError, reason
 from hft.machine import cpu_has_bfloat16, is_zero3, world_size
 from hft.model.anatomy import meta_model
 from hft.runs.config import Config, find_template
+from hft.selection import Selection
 from hft.training.checkpointing import checkpointed_layers
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
-
-    from hft.selection import Selection
 
 # Key, its values, modules of which one is needed, and what pip calls it; trackers and optimizers name theirs.
 NEEDED = (
@@ -31,16 +38,12 @@ NEEDED = (
 
 def trainer_class(config: Config) -> type[Trainer]:
     """TRL's trainer of a run's objective, half fine-tuned or with an adapter."""
-    from hft import training
-
     trainer = config.objective.trainer
     return training.with_adapter(trainer) if config.method.adapter else training.half(trainer)
 
 
 def machine_settings(values: dict[str, Any]) -> dict[str, Any]:
     """Settings that the machine decides where the config does not: CPU or not, bf16 or not."""
-    import torch
-
     on_cpu = values.get("use_cpu") or not torch.accelerator.is_available()
     settings = {"use_cpu": True, "bf16": cpu_has_bfloat16() and not values.get("fp16")} if on_cpu else {}
     if is_zero3():  # DeepSpeed itself calls torch's autocast; with bf16 it would convert the frozen half
@@ -107,10 +110,6 @@ def check_packages(values: dict[str, Any]) -> None:
 
 def check_arguments(args: TrainingArguments, model_config: PretrainedConfig) -> None:
     """Refuse what Trainer would find out when it reports, evaluates, makes the optimizer or schedules its rate."""
-    import torch
-    from transformers import Trainer, get_scheduler
-    from transformers.integrations import get_reporting_integration_callbacks
-
     if args.eval_on_start and args.eval_strategy == "no":
         raise HFTError("eval_on_start evaluates, and eval_strategy is no: add --eval_on_start false")
     if args.fp16 and args.device.type == "cpu":
@@ -134,8 +133,6 @@ def check_arguments(args: TrainingArguments, model_config: PretrainedConfig) -> 
 
 def check_positions(config: PretrainedConfig, args: TrainingArguments, prompt: int = 0) -> list[str]:
     """Refuse rows that may exceed a model's learned positions, `prompt` of them an adapter's; note rotary ones."""
-    from torch import nn
-
     config = config.get_text_config()
     most, length = getattr(config, "max_position_embeddings", None), args.max_length
     if not most or (length is not None and length + prompt <= most):
@@ -154,8 +151,6 @@ def check_positions(config: PretrainedConfig, args: TrainingArguments, prompt: i
 
 def check_saving(base: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> None:
     """Refuse what cannot be saved beside the weights, as transformers would do at the first checkpoint."""
-    from transformers import GenerationConfig
-
     parts: dict[str, Any] = {"config": config, "tokenizer": tokenizer}
     try:
         generation = GenerationConfig.from_pretrained(base, revision=revision or "main")

@@ -85,10 +85,8 @@ def parse_config(objective: str, arguments: Sequence[str]) -> Config:
 def read_command_line(objective: str, arguments: Sequence[str], **more: tuple[type, ...]) -> Given:
     """The files and flags of a command line; `more` are further keys, by the command that takes them."""
     description = f"Train with {objective.upper()}: a recipe, a method, and flags."
-    groups = more | groups_of_keys()
-    if {"-h", "--help"} & set(arguments):
-        groups["TRL and transformers"] = (find_objective(name).config for name in [objective])  # imported last
-    return read_arguments(arguments, " ".join(["hft", *more, objective]), description, groups)
+    theirs = {"TRL and transformers": (find_objective(name).config for name in [objective])}  # imported last
+    return read_arguments(arguments, " ".join(["hft", *more, objective]), description, more | groups_of_keys() | theirs)
 
 
 def groups_of_keys() -> dict[str, tuple[type, ...]]:
@@ -144,13 +142,13 @@ def replaced_keys(config: Mapping[str, Any]) -> set[str]:
 
 def run_name(objective: str, values: dict[str, Any], flags: dict[str, Any], given: Given) -> str:
     """The name of a run: that of the output folder if one is given, else recipe, objective, method, files and flags."""
-    files, contents = given.files, given.contents
     if "output_dir" in flags and "run_name" not in flags:
         return Path(flags["output_dir"]).name
     if "run_name" in values:
         return values["run_name"]
-    more = [Path(path).stem for path, content in zip(files[1:], contents[1:], strict=True) if "method" not in content]
-    return name_of(values, flags, files, objective, values.get("method") or "hft", *more)
+    others = list(zip(given.files, given.contents, strict=True))[1:]
+    more = [Path(path).stem for path, content in others if "method" not in content]
+    return name_of(values, flags, given.files, objective, values.get("method") or "hft", *more)
 
 
 def name_of(values: dict[str, Any], flags: dict[str, Any], files: Sequence[str], *words: str) -> str:
@@ -182,9 +180,8 @@ def check_is_a_model(name: str, folder: Path | None = None) -> None:
     folder = folder or Path(name)
     check_whole(folder, name)
     if (folder / "adapter_config.json").exists():
-        raise HFTError(
-            f"{name} is an adapter, not a model; `hft merge --method adapter --models {name} --out NEW` makes it one"
-        )
+        remedy = f"`hft merge --method adapter --models {name} --out NEW` makes it one"
+        raise HFTError(f"{name} is an adapter, not a model; {remedy}")
 
 
 def check_shared(values: Mapping[str, Any]) -> None:
@@ -221,8 +218,6 @@ def card_settings(config: dict[str, Any]) -> dict[str, Any]:
 def comparable(values: dict[str, Any]) -> dict[str, Any]:
     """What makes two runs' settings different: no neutral keys, and a template by its text instead of its path."""
     # Whether text becomes turns is part of what identifies the data.
-    values = {key: value for key, value in values.items() if value != TURNS.get(key, ...)}
-    settings = {key: value for key, value in values.items() if not is_neutral(key, values) and value is not None}
-    if (template := settings.get("chat_template_path")) and Path(find_template(template)).is_file():
-        settings["chat_template_path"] = read_text(find_template(template))
-    return settings
+    settings = {key: value for key, value in card_settings(values).items() if value not in (None, TURNS.get(key))}
+    template = find_template(settings.get("chat_template_path", ""))
+    return settings | ({"chat_template_path": read_text(template)} if Path(template).is_file() else {})

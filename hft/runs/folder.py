@@ -1,11 +1,11 @@
 """A run's folder before the run: whether it can be written to, and what in it is to be resumed."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import TrainingArguments
 
 from hft.errors import HFTError
 from hft.machine import is_sharded, is_zero3
@@ -15,10 +15,6 @@ from hft.record.manifest import MANIFEST_NAME, Manifest
 from hft.record.verification import check_base
 from hft.runs.config import Config, comparable, read_saved_config
 from hft.runs.result import CONFIG_NAME, RESULTS_NAME
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
 
 # What the optimizer's state restores or was made by, whatever the new settings are.
 RESTORED = ("learning_rate ", "learning_rate_factor ", "weight_decay ", "adam_beta", "adam_epsilon ")

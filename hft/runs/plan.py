@@ -7,12 +7,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from hft.catalog import find_folder
 from hft.config import to_yaml
+from hft.data import LoadedData, load_data
 from hft.errors import HFTError, read_text, reason
 from hft.machine import broadcast, indented, is_main, world_size
+from hft.model.anatomy import meta_model
+from hft.model.load import read_config
 from hft.model.vocabulary import ids_beyond
 from hft.model.weights import check_is_there
 from hft.record.identity import identity_of
@@ -28,11 +33,8 @@ from hft.runs.arguments import (
 from hft.runs.config import Config, find_template
 from hft.runs.folder import Start, check_output, find_start
 from hft.selection import Selection
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
-
-    from hft.data import LoadedData
+from hft.selection.importance import planned_selection
+from hft.training.engines import check_in_part
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,6 @@ def make_plan(config: Config) -> RunPlan:
         DoesNotFit: this machine cannot hold the run.
         HFTError: the run cannot be made as asked.
     """
-    from hft.training.engines import check_in_part
-
     method, base = config.method, config.run.model_name_or_path
     check_packages(config.values)
     model_config = load_model_config(config)
@@ -196,17 +196,12 @@ def make_plan(config: Config) -> RunPlan:
 
 
 def load_rows(config: Config, args: TrainingArguments) -> LoadedData:
-    from hft.data import load_data
-
     with args.main_process_first(desc="loading the data"):
         return load_data(config.run, config.objective.read_rows, evaluate=args.eval_strategy != "no")
 
 
 def plan_selection(config: Config, model_config: PretrainedConfig) -> Selection:
     """What will train; refuses a method that does not go with it or with the model."""
-    from hft.model.anatomy import meta_model
-    from hft.selection.importance import planned_selection
-
     method = config.method
     if method.adapter:
         return method.adapter.footprint(model_config)
@@ -221,8 +216,6 @@ def plan_selection(config: Config, model_config: PretrainedConfig) -> Selection:
 
 def load_model_config(config: Config) -> PretrainedConfig:
     """The base's config, from the recipe's `architecture` folder if it has one."""
-    from hft.model.load import read_config
-
     base, architecture = config.run.model_name_or_path, config.run.architecture
     if architecture and not Path(base).is_dir():
         return read_config(base, find_folder(architecture))
@@ -238,8 +231,6 @@ def check_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with the recipe's padding token and chat template."""
-    from transformers import AutoTokenizer
-
     base, template = config.run.model_name_or_path, find_template(config.run.chat_template_path or "")
     check_is_there(base)
     try:

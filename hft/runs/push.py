@@ -12,16 +12,13 @@ from huggingface_hub import HfApi
 
 from hft.config import read_yaml, to_yaml
 from hft.errors import HFTError, reason
-from hft.machine import indented, say
+from hft.machine import say
 from hft.record.card import CARD_NAME, portable
 from hft.record.manifest import MANIFEST_NAME, Manifest, write_json, write_text
 from hft.record.scores import SCORES_FOLDER
-from hft.record.verification import verify_folder
 from hft.runs.config import read_saved_config
 from hft.runs.result import CONFIG_NAME, RESULTS_NAME, WANDB_NAME, RunResult
 
-# What transformers and peft write of where a model came from.
-ORIGINS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 STAYS = (CARD_NAME, WANDB_NAME, "training_args.bin", "moments.safetensors")
 
 
@@ -32,9 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("repo", metavar="REPO", nargs="?", help="default: the run's hub_model_id, or its folder's name")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     options = parser.parse_args(arguments)
-    result, found = RunResult.load(options.run), verify_folder(options.run)
-    result.verify, result.ok = found.counts(), found.ok
-    say("verify", indented(found.report()))
+    result = RunResult.load(options.run).verified(options.run)
     repo = options.repo or read_saved_config(options.run / CONFIG_NAME).get("hub_model_id")
     return 0 if push(result, options.run, repo, private=options.private or None) else 1
 
@@ -64,19 +59,15 @@ def portable_copy(result: RunResult, out: Path, model_id: str | None = None) -> 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, out.resolve().name)
         scores = list((out / SCORES_FOLDER).rglob("*.json"))  # without the rows behind them, which may be private
-        inside = [*scores, *(out / "additional_chat_templates").glob("*")]
-        for path in filter(Path.is_file, [*out.iterdir(), *inside]):
+        for path in filter(Path.is_file, [*out.iterdir(), *scores, *out.glob("additional_chat_templates/*")]):
             if path.name in STAYS or path.name.startswith("."):
                 continue
             target = folder / path.relative_to(out)
             target.parent.mkdir(parents=True, exist_ok=True)
             if path.name == CONFIG_NAME:
                 write_text(target, to_yaml(portable(read_yaml(path))))
-            elif path.name in (MANIFEST_NAME, RESULTS_NAME) or path in scores:
+            elif path.name in (MANIFEST_NAME, RESULTS_NAME) or path.name.endswith("config.json") or path in scores:
                 write_json(target, portable(json.loads(path.read_text(encoding="utf-8"))))
-            elif path.name.endswith("config.json"):
-                content = json.loads(path.read_text(encoding="utf-8"))
-                write_json(target, content | {key: portable(content[key]) for key in ORIGINS if key in content})
             else:
                 target.symlink_to(path.resolve())
         result.write_card(out, folder, model_id)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft.errors import HFTError, reason
-from hft.machine import on_gpu, peak_memory
+from hft.machine import indented, on_gpu, peak_memory, say
 from hft.objectives import Objective
 from hft.record.manifest import Manifest, write_json
 
@@ -63,6 +64,21 @@ class RunResult:
         """Write it into a run's folder, in one step."""
         return write_json(Path(folder) / RESULTS_NAME, asdict(self))
 
+    def conclude(self, out: Path) -> RunResult:
+        """Verify the run's folder, and save the result and the model card with what was found."""
+        self.verified(out).save(out)
+        self.write_card(out)
+        return self
+
+    def verified(self, out: Path) -> RunResult:
+        """Verify the run's folder, say what was found, and keep it."""
+        from hft.record.verification import verify_folder
+
+        found = verify_folder(out)
+        self.verify, self.ok = found.counts(), found.ok
+        say("verify", indented(found.report()))
+        return self
+
     def write_card(self, out: Path, into: Path | None = None, model_id: str | None = None) -> None:
         """Write the run's model card, with the scores that are there by now; `into` a copy of its folder."""
         from hft.record.card import write_card
@@ -96,32 +112,71 @@ def result_of(
 ) -> RunResult:
     history = trainer.state.log_history
 
-    def logged(key: str) -> list[float]:
-        return [row[key] for row in history if key in row]
+    def logged(key: str, rows: list[dict[str, Any]] = history) -> list[float]:
+        return [row[key] for row in rows if row.get(key) is not None]
 
-    losses, speeds = logged("loss"), [speed for speed in logged("train_tokens_per_second") if speed]
-    schedule = trainer.manifest_so_far().schedule
+    held_out = {}
+    for name in objective.held_out:  # before training, if it means something there, and of the saved weights
+        key, before = f"eval_{name}", [row for row in history if row.get("step") == 0]
+        values = [*logged(key, [] if name in objective.not_at_start else before)[:1], *logged(key, [final])]
+        held_out |= {name: values} if values else {}
+    losses, speeds = logged("loss"), list(filter(None, logged("train_tokens_per_second")))
     return RunResult(
         objective=objective.name,
         steps=trainer.state.global_step,
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,
-        held_out={n: v for n in objective.held_out if (v := before_and_after(objective, n, history, final))},
+        held_out=held_out,
         tokens_per_second=speeds[-1] if speeds else None,
         peak_memory_gb=round(peak_memory() / 1e9, 2),
         peak_memory_of="GPU" if on_gpu() else "process",
         trainable_fraction=trainer.manifest.trainable_fraction,
         versions=trainer.manifest.versions,
         machine=machine,
-        schedule_fractions=schedule.get("fractions"),
+        schedule_fractions=trainer.manifest_so_far().schedule.get("fractions"),
     )
 
 
-def before_and_after(
-    objective: Objective, name: str, history: list[dict[str, Any]], final: dict[str, float]
-) -> list[float]:
-    """A held-out metric before training, if it was measured and means something there, and of the saved weights."""
-    key = f"eval_{name}"
-    before = [row[key] for row in history if key in row and row.get("step") == 0]
-    before = [] if name in objective.not_at_start else before
-    return [*before[:1], *([final[key]] if key in final else [])]
+def summary(result: RunResult, out: Path) -> str:
+    """What a run prints at its end: results, files, commands to try next."""
+    from hft.record.card import CARD_NAME
+    from hft.selection.selection import DRAWN
+
+    losses = [result.first_loss, result.last_loss]
+    metrics = [("training loss", losses)] if None not in losses else []
+    metrics += [(f"held-out {name}", values) for name, values in result.held_out.items()]
+    changes = "\n".join(f"  {name:28} {' -> '.join(f'{value:.4f}' for value in values)}" for name, values in metrics)
+    cost = f"{result.tokens_per_second:,.0f} tokens/s, " if result.tokens_per_second else ""
+    cost += f"peak memory {result.peak_memory_gb} GB" + (f" of the {of}" if (of := result.peak_memory_of) else "")
+    hft = sys.argv[0] if Path(sys.argv[0]).name == "hft" else "hft"  # as it was called, to be called again
+    again = f"{hft} {result.objective} --config {out}/{CONFIG_NAME}"
+    model = "model.safetensors       the model; loads in plain transformers"
+    picture = f"  {PICTURE_NAME}           the selection as a picture\n"
+    manifest, scores = Manifest.load(out), f"{hft} eval {out}"
+    others = f"\n  {again} fft --output_dir NEW  # everything trains"
+    if manifest.selection.get("policy") in DRAWN:
+        others = f"\n  {again} --output_dir NEW --selection_seed 1  # another half{others}"
+    if manifest.only_trained:
+        model = "model.safetensors       only the tensors that trained"
+        merge = f"{hft} merge --method delta --models {out} --base {manifest.base} --out NEW"
+        scores = f"{merge}  # the whole model\n  {hft} eval NEW"
+    if manifest.is_adapter:
+        model, picture = "adapter_model.safetensors  the adapter; loads in plain peft", ""
+        others += f"\n  {hft} merge --method adapter --models {out} --out NEW  # a plain model"
+    return f"""\
+result
+  {result.steps} steps
+{changes}
+  {cost}
+
+{out}/
+  {model}
+  hft_manifest.json       what was frozen, with checksums
+{picture}  {CONFIG_NAME}             the resolved config
+  {RESULTS_NAME}            the numbers above
+  {CARD_NAME}               the model card
+
+try next
+  {hft} verify {out}
+  {scores}  # what it learned and what it forgot
+  {again} --output_dir NEW  # the same run again{others}"""

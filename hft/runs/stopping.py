@@ -1,24 +1,19 @@
 """Ends a run that gets SIGTERM or Ctrl-C: a checkpoint after the step it is in, in all processes the same one."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from hft.errors import Interrupted, Stopped
 from hft.machine import leave_process_group, say, world_size
 from hft.record.checkpoints import last_checkpoint
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 
 @contextmanager

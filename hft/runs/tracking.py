@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import wandb
 from transformers.integrations import WandbCallback
 from transformers.integrations.integration_utils import WandbLogModel
 
@@ -20,15 +21,10 @@ from hft.runs.push import portable_copy
 from hft.runs.result import PICTURE_NAME, WANDB_NAME, RunResult
 
 if TYPE_CHECKING:
-    import wandb
-
-    from hft.runs.config import Config
     from hft.runs.plan import RunPlan
     from hft.training.base import ManifestMixin
 
-PROJECT = "hft"
-# Seconds; wandb itself would wait for its server forever. WANDB_FINISH_TIMEOUT changes it.
-FINISH_TIMEOUT = 60
+FINISH_TIMEOUT = 60  # seconds; wandb itself would wait for its server forever
 LOG_MODEL = "WANDB_LOG_MODEL"
 
 
@@ -39,8 +35,6 @@ class WandbRun(WandbCallback):
     """
 
     def __init__(self):
-        import wandb
-
         self.logged = wandb.run.summary.get("train/global_step", -1)
         self.uploads = WandbLogModel(os.environ.get(LOG_MODEL, "false"))
         os.environ[LOG_MODEL] = "false"  # to transformers' callback alone, which would upload the model too
@@ -59,8 +53,6 @@ class WandbRun(WandbCallback):
 @contextmanager
 def tracked(trainer: ManifestMixin, plan: RunPlan) -> Iterator[None]:
     """A wandb run around a training run; it ends as failed if the training raises."""
-    import wandb
-
     say(start(trainer, plan), "")
     try:
         yield
@@ -68,17 +60,23 @@ def tracked(trainer: ManifestMixin, plan: RunPlan) -> Iterator[None]:
         finish(exit_code=1)
         raise
     finish()
-    wandb.teardown()  # another run in this process reads its settings again
 
 
 def start(trainer: ManifestMixin, plan: RunPlan) -> str:
-    """Start a wandb run with the resolved config and the selection, or resume it; offline if no API key is found."""
-    record, known = plan.out / WANDB_NAME, {}
-    checkpoint, selection = plan.start.resume_from, getattr(trainer, "selection", plan.selection)
+    """Start a wandb run with the resolved config and the selection, or resume it.
+
+    Runs of one model and objective are a group, those of a method have one job type; wandb's own variables win.
+    """
+    record, config, checkpoint, known = plan.out / WANDB_NAME, plan.config, plan.start.resume_from, {}
     if checkpoint and record.exists() and Path(checkpoint).resolve().parent == plan.out.resolve():
         known = json.loads(record.read_text()) | {"resume": "allow"}
-    run, where = open_run(name=plan.args.run_name, config=plan.config.values, **labels(plan.config), **known)
+    tags = [Path(config.run.model_name_or_path).name[:64], config.objective.name, config.run.method or "hft"]
+    labels = {"group": " ".join(tags[:2]), "job_type": tags[2], "tags": tags}
+    variables = {"group": "WANDB_RUN_GROUP", "job_type": "WANDB_JOB_TYPE", "tags": "WANDB_TAGS"}
+    labels = {key: value for key, value in labels.items() if variables[key] not in os.environ}
+    run, where = open_run(name=plan.args.run_name, config=config.values, **labels, **known)
     write_json(record, current())
+    selection = getattr(trainer, "selection", plan.selection)
     fractions = {"layers": selection.fraction_of_layers, "model": selection.fraction_of_model}
     counts = {block: f"{trained}/{total}" for block, (trained, total) in selection.counts().items()}
     run.config.update({"trainable_fraction": fractions, "trained_units": counts}, allow_val_change=True)
@@ -89,30 +87,18 @@ def start(trainer: ManifestMixin, plan: RunPlan) -> str:
     return where
 
 
-def labels(config: Config) -> dict[str, Any]:
-    """Runs of one model and objective are a group, those of a method have one job type; wandb's own variables win."""
-    tags = [Path(config.run.model_name_or_path).name[:64], config.objective.name, config.run.method or "hft"]
-    found = {"RUN_GROUP": ("group", " ".join(tags[:2])), "JOB_TYPE": ("job_type", tags[2]), "TAGS": ("tags", tags)}
-    return dict(setting for variable, setting in found.items() if f"WANDB_{variable}" not in os.environ)
-
-
 def open_run(**settings: Any) -> tuple[wandb.Run, str]:
     """Start a wandb run, offline if no API key is found; returns it, and a sentence on where to find it."""
-    import wandb
-
-    mode, why = os.environ.get("WANDB_MODE"), "WANDB_MODE is set"
-    if mode is None:
-        try:
-            mode, why = ("online", "") if wandb.login(prompt=False, verify=False) else ("offline", "no API key")
-        except wandb.Error as error:
-            mode, why = "offline", reason(error)
     timeout = float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT))
     how = wandb.Settings(quiet=True, finish_timeout=timeout, finish_timeout_raises=True)
-    settings = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "settings": how} | settings
+    settings = {"project": os.environ.get("WANDB_PROJECT", "hft"), "settings": how} | settings
+    mode, why = os.environ.get("WANDB_MODE"), "WANDB_MODE is set"
     try:
+        if mode is None and not wandb.login(prompt=False, verify=False):
+            mode, why = "offline", "no API key"
         run = wandb.init(**settings, mode=mode)
     except wandb.Error as error:
-        why = f"it cannot be reached: {reason(error)}"
+        why = reason(error)
         run = wandb.init(**settings, mode="offline")
     if run.offline:
         return run, f"wandb is offline ({why}); upload later with `wandb sync {Path(run.dir).parent}`"
@@ -121,45 +107,35 @@ def open_run(**settings: Any) -> tuple[wandb.Run, str]:
 
 def finish(exit_code: int = 0) -> None:
     """End the wandb run; where wandb can no longer be reached, say how to upload the rest instead of waiting for it."""
-    import wandb
-
     folder = Path(wandb.run.dir).parent if wandb.run else None
     try:
         wandb.finish(exit_code)
     except TimeoutError:
         say(f"wandb cannot be reached; upload the rest later with `wandb sync {folder}`")
+    wandb.teardown()  # another run in this process reads its settings again
 
 
 def current() -> dict[str, str]:
     """What finds the wandb run again."""
-    import wandb
-
     found = {"id": wandb.run.id, "project": wandb.run.project, "entity": wandb.run.entity}
     return {key: value for key, value in found.items() if value}
 
 
 def log_scores(run: dict[str, str], scores: dict[str, float]) -> None:
     """Add scores to the summary of a wandb run that has ended."""
-    import wandb
-
     again, _ = open_run(**run, resume="allow")
     again.summary.update(scores)
     finish()
-    wandb.teardown()
 
 
 def log_picture(name: str, out: Path) -> None:
     """Log the picture of a run's folder under a name."""
-    import wandb
-
     if (out / PICTURE_NAME).exists():
         wandb.run.log({name: wandb.Image(str(out / PICTURE_NAME))})
 
 
 def log_result(result: RunResult, out: Path) -> None:
     """Add the result to the summary, the manifest as an artifact, and the model if `WANDB_LOG_MODEL` asks for it."""
-    import wandb
-
     wandb.run.summary.update({"results": asdict(result)})
     if result.schedule_fractions:  # drawn over the selection's
         log_picture("schedule", out)
@@ -171,8 +147,6 @@ def log_result(result: RunResult, out: Path) -> None:
 
 def upload(path: Path, *aliases: str, kind: str = "model") -> None:
     """Log a file or a folder as an artifact of the wandb run."""
-    import wandb
-
     artifact = wandb.Artifact(f"{kind}-{wandb.run.id}", type=kind)
     artifact.add_dir(str(path)) if path.is_dir() else artifact.add_file(str(path))
     try:

@@ -1,31 +1,50 @@
 """Carries a plan out: train, save, evaluate, verify."""
 
-from __future__ import annotations
-
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hft.config import to_yaml
+from hft.data import check_prepared, refusals, tokens_digest
 from hft.errors import HFTError, reason
-from hft.machine import broadcast, indented, is_main, say
+from hft.machine import broadcast, indented, is_main, leave_process_group, say
 from hft.model.weights import MODEL_CONFIG
 from hft.record.card import CARD_NAME
 from hft.record.manifest import MANIFEST_NAME, write_text
+from hft.record.picture import plot_schedule, plot_selection
 from hft.record.scores import SCORES_FOLDER
-from hft.record.verification import verify_folder
+from hft.runs import tracking
 from hft.runs.arguments import trainer_class
-from hft.runs.config import card_settings
+from hft.runs.config import card_settings, parse_config
 from hft.runs.folder import replaced
-from hft.runs.plan import RunPlan
+from hft.runs.plan import RunPlan, make_plan
 from hft.runs.push import push
-from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, WANDB_NAME, RunResult, result_of
+from hft.runs.result import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, WANDB_NAME, RunResult, result_of, summary
 from hft.runs.scoring import with_scored_selection
+from hft.runs.stopping import saved_on_signal
 from hft.selection.masks import MASKS_NAME
+from hft.training.base import ManifestMixin
+from hft.training.checkpointing import CheckpointedLayers
 
-if TYPE_CHECKING:
-    from hft.training.base import ManifestMixin
+# Of an earlier run's model, beside the weights themselves.
+MODEL_FILES = (MASKS_NAME, MANIFEST_NAME, RESULTS_NAME, PICTURE_NAME, CARD_NAME, MODEL_CONFIG)
+
+
+def main(objective: str, arguments: Sequence[str]) -> int:
+    """`hft sft` and the other objectives' commands: plan, print the plan, and train."""
+    config = parse_config(objective, arguments)
+    say("resolved config", indented(to_yaml(config.values)))
+    plan = make_plan(config)
+    say(plan.report())
+    if config.run.dry_run:
+        say(f"stopped here: no weights were loaded, nothing was written to {plan.out}")
+        return 0
+    result = train(plan)
+    say("", summary(result, plan.out))
+    leave_process_group()
+    return 0 if result.ok else 1
 
 
 def train(plan: RunPlan) -> RunResult:
@@ -41,25 +60,21 @@ def train(plan: RunPlan) -> RunResult:
         HFTError: something that only the weights or the prepared rows show, or a loss of NaN or infinity.
         Stopped: SIGTERM or Ctrl-C; a checkpoint is saved.
     """
+    out, args = plan.out, plan.args
     if plan.start.is_finished:
-        say(
-            f"{plan.out} holds this run, finished; train again with --resume_from_checkpoint none or another output_dir"
-        )
-        return broadcast(conclude(RunResult.load(plan.out), plan.out) if is_main() else None)
+        say(f"{out} holds this run, finished; train again with --resume_from_checkpoint none or another output_dir")
+        return broadcast(RunResult.load(out).conclude(out) if is_main() else None)
     try:
         plan = with_scored_selection(plan)
         trainer = make_trainer(plan)
+        if is_main():
+            claim_folder(plan, trainer)
     except OSError as error:
-        if error.filename is None or not plan.out.is_relative_to(error.filename):
+        if error.filename is None or not out.is_relative_to(error.filename):
             raise
-        raise cannot_write_to(plan.out, error) from error  # Trainer makes the folder
-    on_wandb = is_main() and "wandb" in plan.args.report_to
-    if is_main():
-        claim_folder(plan, trainer)
+        raise cannot_write_to(out, error) from error
 
-    from hft.runs import tracking
-    from hft.runs.stopping import saved_on_signal
-
+    on_wandb = is_main() and "wandb" in args.report_to
     with tracking.tracked(trainer, plan) if on_wandb else nullcontext():
         with saved_on_signal(trainer):
             trainer.train(resume_from_checkpoint=plan.start.resume_from)
@@ -71,30 +86,22 @@ def train(plan: RunPlan) -> RunResult:
             measured = result_of(plan.config.objective, trainer, plan.machine, final)
             measured.wandb = tracking.current() if on_wandb else None
             if trainer.schedule:
-                from hft.record.picture import plot_schedule
-
                 phases, steps = trainer.schedule.history, trainer.state.global_step
-                figure = plot_schedule(trainer.selection, phases, steps, plan.args.run_name)
-                figure.savefig(plan.out / PICTURE_NAME)
-            result = conclude(measured, plan.out)
+                plot_schedule(trainer.selection, phases, steps, args.run_name).savefig(out / PICTURE_NAME)
+            result = measured.conclude(out)
             if on_wandb:
-                tracking.log_result(result, plan.out)
+                tracking.log_result(result, out)
         result = broadcast(result)
-        if plan.args.push_to_hub and is_main():
-            args = plan.args
-            push(result, plan.out, args.hub_model_id, private=args.hub_private_repo, revision=args.hub_revision)
+        if args.push_to_hub and is_main():
+            push(result, out, args.hub_model_id, private=args.hub_private_repo, revision=args.hub_revision)
     return result
 
 
 def make_trainer(plan: RunPlan) -> ManifestMixin:
     """The trainer of a plan, its rows prepared and checked, ready to train."""
-    from hft.data import check_prepared, refusals, tokens_digest
-    from hft.training.checkpointing import CheckpointedLayers
-
     method = plan.config.method
-    if method.adapter:
-        trained: dict[str, Any] = {"adapter": method.adapter}
-    else:
+    trained: dict[str, Any] = {"adapter": method.adapter}
+    if not method.adapter:
         trained = {"selection": plan.selection, "update": method.update, "schedule": method.schedule}
         trained["save_only_trained"] = plan.config.run.save_only_trained
     with refusals(plan.data, plan.tokenizer):
@@ -106,8 +113,8 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
             eval_dataset=plan.data.test,
             processing_class=plan.tokenizer,
         )
-    trainer.manifest.data = plan.data.fingerprint
     trainer.resolved_config = card_settings(plan.config.values)
+    trainer.manifest.data = plan.data.fingerprint
     trainer.manifest.strategy = method.strategy.record() if method.strategy else {}
     say(*check_prepared(trainer, plan.data, plan.config.objective.unit), *trainer.notes())
     say(*steps_of_packed(plan, len(trainer.train_dataset)), "")
@@ -115,6 +122,7 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
     if plan.start.resume_from and is_main():  # before the folder is cleared
         trainer.check_resumable(plan.start.resume_from)
     if plan.config.run.activation_checkpointing_layers is not None:
+        trainer.remove_callback(CheckpointedLayers)  # which keeps those that Trainer chose
         trainer.add_callback(CheckpointedLayers(len(plan.checkpointed)))
     for callback in method.strategy.callbacks(trainer) if method.strategy else []:
         trainer.add_callback(callback)
@@ -131,34 +139,24 @@ def steps_of_packed(plan: RunPlan, rows: int) -> list[str]:
 
 def claim_folder(plan: RunPlan, trainer: ManifestMixin) -> None:
     """Remove what an earlier run left in the folder, except what this run resumes from, and write this run's config."""
-    try:
-        plan.out.mkdir(parents=True, exist_ok=True)
-        clear(plan.out, plan.start.resume_from)
-        write_text(plan.out / CONFIG_NAME, to_yaml(plan.config.values))
-        for name in (RESULTS_NAME, *([] if plan.start.resume_from else [WANDB_NAME])):
-            (plan.out / name).unlink(missing_ok=True)
-        if not plan.config.method.adapter:
-            from hft.record.picture import plot_selection
-
-            plot_selection(trainer.selection, plan.args.run_name).savefig(plan.out / PICTURE_NAME)
-    except OSError as error:
-        raise cannot_write_to(plan.out, error) from error
+    out, resumed = plan.out, plan.start.resume_from
+    out.mkdir(parents=True, exist_ok=True)
+    for checkpoint in replaced(out, resumed):
+        say(f"removing {checkpoint} of an earlier run")
+        checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
+    names = [RESULTS_NAME, *([] if resumed else [WANDB_NAME])]
+    if (out / MANIFEST_NAME).exists():
+        names += [*MODEL_FILES, *out.glob("model*.safetensors*"), *out.glob("adapter_*")]
+        shutil.rmtree(out / SCORES_FOLDER, ignore_errors=True)
+    for name in names:
+        (out / name).unlink(missing_ok=True)
+    write_text(out / CONFIG_NAME, to_yaml(plan.config.values))
+    if not plan.config.method.adapter:
+        plot_selection(trainer.selection, plan.args.run_name).savefig(out / PICTURE_NAME)
 
 
 def cannot_write_to(out: Path, error: OSError) -> HFTError:
     return HFTError(f"cannot write to output_dir {out}: {error.strerror or reason(error)}")
-
-
-def clear(out: Path, resumed: str | None) -> None:
-    """Remove an earlier run's checkpoints and model, so that they are not mistaken for this run's."""
-    for checkpoint in replaced(out, resumed):
-        say(f"removing {checkpoint} of an earlier run")
-        checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
-    if (out / MANIFEST_NAME).exists():
-        names = (MASKS_NAME, MANIFEST_NAME, RESULTS_NAME, PICTURE_NAME, CARD_NAME, MODEL_CONFIG)
-        for path in (*out.glob("model*.safetensors*"), *out.glob("adapter_*"), *(out / name for name in names)):
-            path.unlink(missing_ok=True)
-        shutil.rmtree(out / SCORES_FOLDER, ignore_errors=True)
 
 
 def metrics_of_what_was_saved(trainer: ManifestMixin) -> dict[str, float]:
@@ -170,13 +168,3 @@ def metrics_of_what_was_saved(trainer: ManifestMixin) -> dict[str, float]:
     if last and last[0]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
         return last[0]
     return trainer.evaluate()
-
-
-def conclude(result: RunResult, out: Path) -> RunResult:
-    """Verify a finished run's folder, and save the result and the model card with what was found."""
-    found = verify_folder(out)
-    result.verify, result.ok = found.counts(), found.ok
-    result.save(out)
-    say("verify", indented(found.report()))
-    result.write_card(out)
-    return result

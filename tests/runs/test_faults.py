@@ -117,7 +117,7 @@ def wandb_online(tmp_path, monkeypatch):
 def test_wandb_out_of_reach_from_the_start(tmp_path, sft, capsys, wandb_online):
     assert sft(tmp_path / "out", "--report_to", "wandb", "--max_steps", "1") == 0
     printed = capsys.readouterr().out
-    assert "wandb is offline (it cannot be reached: " in printed
+    assert "wandb is offline (" in printed
     assert f"upload later with `wandb sync {tmp_path / 'wandb' / 'offline-run-'}" in printed
 
 

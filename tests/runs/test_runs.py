@@ -16,8 +16,8 @@ import hft
 from hft.cli import main
 from hft.errors import HFTError
 from hft.planning.forecast import forecast
-from hft.runs.command import summary
 from hft.runs.plan import load_model_config
+from hft.runs.result import summary
 from tests.conftest import ROOT, command, error_of, tensors, torchrun
 
 CHAIN = """
