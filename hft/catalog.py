@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from hft.errors import HFTError, did_you_mean, neighbor
+from hft.errors import HFTError, did_you_mean, neighbor, read_text
 
 HERE = Path(__file__).parent
 RECIPES = HERE / "recipes" if (HERE / "recipes").is_dir() else HERE.parent / "recipes"  # of a wheel, or a checkout
@@ -44,21 +44,19 @@ def find_folder(name: str) -> str:
 def main(arguments: Sequence[str]) -> int:
     """`hft recipes` lists, `hft recipes copy NAME FILE.yaml` copies one."""
     parser = argparse.ArgumentParser(prog="hft recipes", description="List the recipes and methods, or copy one.")
-    actions = parser.add_subparsers(dest="action", metavar="[copy NAME FILE.yaml]")
-    copy = actions.add_parser("copy", description="Copy a recipe or a method, to be edited.")
+    copy = parser.add_subparsers(dest="action", metavar="[copy NAME FILE.yaml]").add_parser("copy")
     copy.add_argument("name", metavar="NAME", help="such as llama2-7b/sft or hft")
     copy.add_argument("file", metavar="FILE.yaml", type=Path, help="where to; it must not exist")
     options = parser.parse_args(arguments)
     if options.action is None:
         print(listing())
         return 0
-    source = find_recipe(options.name)
-    if options.file.exists():
-        raise HFTError(f"{options.file} exists; choose another name")
+    text = MODELINE.sub("", read_text(find_recipe(options.name)))
     try:
-        options.file.write_text(MODELINE.sub("", source.read_text(encoding="utf-8")), encoding="utf-8")
+        with options.file.open("x", encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
-        raise HFTError(f"cannot write {options.file}: {error.strerror}") from error
+        raise HFTError(f"cannot write {options.file}: {error.strerror}; choose another name") from error
     print(f"{options.file} is a copy of {options.name}: hft COMMAND --config {options.file}")
     return 0
 

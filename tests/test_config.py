@@ -117,9 +117,18 @@ def test_a_wrong_flag_is_one_line_and_status_2(capsys, words, message, tiny):
     assert err.count("\n") == 0
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_recipe_with_every_method_makes_a_config(tmp_path, recipe, method, tiny):
+@pytest.mark.parametrize(
+    ("recipe", "method"),
+    # Every recipe, and with those of two models every method.
+    [
+        (recipe, m)
+        for recipe in RECIPES
+        for m in METHODS
+        if recipe.parent.name in ("tiny", "llama2-7b") or m.stem == "hft"
+    ],
+    ids=lambda path: path.stem if path.parent.name == "methods" else f"{path.parent.name}-{path.stem}",
+)
+def test_every_recipe_and_every_method_make_a_config(tmp_path, recipe, method, tiny):
     flags, given = {"output_dir": str(tmp_path)}, read_yaml(recipe)
     if given["model_name_or_path"].startswith("models/"):  # made by `hft fetch`
         flags["model_name_or_path"] = str(tiny)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zipfile
 
 from tests.conftest import ROOT
 
@@ -25,7 +26,7 @@ def test_an_installed_wheel_works_in_an_empty_folder(tmp_path):
             (source / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source)], check=True)
     (wheel,) = tmp_path.glob("half_fine_tuning-*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], check=True)
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
 
     ours = [name for name in files.stdout.split() if name.startswith("hft/")]
     assert [name for name in ours if not (tmp_path / "site" / name).exists()] == []

@@ -31,8 +31,8 @@ def sft_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
     if "messages" in columns:
         return _convert(dataset, name, _conversation, ["messages"], "rows")
     if {"prompt", "completion"} <= columns:
-        are_text = all(isinstance(dataset.features[column], Value) for column in ("prompt", "completion"))
-        return _convert(dataset, name, _text if are_text else _completion, ["prompt", "completion"], "rows")
+        is_text = {type(dataset.features[column]) for column in ("prompt", "completion")} == {Value}
+        return _convert(dataset, name, _text if is_text else _completion, ["prompt", "completion"], "rows")
     if {"instruction", "output"} <= columns:
         return sft_rows(rendered(dataset, *ALPACA), name)
     if "text" in columns:
@@ -50,13 +50,13 @@ def preference_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
     `DPOTrainer` fails on dialogues beside a `prompt` that is text, as in UltraFeedback. Returns as `sft_rows` does.
     """
     columns = set(dataset.column_names)
-    if not {"chosen", "rejected"} <= columns:
-        hint = "; it looks like demonstrations, which are for SFT" if {"messages", "completion"} & columns else ""
-        raise HFTError(
-            f"dataset {name} has columns {', '.join(sorted(columns))}; needed are chosen and rejected as messages "
-            f"with the prompt in front or in another column, or prompt, chosen and rejected as text{hint}"
-        )
-    return _convert(dataset, name, _preference, ["prompt", "chosen", "rejected"], "pairs")
+    if {"chosen", "rejected"} <= columns:
+        return _convert(dataset, name, _preference, ["prompt", "chosen", "rejected"], "pairs")
+    hint = "; it looks like demonstrations, which are for SFT" if {"messages", "completion"} & columns else ""
+    raise HFTError(
+        f"dataset {name} has columns {', '.join(sorted(columns))}; needed are chosen and rejected as messages with the "
+        f"prompt in front or in another column, or prompt, chosen and rejected as text{hint}"
+    )
 
 
 def unpaired_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
@@ -182,10 +182,10 @@ def _convert(
             extras = {column: _from_json(given[column], column) for column in kept}
         except HFTError as error:
             raise HFTError(f"dataset {name}, row {number} (the first is 0): {error}") from None
-        # As JSON text, since `Json` would write numbers in messages with ten decimals.
-        values = row if are_text else {key: [json.dumps(message) for message in value] for key, value in row.items()}
-        values |= {key: None if value is None else json.dumps(value) for key, value in extras.items()}
-        return values | {"row": number, "fault": fault, "has_system": had_one}
+        if not are_text:  # as JSON text, since `Json` would write numbers in messages with ten decimals
+            row = {column: [json.dumps(message) for message in messages] for column, messages in row.items()}
+        row |= {column: None if value is None else json.dumps(value) for column, value in extras.items()}
+        return row | {"row": number, "fault": fault, "has_system": had_one}
 
     converted = dataset.select_columns(used).map(
         checked_row, with_indices=True, features=Features(features), remove_columns=used, desc=f"checking {unit}"

@@ -9,7 +9,6 @@ from transformers import AutoTokenizer
 from hft.cli import main
 from hft.config import RunConfig
 from hft.data import load_data, load_split, sft_rows
-from hft.demo.data import docstring_chats, write_demo_data
 from hft.errors import HFTError
 from hft.evaluation.rows import general_texts
 from tests.conftest import error_of, write_jsonl
@@ -17,29 +16,28 @@ from tests.conftest import error_of, write_jsonl
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
 
-def test_demo_data_is_plentiful_distinct_and_reproducible(tmp_path):
-    rows = dict(docstring_chats())
-    answers = [row["messages"][1]["content"] for row in rows.values()]
+def test_demo_data_is_plentiful_distinct_and_reproducible(tmp_path, capsys):
+    assert main(["demo", str(tmp_path)]) == 0
+    files = [Path(line.partition(":")[0]) for line in capsys.readouterr().out.splitlines()]
+    made = {str(file.relative_to(tmp_path)): [json.loads(line) for line in file.open()] for file in files}
+    train, test = made["sft/train.jsonl"], made["sft/test.jsonl"]
+    answers = [row["messages"][1]["content"] for row in train + test]
     assert len(answers) == len(set(answers)) >= 1000
-    assert "Remove any common leading whitespace" in rows["textwrap.dedent"]["messages"][1]["content"]
+    assert any("Remove any common leading whitespace" in answer for answer in answers)
     drift = " ".join(general_texts())
     assert not [answer for answer in answers if answer in drift]
-    counts = write_demo_data(tmp_path / "a")
-    write_demo_data(tmp_path / "b")
-    train, test = counts["sft/train.jsonl"], counts["sft/test.jsonl"]
-    assert train + test == len(rows)
-    assert train / 15 < test < train / 6
-    answers = {
-        split: {
-            message["content"]
-            for row in map(json.loads, (tmp_path / "a" / "dpo" / f"{split}.jsonl").read_text().splitlines())
-            for message in row["chosen"] + row["rejected"]
-        }
+    assert len(train) / 15 < len(test) < len(train) / 6
+    chosen, held_out = (
+        {message["content"] for row in made[f"dpo/{split}.jsonl"] for message in row["chosen"] + row["rejected"]}
         for split in ("train", "test")
-    }
-    assert not answers["train"] & answers["test"]
-    for name in counts:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    )
+    assert not chosen & held_out
+    # Made again, the other files are the same, and what is another's is left alone.
+    files[-1].write_text("mine")
+    before = {file: file.stat().st_mtime_ns for file in files}
+    assert main(["demo", str(tmp_path)]) == 2
+    assert f"{files[-1]} is not what hft demo writes" in error_of(capsys)
+    assert {file: file.stat().st_mtime_ns for file in files} == before
 
 
 @pytest.mark.parametrize(
@@ -236,14 +234,3 @@ def test_a_file_of_the_same_time_and_size_is_read_again(tmp_path):
             assert loaded.train[0]["messages"] == chat
             seen[answer] = loaded.fingerprint
         assert seen["old"] != seen["new"]
-
-
-def test_demo_data_never_replaces_what_it_did_not_write(tmp_path, capsys):
-    mine = tmp_path / "sft" / "train.jsonl"
-    mine.parent.mkdir()
-    mine.write_text("mine")
-    assert main(["demo", str(tmp_path)]) == 2
-    assert f"{mine} is not what hft demo writes" in error_of(capsys)
-    assert (mine.read_text(), len(list(tmp_path.rglob("*")))) == ("mine", 2)
-    mine.unlink()
-    assert main(["demo", str(tmp_path)]) == main(["demo", str(tmp_path)]) == 0

@@ -72,13 +72,12 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, straight, tiny, data):
     same(tmp_path / "out", straight("sft"))
 
 
-@pytest.mark.parametrize(("does", "name", "status"), [("terminate", "SIGTERM", 143), ("interrupt", "SIGINT", 130)])
-def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(tmp_path, straight, tiny, data, does, name, status):
+def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(tmp_path, straight, tiny, data):
     out = tmp_path / "out"
     line = words("sft", out, tiny, data)
-    assert faults.run(line, out, at="optimizer 0", does=does) == [status]
+    assert faults.run(line, out, at="optimizer 0", does="terminate") == [143]
     last = faults.printed(out).splitlines()[-1]
-    sentence = f"hft: stopped by {name} after step 1; run the same command again to resume from"
+    sentence = "hft: stopped by SIGTERM after step 1; run the same command again to resume from"
     assert last == f"{sentence} {out / 'checkpoint-1'}"
     assert faults.run(line, out) == [0]
     assert f"resuming from {out / 'checkpoint-1'}" in faults.printed(out)

@@ -3,11 +3,11 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -49,8 +49,11 @@ def chains(tmp_path_factory, tiny, data, pairs):
     """SFT, then DPO from its result, in one process and in two."""
     folder = tmp_path_factory.mktemp("chains")
     (folder / "chain.py").write_text(CHAIN)
-    for processes, name in ((1, "one"), (2, "two")):
-        torchrun(processes, folder / "chain.py", tiny, data, pairs, folder / name)
+    torchrun(2, folder / "chain.py", tiny, data, pairs, folder / "two")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(ROOT)
+        patched.setattr(sys, "argv", ["chain.py", *map(str, (tiny, data, pairs, folder / "one"))])
+        runpy.run_path(str(folder / "chain.py"))
     return folder
 
 
@@ -141,37 +144,21 @@ def test_a_revision_is_that_of_weights_config_and_tokenizer(tiny, data, tmp_path
     assert load_model_config(config).max_position_embeddings == ord("b")
 
 
-def test_a_result_with_a_forecast_loads(finished, tmp_path):
-    """As runs wrote it while they forecast their own cost."""
-    content = json.loads((finished / "results.json").read_text())
+def test_what_was_not_measured_is_not_printed(finished, tmp_path):
+    result, content = hft.RunResult.load(finished), json.loads((finished / "results.json").read_text())
+    # As runs wrote it while they forecast their own cost.
     (tmp_path / "results.json").write_text(json.dumps(content | {"planned": {"flops_to_fft": 0.88}}))
-    assert hft.RunResult.load(tmp_path) == hft.RunResult.load(finished)
-
-
-def test_what_was_not_measured_is_not_printed(finished):
-    result = hft.RunResult.load(finished)
+    assert hft.RunResult.load(tmp_path) == result
     memory = f"peak memory {result.peak_memory_gb} GB"
     assert f"  {result.tokens_per_second:,.0f} tokens/s, {memory} of the process\n" in summary(result, finished)
     earlier = replace(result, tokens_per_second=None, peak_memory_of=None)
     assert f"\n  {memory}\n" in summary(earlier, finished)
 
 
-def test_a_fork_without_planning_trains(tiny, data, tmp_path):
-    """planning/ forecasts; a run only asks it whether it fits."""
+def test_a_fork_without_planning_trains_with_another_tracker(tiny, data, tmp_path):
+    """A run only asks planning/ whether it fits; trackio is a stub of the calls that transformers' callback makes."""
     shutil.copytree(ROOT / "hft", tmp_path / "hft", ignore=shutil.ignore_patterns("planning", "__pycache__"))
-    words = command("sft", tmp_path / "out", "--max_steps", "2", model=tiny, data=data)
-    env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    run = subprocess.run(
-        [sys.executable, "-m", "hft", *words], capture_output=True, text=True, check=False, cwd=ROOT, env=env
-    )
-    assert "verify passed" in run.stdout, run.stderr[-2000:]
-
-
-def test_another_tracker_passes_through(tiny, data, tmp_path, monkeypatch):
-    """trackio as a stub of the calls that transformers' callback makes."""
-    stub = tmp_path / "stub"
-    stub.mkdir()
-    (stub / "trackio.py").write_text(
+    (tmp_path / "trackio.py").write_text(
         "from unittest.mock import MagicMock\n"
         "__version__, config, context_vars, finish = '0.1', MagicMock(), MagicMock(), MagicMock()\n"
         "context_vars.current_space_id.get.return_value = None\n"
@@ -179,11 +166,11 @@ def test_another_tracker_passes_through(tiny, data, tmp_path, monkeypatch):
         "def log(values, **more): print('trackio log', *values)\n"
     )
     words = command("sft", tmp_path / "out", "--max_steps", "2", "--report_to", "trackio", model=tiny, data=data)
-    env = os.environ | {"PYTHONPATH": f"{stub}:{ROOT}"}
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-m", "hft", *words], capture_output=True, text=True, check=False, cwd=ROOT, env=env
     )
-    assert run.returncode == 0, run.stderr[-2000:]
+    assert "verify passed" in run.stdout, run.stderr[-2000:]
     assert "trackio run out\n" in run.stdout
     assert re.search("trackio log .*loss", run.stdout)
-    assert not list(Path(tmp_path).rglob("wandb"))
+    assert not list(tmp_path.rglob("wandb"))
