@@ -11,15 +11,17 @@ from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from hft.catalog import find_recipe
 from hft.errors import HFTError, did_you_mean, read_text, reason
 
 T = TypeVar("T")
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Percent = Annotated[float, Field(ge=0, le=100)]
 
 # The templates that make turns of text, which TRL reads without a chat template.
 TURNS = {"prompt": "{{ prompt }}", "completion": "{{ completion }}"}
@@ -107,7 +109,7 @@ class Keys:
         """Their types, by name; a `Literal` where a dataclass lists the choices beside the type."""
         found = {}
         for cls in self.classes:
-            hints = get_type_hints(cls)
+            hints = get_type_hints(cls, include_extras=True)
             for f in (f for f in fields(cls) if f.init):
                 choices = f.metadata.get("choices")
                 found[f.name] = Literal[*choices, f.default] if choices else hints[f.name]
@@ -136,13 +138,18 @@ def convert(key: str, value: Any, annotation: Any) -> Any:
             return None
         if list in kinds and not isinstance(value, list | dict | bool | NoneType):
             return convert(key, [value], annotation)
+        wrong = error.errors() if isinstance(error, ValidationError) else []
+        bounds = [one["msg"] for one in wrong if one["type"].startswith(("greater", "less"))]
+        expected = bounds[0].replace("Input should be", "a number") if bounds else _type_names(annotation)
         got = json.dumps(value) if isinstance(value, bool | NoneType) else repr(value)
-        raise HFTError(f"{key}: expected {_type_names(annotation)}, got {got}") from error
+        raise HFTError(f"{key}: expected {expected}, got {got}") from error
     return converted.value if isinstance(converted, Enum) else converted
 
 
 def _alternatives(annotation: Any) -> Iterable[Any]:
     """The alternatives of a union: `list[str] | Literal["a"] | None` gives list, "a" and NoneType."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (list, dict, tuple) or not get_args(annotation):
         return [get_origin(annotation) or annotation]
     return [member for each in get_args(annotation) for member in _alternatives(each)]

@@ -4,7 +4,9 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveInt
 
 from hft.config import TURNS, Given, Keys, fill, option, read_arguments
 from hft.continual.tasks import TRACE, metrics_of
@@ -37,11 +39,11 @@ class SequenceConfig:
     )
     strategy: str = option("Continual-learning strategy: a name, or FILE.py:CLASS of your own.", "seqft")
     alignment: str | None = option("Folder in trace_dir with general instructions that replay trains on too.")
-    max_prompt_length: int = option("Longest prompt in tokens; a longer one is cut.", 1024)
-    max_answer_length: int = option("Longest answer in tokens, and most to generate.", 512)
+    max_prompt_length: PositiveInt = option("Longest prompt in tokens; a longer one is cut.", 1024)
+    max_answer_length: Annotated[int, Field(ge=2)] = option("Longest answer in tokens, and most to generate.", 512)
     score_start: bool = option("Score the base before the first round.", True)
     score_unseen: bool = option("Score the tasks that are still to come, too.", False)
-    test_rows: int | None = option("Test rows of each task; by default all.")
+    test_rows: PositiveInt | None = option("Test rows of each task; by default all.")
     score_batch_size: int = option("Prompts that are answered at once.", 16)
 
     def __post_init__(self):
@@ -49,9 +51,6 @@ class SequenceConfig:
             raise HFTError(f"tasks has {twice[0]} twice; a task is learned once")
         if not self.tasks:
             raise HFTError(f"tasks is empty; name some, such as {', '.join(TRACE)}")
-        test_rows = 1 if self.test_rows is None else self.test_rows
-        if min(self.max_prompt_length, self.max_answer_length - 1, test_rows) < 1:
-            raise HFTError("max_prompt_length and test_rows must be at least 1, and max_answer_length at least 2")
         self.metrics = metrics_of(self.tasks, self.metrics)
 
     def epochs_of(self, task: str) -> float | None:

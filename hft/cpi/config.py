@@ -6,7 +6,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from hft.config import Given, Keys, RunConfig, fill, option, read_arguments
+from pydantic import PositiveInt
+
+from hft.config import Given, Keys, Percent, RunConfig, fill, option, read_arguments
 from hft.errors import HFTError
 from hft.evaluation.evaluate import Settings
 from hft.evaluation.suites import SUITES
@@ -46,7 +48,7 @@ class CPIConfig:
     """What `hft cpi` does in its stages; all other keys are those of `hft sft` and hold for every run."""
 
     tasks: dict[str, dict[str, Any]] | None = option("Tasks by name: dataset_name and what else `Task` has.")
-    percent: float = option("p: size of a core in percent of all elements of the model.", 1.0)
+    percent: Percent = option("p: size of a core in percent of all elements of the model.", 1.0)
     probe: dict[str, Any] | None = option("Keys of `hft sft` that differ in the probes, e.g. {max_steps: 100}.")
     grouping: Literal["similarity", "together", "random", "given"] = option(
         "similarity: tasks whose cores overlap; together: all tasks in one group; random: three groups, "
@@ -62,18 +64,12 @@ class CPIConfig:
         "too); all but its own cores (LoTA); HFT's random half, another per group; or nothing.",
         "cores",
     )
-    sample_rows: int | None = option("Rows of each task that the groups train on; by default all.")
+    sample_rows: PositiveInt | None = option("Rows of each task that the groups train on; by default all.")
     train: dict[str, Any] | None = option("Keys of `hft sft` that differ in the training of the groups.")
     eval: dict[str, Any] | None = option(
         "Settings of the tasks' benchmarks, as flags of `hft eval`, e.g. {limit: 200}."
     )
     probe_dir: str | None = option("Folder of stage 1, which other settings of the later stages share.")
-
-    def __post_init__(self):
-        if not 0 <= self.percent <= 100:
-            raise HFTError(f"percent must lie in 0..100, got {self.percent:g}")
-        if self.sample_rows is not None and self.sample_rows < 1:
-            raise HFTError(f"sample_rows must be at least 1, got {self.sample_rows}")
 
     @property
     def needs_cores(self) -> bool:

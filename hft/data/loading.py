@@ -170,16 +170,13 @@ def _local_path(name: str) -> Path:
     """The path that a dataset's name may be, checked where it can only be a path."""
     path = Path(name).expanduser()
     if (path.suffix in FORMATS or name.startswith((".", "/", "~", "data/"))) and not path.exists():
-        raise HFTError(f"dataset {name} does not exist{neighbor(path) or _hint(name)}")
+        hint = "; make the demo data with `hft demo data`" if name.startswith("data/") else ""
+        raise HFTError(f"dataset {name} does not exist{neighbor(path) or hint}")
     if path.is_file() and path.suffix not in FORMATS:
         raise HFTError(f"dataset {name} must be {', '.join(FORMATS)}, not {path.suffix or 'a file without suffix'}")
     if path.is_file() and path.stat().st_size == 0:
         raise HFTError(f"dataset {name} is empty")
     return path
-
-
-def _hint(name: str) -> str:
-    return "; make the demo data with `hft demo data`" if name.startswith("data/") else ""
 
 
 @contextmanager
@@ -189,4 +186,4 @@ def _loading(name: str) -> Iterator[None]:
         yield
     except (DatasetsError, DatasetGenerationError, OSError, ValueError, TypeError, LookupError, pa.ArrowException) as e:
         cause = e.__cause__ if isinstance(e, DatasetGenerationError) and e.__cause__ else e
-        raise HFTError(f"cannot load dataset {name}: {reason(cause)}{_hint(name)}") from e
+        raise HFTError(f"cannot load dataset {name}: {reason(cause)}") from e

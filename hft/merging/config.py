@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from hft.config import option
+from pydantic import Field
+
+from hft.config import Fraction, option
 from hft.errors import HFTError
 
 
@@ -26,26 +28,18 @@ class MergeConfig:
     weights: list[float] | None = option(
         "One per model, by default equal; average divides by their sum, dare does not."
     )
-    density: float = option("Fraction of each model's deltas to keep (ties).", 0.2)
+    density: Fraction = option("Fraction of each model's deltas to keep (ties).", 0.2)
     trim: Literal["tensor", "global"] = option(
         "Take that fraction of each tensor, or of the whole model (ties).", "tensor"
     )
-    drop: float = option("Probability to drop a delta (dare, dare-ties).", 0.9)
+    drop: Annotated[float, Field(ge=0, lt=1)] = option("Probability to drop a delta (dare, dare-ties).", 0.9)
     seed: int = option("Seed of what is dropped (dare, dare-ties).", 0)
     scale: float = option("Factor of the merged deltas: TIES' lambda.", 1.0)
-    t: float = option("From the first model, 0, to the second, 1 (slerp).", 0.5)
-    alpha: float | dict[str, float] = option(
+    t: Fraction = option("From the first model, 0, to the second, 1 (slerp).", 0.5)
+    alpha: Fraction | dict[str, Fraction] = option(
         "From the base, 0, to the model, 1 (wise-ft); or one for each of attention, mlp, norm and outside.", 0.5
     )
     max_shard_size: str = option("Largest size of a file.", "5GB")
-
-    def __post_init__(self):
-        for name in ("density", "drop", "t", "alpha"):
-            value = getattr(self, name)
-            if not all(0 <= each <= 1 for each in (value.values() if isinstance(value, dict) else [value])):
-                raise HFTError(f"{name} must lie in 0..1, got {value}")
-        if self.drop == 1:
-            raise HFTError("drop must be less than 1: with everything dropped there is nothing left to rescale")
 
 
 @dataclass(frozen=True)

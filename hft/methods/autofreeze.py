@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hft.config import option
-from hft.errors import HFTError
+from hft.config import Percent, option
 from hft.freezing import whole
 from hft.machine import broadcast
 from hft.methods.schedule import Schedule, layers_and_ends
@@ -30,12 +29,9 @@ class AutoFreeze(Schedule):
     known_before_run: ClassVar[bool] = False
 
     intervals: int = option("Parts of the run, of equal length; layers freeze between.", 10)
-    percentile: float = option("Layers before the first whose norm changes by more than this percentile freeze.", 50.0)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.percentile <= 100:
-            raise HFTError(f"percentile must lie in 0..100, got {self.percentile}")
+    percentile: Percent = option(
+        "Layers before the first whose norm changes by more than this percentile freeze.", 50.0
+    )
 
     def decide(
         self, selection: Selection, step: int, steps: int, model: nn.Module, measured: dict[str, Any]

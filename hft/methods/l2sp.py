@@ -4,11 +4,11 @@ from dataclasses import MISSING, dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import PositiveFloat
 from torch import nn
 from transformers import TrainerCallback
 
 from hft.config import option
-from hft.errors import HFTError
 from hft.freezing import sharded_like
 from hft.methods.update import Update, copies, was_skipped
 from hft.model.anatomy import Anatomy
@@ -25,11 +25,7 @@ class L2SP(Update):
     name: ClassVar[str] = "l2sp"
     description: ClassVar[str] = "trained weights are pulled toward the base after each step"
 
-    l2sp_strength: float = option("Each step takes learning rate x this of the way to the start.", MISSING)
-
-    def __post_init__(self):
-        if self.l2sp_strength <= 0:
-            raise HFTError(f"l2sp_strength must be above 0, got {self.l2sp_strength}")
+    l2sp_strength: PositiveFloat = option("Each step takes learning rate x this of the way to the start.", MISSING)
 
     def callbacks(self, model: nn.Module, anatomy: Anatomy) -> list[TrainerCallback]:
         return [Pull(copies(model), self.l2sp_strength)]

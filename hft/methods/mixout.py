@@ -3,9 +3,10 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch.nn import functional
 from transformers import TrainerCallback, TrainingArguments
@@ -31,11 +32,7 @@ class Mixout(Update):
     acts_around_step: ClassVar[bool] = False
     replicated: ClassVar[bool] = True  # FSDP2 gathers a layer's weights for its forward pass, not ours
 
-    mixout_p: float = option("Probability that an input column is put back to the start.", MISSING)
-
-    def __post_init__(self):
-        if not 0 < self.mixout_p < 1:
-            raise HFTError(f"mixout_p must lie between 0 and 1, got {self.mixout_p}")
+    mixout_p: Annotated[float, Field(gt=0, lt=1)] = option("Probability that an input column is put back.", MISSING)
 
     def callbacks(self, model: nn.Module, anatomy: Anatomy) -> list[TrainerCallback]:
         check_linear(model, anatomy)

@@ -1,13 +1,14 @@
 """Updates in which only the largest entries of each tensor move in a step: the base of MoFO and GMT."""
 
 from dataclasses import MISSING, dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import nn
 from transformers import TrainerCallback
 
 from hft.config import option
-from hft.errors import HFTError
 from hft.freezing import sharded_like, whole
 from hft.methods.update import Update, was_skipped
 from hft.model.anatomy import Anatomy
@@ -18,13 +19,9 @@ from hft.selection.masks import largest
 class TopK(Update):
     """Only a fraction of the entries of each tensor moves in a step."""
 
-    top_fraction: float = option(
+    top_fraction: Annotated[float, Field(gt=0, le=1)] = option(
         "Fraction of the entries of each tensor, of those that train, that move in a step.", MISSING
     )
-
-    def __post_init__(self):
-        if not 0 < self.top_fraction <= 1:
-            raise HFTError(f"top_fraction must lie in 0..1 and above 0, got {self.top_fraction}")
 
     def ranked(self, parameter: nn.Parameter) -> bool:
         """Whether a parameter's entries are ranked; the others move as a whole."""

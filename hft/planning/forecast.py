@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from hft.config import option, to_yaml
 from hft.errors import DoesNotFit, HFTError
@@ -32,18 +34,12 @@ UNITS = {"tib": 2**40, "gib": 2**30, "mib": 2**20, "gb": 10**9, "mb": 10**6, "g"
 class Machine:
     """The GPUs that a forecast is made for; by default this machine. The fields are keys of `hft plan`."""
 
-    gpus: int | None = option("Number of GPUs that the run would have.")
+    gpus: PositiveInt | None = option("Number of GPUs that the run would have.")
     gpu_memory: str | None = option("Memory of each, such as 80GiB or 24GB; by default that of the ones here.")
-    mfu: float = option("Fraction of the GPU's peak that the run is to reach, recomputation included.", 0.4)
-    gpu_tflops: float = option("The GPU's peak in TFLOP/s, in bf16 without sparsity: A100 312, H100 989.", 312.0)
+    mfu: Annotated[float, Field(gt=0, le=1)] = option("Fraction of the GPU's peak that the run reaches.", 0.4)
+    gpu_tflops: PositiveFloat = option("The GPU's peak in TFLOP/s, in dense bf16: A100 312, H100 989.", 312.0)
 
     def __post_init__(self):
-        if self.gpus is not None and self.gpus < 1:
-            raise HFTError(f"gpus must be at least 1, got {self.gpus}")
-        if not 0 < self.mfu <= 1:
-            raise HFTError(f"mfu must lie in 0..1, got {self.mfu}")
-        if self.gpu_tflops <= 0:
-            raise HFTError(f"gpu_tflops must be above 0, got {self.gpu_tflops}")
         self.bytes_of_gpu()
 
     def bytes_of_gpu(self) -> float | None:

@@ -138,45 +138,27 @@ def result_of(
 
 
 def summary(result: RunResult, out: Path) -> str:
-    """What a run prints at its end: results, files, commands to try next."""
-    from hft.record.card import CARD_NAME
+    """What a run prints at its end: results, and commands to try next."""
     from hft.selection.selection import DRAWN
 
-    losses = [result.first_loss, result.last_loss]
-    metrics = [("training loss", losses)] if None not in losses else []
-    metrics += [(f"held-out {name}", values) for name, values in result.held_out.items()]
-    changes = "\n".join(f"  {name:28} {' -> '.join(f'{value:.4f}' for value in values)}" for name, values in metrics)
+    metrics = {f"held-out {name}": values for name, values in result.held_out.items()}
+    if result.first_loss is not None and result.last_loss is not None:
+        metrics = {"training loss": [result.first_loss, result.last_loss]} | metrics
+    lines = ["result", f"  {result.steps} steps"]
+    lines += [f"  {name:28} {' -> '.join(f'{value:.4f}' for value in values)}" for name, values in metrics.items()]
     cost = f"{result.tokens_per_second:,.0f} tokens/s, " if result.tokens_per_second else ""
-    cost += f"peak memory {result.peak_memory_gb} GB" + (f" of the {of}" if (of := result.peak_memory_of) else "")
+    of = f" of the {result.peak_memory_of}" if result.peak_memory_of else ""
+    lines += [f"  {cost}peak memory {result.peak_memory_gb} GB{of}", "", "try next"]
     hft = sys.argv[0] if Path(sys.argv[0]).name == "hft" else "hft"  # as it was called, to be called again
-    again = f"{hft} {result.objective} --config {out}/{CONFIG_NAME}"
-    model = "model.safetensors       the model; loads in plain transformers"
-    picture = f"  {PICTURE_NAME}           the selection as a picture\n"
-    manifest, scores = Manifest.load(out), f"{hft} eval {out}"
-    others = f"\n  {again} fft --output_dir NEW  # everything trains"
-    if manifest.selection.get("policy") in DRAWN:
-        others = f"\n  {again} --output_dir NEW --selection_seed 1  # another half{others}"
+    manifest, again = Manifest.load(out), f"{result.objective} --config {out / CONFIG_NAME}"
+    commands = [f"verify {out}"]
     if manifest.only_trained:
-        model = "model.safetensors       only the tensors that trained"
-        merge = f"{hft} merge --method delta --models {out} --base {manifest.base} --out NEW"
-        scores = f"{merge}  # the whole model\n  {hft} eval NEW"
+        commands += [f"merge --method delta --models {out} --base {manifest.base} --out NEW  # the whole model"]
     if manifest.is_adapter:
-        model, picture = "adapter_model.safetensors  the adapter; loads in plain peft", ""
-        others += f"\n  {hft} merge --method adapter --models {out} --out NEW  # a plain model"
-    return f"""\
-result
-  {result.steps} steps
-{changes}
-  {cost}
-
-{out}/
-  {model}
-  hft_manifest.json       what was frozen, with checksums
-{picture}  {CONFIG_NAME}             the resolved config
-  {RESULTS_NAME}            the numbers above
-  {CARD_NAME}               the model card
-
-try next
-  {hft} verify {out}
-  {scores}  # what it learned and what it forgot
-  {again} --output_dir NEW  # the same run again{others}"""
+        commands += [f"merge --method adapter --models {out} --out NEW  # a plain model"]
+    commands += [f"eval {'NEW' if manifest.only_trained else out}  # what it learned and what it forgot"]
+    commands += [f"{again} --output_dir NEW  # the same run again"]
+    if manifest.selection.get("policy") in DRAWN:
+        commands += [f"{again} --output_dir NEW --selection_seed 1  # another half"]
+    commands += [f"{again} fft --output_dir NEW  # everything trains"]
+    return "\n".join([*lines, *(f"  {hft} {command}" for command in commands)])

@@ -388,7 +388,7 @@ def test_all_stages_in_one_command_end_with_scores(tmp_path, tiny, tasks, capsys
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--percent", "101"], "percent must lie in 0..100, got 101"),
+        (["--percent", "101"], "percent: expected a number less than or equal to 100, got '101'"),
         (["--tasks", "{a: {dataset_name: x}}"], "needs at least two of them, got 1"),
         (
             ["--tasks", "{a: {dataset_nam: x}, b: {}}"],

@@ -122,9 +122,9 @@ def test_without_its_rows_a_plan_ends_with_the_costs(capsys):
 
 def test_wrong_values_are_refused(capsys):
     for words, message in (
-        (["--gpus", "0"], "gpus must be at least 1"),
+        (["--gpus", "0"], "gpus: expected a number greater than 0, got '0'"),
         *((["--gpu_memory", size], "gpu_memory: expected a size such as 80GiB") for size in SIZES),
-        (["--mfu", "40"], "mfu must lie in 0..1"),
+        (["--mfu", "40"], "mfu: expected a number less than or equal to 1, got '40'"),
         (["--model_init_kwargs", '{"dtype": "load"}'], "torch has no dtype 'load'"),
         (["--model_init_kwargs", "float32"], "model_init_kwargs: expected a mapping, got 'float32'"),
         (["--gpus", "7"], "is not a multiple of 4 rows per device x 7 processes"),

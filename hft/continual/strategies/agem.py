@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import PositiveInt
 
 from hft.config import option
 from hft.continual.gradients import TokenizedRow
 from hft.continual.strategies.gem import GEM
-from hft.errors import HFTError
 from hft.methods.strategy import ExtraRows
 from hft.selection import Selection
 
@@ -26,12 +26,7 @@ class AGEM(GEM):
     description: ClassVar[str] = "no step raises the mean loss on a batch of remembered rows"
 
     gem_margin: ClassVar[float] = 0.0
-    memory_batch: int = option("Remembered rows that each step looks at (32 is ours).", 32)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.memory_batch < 1:
-            raise HFTError(f"agem needs memory_batch >= 1, got {self.memory_batch}")
+    memory_batch: PositiveInt = option("Remembered rows that each step looks at (32 is ours).", 32)
 
     def constraints(self, tasks: list[list[TokenizedRow]], step: int) -> list[list[TokenizedRow]]:
         rows = [row for task in tasks for row in task]

@@ -22,6 +22,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 from transformers import TrainerCallback
 
 from hft.config import option
@@ -43,13 +44,9 @@ class GEM(Strategy):
     description: ClassVar[str] = "no step raises the loss on remembered rows of earlier tasks"
     acts_on_steps: ClassVar[bool] = True
 
-    memory_rows: int = option("Rows that are remembered of each task (32 is ours).", 32)
+    memory_rows: PositiveInt = option("Rows that are remembered of each task (32 is ours).", 32)
     memory_seed: int = option("Seed of their choice.", 0)
-    gem_margin: float = option("Lower bound of the dual variables, GEM's own 0.5.", 0.5)
-
-    def __post_init__(self):
-        if self.memory_rows < 1 or self.gem_margin < 0:
-            raise HFTError(f"gem needs memory_rows >= 1 and gem_margin >= 0, got {self.memory_rows}, {self.gem_margin}")
+    gem_margin: NonNegativeFloat = option("Lower bound of the dual variables, GEM's own 0.5.", 0.5)
 
     def remembered_rows(self, tasks: Sequence[list[Row]]) -> list[Row]:
         chosen = []

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from hft.config import option
-from hft.errors import HFTError
+from hft.config import Fraction, option
 from hft.methods.strategy import Row, Strategy
 
 
@@ -26,11 +25,7 @@ class Replay(Strategy):
     replay_mode: Literal["after", "mixed"] = option(
         "after: a separate pass after each round; mixed: among the round's rows.", "after"
     )
-    replay_fraction: float = option("Fraction of each earlier task's rows.", 0.1)
-
-    def __post_init__(self):
-        if not 0 <= self.replay_fraction <= 1:
-            raise HFTError(f"replay_fraction must be from 0 to 1, got {self.replay_fraction}")
+    replay_fraction: Fraction = option("Fraction of each earlier task's rows.", 0.1)
 
     def training_rows(self, tasks: Sequence[list[Row]], alignment: list[Row]) -> list[Row]:
         return tasks[-1] + (self.memory_of(tasks, alignment) if self.replay_mode == "mixed" else [])
