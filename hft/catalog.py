@@ -62,7 +62,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def listing() -> str:
-    """All names, each with what it is."""
     kinds: dict[str, list[str]] = {"recipes": [], "methods": [], "arms of hft cpi": [], "merges": []}
     for name in names():
         folder = name.partition("/")[0]

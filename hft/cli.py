@@ -111,10 +111,7 @@ def _run(command: str, words: Sequence[str]) -> int:
 
 
 def _imported(target: str) -> Callable[..., int]:
-    """The function that `module:function` names.
-
-    Imports make a million objects that stay: looking for garbage among them takes a third of a short command's time.
-    """
+    """The function that `module:function` names, imported without looking for garbage among what stays anyway."""
     if target.partition(":")[0] not in sys.modules:
         gc.disable()
         pkgutil.resolve_name(target)
@@ -131,24 +128,16 @@ def _interrupt(process: int, number: int, frame: object) -> None:
 
 
 def _end_at_once(status: int) -> NoReturn:
-    """End one of several processes that has failed, past Python's own end.
-
-    There a thread of gloo that needs the GIL to free what it has sent aborts the process (torch 2.13), and SIGABRT
-    would hide the status.
-    """
+    """End one of several processes past Python's own end, where a thread of gloo would abort it (torch 2.13)."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def print_error(error: HFTError | str) -> None:
-    """Print an error, once per run.
-
-    The launcher ends the other processes as soon as one fails. Where all fail alike the first one speaks, and the
-    others wait until they are ended; where only another one fails, it speaks after a while.
-    """
+    """Print an error, once per run: where all processes fail alike, the first one speaks."""
     if os.environ.get("RANK", "0") != "0":
         if isinstance(error, Stopped):  # as the first process, which says so
             return
-        time.sleep(3)
+        time.sleep(3)  # until the launcher ends this process, unless only this one has failed
     print(f"hft: {error}", file=sys.stderr, flush=True)

@@ -206,7 +206,6 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that is a mapping."""
     content = _parsed(read_text(path), str(path))
     if not isinstance(content, dict):
         raise HFTError(f"{path} must be a YAML mapping of keys to values")
@@ -247,7 +246,6 @@ class Given:
         return Given(self.files, own[:-1], own[-1]), Given(self.files, rest[:-1], rest[-1])
 
     def take(self, cls: type[T]) -> tuple[T, Given]:
-        """A dataclass of what was given of its keys, and all else."""
         own, rest = self.split(cls)
         return fill(cls, own.resolve(Keys((cls,)))[0]), rest
 
@@ -281,10 +279,7 @@ def refuse_secrets(values: Mapping[str, Any]) -> None:
 def read_arguments(
     arguments: Sequence[str], prog: str, description: str, groups: Mapping[str, Iterable[type]]
 ) -> Given:
-    """Read a command line `--config A.yaml B.yaml --key value ...` and its files.
-
-    `--help` prints the keys of `groups`, dataclasses by heading, and exits.
-    """
+    """Read `--config A.yaml B.yaml --key value ...` and its files; `--help` prints the keys of `groups`, by heading."""
     if {"-h", "--help"} & set(arguments):
         print_help(prog, description, groups)
         raise SystemExit(0)
@@ -307,13 +302,11 @@ def read_arguments(
 
 
 def read_files(files: Sequence[str | Path], flags: dict[str, Any]) -> Given:
-    """Recipes and methods, from disk or from those that come with hft, and flags."""
     paths = [str(find_recipe(file)) for file in files]
     return Given(paths, [read_yaml(path) for path in paths], flags)
 
 
 def print_help(prog: str, description: str, groups: Mapping[str, Iterable[type]]) -> None:
-    """Print the keys by heading, each with its type, its default and what it does."""
     print(f"usage: {prog} [--config FILE ...] [--key value ...]\n\n{description}\n")
     print("  --config FILE ...\n      files, or names from `hft recipes`; later ones win, then flags")
     shown: set[str] = set()

@@ -62,14 +62,11 @@ def read_text(path: str | Path) -> str:
 
 
 def cannot_write(error: BaseException) -> str | None:
-    """A sentence about an exception that says that a file cannot be written; None for any other one.
-
-    torch.save and safetensors raise no `OSError`; safetensors has the number in its message.
-    """
+    """A sentence about an exception that says that a file cannot be written; None for any other one."""
     cause: BaseException | None = error
     while cause is not None:
         number, where = getattr(cause, "errno", None), getattr(cause, "filename", None)
-        if found := re.search(r"\(os error (\d+)\)", str(cause)):
+        if found := re.search(r"\(os error (\d+)\)", str(cause)):  # safetensors
             number = int(found[1])
         elif isinstance(cause, RuntimeError) and TORCH_WRITE.search(str(cause)):
             number = errno.ENOSPC

@@ -9,11 +9,7 @@ from hft.errors import HFTError, read_text
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects in a file; blank lines are skipped.
-
-    Raises:
-        HFTError: the file cannot be read, or a line is not a JSON object; the sentence names it.
-    """
+    """The objects in a file, a line each; blank lines are skipped."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         try:

@@ -6,10 +6,7 @@ from itertools import zip_longest
 
 
 def aligned(rows: Iterable[Sequence[str] | str], left: int = 1) -> str:
-    """Rows of cells in columns, the first `left` flush left and the others flush right.
-
-    A string among the rows is a line by itself. Rows may be of different lengths.
-    """
+    """Rows of cells in columns, the first `left` flush left, the others right; a string is a line by itself."""
     rows = list(rows)
     columns = zip_longest(*(row for row in rows if not isinstance(row, str)), fillvalue="")
     widths = [max(map(len, column)) for column in columns]

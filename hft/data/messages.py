@@ -46,7 +46,6 @@ def _message(message: object, where: str) -> dict[str, Any]:
 
 
 def _text(content: object, where: str) -> str | None:
-    """Content as text; parts of type text are joined."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):

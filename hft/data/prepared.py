@@ -54,7 +54,6 @@ def tokens_digest(prepared: Dataset) -> str:
 
 
 def _learnable(prepared: Dataset, given: Dataset, rows: str, packed: bool, args: Any) -> tuple[Dataset, list[str]]:
-    """Prepared rows that have something to learn, and notes on the others."""
     fills, same = f"prompt alone fills max_length {args.max_length}", "answers are the same tokens"
     kept, fault, notes = prepared, f"the {fills}", []
     if packed:
@@ -82,7 +81,6 @@ def _select(dataset: Dataset, wanted: list[bool]) -> Dataset:
 
 
 def _check_ids(dataset: Dataset, embedded: int, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse rows with an id that the embeddings have no row for."""
     columns = [column for column in TOKENS if column in dataset.column_names]
 
     def largest(row: dict[str, list[int]]) -> int:

@@ -20,11 +20,7 @@ Converted = tuple[dict[str, list[dict[str, Any]]], str]  # a row, and why it is 
 
 
 def sft_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
-    """Demonstrations as `messages`, as `prompt` and `completion`, or as text, which stays text.
-
-    Returns the rows that have something to learn, with their number in `dataset` as column `row`, and notes on what was
-    dropped.
-    """
+    """Demonstrations that have something to learn, with their number as column `row`, and notes on the others."""
     columns = set(dataset.column_names)
     if "conversations" in columns and "messages" not in columns:
         return sft_rows(dataset.rename_column("conversations", "messages"), name)
@@ -45,10 +41,7 @@ def sft_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
 
 
 def preference_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
-    """Preferences as conversations with an explicit prompt, the one form that TRL always reads alike.
-
-    `DPOTrainer` fails on dialogues beside a `prompt` that is text, as in UltraFeedback. Returns as `sft_rows` does.
-    """
+    """The same for preferences: conversations with an explicit prompt, the one form that TRL always reads alike."""
     columns = set(dataset.column_names)
     if {"chosen", "rejected"} <= columns:
         return _convert(dataset, name, _preference, ["prompt", "chosen", "rejected"], "pairs")

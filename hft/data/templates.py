@@ -34,10 +34,7 @@ def render_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, without:
 
 @contextmanager
 def refusals(loaded: LoadedData, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Around a trainer's constructor: what TRL refuses there, and a template that fails on a row, is an `HFTError`.
-
-    The tokenizer must be the object that the trainer is given, since TRL puts its chat template there.
-    """
+    """Around a trainer's constructor: what TRL refuses there, and a template that fails on a row, is an `HFTError`."""
     try:
         yield
     except HFTError:

@@ -37,7 +37,6 @@ NEEDED = (
 
 
 def trainer_class(config: Config) -> type[Trainer]:
-    """TRL's trainer of a run's objective, half fine-tuned or with an adapter."""
     trainer = config.objective.trainer
     return training.with_adapter(trainer) if config.method.adapter else training.half(trainer)
 
@@ -101,7 +100,6 @@ def checkpointed_of(config: Config, machine: dict[str, Any], args: TrainingArgum
 
 
 def check_packages(values: dict[str, Any]) -> None:
-    """Refuse values that need a package which is not installed."""
     values = values | (values.get("model_init_kwargs") or {})
     for key, pattern, modules, package in NEEDED:
         if re.fullmatch(pattern, value := str(values.get(key))) and not any(map(find_spec, modules.split())):

@@ -90,7 +90,6 @@ def read_command_line(objective: str, arguments: Sequence[str], **more: tuple[ty
 
 
 def groups_of_keys() -> dict[str, tuple[type, ...]]:
-    """Our keys of a run, by the heading that `--help` gives them."""
     methods = {f"{cls.kind} {cls.name}: {cls.description}": (cls,) for cls in all_classes()}
     return {"run": (RunConfig,), "selection": (SelectionConfig,), **methods}
 

@@ -63,7 +63,6 @@ class RunPlan:
 
     @property
     def out(self) -> Path:
-        """The run's folder."""
         return self.config.out
 
     @property
@@ -91,7 +90,6 @@ class Batches:
 
     @property
     def global_batch(self) -> int:
-        """Rows per step, over all processes."""
         args = self.args
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.processes
 
@@ -103,7 +101,6 @@ class Batches:
         return None if self.rows is None or getattr(self.args, "packing", False) else self.steps_over(self.rows)
 
     def steps_over(self, rows: int) -> int:
-        """Steps of all epochs over that many rows."""
         args = self.args
         at_once = args.per_device_train_batch_size * self.processes
         batches = rows // at_once if args.dataloader_drop_last else math.ceil(rows / at_once)

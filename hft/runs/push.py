@@ -35,7 +35,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def push(result: RunResult, out: Path, repo: str | None, *, private: bool | None, revision: str | None = None) -> bool:
-    """Upload a run that verify has passed, and say where it is."""
     if not result.ok:
         say("not pushed to the Hub: verify failed")
         return False

@@ -44,7 +44,6 @@ class StopAfterStep(TrainerCallback):
         self.group = self.strategy = None
 
     def ask(self, number: int, frame: Any) -> None:
-        """The handler of a signal."""
         self.signal = number
         if number == signal.SIGINT:
             say("finishing the step and saving; Ctrl-C again ends the run at once")

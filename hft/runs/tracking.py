@@ -63,10 +63,7 @@ def tracked(trainer: ManifestMixin, plan: RunPlan) -> Iterator[None]:
 
 
 def start(trainer: ManifestMixin, plan: RunPlan) -> str:
-    """Start a wandb run with the resolved config and the selection, or resume it.
-
-    Runs of one model and objective are a group, those of a method have one job type; wandb's own variables win.
-    """
+    """Start a wandb run, or resume it: by model and objective a group, by method a job type; wandb's variables win."""
     record, config, checkpoint, known = plan.out / WANDB_NAME, plan.config, plan.start.resume_from, {}
     if checkpoint and record.exists() and Path(checkpoint).resolve().parent == plan.out.resolve():
         known = json.loads(record.read_text()) | {"resume": "allow"}
@@ -116,7 +113,6 @@ def finish(exit_code: int = 0) -> None:
 
 
 def current() -> dict[str, str]:
-    """What finds the wandb run again."""
     found = {"id": wandb.run.id, "project": wandb.run.project, "entity": wandb.run.entity}
     return {key: value for key, value in found.items() if value}
 
@@ -129,7 +125,6 @@ def log_scores(run: dict[str, str], scores: dict[str, float]) -> None:
 
 
 def log_picture(name: str, out: Path) -> None:
-    """Log the picture of a run's folder under a name."""
     if (out / PICTURE_NAME).exists():
         wandb.run.log({name: wandb.Image(str(out / PICTURE_NAME))})
 
@@ -146,7 +141,6 @@ def log_result(result: RunResult, out: Path) -> None:
 
 
 def upload(path: Path, *aliases: str, kind: str = "model") -> None:
-    """Log a file or a folder as an artifact of the wandb run."""
     artifact = wandb.Artifact(f"{kind}-{wandb.run.id}", type=kind)
     artifact.add_dir(str(path)) if path.is_dir() else artifact.add_file(str(path))
     try:

@@ -99,7 +99,6 @@ def train(plan: RunPlan) -> RunResult:
 
 
 def make_trainer(plan: RunPlan) -> ManifestMixin:
-    """The trainer of a plan, its rows prepared and checked, ready to train."""
     method = plan.config.method
     trained: dict[str, Any] = {"adapter": method.adapter}
     if not method.adapter:
