@@ -79,6 +79,18 @@ def test_a_resume_with_an_optimizer_that_its_state_is_not_of_is_refused(killed, 
         resumed(killed, tiny, data, *flags)
 
 
+def test_what_cannot_be_resumed_is_refused_with_a_remedy(killed, tmp_path, tiny, data):
+    with pytest.raises(HFTError, match=f"checkpoint {killed / 'checkpoint-9'} not found"):
+        resumed(killed, tiny, data, "--resume_from_checkpoint", str(killed / "checkpoint-9"))
+    sentence = "whose optimizer keeps its own settings: learning_rate 0.001 there, 0.01 here; weight_decay"
+    with pytest.raises(HFTError, match=sentence):
+        resumed(killed, tiny, data, "--learning_rate", "1e-2", "--weight_decay", "0.1")
+    (tmp_path / "latest").symlink_to(killed / "checkpoint-4")
+    linked = ["--resume_from_checkpoint", str(tmp_path / "latest"), "--output_dir", str(tmp_path / "other")]
+    with pytest.raises(HFTError, match="give the same ones, or the checkpoint as --model_name_or_path"):
+        resumed(killed, tiny, data, *linked, "--learning_rate", "1e-2")
+
+
 def test_a_finished_run_is_one_of_the_rows_that_are_there_now(tmp_path, finished, tiny, data):
     rows = shutil.copytree(data, tmp_path / "rows")
     out = shutil.copytree(finished, tmp_path / "out")

@@ -14,16 +14,8 @@ from hft.record.checkpoints import last_checkpoint
 from tests import faults
 from tests.conftest import command, identical, tensors
 
-# Before the first checkpoint, in a save, in a step, in the write of the final weights, and in verify.
-MOMENTS = [
-    "write config.tmp",
-    "optimizer 1",
-    "write checkpoint-2/optimizer.pt",
-    "write checkpoint-2/trainer_state.json",
-    "moved 3",
-    "write model.safetensors",
-    "verify .",
-]
+# Before the first step, in a save, in a step, in the write of the final weights, and in verify.
+MOMENTS = ["write config.tmp", "write checkpoint-2/optimizer.pt", "moved 3", "write model.safetensors", "verify ."]
 
 
 def words(stage: str, out: Path, tiny: Path, rows: Path, processes: int = 1) -> list[str]:
@@ -115,16 +107,6 @@ def test_a_run_that_went_back_is_not_taken_for_the_one_before(tmp_path, straight
     assert f"resuming from {out / 'checkpoint-3'}" in faults.printed(out)
     ours, theirs = (tensors(folder / "checkpoint-4") for folder in (out, straight("sft")))
     assert not all(identical(ours[name], theirs[name]) for name in theirs)  # as gradients were clipped
-    (out / "results.json").unlink()
-    (tmp_path / "latest").symlink_to(out / "checkpoint-4")
-    linked = ["--resume_from_checkpoint", str(tmp_path / "latest"), "--output_dir", str(tmp_path / "other")]
-    assert faults.run([*back, *linked, "--learning_rate", "1e-2"], tmp_path / "other") == [2]
-    assert "give the same ones, or the checkpoint as --model_name_or_path" in faults.printed(tmp_path / "other")
-    assert faults.run([*back, "--resume_from_checkpoint", str(out / "checkpoint-9")], out) == [2]
-    assert f"checkpoint {out / 'checkpoint-9'} not found" in faults.printed(out)
-    assert faults.run([*back, "--learning_rate", "1e-2", "--weight_decay", "0.1"], out) == [2]
-    sentence = "whose optimizer keeps its own settings: learning_rate 0.001 there, 0.01 here; weight_decay"
-    assert sentence in faults.printed(out)
 
 
 def test_a_full_disk_leaves_the_last_complete_checkpoint(tmp_path, straight, tiny, data):
