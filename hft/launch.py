@@ -36,7 +36,9 @@ def run(name: str, command: Callable[[Sequence[str]], int], words: Sequence[str]
         raise HFTError(str(error)) from error
     gpus, processes = torch.cuda.device_count(), options.num_processes
     if processes is None:
-        processes = 1 if in_one_process(name, rest) else max(1, gpus) * options.num_machines
+        by_vllm = name == "eval" and any(word.partition("=")[0] == "--backend" for word in rest)  # which starts its own
+        alone = by_vllm or (name == "cpi" and rest[:1] in (["group"], ["score"]))  # stages without training
+        processes = 1 if alone else max(1, gpus) * options.num_machines
     if processes == 1:
         if gpus > 1 and name != "eval":  # a Trainer that sees several GPUs puts a copy of the model on each
             os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -67,13 +69,6 @@ def launcher_flags(name: str) -> argparse.ArgumentParser:
     text = "default: 29500, or a free one on a single machine"
     add("--main_process_port", "--main-process-port", help=text, **number)
     return parser
-
-
-def in_one_process(name: str, words: Sequence[str]) -> bool:
-    """Whether a command takes one process by default: a stage of CPI-FT without training, or vLLM, which starts its."""
-    if name == "cpi":
-        return words[:1] in (["group"], ["score"])
-    return name == "eval" and any(word.partition("=")[0] == "--backend" for word in words)
 
 
 def default_engine(words: Sequence[str], gpus: int) -> str:

@@ -63,6 +63,7 @@ class RunPlan:
 
     @property
     def out(self) -> Path:
+        """The run's folder."""
         return self.config.out
 
     @property
