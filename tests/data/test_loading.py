@@ -19,8 +19,12 @@ USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "conte
 def test_demo_data_is_plentiful_distinct_and_reproducible(tmp_path, capsys):
     assert main(["demo", str(tmp_path)]) == 0
     files = [Path(line.partition(":")[0]) for line in capsys.readouterr().out.splitlines()]
-    made = {str(file.relative_to(tmp_path)): [json.loads(line) for line in file.open()] for file in files}
-    train, test = made["sft/train.jsonl"], made["sft/test.jsonl"]
+    made = {
+        f"{stage}/{split}": [json.loads(line) for line in (tmp_path / stage / f"{split}.jsonl").open()]
+        for stage in ("sft", "dpo")
+        for split in ("train", "test")
+    }
+    train, test = made["sft/train"], made["sft/test"]
     answers = [row["messages"][1]["content"] for row in train + test]
     assert len(answers) == len(set(answers)) >= 1000
     assert any("Remove any common leading whitespace" in answer for answer in answers)
@@ -28,7 +32,7 @@ def test_demo_data_is_plentiful_distinct_and_reproducible(tmp_path, capsys):
     assert not [answer for answer in answers if answer in drift]
     assert len(train) / 15 < len(test) < len(train) / 6
     chosen, held_out = (
-        {message["content"] for row in made[f"dpo/{split}.jsonl"] for message in row["chosen"] + row["rejected"]}
+        {message["content"] for row in made[f"dpo/{split}"] for message in row["chosen"] + row["rejected"]}
         for split in ("train", "test")
     )
     assert not chosen & held_out
