@@ -162,12 +162,7 @@ def _type_names(annotation: Any) -> str:
     if enums := [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]:
         kinds = [member.value for member in enums[0]]
     words = [getattr(kind, "__name__", None) or repr(kind) for kind in kinds]
-    return one_of(names.get(word, word) for word in words)
-
-
-def one_of(words: Iterable[str]) -> str:
-    """`a, b or c`."""
-    *first, last = words
+    *first, last = (names.get(word, word) for word in words)
     return f"{', '.join(first)} or {last}" if first else last
 
 
