@@ -16,6 +16,7 @@ from hft.config import read_arguments
 from hft.errors import HFTError
 from hft.methods import classes_of
 
+ENGINES = ("fsdp2", "ddp", "zero3")
 CONFIGS = Path(__file__).parent / "accelerate"
 GRACE = 600  # seconds for the step and the save of a run that is asked to stop
 
@@ -61,7 +62,7 @@ def launcher_flags(name: str) -> argparse.ArgumentParser:
     add("--num_processes", "--num-processes", help="over all machines; default: one per visible GPU", **number)
     if name != "eval":
         text = "how they share the model; default: fsdp2, or ddp for a method that cannot be sharded and on CPUs"
-        add("--engine", choices=("fsdp2", "ddp", "zero3"), help=text)
+        add("--engine", choices=ENGINES, help=text)
     text = "run the same command on each of them (default: 1)"
     add("--num_machines", "--num-machines", default=1, help=text, **number)
     add("--machine_rank", "--machine-rank", default=0, help="number of this machine, from 0", **number)
