@@ -18,7 +18,13 @@ from hft.record.manifest import MANIFEST_NAME
 
 def merge_adapter(config: MergeConfig) -> Callable[[Path], str]:
     """Read an adapter and its base, whole and in fp32, and return what writes them as one model."""
-    [adapter], found = config.models, adapter_config(config.models[0])
+    [adapter] = config.models
+    try:
+        found = PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise HFTError(f"{adapter} holds no adapter that PEFT saved: {reason(error)}") from error
+    if found.is_prompt_learning:
+        raise HFTError(f"{adapter} is {found.peft_type.value}: learned prompts are not weights and cannot be merged")
     base = open_base(adapter, config.base, found.base_model_name_or_path, found.revision)
     check_out(Path(config.out), [base])
     if proven := (local_folder(adapter) / MANIFEST_NAME).exists():
@@ -37,17 +43,6 @@ def merge_adapter(config: MergeConfig) -> Callable[[Path], str]:
         return done if proven or not config.base else done + unproven
 
     return write
-
-
-def adapter_config(adapter: str) -> PeftConfig:
-    """PEFT's config of an adapter; a learned prompt cannot be merged."""
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise HFTError(f"{adapter} holds no adapter that PEFT saved: {reason(error)}") from error
-    if config.is_prompt_learning:
-        raise HFTError(f"{adapter} is {config.peft_type.value}: learned prompts are not weights and cannot be merged")
-    return config
 
 
 def merged_state(adapter: str, config: PeftConfig, base: Checkpoint) -> dict[str, torch.Tensor]:

@@ -15,17 +15,16 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
-from safetensors import SafetensorError
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from hft.errors import HFTError, reason, shorten
+from hft.errors import HFTError, shorten
 from hft.model.anatomy import anatomy_of, meta_model
 from hft.model.load import read_config
 from hft.model.vocabulary import check_same_ids, vocabulary
-from hft.model.weights import DTYPES, INTEGERS, SAFE_INDEX, Weights, as_bytes, downloaded, is_weights
+from hft.model.weights import DTYPES, SAFE_INDEX, Weights, as_bytes, downloaded, is_weights
 from hft.record.manifest import MANIFEST_NAME, Manifest, rounds_so_far
 from hft.record.verification import verify_folder
 from hft.runs.config import check_is_a_model
@@ -66,7 +65,16 @@ class Checkpoint:
         config = read_config(name, folder)
         model, weights = meta_model(config), Weights(folder)
         parameters, stored = dict(model.named_parameters()), weights.specs()
-        check_stored(name, parameters, stored, set(model.state_dict()))
+        if missing := [key for key in parameters if key not in stored]:
+            if others := stored.keys() - model.state_dict().keys():
+                raise HFTError(
+                    f"{name} stores {min(others)} where transformers computes with {missing[0]}; only models stored as "
+                    "they are computed can be combined (not mixtures of experts, GPT-NeoX)"
+                )
+            raise HFTError(f"{name} lacks {shorten(missing, most=3)}, which its config has")
+        for key, parameter in parameters.items():
+            if (shape := stored[key].shape) != parameter.shape:
+                raise HFTError(f"in {name} {key} has shape {list(shape)}, by its config {list(parameter.shape)}")
         owners = {id(parameter): key for key, parameter in parameters.items()}
         every = model.named_parameters(remove_duplicate=False)
         tied = {key: owners[id(parameter)] for key, parameter in every if key not in parameters}
@@ -121,33 +129,16 @@ def check_verified(run: str, folder: Path, base: Checkpoint) -> None:
         raise HFTError(f"{base.name} is not the base of {run}, or one of the two is damaged: {wrong} differs")
 
 
-def check_stored(
-    name: str, parameters: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], known: set[str]
-) -> None:
-    """Refuse files without a model's parameters as its config gives them; `known` are all names of its state dict."""
-    if missing := [key for key in parameters if key not in stored]:
-        if others := set(stored) - known:
-            raise HFTError(
-                f"{name} stores {min(others)} where transformers computes with {missing[0]}; only models stored as "
-                "they are computed can be combined (not mixtures of experts, GPT-NeoX)"
-            )
-        raise HFTError(f"{name} lacks {shorten(missing, most=3)}, which its config has")
-    if wrong := [key for key, parameter in parameters.items() if stored[key].shape != parameter.shape]:
-        raise HFTError(
-            f"in {name} {wrong[0]} has shape {list(stored[wrong[0]].shape)}, by its config "
-            f"{list(parameters[wrong[0]].shape)}"
-        )
-
-
 def arithmetic_settings(config: PretrainedConfig) -> dict[str, Any]:
-    """The settings of `MUST_MATCH`, in one spelling: rope's `type` is its `rope_type`."""
-    settings = {key: value for key, value in config.get_text_config().to_dict().items() if MUST_MATCH.fullmatch(key)}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            value = {name: inner for name, inner in value.items() if inner is not None}  # noqa: PLW2901
-            kind = {"rope_type": value.pop("type")} if "type" in value else {}
-            settings[key] = kind | value
-    return settings
+    """The settings of `MUST_MATCH`, without rope's older `type`, which transformers repeats as `rope_type`."""
+
+    def known(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: known(inner) for name, inner in value.items() if inner is not None and name != "type"}
+
+    settings = known(config.get_text_config().to_dict())
+    return {key: value for key, value in settings.items() if MUST_MATCH.fullmatch(key)}
 
 
 def check_alike(first: Checkpoint, *others: Checkpoint) -> None:
@@ -162,7 +153,7 @@ def check_alike(first: Checkpoint, *others: Checkpoint) -> None:
         both = f"{first.name} and {other.name} do not fit together:"
         theirs = arithmetic_settings(other.config)
         for key in sorted(settings.keys() & theirs.keys(), key=lambda key: (key != "model_type", key)):
-            if settings[key] != theirs[key] and None not in (settings[key], theirs[key]):
+            if settings[key] != theirs[key]:
                 raise HFTError(f"{both} {key} is {settings[key]} in the first and {theirs[key]} in the second")
         for which, (one, two) in {"first": (first, other), "second": (other, first)}.items():
             if names := [key for key in one.specs if key not in two.specs and not key.endswith(COMPUTED)]:
@@ -194,8 +185,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     target = out.resolve()
     partial, lock = target.parent / f".{target.name}.partial", target.parent / f".{target.name}.lock"
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=0):
             try:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -207,13 +198,6 @@ def new_folder(out: Path) -> Iterator[Path]:
                 lock.unlink(missing_ok=True)
     except Timeout as error:
         raise HFTError(f"another process is writing {out}; choose another folder, or wait for it") from error
-    except SafetensorError as error:
-        raise HFTError(f"cannot write {out}: {reason(error)}") from error
-    except OSError as error:
-        place = Path(error.filename).absolute() if isinstance(error.filename, str | Path) else partial
-        if not (place.is_relative_to(partial) or partial.is_relative_to(place) or place == lock):
-            raise HFTError(f"cannot read {error.filename}: {error.strerror or error}") from error
-        raise HFTError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 def write_model(
@@ -229,14 +213,27 @@ def write_model(
     `like` gives names, shapes, tensors that are no parameters, other files, and dtypes, unless `specs` do.
     """
     start, specs, parameters = time.monotonic(), specs or like.specs, set(like.parameters)
-    split = plan_files(folder, specs, like.parameters, max_shard_size)
+    if wrong := [name for name in like.parameters if specs[name].dtype not in DTYPES.values()]:
+        raise HFTError(f"{wrong[0]} is stored in {specs[wrong[0]].dtype}, which cannot be merged")
+    size, free = sum(spec.nbytes for spec in specs.values()), shutil.disk_usage(folder).free
+    if free < size:
+        raise HFTError(f"{folder.parent} has {free / 1e9:.1f} GB free and the model takes {size / 1e9:.1f} GB")
+    try:
+        split = split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise HFTError(f"max_shard_size must be a number and a unit, such as 5GB, got {max_shard_size!r}") from error
     copy_companions(like.folder, folder)
     with tqdm(total=len(specs), desc="merging", unit="tensor", leave=False) as bar:
 
         def stored(name: str) -> torch.Tensor:
-            tensor = tensor_of(name) if name in parameters else like.weights[name]
             bar.update()
-            return finite(name, tensor.to(specs[name].dtype)).contiguous()
+            tensor = (tensor_of(name) if name in parameters else like.weights[name]).to(specs[name].dtype)
+            if not tensor.isfinite().all():
+                raise HFTError(
+                    f"{name} would hold NaN or infinity: it does in one of the models, or overflows {tensor.dtype} "
+                    "when they are combined"
+                )
+            return tensor.contiguous()
 
         for filename, names in split.filename_to_tensors.items():
             save_file({name: stored(name) for name in names}, folder / filename, {"format": "pt"})
@@ -244,36 +241,7 @@ def write_model(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / SAFE_INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    size = tqdm.format_sizeof(sum(spec.nbytes for spec in specs.values()), "B")
-    return f"wrote {size} in {time.monotonic() - start:.1f} s"
-
-
-def plan_files(
-    folder: Path, specs: Mapping[str, torch.Tensor], parameters: Sequence[str], max_shard_size: str
-) -> StateDictSplit:
-    """Which file each tensor goes to. Whatever can fail before anything is computed fails here."""
-    for name, spec in specs.items():
-        if spec.dtype not in (DTYPES if name in parameters else DTYPES | INTEGERS).values():
-            raise HFTError(f"{name} is stored in {spec.dtype}, which cannot be merged")
-    size, free = sum(spec.nbytes for spec in specs.values()), shutil.disk_usage(folder).free
-    if free < size:
-        raise HFTError(f"{folder.parent} has {free / 1e9:.1f} GB free and the model takes {size / 1e9:.1f} GB")
-    try:
-        return split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
-    except ValueError as error:
-        raise HFTError(f"max_shard_size must be a number and a unit, such as 5GB, got {max_shard_size!r}") from error
-
-
-def finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, refused if it holds NaN or infinity."""
-    # The sum, which is quick, is finite only if every element is; if it is not, it may have overflowed.
-    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-    if not (total.isfinite() or tensor.isfinite().all()):
-        raise HFTError(
-            f"{name} would hold NaN or infinity: it does in one of the models, or overflows {tensor.dtype} when they "
-            "are combined"
-        )
-    return tensor
+    return f"wrote {tqdm.format_sizeof(size, 'B')} in {time.monotonic() - start:.1f} s"
 
 
 def copy_companions(source: Path, target: Path, but: Sequence[str] = ()) -> None:

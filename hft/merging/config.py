@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -42,24 +42,24 @@ class MergeConfig:
     max_shard_size: str = option("Largest size of a file.", "5GB")
 
 
-@dataclass(frozen=True)
-class Operator:
+class Operator(NamedTuple):
     """What a way of merging takes."""
 
-    models: tuple[int, int | None]  # fewest and most; None for any number
-    base: Literal[True] | None  # whether it needs one; None where one may be given, which average and slerp ignore
-    keys: tuple[str, ...]  # which of `MergeConfig`'s settings it has
+    fewest: int  # models
+    most: int | None  # None for any number
+    base: bool  # whether it needs one; average and slerp ignore it
+    keys: tuple[str, ...] = ()  # which of `MergeConfig`'s settings it has
 
 
 OPERATORS = {
-    "average": Operator((2, None), None, ("weights",)),
-    "ties": Operator((1, None), True, ("density", "trim", "scale")),
-    "dare": Operator((1, None), True, ("drop", "seed", "weights", "scale")),
-    "dare-ties": Operator((1, None), True, ("drop", "seed", "scale")),
-    "slerp": Operator((2, 2), None, ("t",)),
-    "wise-ft": Operator((1, 1), True, ("alpha",)),
-    "adapter": Operator((1, 1), None, ()),
-    "delta": Operator((1, 1), None, ()),
+    "average": Operator(2, None, False, ("weights",)),
+    "ties": Operator(1, None, True, ("density", "trim", "scale")),
+    "dare": Operator(1, None, True, ("drop", "seed", "weights", "scale")),
+    "dare-ties": Operator(1, None, True, ("drop", "seed", "scale")),
+    "slerp": Operator(2, 2, False, ("t",)),
+    "wise-ft": Operator(1, 1, True, ("alpha",)),
+    "adapter": Operator(1, 1, False),
+    "delta": Operator(1, 1, False),
 }
 
 
@@ -68,9 +68,8 @@ def check_config(config: MergeConfig, given: dict[str, Any]) -> None:
     if not (config.method and config.models and config.out):
         raise HFTError("method, models and out are needed: give them as flags, or a recipe with --config")
     operator, count = OPERATORS[config.method], len(config.models)
-    fewest, most = operator.models
-    if count < fewest or (most and count > most):
-        wanted = f"{fewest} model{'s' if fewest > 1 else ''}" + ("" if most else " or more")
+    if count < operator.fewest or (operator.most and count > operator.most):
+        wanted = f"{operator.fewest} model{'s' if operator.fewest > 1 else ''}{'' if operator.most else ' or more'}"
         raise HFTError(f"{config.method} takes {wanted}, got {count}")
     if operator.base and not config.base:
         raise HFTError(f"{config.method} needs --base, the model that they were tuned from")

@@ -1,8 +1,4 @@
-"""How tensors are merged: pure functions on tensors in fp32 or better.
-
-A delta is what a fine-tuned model adds to its base (its task vector). Importing peft takes longer than merging a
-small model, so its operators are written out here; tests hold them to peft's bits.
-"""
+"""How tensors are merged, beside what `peft.utils.merge_utils` has: pure functions on tensors in fp32 or better."""
 
 import hashlib
 import math
@@ -38,23 +34,8 @@ def generator_of(key: str) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_prune(delta: torch.Tensor, p: float, generator: torch.Generator) -> torch.Tensor:
-    """DARE: set each element to zero with probability p and divide the others by 1 - p (Yu et al. 2023)."""
-    return delta * torch.bernoulli(torch.full_like(delta, 1 - p), generator=generator) / (1 - p)
-
-
-def ties_merge(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
-    """TIES: the sign of the sum wins; the mean of the nonzero deltas that have it (Yadav et al. 2023).
-
-    A sum of zero counts as positive, as in peft and mergekit.
-    """
-    stacked = torch.stack(list(deltas))
-    wins = stacked.sign() == torch.where(stacked.sum(dim=0) >= 0, 1, -1)
-    return (stacked * wins).sum(dim=0) / wins.sum(dim=0).clamp(min=1)
-
-
 class MagnitudePruner:
-    """TIES' trim: keeps the fraction of a delta that is largest in magnitude, and sets the rest to zero.
+    """TIES' trim: keeps the fraction of a delta, tuned - base, that is largest in magnitude; the rest becomes zero.
 
     The `int(density * elements)` largest, `wanted`, are kept, and with them every element as large as the smallest of
     these, as the authors' code does; `ties` of the wanted are that small, and `smallest` is this magnitude's fp32 bits.
@@ -94,19 +75,19 @@ def _bin_of(histogram: torch.Tensor, wanted: int) -> tuple[int, int]:
     return len(histogram) - 1 - index, wanted - (int(counts[index - 1]) if index else 0)
 
 
-def slerp_factors(first: torch.Tensor, second: torch.Tensor, t: float) -> tuple[float, float, str]:
-    """Factors of two tensors in their spherical interpolation, and the branch: `arc`, or `line` where |cos| >
-    `COLINEAR_COS`, as of nearly all tensors of fine-tuned models.
-    """
+def slerp_factors(first: torch.Tensor, second: torch.Tensor, t: float) -> tuple[float, float]:
+    """Factors of two tensors in their spherical interpolation."""
     products = torch.zeros(3, dtype=torch.float64)
     for pair in blocks(first, second):
         a, b = pair[0].double(), pair[1].double()
         products += torch.stack([a @ b, a @ a, b @ b])
-    return arc_factors(*products.tolist(), t)
+    return arc_factors(*products.tolist(), t)[:2]
 
 
 def arc_factors(dot: float, norm_a: float, norm_b: float, t: float) -> tuple[float, float, str]:
-    """`slerp_factors` by the dot product of two tensors and their squared norms."""
+    """`slerp_factors` by the dot product of two tensors and their squared norms, and the branch: `arc`, or `line` where
+    |cos| > `COLINEAR_COS`, as of nearly all tensors of fine-tuned models.
+    """
     cos = dot / math.sqrt(norm_a * norm_b) if norm_a and norm_b else 0.0
     if abs(cos) > COLINEAR_COS:
         return 1 - t, t, "line"

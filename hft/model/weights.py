@@ -26,9 +26,6 @@ MODEL_CONFIG = "hft_model_config.json"
 
 # safetensors' names of the dtypes that a model's weights come in; others are read to be known.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Of tensors that are not parameters, such as masks and counters.
-INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-INTEGERS |= {"BOOL": torch.bool}
 
 # How names start that can only be meant as folders.
 LOCAL_PREFIXES = ("./", "../", "~", "runs/", "models/")

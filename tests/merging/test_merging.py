@@ -22,11 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hft.cli import main
 from hft.config import Keys, fill, read_arguments
-from hft.errors import HFTError
-from hft.merging import checkpoint as checkpoints
 from hft.merging import merge as merging
 from hft.merging.merge import OPERATORS, MergeConfig, check_config
-from hft.merging.operators import MagnitudePruner, between, generator_of, random_prune, slerp_factors, ties_merge
+from hft.merging.operators import MagnitudePruner, between, slerp_factors
 from hft.merging.reset import ResetConfig
 from hft.model.anatomy import anatomy_of, meta_model
 from hft.model.weights import Weights
@@ -90,18 +88,10 @@ def same(ours: Path, theirs: dict[str, torch.Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(identical(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [[], ["--policy", "layer"], ["--policy", "model", "--seed", "3"], ["--policy", "explicit", "--freeze", "q_proj"]],
-)
+@pytest.mark.parametrize("flags", [[], ["--policy", "model", "--selection_seed", "3"]])
 def test_reset_puts_back_what_hft_would_freeze_and_nothing_else(tmp_path, tuned, tiny, capsys, flags):
     assert reset(tuned, tiny, tmp_path / "out", *flags) == 0
-    given = dict(zip([flag.lstrip("-") for flag in flags[::2]], flags[1::2], strict=True))
-    config = SelectionConfig(
-        policy=given.get("policy", "category"),
-        selection_seed=int(given.get("seed", 0)),
-        freeze=[given["freeze"]] if "freeze" in given else None,
-    )
+    config = SelectionConfig(policy="model", selection_seed=3) if flags else SelectionConfig()
     frozen = select(anatomy_of(meta_model(AutoConfig.from_pretrained(tiny))), config).frozen_parameters
     base, before, after = tensors(tiny), tensors(tuned), tensors(tmp_path / "out")
     assert base.keys() == after.keys()
@@ -127,7 +117,7 @@ def test_reset_puts_back_what_hft_would_freeze_and_nothing_else(tmp_path, tuned,
 
 def test_a_reset_of_a_reset_verifies_and_counts_its_rounds(tmp_path, tuned, tiny, capsys):
     assert reset(tuned, tiny, tmp_path / "one") == 0
-    assert reset(tmp_path / "one", tiny, tmp_path / "again", "--seed", "1") == 0
+    assert reset(tmp_path / "one", tiny, tmp_path / "again", "--selection_seed", "1") == 0
     assert main(["verify", str(tmp_path / "again")]) == 0
     further = changed_copy(tmp_path / "one", tmp_path / "further", moved(3))
     assert reset(further, tmp_path / "one", tmp_path / "two") == 0
@@ -151,9 +141,7 @@ def test_verify_finds_what_was_not_reset(tmp_path, tuned, tiny):
 def test_verify_finds_what_did_not_stay_tuned(tmp_path, tuned, tiny, capsys):
     own = shutil.copytree(tuned, tmp_path / "own")
     assert reset(own, tiny, tmp_path / "out") == 0
-    text = capsys.readouterr().out
-    assert "units stay tuned, the others go back; embeddings and head stay tuned" in text
-    assert "train" not in text
+    assert f"what this selection trains stays tuned; what it freezes goes back to {tiny}" in capsys.readouterr().out
     content = tensors(tmp_path / "out")
     content["model.norm.weight"][0] += 1
     save_file(content, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
@@ -173,14 +161,11 @@ def test_a_reset_that_would_change_nothing_is_refused(tmp_path, tuned, tiny, cap
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "same"]
 
 
-def test_flags_win_over_a_resets_recipe_under_either_name_of_the_seed(tmp_path, tuned, tiny, capsys):
+def test_flags_win_over_a_resets_recipe(tmp_path, tuned, tiny, capsys):
     files = ["--config", "recipes/smollm2-135m/reset.yaml", "recipes/methods/hft-layer.yaml"]
-    given = tmp_path / "seed.yaml"
-    for theirs, ours in (("selection_seed: 3", "--seed"), ("selection_seed: 2\nseed: 3", "--selection_seed")):
-        given.write_text(theirs)
-        assert reset(tuned, tiny, tmp_path / ours, *files, str(given), ours, "1") == 0
-        selection = Manifest.load(tmp_path / ours).selection
-        assert (selection["policy"], selection["selection_seed"]) == ("layer", 1)
+    assert reset(tuned, tiny, tmp_path / "out", *files, "--selection_seed", "1") == 0
+    selection = Manifest.load(tmp_path / "out").selection
+    assert (selection["policy"], selection["selection_seed"]) == ("layer", 1)
     assert (
         reset(tuned, tiny, tmp_path / "two", "--policy", "importance", "--score", "snr", "--granularity", "unit") == 2
     )
@@ -195,13 +180,10 @@ def test_an_empty_folder_behind_a_link_is_written_to(tmp_path, tuned, tiny):
     assert (tmp_path / "link").is_symlink()
 
 
-def test_reset_tensors_keep_the_bases_dtype(tmp_path, tuned, tiny, capsys):
+def test_two_models_in_different_dtypes_are_not_mixed(tmp_path, tuned, tiny, capsys):
     half = changed_copy(tiny, tmp_path / "half", lambda _, tensor: tensor.half(), "float16")
-    assert reset(tuned, half, tmp_path / "out") == 0
-    assert "NOTE: reset tensors stay in the base's torch.float16" in capsys.readouterr().out
-    frozen = Manifest.load(tmp_path / "out").frozen_checksums
-    dtypes = {name: tensor.dtype for name, tensor in tensors(tmp_path / "out").items()}
-    assert all((dtype == torch.float16) == (name in frozen) for name, dtype in dtypes.items())
+    assert reset(tuned, half, tmp_path / "out") == 2
+    assert f"is stored in torch.float16 in {half} and in torch.bfloat16 in {tuned}" in error_of(capsys)
 
 
 @pytest.mark.parametrize("trim", ["tensor", "global"])
@@ -222,25 +204,19 @@ def test_ties_is_pefts_and_the_authors(tmp_path, trio, trim):
     assert same(tmp_path / "out", {name: p[name] + 0.5 * merged[name] for name in p})
 
 
-def test_dare_is_pefts_with_the_same_masks(tmp_path, trio, monkeypatch):
+def test_dare_keeps_few_deltas_and_divides_them_by_how_many(tmp_path, trio):
     p, s, d = map(tensors, trio)
     assert merge("dare", tmp_path / "linear", trio[1:], trio[0], "--drop", "0.7", "--weights", "1", "0.5") == 0
     assert merge("dare-ties", tmp_path / "ties", trio[1:], trio[0], "--drop", "0.7") == 0
     name = "model.layers.1.mlp.up_proj.weight"
-    deltas = [s[name] - p[name], d[name] - p[name]]
-    ones = torch.ones(p[name].shape)
-    masks = [random_prune(ones, 0.7, generator_of(f"0/{index}/{name}")) > 0 for index in range(2)]
-    assert all(0.29 < mask.float().mean() < 0.31 for mask in masks)
-    assert 0.08 < (masks[0] & masks[1]).float().mean() < 0.1
-    queue = []
-    monkeypatch.setattr(torch, "bernoulli", lambda input: queue.pop(0).to(input.dtype))
-    for folder, operator, weights in (
-        ("linear", merge_utils.dare_linear, torch.tensor([1.0, 0.5])),
-        ("ties", merge_utils.dare_ties, torch.ones(2)),
-    ):
-        queue[:] = list(masks)
-        expected = p[name] + operator(deltas, weights, density=1 - 0.7)
-        torch.testing.assert_close(tensors(tmp_path / folder)[name], expected, rtol=1e-6, atol=1e-8)
+    a, b = (torch.stack([torch.zeros_like(p[name]), (tuned[name] - p[name]) / 0.3]) for tuned in (s, d))
+    linear, ties = (tensors(tmp_path / folder)[name] - p[name] for folder in ("linear", "ties"))
+    expected = (a[:, None] + 0.5 * b).flatten(0, 1)  # neither, the second, the first, both
+    chosen = (linear - expected).abs().argmin(dim=0)
+    assert (linear - expected).abs().amin(dim=0).max() < 1e-6
+    assert chosen.flatten().bincount(minlength=4) / chosen.numel() == pytest.approx([0.49, 0.21, 0.21, 0.09], abs=0.01)
+    agreeing = (chosen == 3) & (a[1].sign() == b[1].sign())
+    torch.testing.assert_close(ties[agreeing], ((a[1] + b[1]) / 2)[agreeing], rtol=1e-4, atol=1e-7)
 
 
 def test_what_dare_drops_depends_on_the_seed_and_not_on_files(tmp_path, trio):
@@ -256,15 +232,12 @@ def test_what_dare_drops_depends_on_the_seed_and_not_on_files(tmp_path, trio):
     assert not same(tmp_path / "other", tensors(tmp_path / "one"))
 
 
-def test_average_slerp_and_wise_ft_are_their_formulas(tmp_path, trio, tiny, capsys):
+def test_average_slerp_and_wise_ft_are_their_formulas(tmp_path, trio):
     far = changed_copy(trio[0], tmp_path / "far", moved(7, scale=1.0))
     p, s, d, f = map(tensors, (*trio, far))
     assert merge("average", tmp_path / "average", trio[1:], None, "--weights", "3", "1") == 0
     assert merge("wise-ft", tmp_path / "wise", trio[1:2], trio[0], "--alpha", "0.3") == 0
-    assert merge("slerp", tmp_path / "line", trio[:2], None, "--t", "0.3") == 0
-    assert "slerp: 30 tensors along the arc, 9 along the line" in capsys.readouterr().out
     assert merge("slerp", tmp_path / "arc", [trio[0], far], trio[2], "--t", "0.3") == 0  # a base changes nothing
-    assert "slerp: 39 tensors along the arc, 0 along the line" in capsys.readouterr().out
     for name in p:
         a, b = p[name].double().numpy(), f[name].double().numpy()
         angle = np.arccos((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
@@ -286,19 +259,18 @@ def test_what_did_not_move_keeps_its_bits_on_the_line_and_the_ends_are_the_model
 
 def test_slerp_takes_the_line_only_where_vectors_are_nearly_parallel():
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
-    assert slerp_factors(a, b, 0.5) == pytest.approx((0.5**0.5, 0.5**0.5, "arc"))
-    for cos, branch in ((0.99951, "line"), (0.99949, "arc"), (-0.99951, "line")):
+    assert slerp_factors(a, b, 0.5) == pytest.approx((0.5**0.5, 0.5**0.5))
+    for cos, on_the_line in ((0.99951, True), (0.99949, False), (-0.99951, True)):
         near = torch.tensor([cos, (1 - cos**2) ** 0.5], dtype=torch.float64)
-        assert slerp_factors(a.double(), near, 0.25)[2] == branch
+        assert (slerp_factors(a.double(), near, 0.25) == (0.75, 0.25)) == on_the_line
     assert slerp_factors(torch.zeros(2), b, 1.0)[1] == pytest.approx(1.0)
 
 
-def test_mergekit_agrees(tmp_path, trio, monkeypatch):
+def test_mergekit_agrees(tmp_path, trio):
     pytest.importorskip("mergekit")
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
-    from mergekit.sparsify import bernoulli
 
     p, s, d = map(str, trio)
     far = str(changed_copy(trio[0], tmp_path / "far", moved(7, scale=1.0)))
@@ -324,11 +296,6 @@ def test_mergekit_agrees(tmp_path, trio, monkeypatch):
         for name in ours:
             torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-7, msg=f"{method} {name}")
 
-    delta = torch.randn(4096)
-    ours = random_prune(delta, 0.9, generator_of("key"))
-    monkeypatch.setattr(torch, "bernoulli", lambda input: (ours != 0).to(input.dtype))
-    torch.testing.assert_close(bernoulli(delta, density=0.1) / 0.1, ours)
-
 
 @pytest.mark.parametrize("density", [0.0, 0.2, 0.5, 1.0])
 def test_the_largest_deltas_are_kept_and_all_that_tie_with_the_smallest_of_them(density):
@@ -341,24 +308,16 @@ def test_the_largest_deltas_are_kept_and_all_that_tie_with_the_smallest_of_them(
     assert count <= int((delta.abs() >= smallest).sum())
 
 
-def test_the_elected_sign_is_that_of_the_larger_mass():
-    deltas = [torch.tensor([1.0, 2.0, 0.0, -1.0]), torch.tensor([3.0, -3.0, 0.0, 1.0]), torch.tensor([0.0, -1, 0, 0])]
-    assert ties_merge(deltas).tolist() == [2.0, -2.0, 0.0, 1.0]
-
-
-@pytest.mark.parametrize("method", ["average", "ties", "dare", "slerp", "wise-ft"])
-def test_a_merge_does_not_depend_on_shards(tmp_path, tuned, tiny, capsys, method):
+def test_a_merge_does_not_depend_on_shards(tmp_path, tuned, tiny, capsys):
     """In bf16, where many deltas are equal."""
-    models, base = {"average": ([tuned, tiny], None), "slerp": ([tuned, tiny], None)}.get(method, ([tuned], tiny))
-    flags = ["--trim", "global"] if method == "ties" else []
-    assert merge(method, tmp_path / "one", models, base, *flags) == 0
+    assert merge("ties", tmp_path / "one", [tuned], tiny, "--trim", "global") == 0
     said = capsys.readouterr().out.partition(" in ")[0]
     AutoModelForCausalLM.from_pretrained(tuned).save_pretrained(tmp_path / "shards", max_shard_size="500KB")
     AutoTokenizer.from_pretrained(tuned).save_pretrained(tmp_path / "shards")
-    models = [tmp_path / "shards", *models[1:]]
-    assert merge(method, tmp_path / "two", models, base, *flags, "--max_shard_size", "600KB") == 0
+    flags = ["--trim", "global", "--max_shard_size", "600KB"]
+    assert merge("ties", tmp_path / "two", [tmp_path / "shards"], tiny, *flags) == 0
     assert same(tmp_path / "two", tensors(tmp_path / "one"))
-    assert capsys.readouterr().out.partition(" in ")[0] == said  # what was written, and slerp's branches
+    assert capsys.readouterr().out.partition(" in ")[0] == said
 
     index = json.loads((tmp_path / "two" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "two").glob("*.safetensors"))
@@ -432,7 +391,7 @@ def test_an_adapter_becomes_a_plain_model(tmp_path, tiny, capsys):
     assert "holds no adapter that PEFT saved" in error_of(capsys)
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora", "osf"])
+@pytest.mark.parametrize("method", ["adalora", "osf"])
 def test_an_adapter_that_was_trained_merges_into_what_peft_computes(tmp_path, trio, sft, capsys, method):
     small = ["--per_device_train_batch_size", "4", "--global_batch_size", "4", "--max_length", "64"]
     tiny = trio[0]  # in fp32, so that the merged weights are not rounded
@@ -591,10 +550,8 @@ def test_models_that_do_not_fit_are_refused_with_the_first_difference(tmp_path, 
 
     refused(tuned, "are the same model")
     refused(other("vocab", vocab_size=2049), "vocab_size is 2048 in the first and 2049 in the second")
-    refused(other("tied", tie_word_embeddings=True), "tie_word_embeddings is False in the first and True in the second")
     rope = {"rope_type": "default", "rope_theta": 1e6}
     refused(other("rope", rope_parameters=rope), "rope_parameters is {'rope_theta': 10000.0, 'rope_type': 'default'}")
-    refused(other("gelu", hidden_act="gelu"), "hidden_act is silu in the first and gelu in the second")
     refused(other("deep", num_hidden_layers=5), "only the second has model.layers.4.self_attn.q_proj.weight")
     refused(other("wide", intermediate_size=360), "has shape [352, 128] in the first and [360, 128] in the second")
     qwen = AutoConfig.for_model("qwen2", vocab_size=2048, hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
@@ -616,8 +573,6 @@ def test_models_that_do_not_fit_are_refused_with_the_first_difference(tmp_path, 
     assert merge("average", tmp_path / "merge", [tuned, tiny]) == 0
     assert main(["verify", str(tmp_path / "merge")]) == 2
     assert "there is nothing to verify: it is a merge" in error_of(capsys)
-    assert reset(tuned, tiny, tmp_path / "out", "--seed", "1", "--selection_seed", "2") == 2
-    assert "here they differ" in error_of(capsys)
     assert not list(tmp_path.glob(".out*"))
 
 
@@ -653,7 +608,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, tuned, tiny, capsys, monkeypatch):
         assert reset(tuned, tiny, tmp_path / "out") == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert re.search(f"cannot write {tmp_path / 'out'}: .*File too large", error_of(capsys))
+    assert "no room on the disk" in error_of(capsys)
     assert list(tmp_path.iterdir()) == []
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
@@ -663,19 +618,6 @@ def test_a_full_disk_leaves_nothing(tmp_path, tuned, tiny, capsys, monkeypatch):
     assert merge("ties", tmp_path / "out", [tuned], tiny, "--trim", "global") == 2
     assert "has 0.0 GB free" in error_of(capsys)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_cannot_be_read_is_not_said_to_be_unwritable(tmp_path):
-    with (
-        pytest.raises(HFTError, match=f"^cannot read {tmp_path / 'gone'}: No such file"),
-        checkpoints.new_folder(tmp_path / "out"),
-    ):
-        (tmp_path / "gone").read_text()
-    with (
-        pytest.raises(HFTError, match=f"^cannot write {tmp_path / 'out'}: No such file"),
-        checkpoints.new_folder(tmp_path / "out") as folder,
-    ):
-        (folder / "gone" / "model.safetensors").write_text("")
 
 
 SCRIPT = """
@@ -734,7 +676,6 @@ def test_a_merge_needs_little_memory_and_a_killed_one_leaves_no_model(tmp_path, 
     process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     peak = int(process.stdout.partition("peak ")[2].split()[0])
     assert peak < 18 * largest, process.stderr  # fp32 deltas of two models, and what TIES makes of them
-    assert "gemm_4bit" not in process.stderr  # of bitsandbytes, which peft imports
     assert process.returncode == -9
     assert not (tmp_path / "killed").exists()
     assert (tmp_path / ".killed.partial").exists()
@@ -753,16 +694,12 @@ def test_reset_recipes_are_sound(recipe):
 
 
 @pytest.mark.parametrize("recipe", sorted(Path("recipes/merges").glob("*.yaml")), ids=str)
-def test_merge_recipes_are_sound_and_merge(recipe, tmp_path, trio):
+def test_merge_recipes_are_sound(recipe):
     assert f"make merge-{recipe.stem} MODEL=llama2-7b" in recipe.read_text()
-    models = trio[1:] if recipe.stem.endswith("-sd") else trio[1:2]
-    method = yaml.safe_load(recipe.read_text())["method"]
-    base = ["--base", str(trio[0])] if OPERATORS[method].base else []
-    words = ["--config", str(recipe), "--models", *map(str, models), *base, "--out", str(tmp_path / "out")]
-    config, _ = resolve(words, MergeConfig)
+    models = ["S", "D"] if recipe.stem.endswith("-sd") else ["S"]
+    base = ["--base", "P"] if OPERATORS[yaml.safe_load(recipe.read_text())["method"]].base else []
+    config, _ = resolve(["--config", str(recipe), "--models", *models, *base, "--out", "out"], MergeConfig)
     check_config(fill(MergeConfig, config), config)
-    assert main(["merge", *words]) == 0
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", ["phi3", "gpt2"])
@@ -800,7 +737,7 @@ def test_models_stored_expert_by_expert_are_refused(tmp_path, capsys):
 def test_another_base_of_the_same_shapes_is_refused(tmp_path, finished, tiny, tuned, capsys):
     """By the frozen half, which is the base's; `tuned` is the base, moved."""
     name = "which was frozen, differs"
-    assert reset(finished, tuned, tmp_path / "out", "--seed", "1") == 2
+    assert reset(finished, tuned, tmp_path / "out", "--selection_seed", "1") == 2
     assert name in error_of(capsys)
     for method in ("wise-ft", "ties"):
         assert merge(method, tmp_path / "out", [finished], tuned) == 2
@@ -808,7 +745,7 @@ def test_another_base_of_the_same_shapes_is_refused(tmp_path, finished, tiny, tu
     assert main(["diff", str(tuned), str(finished)]) == 0
     assert name in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
-    assert reset(finished, tiny, tmp_path / "out", "--seed", "1") == 0
+    assert reset(finished, tiny, tmp_path / "out", "--selection_seed", "1") == 0
 
 
 def test_base_and_tuned_give_a_merge_with_the_tuned_models_files(tmp_path, finished, tiny, capsys):
