@@ -1,7 +1,9 @@
-"""Mixout (arXiv 1909.11299; paper Table 5): random input columns go back to the base in each forward pass."""
+"""Mixout (arXiv 1909.11299; paper Table 5): random input columns go back to the base in each forward pass.
+
+Of each trained linear layer of the decoder, in training. The base is this run's: 13.0 GB for Llama-2-7B in bf16.
+"""
 
 import functools
-from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
 from typing import Annotated, ClassVar
 
@@ -17,31 +19,24 @@ from hft.methods.update import Update, copies
 from hft.model.anatomy import Anatomy
 from hft.parts import parts_of, weight_of
 from hft.selection import Selection
-from hft.selection.importance import check_linear
+from hft.selection.importance import matrices_of
 
 
 @dataclass
 class Mixout(Update):
-    """In training, each trained linear layer of the decoder computes with some input columns put back to the start.
-
-    The starting weights are those of this run's base: 13.0 GB for Llama-2-7B in bf16.
-    """
-
     name: ClassVar[str] = "mixout"
-    description: ClassVar[str] = "random input columns go back to the base in each forward pass"
     acts_around_step: ClassVar[bool] = False
     replicated: ClassVar[bool] = True  # FSDP2 gathers a layer's weights for its forward pass, not ours
 
     mixout_p: Annotated[float, Field(gt=0, lt=1)] = option("Probability that an input column is put back.", MISSING)
 
     def callbacks(self, model: nn.Module, anatomy: Anatomy) -> list[TrainerCallback]:
-        check_linear(model, anatomy)
-        matrices = {part.parameter for unit in anatomy.units for part in unit.parts if len(part.shape) > 1}
+        matrices = matrices_of(model, anatomy).keys()
         bases = {name: part.original0 for name, part in parts_of(model).items() if name in matrices}
         return [MixColumns(copies(model, matrices) | bases, self.mixout_p)]
 
     def check(self, model: nn.Module, selection: Selection) -> None:
-        check_linear(model, selection.anatomy)
+        matrices_of(model, selection.anatomy)
 
     def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:
         if (args.activation_checkpointing_kwargs or {}).get("preserve_rng_state") is False:
@@ -54,27 +49,24 @@ class Mixout(Update):
 class MixColumns(TrainerCallback):
     """Replaces the forward of the mixed linear layers while a run trains; evaluation uses the weights as they are.
 
-    Processes of one run draw different columns, as they do for dropout. The mixed matrices are kept for the backward
-    pass: another copy of the weights in the dtype of matmuls, or of one layer's under activation checkpointing.
+    Processes draw different columns, as for dropout. Autograd keeps the mixed matrices: another copy of the weights in
+    the dtype of matmuls, or of one layer's under activation checkpointing.
     """
 
     def __init__(self, start: dict[str, torch.Tensor], p: float):
         self.start, self.p = start, p
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        for module, start in self._modules(model):
+        for name, start in self.start.items():
+            module = model.get_submodule(name.removesuffix(".weight"))
             module.forward = functools.partial(mixed_forward, module, start.to(model.device), self.p)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        for module, _ in self._modules(model):
-            del module.forward
-
-    def _modules(self, model: nn.Module) -> Iterator[tuple[nn.Linear, torch.Tensor]]:
-        return ((model.get_submodule(name.removesuffix(".weight")), start) for name, start in self.start.items())
+        for name in self.start:
+            del model.get_submodule(name.removesuffix(".weight")).forward
 
 
 def mixed_forward(module: nn.Linear, start: torch.Tensor, p: float, x: torch.Tensor) -> torch.Tensor:
-    """A linear layer's output, in training with mixed weights."""
     weight = module.weight
     if module.training:
         part = parts_of(module, recurse=False).get("weight")
@@ -86,9 +78,8 @@ def mixed_forward(module: nn.Linear, start: torch.Tensor, p: float, x: torch.Ten
 def mix(weight: torch.Tensor, start: torch.Tensor, p: float, kept: torch.Tensor) -> torch.Tensor:
     """Mixout's weight, [(1-m) W0 + m W - p W0] / (1-p), which is W0 + m (W - W0) / (1-p) and on average W.
 
-    W and W0 are (out, in), W0 in any dtype; m is (in,), the input columns that stay W. The gradient is what autograd
-    finds, m / (1-p). The official code drops the constant 1 / (1-p), against its own comment; AdamW's step depends on
-    it only through epsilon and clipping.
+    W and W0 are (out, in), W0 in any dtype; m is (in,), the input columns that stay W. The gradient is m / (1-p); the
+    official code drops the constant 1 / (1-p), on which AdamW's step depends only through epsilon and clipping.
     """
     start = start.to(weight.dtype)
     return start + (weight - start) * (kept / (1 - p)).to(weight.dtype)

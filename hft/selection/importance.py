@@ -5,6 +5,7 @@ Only the matrices of the layers are scored, those with weights of shape (out, in
 """
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,13 +42,11 @@ def select_by_importance(
 
     At unit granularity the budget and the pools are the category policy's, so that it differs from HFT in nothing but
     which units of a pool are frozen; by `snr` they are Spectrum's. Columns and elements are ranked within each matrix,
-    rounded, and of equal scores the first is frozen first. Norms are drawn as in HFT; biases train, as at unit
-    granularity they do with their matrix.
+    and of equal scores the first is frozen first. Norms are drawn as in HFT; biases train.
 
-    The model is whole, not sharded. Afterwards it is set to evaluate, and by Fisher only what was scored requires
-    gradients. Only `READ_TEXT` need texts; SSU takes 500 rows of the base's own kind of data.
+    The model, which is not sharded, is set to evaluate, and by Fisher only what was scored requires gradients
+    afterwards. Only `READ_TEXT` need texts; SSU takes 500 rows of the base's own kind of data.
     """
-    check_linear(model, anatomy)
     scores = importance_scores(model, anatomy, texts, score=config.score, granularity=config.granularity)
     if config.granularity == "unit":
         return by_unit(anatomy, config, {name.rpartition(".")[0]: float(value) for name, value in scores})
@@ -75,17 +74,17 @@ def planned_selection(model: nn.Module, config: SelectionConfig, base: str) -> S
     check_scored_base(config, base)
     if config.policy != "importance" or config.importance:
         return select(anatomy, config)
-    check_linear(model, anatomy)
     if config.score in READ_TEXT and not (config.importance_data and config.importance_rows):
         raise HFTError(f"{config.score} scores the base on general text: give --importance_data, --importance_rows")
-    matrices = matrices_of(model, anatomy)
+    shapes = matrices_of(model, anatomy)
     if config.granularity == "unit":
-        return by_unit(anatomy, config, {name.rpartition(".")[0]: 0.0 for name in matrices})
+        return by_unit(anatomy, config, {name.rpartition(".")[0]: 0.0 for name in shapes})
+    if config.granularity == "column":
+        shapes = {name: (1, shape[1]) for name, shape in shapes.items()}
 
     def unknown() -> torch.Tensor:
         raise HFTError("which elements train is known once the base has been scored; run `hft importance` first")
 
-    shapes = {n: (1, m.shape[1]) if config.granularity == "column" else tuple(m.shape) for n, m in matrices.items()}
     masks = {n: Mask(unknown, shape, round(config.fraction * math.prod(shape))) for n, shape in shapes.items()}
     return build_selection(anatomy, config, (half_of_the_norms(anatomy, config), masks))
 
@@ -103,14 +102,15 @@ def save_scored(folder: Path, selection: Selection, made_from: Mapping[str, Any]
     (folder / IMPORTANCE_NAME).write_text(json.dumps(made_from, indent=1) + "\n")
 
 
-def check_linear(model: nn.Module, anatomy: Anatomy) -> None:
-    """Refuse models whose matrices are not linear layers: experts, fused projections, Conv1D; it may be on `meta`."""
-    modules = dict(model.named_modules())
-    for unit in anatomy.units:
-        if unit.block != "norm" and not isinstance(modules.get(unit.name), nn.Linear):
-            raise HFTError(
-                f"importance and mixout need linear layers, and {unit.name} is not one; choose another method"
-            )
+def matrices_of(model: nn.Module, anatomy: Anatomy) -> dict[str, tuple[int, ...]]:
+    """The shapes of the matrices of the layers, by parameter, of a model that may be on `meta`.
+
+    Refused are those that are not linear layers' own: experts, fused projections, Conv1D.
+    """
+    modules, units = dict(model.named_modules()), [unit for unit in anatomy.units if unit.block != "norm"]
+    if strange := [unit.name for unit in units if not isinstance(modules.get(unit.name), nn.Linear)]:
+        raise HFTError(f"importance and mixout need linear layers, and {strange[0]} is not one; choose another method")
+    return {part.parameter: part.shape for unit in units for part in unit.parts if len(part.shape) > 1}
 
 
 def importance_scores(
@@ -125,8 +125,8 @@ def importance_scores(
         yield from fisher(model, matrices, texts, reduction).items()
         return
     norms = input_norms(model, matrices, texts) if score == "wanda" else {}
-    for name, weight in tqdm(matrices.items(), desc=f"scoring by {score}", unit="matrix", leave=False):
-        values = weight.detach().float()
+    for name in tqdm(matrices, desc=f"scoring by {score}", unit="matrix", leave=False):
+        values = model.get_parameter(name).detach().float()
         if score == "snr":
             yield name, signal_to_noise(values)
         else:
@@ -137,11 +137,12 @@ def signal_to_noise(weight: torch.Tensor) -> torch.Tensor:
     """The signal-to-noise ratio of a matrix over its largest singular value (Spectrum, 2406.06623).
 
     Singular values above the edge of the Marchenko-Pastur law are signal, the others noise; both are summed. The
-    standard deviation of the noise is estimated from the interquartile range, as in the authors' script.
+    noise's standard deviation is estimated from the interquartile range, 1.349 sigma of a normal distribution, as in
+    the authors' script.
     """
     values = torch.linalg.svdvals(weight)
     quarter, three_quarters = torch.quantile(values, torch.tensor([0.25, 0.75], device=values.device))
-    sigma = (three_quarters - quarter) / 1.349  # of a normal distribution, whose interquartile range is 1.349 sigma
+    sigma = (three_quarters - quarter) / 1.349
     is_signal = values > sigma * (1 + math.sqrt(min(weight.shape) / max(weight.shape)))
     noise = values[~is_signal].sum() if not is_signal.all() else 1.0
     return values[is_signal].sum() / noise / values[0]
@@ -150,7 +151,7 @@ def signal_to_noise(weight: torch.Tensor) -> torch.Tensor:
 def input_norms(model: PreTrainedModel, names: Iterable[str], texts: Texts) -> dict[str, torch.Tensor]:
     """The L2 norm of each input feature of linear layers, over all tokens (Wanda, 2306.11695, equation 1): (in,), fp32.
 
-    SSU's released code takes another factor, the mean square of the feature. Nothing else is kept of the activations.
+    SSU's released code takes another factor, the mean square of the feature.
     """
     squares: dict[str, torch.Tensor] = {}
 
@@ -170,9 +171,8 @@ def input_norms(model: PreTrainedModel, names: Iterable[str], texts: Texts) -> d
 def fisher(model: PreTrainedModel, names: Iterable[str], texts: Texts, reduction: Reduction) -> dict[str, torch.Tensor]:
     """The diagonal of the empirical Fisher information: the mean over rows of text of the squared gradient of the loss.
 
-    Squared is the gradient of each row by itself, as the Fisher information of EWC (1612.00796, section 2) asks, not
-    that of a batch, in which signs cancel. One gradient is held at a time, and the squares are reduced before they are
-    summed, so that only the elements themselves take an fp32 sum as large as the weights: 26 GB for Llama-2-7B.
+    Squared is the gradient of each row by itself, as EWC asks (1612.00796, section 2), since signs cancel in a batch's.
+    One gradient is held at a time and reduced at once; sums of elements take as much as the weights in fp32.
     """
     sums: dict[str, torch.Tensor] = {}
 
@@ -192,47 +192,37 @@ def fisher(model: PreTrainedModel, names: Iterable[str], texts: Texts, reduction
 
 
 def token_ids(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[str | Mapping[str, Any]], max_length: int, count: int
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Mapping[str, Any]], max_length: int, count: int
 ) -> Iterator[torch.Tensor]:
     """The first `count` rows of general text as token ids, (1, length), cut to `max_length` tokens.
 
-    A row is a text, or has `text`, `messages`, or `prompt` and `completion` as messages. Chats are rendered with the
-    tokenizer's chat template, or else their contents are joined. Rows of fewer than two tokens have nothing to predict
-    and are passed over.
+    A row has `text`, `messages`, or `prompt` and `completion` as messages. Chats are rendered with the tokenizer's chat
+    template, or else their contents are joined. Rows of fewer than two tokens have nothing to predict and are skipped.
     """
-    taken = 0
-    for row in rows:
-        if taken == count:
-            return
-        try:
-            text, rendered = _row_text(tokenizer, row)
-            ids = tokenizer(text, truncation=True, max_length=max_length, add_special_tokens=not rendered)["input_ids"]
-        except HFTError:
-            raise
-        except (TemplateError, ValueError, TypeError, LookupError) as error:
-            raise HFTError(f"a row of the text to score by cannot be used: {reason(error)}; drop it") from error
-        if len(ids) > 1:
-            taken += 1
-            yield torch.tensor([ids])
 
+    def ids_of(row: Mapping[str, Any]) -> list[int]:
+        cut = {"truncation": True, "max_length": max_length}
+        if "text" in row:
+            return tokenizer(row["text"], **cut)["input_ids"]
+        messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+        if tokenizer.chat_template:  # which brings its own special tokens
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            return tokenizer(text, add_special_tokens=False, **cut)["input_ids"]
+        return tokenizer("\n\n".join(message["content"] for message in messages), **cut)["input_ids"]
 
-def _row_text(tokenizer: PreTrainedTokenizerBase, row: str | Mapping[str, Any]) -> tuple[str, bool]:
-    """A row as text, and whether a chat template wrote it, which brings its own special tokens."""
-    if isinstance(row, str) or "text" in row:
-        return (row if isinstance(row, str) else row["text"]), False
-    messages = row["messages"] if "messages" in row else [*row.get("prompt", ()), *row.get("completion", ())]
-    if not messages or isinstance(messages[0], str):
-        raise HFTError(f"text for scores needs text, messages, or prompt and completion as messages; got {list(row)}")
-    if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages, tokenize=False), True
-    return "\n\n".join(message["content"] for message in messages), False
+    def usable() -> Iterator[torch.Tensor]:
+        for row in rows:
+            try:
+                ids = ids_of(row)
+            except (TemplateError, ValueError, TypeError, LookupError) as error:
+                raise HFTError(
+                    f"a row of the text to score by cannot be used, {reason(error)}: it has {', '.join(row)}; give "
+                    "text, messages, or prompt and completion as messages"
+                ) from error
+            if len(ids) > 1:
+                yield torch.tensor([ids])
 
-
-def matrices_of(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Parameter]:
-    """The weights of the matrices of the layers, by parameter."""
-    names = [name for unit in anatomy.units if unit.block != "norm" for name in unit.parameters]
-    parameters = {name: model.get_parameter(name) for name in names}
-    return {name: parameter for name, parameter in parameters.items() if parameter.ndim == 2}
+    return itertools.islice(usable(), count)
 
 
 def _rows(model: PreTrainedModel, texts: Texts, description: str) -> Iterator[torch.Tensor]:

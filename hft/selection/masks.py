@@ -22,11 +22,9 @@ MASKS_NAME = "hft_masks.safetensors"
 class Mask:
     """A boolean tensor at one bit per element: 0.8 GB for every matrix of a 7B model.
 
-    Args:
-        bits: uint8 of shape (elements / 8, rounded up), the first element in the lowest bit; or a function that makes
-            them, called when they are first asked for.
-        shape: of the mask, which broadcasts to its parameter: (1, in) is a mask of input columns.
-        count: how many elements are True, where that is known without the bits.
+    `bits` are uint8, the first element in the lowest bit, or a function that makes them, called when they are first
+    asked for. The shape broadcasts to the parameter's: (1, in) is a mask of input columns. `count` elements are True,
+    where that is known without the bits.
     """
 
     def __init__(
@@ -36,12 +34,10 @@ class Mask:
 
     @classmethod
     def of(cls, mask: torch.Tensor) -> Mask:
-        """Pack a boolean tensor."""
         return cls(_packed(mask), tuple(mask.shape))
 
     @property
     def bits(self) -> torch.Tensor:
-        """The packed elements."""
         if callable(self._bits):
             self._bits = self._bits()
         return self._bits
@@ -67,7 +63,6 @@ class Mask:
         return Mask(self.bits & other.bits, self.shape)
 
     def count(self) -> int:
-        """How many of its elements are True."""
         if self._count is None:
             self._count = int.from_bytes(self.bits.cpu().numpy(), "little").bit_count()
         return self._count
@@ -76,7 +71,6 @@ class Mask:
         return Mask(self.bits.to(device), self.shape)
 
     def digest(self) -> str:
-        """SHA-256 of shape and bits."""
         return hashlib.sha256(str(self.shape).encode() + self.bits.cpu().numpy().tobytes()).hexdigest()
 
 

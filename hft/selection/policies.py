@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -40,24 +40,15 @@ def select(anatomy: Anatomy, config: SelectionConfig) -> Selection:
 def build_selection(anatomy: Anatomy, config: SelectionConfig, choice: Choice) -> Selection:
     """The selection that a policy's choice amounts to; refuses one that names what the model does not have."""
     units, masks = choice if isinstance(choice, tuple) and isinstance(choice[-1], Mapping) else (choice, {})
-    known = {unit.name for unit in anatomy.units}
-    shapes, outside = anatomy.shapes, anatomy.embeddings | anatomy.others
+    known, outside = {unit.name for unit in anatomy.units}, anatomy.embeddings | anatomy.others
     try:
         trained = frozenset(unit.name for unit in units)
     except (TypeError, AttributeError) as error:
         raise HFTError(f"policy {config.policy} must return units of the anatomy: {error}") from error
-    if strange := [*(trained - known), *(masks.keys() - shapes.keys() - outside.keys())]:
+    if strange := [*(trained - known), *(masks.keys() - anatomy.shapes.keys() - outside.keys())]:
         raise HFTError(f"policy {config.policy} chose {strange[0]}, which the model does not have")
     whole = frozenset(name for name, mask in masks.items() if mask is None and name in outside)
-    masks = {n: m if isinstance(m, Mask) else _as_mask(config, n, m) for n, m in masks.items() if n not in whole}
-    for name, mask in masks.items():
-        if name in outside and mask.numel != outside[name]:
-            raise HFTError(f"policy {config.policy} gives {name} a mask of {mask.shape}, which is another shape")
-        if name in shapes and not broadcasts(mask.shape, shapes[name]):
-            raise HFTError(
-                f"policy {config.policy} gives {name}, of shape {shapes[name]}, a mask of shape {mask.shape}; each "
-                "dimension must be as long or 1"
-            )
+    masks = {name: _checked(anatomy, config, name, mask) for name, mask in masks.items() if name not in whole}
     routers = {unit.name for unit in anatomy.units if unit.block == "router"}
     if config.freeze_router:
         trained -= routers
@@ -66,11 +57,22 @@ def build_selection(anatomy: Anatomy, config: SelectionConfig, choice: Choice) -
     return Selection(anatomy, config, trained, masks, whole)
 
 
-def _as_mask(config: SelectionConfig, name: str, mask: object) -> Mask:
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise HFTError(f"policy {config.policy} must give a bool tensor for {name}, True where it trains; got {kind}")
-    return Mask.of(mask)
+def _checked(anatomy: Anatomy, config: SelectionConfig, name: str, mask: object) -> Mask:
+    """A policy's mask of a parameter; of one outside the layers only the number of elements is known."""
+    if not isinstance(mask, Mask):
+        kind = getattr(mask, "dtype", type(mask).__name__)
+        if kind != torch.bool:
+            raise HFTError(
+                f"policy {config.policy} must give a bool tensor for {name}, True where it trains; got {kind}"
+            )
+        mask = Mask.of(mask)
+    shape = anatomy.shapes.get(name)
+    if not (broadcasts(mask.shape, shape) if shape else mask.numel == anatomy.numels[name]):
+        raise HFTError(
+            f"policy {config.policy} gives {name}, of shape {shape or (anatomy.numels[name],)}, a mask of shape "
+            f"{mask.shape}; each dimension must be as long or 1"
+        )
+    return mask
 
 
 def half_of_the_norms(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:
@@ -106,10 +108,9 @@ def _pools(anatomy: Anatomy) -> Iterable[tuple[str, list[list[Unit]]]]:
     """The sets of like units that the category policy draws from: a name, and one set per layer of a kind.
 
     Layers need not be alike (DeepSeek's first ones have no experts); those with as many units in a set are of a kind.
-    Attention is one pool; with grouped queries it is two, {q, o} and {k, v}, whose members have the same shape, so
-    that half of the units is half of the parameters (A.4.12; A.4.1 groups them otherwise). Norms of queries and
-    keys, which are as long as a head, are kept apart from the norms of the hidden state. The matrices of all experts
-    of a layer are one pool, apart from an MLP that every token takes.
+    With grouped queries attention is two pools, {q, o} and {k, v}, whose members have the same shape, so that half of
+    the units is half of the parameters (A.4.12; A.4.1 groups them otherwise). Norms of queries and keys are apart from
+    those of the hidden state, and all experts of a layer from an MLP that every token takes.
     """
     grouped = anatomy.grouped_query
     alike: dict[tuple[str, int], list[list[Unit]]] = {}
@@ -132,9 +133,8 @@ def category(anatomy: Anatomy, config: SelectionConfig, importance: Mapping[str,
 
     A fraction that is not a whole number of units in a layer is met over the layers: half of three MLP matrices is one
     in half of the layers and two in the others, and the seed draws which. The paper leaves mixtures of experts open
-    (Limitations). Here half of a layer's expert matrices train, drawn among all of its experts, so that half of every
-    layer stays as in a dense model whichever experts a token is sent to; routers train, since they are a small part of
-    the layer and have to follow experts that change.
+    (Limitations). Here half of a layer's expert matrices train, drawn among all of its experts; routers, a small part
+    of the layer, train, since they have to follow experts that change.
 
     Where every unit of a pool has an importance, by unit name, the least important ones train.
     """
@@ -145,24 +145,19 @@ def category(anatomy: Anatomy, config: SelectionConfig, importance: Mapping[str,
         block = pool.partition(".")[0]
         block_fraction = 1.0 if block == "router" else getattr(config, FRACTIONS[block])
         fraction = config.fraction if block_fraction is None else block_fraction
-        counts = _spread(round(fraction * sum(map(len, units))), units, (*key, pool))
-        for members, count in zip(units, counts, strict=True):
+        count, left_over = divmod(round(fraction * sum(map(len, units))), len(units))
+        layers = sample_names(map(str, range(len(units))), left_over, *key, pool, "layers that round up")
+        for layer, members in enumerate(units):
             names = sample_names((unit.name for unit in members), len(members), *key)
             if importance is not None and all(name in importance for name in names):
                 names.sort(key=importance.get)
-            drawn = set(sorted(names, key=frozen_first.__contains__)[:count])
+            drawn = set(sorted(names, key=frozen_first.__contains__)[: count + (str(layer) in layers)])
             trained += [unit for unit in members if unit.name in drawn]
     if left := next((unit for unit in trained if unit.name in frozen_first), None):
         is_router = left.block == "router"
         hint = "freeze_router freezes routers" if is_router else "lower the fraction, or take the explicit policy"
         raise HFTError(f"freeze names {left.name}, but more is named there than its fraction leaves frozen; {hint}")
     return trained
-
-
-def _spread(total: int, units: Sequence[Sequence[Unit]], key: tuple) -> list[int]:
-    whole, left_over = divmod(total, len(units))
-    one_more = sample_names(map(str, range(len(units))), left_over, *key, "layers that round up")
-    return [whole + (str(layer) in one_more) for layer in range(len(units))]
 
 
 def _layer(anatomy: Anatomy, config: SelectionConfig) -> list[Unit]:

@@ -1,6 +1,5 @@
 """Which units train in a round: the config that asks for them, and the selection that names them."""
 
-import difflib
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -9,8 +8,8 @@ from typing import Any
 import torch
 
 from hft.config import option
-from hft.errors import HFTError
-from hft.model.anatomy import BLOCKS, Anatomy, Part, Unit
+from hft.errors import HFTError, did_you_mean
+from hft.model.anatomy import BLOCKS, Anatomy, Unit
 from hft.selection.masks import Mask
 
 POLICIES = {
@@ -69,10 +68,8 @@ class SelectionConfig:
 
     def __post_init__(self):
         if self.policy not in POLICIES and ":" not in self.policy:
-            near = difflib.get_close_matches(self.policy, POLICIES, n=1) or [", ".join(POLICIES)]
-            raise HFTError(
-                f"unknown policy {self.policy!r}, did you mean {near[0]}? One of your own is FILE.py:FUNCTION"
-            )
+            hint = did_you_mean(self.policy, POLICIES, f", there are {', '.join(POLICIES)}, or FILE.py:FUNCTION")
+            raise HFTError(f"unknown policy {self.policy!r}{hint}")
         for name in ("fraction", *FRACTIONS.values()):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -154,24 +151,19 @@ class Selection:
             return float(self.trains(unit))
         trained = 0
         for part in unit.parts:
-            frozen = self.frozen_masks.get(part.parameter)
             inside = torch.zeros(part.shape, dtype=torch.bool)
             part.mark(inside, True)
+            frozen = self.frozen_masks.get(part.parameter)
             trained += (inside & ~frozen.tensor() if frozen else inside).sum().item()
         return trained / unit.numel
-
-    @functools.cached_property
-    def _trained_of(self) -> dict[str, list[tuple[Part, bool]]]:
-        """Of each parameter in the layers, its parts and whether they train."""
-        parts = self.anatomy.parts_by_parameter.items()
-        return {name: [(part, self.trains(unit)) for unit, part in found] for name, found in parts}
 
     @functools.cached_property
     def frozen_parameters(self) -> list[str]:
         """Names of the wholly frozen parameters, in model order, then those outside the layers."""
         outside = self.frozen_outside | self.anatomy.towers.keys()
         outside |= self.anatomy.embeddings.keys() if self.config.freeze_embeddings else set()
-        frozen = [name for name, parts in self._trained_of.items() if not any(trains for _, trains in parts)]
+        parts = self.anatomy.parts_by_parameter
+        frozen = [name for name, found in parts.items() if not any(self.trains(unit) for unit, _ in found)]
         return frozen + [name for name in self.anatomy.outside_layers if name in outside]
 
     @functools.cached_property
@@ -182,30 +174,32 @@ class Selection:
 
     @property
     def freezes_embeddings(self) -> bool:
-        """Whether the input embeddings are frozen."""
         return next(iter(self.anatomy.embeddings)) in self.frozen_parameters
 
     @functools.cached_property
     def frozen_masks(self) -> dict[str, Mask]:
         """Of each partly frozen parameter, which elements are frozen; a mask broadcasts to its parameter."""
         masks = {}
-        for name, parts in self._trained_of.items():
-            chosen, trains = self.trained_masks.get(name), [trains for _, trains in parts]
+        for name, parts in self.anatomy.parts_by_parameter.items():
+            chosen, trains = self.trained_masks.get(name), [self.trains(unit) for unit, _ in parts]
             if all(trains) and chosen is not None:
                 masks[name] = ~chosen
             elif any(trains) and not all(trains):
-                masks[name] = Mask.of(_frozen_parts(parts) | (~chosen.tensor() if chosen is not None else False))
+                shape = parts[0][1].shape
+                cut = max((len(box) for _, part in parts for box in part.boxes), default=0)
+                frozen = torch.zeros(*shape[:cut], *[1] * (len(shape) - cut), dtype=torch.bool)
+                for unit, part in parts:
+                    part.mark(frozen, not self.trains(unit))
+                masks[name] = Mask.of(frozen | (~chosen.tensor() if chosen is not None else False))
         outside = self.anatomy.outside_layers & self.trained_masks.keys()
         return masks | {name: ~self.trained_masks[name] for name in self.trained_parameters if name in outside}
 
     @functools.cached_property
     def num_trained_in_layers(self) -> int:
-        """Trained parameters in the layers."""
         return sum(self.num_trained_of(name) for name in self.trained_parameters if name in self.anatomy.in_layers)
 
     @functools.cached_property
     def num_trained(self) -> int:
-        """Trained parameters in the whole model."""
         return sum(map(self.num_trained_of, self.trained_parameters))
 
     def num_trained_of(self, name: str) -> int:
@@ -220,7 +214,6 @@ class Selection:
 
     @property
     def fraction_of_model(self) -> float:
-        """Trained parameters / all parameters."""
         return self.num_trained / self.anatomy.numel
 
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -245,13 +238,3 @@ class Selection:
             f"({self.num_trained_in_layers:,} of {self.anatomy.numel_in_layers:,}), {self.fraction_of_model:.1%} of the"
             f" whole model ({self.num_trained:,} of {self.anatomy.numel:,})"
         )
-
-
-def _frozen_parts(parts: list[tuple[Part, bool]]) -> torch.Tensor:
-    """Which elements of a parameter that several units share belong to frozen ones."""
-    shape = parts[0][0].shape
-    cut = max((len(box) for part, _ in parts for box in part.boxes), default=0)
-    frozen = torch.zeros(*shape[:cut], *[1] * (len(shape) - cut), dtype=torch.bool)
-    for part, trains in parts:
-        part.mark(frozen, not trains)
-    return frozen

@@ -1,6 +1,5 @@
 """Policies that read files: folders of `hft importance`, cores of CPI-FT, and Spectrum's results."""
 
-import functools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -81,14 +80,13 @@ def core(anatomy: Anatomy, config: SelectionConfig) -> Choice:
     """All elements but those of the cores train (CPI-FT, 2508.21741, stage 4); or only they do (LoTA, 2406.16797)."""
     if not config.cores:
         raise HFTError("the core policy needs --cores FOLDER [FOLDER ...], which `hft cpi probe` makes")
-    first, *others = map(Masks, config.cores)
-    if wrong := [n for n, size in anatomy.numels.items() if math.prod(first.shapes.get(n, (0,))) != size]:
-        raise HFTError(f"core {config.cores[0]} is of another model: it has no {wrong[0]} of that size")
-    for folder, core in zip(config.cores[1:], others, strict=True):
-        if core.shapes != first.shapes:
-            raise HFTError(f"cores {config.cores[0]} and {folder} are of different models")
-    union = {name: functools.reduce(Mask.__or__, (core[name] for core in others), mask) for name, mask in first.items()}
-    union = {name: mask for name, mask in union.items() if name not in anatomy.towers}
+    union: dict[str, Mask] = {}
+    for folder in config.cores:
+        core = Masks(folder)
+        if wrong := [n for n, size in anatomy.numels.items() if math.prod(core.shapes.get(n, (0,))) != size]:
+            raise HFTError(f"core {folder} is of another model: it has no {wrong[0]} of that size")
+        named = ((name, mask) for name, mask in core.items() if name not in anatomy.towers)
+        union |= {name: union[name] | mask if name in union else mask for name, mask in named}
     holding = {name for name, mask in union.items() if mask.count()}
     if not config.train_core:
         return anatomy.units, {name: ~union[name] for name in holding}
@@ -114,16 +112,11 @@ def top_of_each_type(anatomy: Anatomy, config: SelectionConfig, ratios: Mapping[
     Rounded down, and of equal ratios the first come first, as in the authors' script, which lists the embeddings and
     the head in any case. Nothing else trains, the final norm included.
     """
-    by_type: dict[str, list[str]] = {}
-    for name in ratios:
-        by_type.setdefault(_type_of(name), []).append(name)
-    modules: dict[str, set[str]] = {}
-    for module in (module for unit in anatomy.units for module in _modules_of_unit(unit)):
-        modules.setdefault(_type_of(module), set()).add(module)
+    modules = _by_type(module for unit in anatomy.units for module in _modules_of_unit(unit))
     trained: set[str] = set()
-    for kind, names in by_type.items():
-        # Embeddings, head and final norm are types of their own.
-        if kind not in names and set(names) != modules.get(kind):
+    for kind, names in _by_type(ratios).items():
+        # Each of the embeddings, the head and the final norm is a type.
+        if kind not in names and set(names) != set(modules.get(kind, ())):
             raise HFTError(f"importance {config.importance} is of another model: it has other layers with {kind}")
         names.sort(key=ratios.get, reverse=not config.invert)
         trained.update(names[: math.floor(len(names) * Fraction(str(config.fraction)))])
@@ -133,11 +126,14 @@ def top_of_each_type(anatomy: Anatomy, config: SelectionConfig, ratios: Mapping[
     return units, {name: None for name, module in norms.items() if module not in trained}
 
 
-def _type_of(module: str) -> str:
-    """A module's path in its layer: `mlp.up_proj` of `model.layers.3.mlp.up_proj`; outside the layers its name."""
-    parts = module.split(".")
-    layer = next((index for index, part in enumerate(parts) if part.isdigit()), -1)
-    return ".".join(parts[layer + 1 :])
+def _by_type(modules: Iterable[str]) -> dict[str, list[str]]:
+    """Modules by their path in their layer, such as `mlp.up_proj`; outside the layers by name."""
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        parts = module.split(".")
+        layer = next((index for index, part in enumerate(parts) if part.isdigit()), -1)
+        found.setdefault(".".join(parts[layer + 1 :]), []).append(module)
+    return found
 
 
 def _modules_of_unit(unit: Unit) -> Iterable[str]:

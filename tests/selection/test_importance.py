@@ -164,19 +164,19 @@ def test_half_precision_is_scored_in_fp32(tiny, batches):
 
 def test_rows_of_all_kinds_become_text(tokenizer):
     chat = [{"role": "user", "content": "What is a fence?"}, {"role": "assistant", "content": "A thing to lean on."}]
-    given = ["A fence.", {"text": "A fence."}, {"text": ""}, {"messages": chat}]
+    given = [{"text": "A fence."}, {"text": ""}, {"messages": chat}]
     given += [{"prompt": chat[:1], "completion": chat[1:]}, "never reached"]
-    plain, text, messages, parted = (b[0].tolist() for b in token_ids(tokenizer, given, 100, count=4))
-    assert plain == text == tokenizer("A fence.")["input_ids"]
+    text, messages, parted = (b[0].tolist() for b in token_ids(tokenizer, given, 100, count=3))
+    assert text == tokenizer("A fence.")["input_ids"]
     assert messages == parted == tokenizer.apply_chat_template(chat, return_dict=False)
-    [cut] = token_ids(tokenizer, given[3:4], 6, count=9)
+    [cut] = token_ids(tokenizer, given[2:3], 6, count=9)
     assert cut.tolist() == [messages[:6]]
 
 
 def test_special_tokens_are_added_to_text_and_left_to_the_template_in_chats(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="X $A", special_tokens=[("X", 7)])
-    given = ["A fence.", {"messages": [{"role": "user", "content": "A fence."}]}]
+    given = [{"text": "A fence."}, {"messages": [{"role": "user", "content": "A fence."}]}]
     text, chat = (batch[0].tolist() for batch in token_ids(tokenizer, given, 100, count=2))
     assert text[0] == 7
     assert 7 not in chat
@@ -193,7 +193,7 @@ def test_what_cannot_be_scored_is_refused_in_a_sentence(tmp_path, model, tokeniz
     for score in ("wanda", "fisher"):
         with pytest.raises(HFTError, match="no text to score by"):
             masks(model, score=score)
-    with pytest.raises(HFTError, match=r"got \['chosen', 'rejected'\]"):
+    with pytest.raises(HFTError, match="it has chosen, rejected; give text, messages"):
         list(token_ids(tokenizer, [{"chosen": [], "rejected": []}], 10, count=1))
     fused, config = small("gpt2"), SelectionConfig(policy="importance", granularity="column", score="wanda")
     with pytest.raises(HFTError, match=r"and transformer\.h\.0\.attn\.c_attn\.q_proj is not one"):

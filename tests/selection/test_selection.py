@@ -267,7 +267,7 @@ def test_all_trains_everything_and_embeddings_can_be_frozen(llama2_7b):
         ({"train": ["q_proj"]}, "train belongs to the explicit policy"),
         ({"policy": "explicit", "train": ["q_proj"], "freeze": ["k_proj"]}, "remove freeze and freeze_embeddings"),
         ({"policy": "model", "freeze": ["q_proj"]}, "the explicit policy needs `freeze`"),
-        ({"policy": "catgory"}, "unknown policy 'catgory', did you mean category"),
+        ({"policy": "catgory"}, "unknown policy 'catgory', did you mean 'category'"),
         ({"policy": "importance"}, "needs a granularity"),
         ({"score": "wanda"}, "score belongs to the importance policy"),
         ({"policy": "model", "mlp_fraction": 0.0}, "belongs to the category policy"),
