@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from hft.demo.data import docstring_chats
 from hft.demo.models import make_tiny
-from hft.methods.smartfrz.predictor import (
+from hft.methods.smartfrz import (
     PREDICTOR_WEIGHTS,
     RECORDINGS,
     WINDOW,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from hft.config import option
 from hft.methods.strategy import Row, Strategy
@@ -13,8 +12,6 @@ from hft.methods.strategy import Row, Strategy
 
 @dataclass
 class BalancedReplay(Strategy):
-    description: ClassVar[str] = "half of the rows of each round are of earlier tasks"
-
     replay_seed: int = option("Seed of their choice.", 0)
 
     def training_rows(self, tasks: Sequence[list[Row]], alignment: list[Row]) -> list[Row]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from hft.config import option
 from hft.methods.schedule import Schedule, outside_layers, units_of_layers
@@ -12,8 +11,6 @@ from hft.selection import Selection
 
 @dataclass
 class GradualUnfreezing(Schedule):
-    description: ClassVar[str] = "layers start to train one after the other, the last one first"
-
     switch_every: int = option("Steps after which one more layer trains.", 20)
 
     def trained_at(self, selection: Selection, step: int, steps: int) -> frozenset[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from transformers import TrainerCallback
@@ -15,8 +14,6 @@ from hft.selection import Selection
 
 @dataclass
 class SmallSteps(Update):
-    description: ClassVar[str] = "no step moves a tensor by more than a fraction of its norm"
-
     trust_ratio: float = option("Largest norm of a step / norm of the tensor.", 0.001)
 
     def callbacks(self, model, anatomy) -> list[TrainerCallback]:

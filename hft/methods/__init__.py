@@ -72,22 +72,20 @@ def steps_elsewhere(args: TrainingArguments) -> bool:
 
 
 def method_of(config: Mapping[str, Any]) -> Method:
-    """The method that a resolved config describes."""
     parts = {cls.kind: _fill(cls, config, f"{cls.kind} {config[cls.kind]!r}") for cls in classes_of(config)}
-    if "adapter" in parts:
-        others = [f.name for f in fields(SelectionConfig)] + ["schedule", "update"]
-        if given := [name for name in others if config.get(name) not in UNSET]:
-            raise HFTError(
-                f"{given[0]} is about weights of the model, and adapter {config['adapter']!r} freezes all of them; "
-                "remove one"
-            )
-    if (strategy := parts.get("strategy")) and strategy.takes_adapter != ("adapter" in parts):
+    adapter, strategy = parts.get("adapter"), parts.get("strategy")
+    others = [*(f.name for f in fields(SelectionConfig)), "schedule", "update"]
+    if adapter and (given := [name for name in others if config.get(name) not in UNSET]):
+        raise HFTError(
+            f"{given[0]} is about weights of the model, and adapter {adapter.name!r} freezes all of them; remove one"
+        )
+    if strategy and strategy.takes_adapter != bool(adapter):
         wanted = "needs an adapter, such as lora" if strategy.takes_adapter else "does not work with an adapter"
         raise HFTError(f"strategy {strategy.name} {wanted}; adapters learn one task after another with strategy lora")
-    if strategy and strategy.takes_adapter and not parts["adapter"].reloads:
+    if strategy and adapter and not adapter.reloads:
         raise HFTError(
             f"strategy {strategy.name} starts each round with the adapter of the round before, whose ranks "
-            f"{parts['adapter'].name} has pruned; take another adapter, such as lora"
+            f"{adapter.name} has pruned; take another adapter, such as lora"
         )
     return Method(_fill(SelectionConfig, config, "selection"), **parts)
 
@@ -123,9 +121,9 @@ def find_method(kind: str, name: str) -> type[MethodPart]:
 
 @functools.cache
 def all_classes() -> list[type[MethodPart]]:
-    """The class of every built-in method: the one with a name in each module of its kind's package."""
+    """The class of every built-in method: the one with a name in each module of its package."""
     found = []
-    for package in dict.fromkeys(cls.package for cls in KINDS.values()):
+    for package in (__name__, "hft.continual.strategies"):  # which need more than this package may import
         for file in pkgutil.iter_modules(import_module(package).__path__):
             module = import_module(f"{package}.{file.name}")
             classes = [cls for cls in vars(module).values() if isinstance(cls, type) and issubclass(cls, MethodPart)]

@@ -1,4 +1,7 @@
-"""AdaLoRA (arXiv 2303.10512; paper Table 5): LoRA whose ranks are pruned by importance."""
+"""AdaLoRA (arXiv 2303.10512; paper Table 5): LoRA whose ranks are pruned by importance.
+
+Adds what TRL leaves out: the orthogonality loss, and pruning after each step over the run's real length.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class AdaLoRA(LoRA):
-    """Adds what TRL leaves out: the orthogonality loss, and pruning after each step over the run's real length."""
-
     name: ClassVar[str] = "adalora"
-    description: ClassVar[str] = "LoRA whose ranks are pruned by importance"
     acts_around_step: ClassVar[bool] = True
     peft_class: ClassVar[str] = "AdaLoraConfig"
     reloads: ClassVar[bool] = False  # the ranks at the end would cut it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,6 +19,8 @@ from hft.selection import Selection, SelectionConfig
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PretrainedConfig, TrainerCallback, TrainingArguments
+
+NOT_PEFTS = ("learning_rate_factor",)
 
 
 @dataclass
@@ -56,10 +58,9 @@ class Adapter(MethodPart):
         """PEFT's config of this adapter."""
         import peft
 
-        names = {f.name: f.name for f in fields(self)} | {"learning_rate_factor": None} | self.peft_names
-        values = {peft_name: getattr(self, name) for name, peft_name in names.items() if peft_name}
-        given = {name: value for name, value in values.items() if value is not None}
-        return getattr(peft, self.peft_class)(task_type="CAUSAL_LM", **given, **more)
+        keys = {self.peft_names.get(key, key): value for key, value in self.given(NOT_PEFTS).items()}
+        keys.pop(None, None)
+        return getattr(peft, self.peft_class)(task_type="CAUSAL_LM", **keys, **more)
 
     def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:
         if args.load_best_model_at_end and not self.reloads:
@@ -135,23 +136,18 @@ class AdapterFootprint(Selection):
         return sum(self.added.values())
 
     def base_bytes(self, bytes_per_element: float) -> float:
-        """Bytes of everything that is frozen, with that many per element where it is not quantized.
-
-        The input's embeddings are held in fp32 (`hft.freezing.upcast`).
-        """
-        anatomy, matrix_bytes = self.anatomy, self.adapter.matrix_bytes
-        size = anatomy.numel * bytes_per_element
-        if matrix_bytes is not None:
-            quantized = sum(unit.numel for unit in anatomy.units if unit.block != "norm")
-            size += quantized * (matrix_bytes - bytes_per_element)
-        return size + 4 * self.held + (4 - bytes_per_element) * next(iter(anatomy.embeddings.values()))
+        """Bytes of everything that is frozen, with that many per element where it is not quantized."""
+        anatomy, matrix_bytes = self.anatomy, self.adapter.matrix_bytes or bytes_per_element
+        matrices = sum(unit.numel for unit in anatomy.units if unit.block != "norm")
+        in_fp32 = self.held, next(iter(anatomy.embeddings.values()))  # the input's: `hft.freezing.upcast`
+        rest = anatomy.numel - matrices - in_fp32[1]
+        return matrices * matrix_bytes + rest * bytes_per_element + 4 * sum(in_fp32)
 
     def record(self) -> dict[str, Any]:
         return self.adapter.record()
 
     def summary(self) -> str:
-        keys = {f.name: getattr(self.adapter, f.name) for f in fields(self.adapter) if f.name != "learning_rate_factor"}
-        settings = ", ".join(f"{key} {value}" for key, value in keys.items() if value is not None)
+        settings = ", ".join(f"{key} {value}" for key, value in self.adapter.given(NOT_PEFTS).items())
         return (
             f"adapter {self.adapter.name}: {settings}; the model is frozen whole\n{self.num_trained:,} parameters "
             f"train, {self.fraction_of_model:.2%} of the model's {self.anatomy.numel:,}"

@@ -1,4 +1,9 @@
-"""AutoFreeze (arXiv 2102.01386; paper Table 5): the first layers freeze for good as their gradients settle."""
+"""AutoFreeze (arXiv 2102.01386; paper Table 5): the first layers freeze for good as their gradients settle.
+
+With them freeze the input embeddings: only then does the backward pass end early. The original takes the L1 norm of the
+gradient summed over an interval, a second gradient in memory; ours averages the L1 norms of the steps, and the layers
+that still train keep their moments.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +22,7 @@ from hft.selection import Selection
 
 @dataclass
 class AutoFreeze(Schedule):
-    """A prefix of the layers freezes, and with it the input embeddings: only then does the backward pass end early.
-
-    The original takes the L1 norm of the gradient summed over an interval, a second gradient in memory; ours averages
-    the L1 norms of the steps. The original builds a new optimizer at each switch; here the layers that still train keep
-    their moments. A head that is tied to the embeddings freezes with them.
-    """
-
     name: ClassVar[str] = "autofreeze"
-    description: ClassVar[str] = "everything trains at first; the first layers freeze as their gradients settle"
     known_before_run: ClassVar[bool] = False
 
     intervals: int = option("Parts of the run, of equal length; layers freeze between.", 10)
@@ -59,10 +56,7 @@ class AutoFreeze(Schedule):
 
 
 def next_start(before: Sequence[float], now: Sequence[float], start: int, percentile: float) -> int:
-    """AutoFreeze's rule: the first layer from `start` on whose gradient norm changed by the percentile of all changes.
-
-    `before` and `now` are the norms of each layer in the last two intervals.
-    """
+    """The first layer from `start` on whose norm changed by the percentile of all changes in the last two intervals."""
     with np.errstate(divide="ignore", invalid="ignore"):
         change = np.abs(np.subtract(before, now)[start:]) / np.asarray(before)[start:]
     reached = np.flatnonzero(change >= np.percentile(change, percentile))

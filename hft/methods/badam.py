@@ -1,4 +1,7 @@
-"""BAdam (arXiv 2404.02827): one block of parameters trains at a time, each with fresh optimizer state."""
+"""BAdam (arXiv 2404.02827): one block of parameters trains at a time, each with fresh optimizer state.
+
+A layer is a block, and embeddings, final norm and head together are one, unless `freeze_embeddings` is set.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -11,14 +14,7 @@ from hft.selection.policies import sample_names
 
 @dataclass
 class BAdam(Schedule):
-    """A layer is a block, and embeddings, final norm and head together are one.
-
-    With frozen embeddings (`freeze_embeddings`, the method file's default) only the layers take turns: the final norm
-    stays frozen too.
-    """
-
     name: ClassVar[str] = "badam"
-    description: ClassVar[str] = "one layer trains at a time, with fresh optimizer state"
     clears_state: ClassVar[bool] = True
 
     switch_every: int = option("Steps after which the next layer trains.", 50)

@@ -16,48 +16,37 @@ from hft.selection import Selection
 class ScheduleCallback(TrainerCallback, ExportableState):
     """Freezes and unfreezes parameters at the steps where a schedule switches.
 
-    The first freeze comes with the first step, when the optimizer already holds every parameter: one built after it
-    would never hold the frozen ones. A parameter that freezes loses its gradient, since optimizers skip only parameters
-    without one, whatever `requires_grad` says, and by default its optimizer state.
-
-    Attributes:
-        history: the phases so far, as `hft.methods.schedule.to_row` writes them.
-        measured: what a measuring schedule has measured and decided so far.
-        steps: steps of the whole run, once it has started.
+    The first freeze comes with the first step, when the optimizer already holds every parameter. A parameter that
+    freezes loses its gradient, since optimizers skip only parameters without one, and by default its optimizer state.
     """
 
     def __init__(self, selection: Selection, schedule: pure.Schedule):
         self.selection = selection
         self.schedule = schedule
-        self.steps = 0
-        self.history: list[dict[str, Any]] = []
-        self.measured: dict[str, Any] = {}
+        self.steps = 0  # of the whole run, once it has started
+        self.history: list[dict[str, Any]] = []  # the phases so far, as `hft.methods.schedule.to_row` writes them
+        self.measured: dict[str, Any] = {}  # and decided, by a schedule that measures
         self._scheduled = {*selection.anatomy.in_layers, *pure.outside_layers(selection)}
         self._trained: frozenset[str] | None = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint's trainer state holds of the schedule."""
         return {"args": {}, "attributes": {"steps": self.steps, "history": self.history, "measured": self.measured}}
 
     def record(self, step: int) -> dict[str, Any]:
         """What the manifest holds besides the config: the phases of the first `step` steps, and their fractions."""
-        history = self._until(step)
-        if not history:
+        if not (history := [row for row in self.history if row["step"] < step]):
             return {}
         fractions = pure.fractions_of(self.selection, self._phases(history), step)
         return {"steps": self.steps, "fractions": fractions, "history": history}
 
     def ever_trained(self, step: int) -> frozenset[str]:
         """Names of the units, and of parameters outside the layers, that have trained in the first `step` steps."""
-        return pure.trained_in(self._phases(self._until(step)))
+        return pure.trained_in(phase for phase in self._phases(self.history) if phase[0] < step)
 
     def have_state(self, history: list[dict[str, Any]]) -> set[str]:
         """Names of the parameters whose optimizer state a checkpoint holds, given the phases until then."""
         kept = history[-1:] if self.schedule.optimizer_state == "reset" else history
         return pure.parameters_of(self.selection, pure.trained_in(self._phases(kept)))
-
-    def _until(self, step: int) -> list[dict[str, Any]]:
-        return [row for row in self.history if row["step"] < step]
 
     def _phases(self, history: list[dict[str, Any]]) -> list[pure.Phase]:
         return [pure.from_row(self.selection, row) for row in history]
@@ -76,16 +65,15 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         self.steps, self._trained = state.max_steps, None
 
     def on_step_begin(self, args, state, control, *, model, optimizer, **kwargs):
-        """Freeze and unfreeze what the schedule says for the coming step."""
         schedule, steps, step = self.schedule, self.steps, state.global_step
         reshard(model)
         trained = schedule.decide(self.selection, step, steps, model, self.measured)
         if not self.history or trained != pure.from_row(self.selection, self.history[-1])[1]:
             self.history.append(pure.to_row(self.selection, step, trained))
         clear = schedule.clears_state and schedule.interval_at(steps, step) != schedule.interval_at(steps, step - 1)
+        if self._trained is None:
+            note_dtypes(model)
         if clear or trained != self._trained:
-            if self._trained is None:
-                note_dtypes(model)
             self._trained = trained
             self.enforce(model, optimizer, clear=clear)
 
@@ -94,9 +82,9 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         self.schedule.on_gradients(self.selection, model, self.measured)
 
     def enforce(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, clear: bool) -> None:
-        """Set `requires_grad` of every scheduled parameter, and handle the gradients and states of the frozen ones.
+        """Set `requires_grad` of every scheduled parameter, and drop or move the states of the frozen ones.
 
-        `clear` deletes the state of every parameter, that of the trained ones too.
+        `clear` deletes the state of the trained ones too.
         """
         names, keep = pure.parameters_of(self.selection, self._trained), self.schedule.optimizer_state
         for name, parameter in model.named_parameters():
@@ -113,10 +101,8 @@ class ScheduleCallback(TrainerCallback, ExportableState):
 
 
 def note_dtypes(model: nn.Module) -> None:
-    """Let FSDP2 note the dtypes of all that trains in the run before any of it is frozen.
-
-    It does so in its first forward pass, from the parameters that require a gradient then. A layer in which none did
-    would get gradients in another dtype than its parameters' once some do.
+    """Let FSDP2 note the dtypes of all that trains in the run before any of it is frozen: in its first forward pass,
+    from the parameters that require a gradient then. Others would get gradients in another dtype later.
     """
     if isinstance(model, FSDPModule):
         training = model.training

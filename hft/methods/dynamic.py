@@ -1,4 +1,8 @@
-"""Dynamic freezing (paper A.4.11, Table 22): everything trains at first, and less after each part of the run."""
+"""Dynamic freezing (paper A.4.11, Table 22): everything trains at first, and less after each part of the run.
+
+After each tenth of the run a tenth of the layers' parameters freezes, in whole units, drawn at random: the paper does
+not say which. Embeddings, head and final norm train throughout, as under HFT.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,20 +16,13 @@ from hft.selection.policies import sample_names
 
 @dataclass
 class Dynamic(Schedule):
-    """After each tenth of the run a tenth of the layers' parameters freezes, in whole units, drawn at random.
-
-    The paper does not say which units freeze. The last tenth of the run trains the last tenth of the parameters.
-    Embeddings, head and final norm train throughout, as under HFT. Units that share a parameter freeze together.
-    """
-
     name: ClassVar[str] = "dynamic"
-    description: ClassVar[str] = "everything trains at first; more and more units freeze"
 
     intervals: int = option("Parts of the run, of equal length; units freeze in between.", 10)
     schedule_seed: int = option("Seed of the draw, apart from the training seed.", 0)
 
     def trained_at(self, selection: Selection, step: int, steps: int) -> frozenset[str]:
-        groups: dict[tuple[str, ...], list[Unit]] = {}
+        groups: dict[tuple[str, ...], list[Unit]] = {}  # of units that share parameters, which freeze together
         for unit in selection.anatomy.units:
             groups.setdefault(unit.parameters, []).append(unit)
         by_name = {units[0].name: units for units in groups.values()}

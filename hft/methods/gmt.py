@@ -1,4 +1,7 @@
-"""GMT (arXiv 2406.15330): in each step only the entries of each tensor with the largest gradient move."""
+"""GMT (arXiv 2406.15330): in each step only the entries of each tensor with the largest gradient move.
+
+The gradient is that of the global batch, clipped; the moments see what is left of it.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,14 +17,7 @@ from hft.selection import Selection
 
 @dataclass
 class GMT(TopK):
-    """Gradient-mask tuning: the moments see the masked gradient.
-
-    Ranked is the gradient accumulated over the global batch and clipped. Clipping scales it as a whole, so it ranks as
-    before, but the norm is that of the whole gradient.
-    """
-
     name: ClassVar[str] = "gmt"
-    description: ClassVar[str] = "of each tensor only the entries with the largest gradient move in a step"
 
     def before_step(self, parameter: nn.Parameter) -> torch.Tensor:
         moving = self.largest(parameter.grad)

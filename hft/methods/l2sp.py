@@ -1,4 +1,8 @@
-"""L2-SP (arXiv 1802.01483): after each step every trained weight is pulled toward where it started."""
+"""L2-SP (arXiv 1802.01483): after each step every trained weight is pulled toward where it started.
+
+W <- W - lr * strength * (W - W0), decoupled from the gradient as AdamW decouples weight decay. W0 is this run's base,
+in the dtype it was loaded in: 13.5 GB for Llama-2-7B, half of that where half is frozen.
+"""
 
 from dataclasses import MISSING, dataclass
 from typing import ClassVar
@@ -17,13 +21,7 @@ from hft.selection import Selection
 
 @dataclass
 class L2SP(Update):
-    """W <- W - lr * strength * (W - W0), decoupled from the gradient as AdamW decouples weight decay.
-
-    W0 is this run's base, in the dtype it was loaded in: 13.5 GB for Llama-2-7B, half of that where half is frozen.
-    """
-
     name: ClassVar[str] = "l2sp"
-    description: ClassVar[str] = "trained weights are pulled toward the base after each step"
 
     l2sp_strength: PositiveFloat = option("Each step takes learning rate x this of the way to the start.", MISSING)
 

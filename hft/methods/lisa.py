@@ -1,4 +1,7 @@
-"""LISA (arXiv 2403.17919): a few layers train at a time, drawn uniformly every few steps."""
+"""LISA (arXiv 2403.17919): a few layers train at a time, drawn uniformly every few steps.
+
+Embeddings, final norm and head always train.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -12,10 +15,7 @@ from hft.selection.policies import sample_names
 
 @dataclass
 class Lisa(Schedule):
-    """Layers drawn in each interval train; embeddings, final norm and head always do."""
-
     name: ClassVar[str] = "lisa"
-    description: ClassVar[str] = "a few layers train, drawn again every few steps"
 
     switch_every: int = option("Steps after which other layers train.", 20)
     active_layers: int = option("Layers that train at a time.", 2)

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685; paper Table 5)."""
+"""LoRA (arXiv 2106.09685; paper Table 5): a low-rank update of each targeted matrix."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -9,10 +9,7 @@ from hft.methods.adapter import Adapter
 
 @dataclass
 class LoRA(Adapter):
-    """A low-rank update of each targeted matrix."""
-
     name: ClassVar[str] = "lora"
-    description: ClassVar[str] = "a low-rank update of each targeted matrix"
     peft_class: ClassVar[str] = "LoraConfig"
     peft_names: ClassVar[dict[str, str | None]] = {"rank": "r"}
 

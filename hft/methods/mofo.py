@@ -1,4 +1,8 @@
-"""MoFO (arXiv 2407.20999): in each step only the entries of each tensor with the largest momentum move."""
+"""MoFO (arXiv 2407.20999): in each step only the entries of each tensor with the largest momentum move.
+
+The moments see the whole gradient; the momentum is that after this step's gradient. Norms and biases move as a whole,
+as in the official optimizer, which decays all weights in each step.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,19 +21,11 @@ MOMENTUM = ("adamw_torch", "adamw_torch_fused")
 
 @dataclass
 class MoFO(TopK):
-    """Momentum-filtered optimizer: the moments see the whole gradient; the momentum is that after this step's gradient.
-
-    Norms and biases move as a whole, as in the official optimizer. That one decays all weights in each step, ours only
-    those that move.
-    """
-
     name: ClassVar[str] = "mofo"
-    description: ClassVar[str] = "of each matrix only the entries with the largest momentum move in a step"
 
-    def ranked(self, parameter: nn.Parameter) -> bool:
-        return parameter.ndim > 1
-
-    def after_step(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    def after_step(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
+        if parameter.ndim == 1:
+            return None
         state = optimizer.state[parameter]
         return self.largest(state["exp_avg" if "exp_avg" in state else "momentum_buffer"])
 

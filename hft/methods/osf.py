@@ -1,4 +1,7 @@
-"""OSF (arXiv 2504.07097): the smaller singular directions of each matrix train, orthogonally to the larger ones."""
+"""OSF (arXiv 2504.07097): the smaller singular directions of each matrix train, orthogonally to the larger ones.
+
+Its factors are taken from the weights as they are stored, and taken again when it is loaded.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -9,10 +12,7 @@ from hft.methods.adapter import Adapter
 
 @dataclass
 class OSF(Adapter):
-    """Its factors are taken from the weights as they are stored, and taken again when it is loaded."""
-
     name: ClassVar[str] = "osf"
-    description: ClassVar[str] = "the smaller half of each matrix's singular directions trains"
     peft_class: ClassVar[str] = "OSFConfig"
     peft_names: ClassVar[dict[str, str | None]] = {"preserved_fraction": "effective_rank"}
     upcasts_base: ClassVar[bool] = False

@@ -1,4 +1,7 @@
-"""P-tuning v2 (arXiv 2110.07602; paper Table 5): trained keys and values before those of each layer."""
+"""P-tuning v2 (arXiv 2110.07602; paper Table 5): trained keys and values before those of each layer.
+
+They reach the layers as a cache, which activation checkpointing would drop.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,10 +12,7 @@ from hft.methods.adapter import Adapter
 
 @dataclass
 class PTuningV2(Adapter):
-    """A learned prefix. It reaches the layers as a cache, which activation checkpointing would drop."""
-
     name: ClassVar[str] = "p-tuning-v2"
-    description: ClassVar[str] = "trained keys and values before those of each layer; SFT only"
     peft_class: ClassVar[str] = "PrefixTuningConfig"
     learns_prompt: ClassVar[bool] = True
     keeps_checkpointing: ClassVar[bool] = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,18 +20,19 @@ class MethodPart:
     Attributes:
         kind: the key that names it: `schedule`, `update`, `adapter` or `strategy`.
         name: the value of that key.
-        description: one line.
         shardable: whether it runs on the shards of FSDP2.
         acts_around_step: whether it reads or changes gradients or weights around `optimizer.step()`.
-        package: where the built-in ones of its kind are.
     """
 
     kind: ClassVar[str]
     name: ClassVar[str]
-    description: ClassVar[str] = ""
     shardable: ClassVar[bool] = True
     acts_around_step: ClassVar[bool] = True
-    package: ClassVar[str] = __package__
+
+    @classmethod
+    def description(cls) -> str:
+        """One line: what the docstring of its file says after a name and a colon."""
+        return (sys.modules[cls.__module__].__doc__ or "").partition("\n")[0].partition(": ")[2].rstrip(".")
 
     def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:
         """Raise an `HFTError` for settings of the trainer, or a reference, that would silently change the method."""
@@ -38,6 +41,10 @@ class MethodPart:
         """Bytes beside weights, gradients and optimizer state."""
         return 0
 
+    def given(self, but: Collection[str] = ()) -> dict[str, Any]:
+        """Its keys that have a value, but for some."""
+        return {key: value for key, value in asdict(self).items() if value is not None and key not in but}
+
     def record(self) -> dict[str, Any]:
         """The name and the keys, which the manifest keeps."""
-        return {self.kind: self.name} | {key: value for key, value in asdict(self).items() if value is not None}
+        return {self.kind: self.name} | self.given()

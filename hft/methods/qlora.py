@@ -1,4 +1,7 @@
-"""QLoRA (arXiv 2305.14314; paper Table 5): LoRA on a base in 4 bits, nf4 with double quantization."""
+"""QLoRA (arXiv 2305.14314; paper Table 5): LoRA on a base in 4 bits, nf4 with double quantization.
+
+The base's matrices in the layers are quantized; what the adapter adds is not.
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,10 +14,7 @@ from hft.methods.lora import LoRA
 
 @dataclass
 class QLoRA(LoRA):
-    """The base's matrices in the layers are quantized; what the adapter adds is not."""
-
     name: ClassVar[str] = "qlora"
-    description: ClassVar[str] = "LoRA on a base in 4 bits"
     # 4 bits per element, 8 bits per block of 64, and fp32 per 256 blocks.
     matrix_bytes: ClassVar[float] = 0.5 + 1 / 64 + 4 / (64 * 256)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hft.errors import HFTError
@@ -98,8 +99,7 @@ class Schedule(MethodPart):
         phases = self.phases(selection, steps)
         counts = [sum(unit.name in trained for unit in units) for _, trained in phases]
         counts = counts if len(set(counts)) > 1 and len(counts) <= 20 else counts[:1]
-        ever = trained_in(phases)
-        ever_layers = len({unit.layer for unit in units if unit.name in ever})
+        ever_layers = len({unit.layer for unit in units if unit.name in trained_in(phases)})
         fractions = fractions_of(selection, phases, steps)
         seed = f", seed {self.schedule_seed}" if hasattr(self, "schedule_seed") else ""
         return (
@@ -135,25 +135,21 @@ def parameters_of(selection: Selection, trained: frozenset[str]) -> set[str]:
 
 
 def layer_sizes(selection: Selection) -> list[int]:
-    """Parameters in each layer."""
     return [sum(unit.numel for unit in layer) for layer in selection.anatomy.layers]
 
 
 def trained_in(phases: Iterable[Phase]) -> frozenset[str]:
-    """The names that train in some phase."""
     return frozenset().union(*(trained for _, trained in phases))
 
 
 def trained_fraction(units: Sequence[Unit], trained: frozenset[str]) -> float:
-    """Parameters in the units that train / parameters in all of them."""
     return sum(unit.numel for unit in units if unit.name in trained) / sum(unit.numel for unit in units)
 
 
 def fractions_of(selection: Selection, phases: Sequence[Phase], steps: int) -> dict[str, float]:
     """Trainable fraction of the layers in the first and the last phase, and its mean over the steps."""
     fractions = [trained_fraction(selection.anatomy.units, trained) for _, trained in phases]
-    starts = [step for step, _ in phases]
-    lengths = (end - start for start, end in zip(starts, [*starts[1:], steps], strict=True))
+    lengths = (end - start for start, end in pairwise([*(step for step, _ in phases), steps]))
     mean = sum(fraction * length for fraction, length in zip(fractions, lengths, strict=True)) / steps
     return {"first": fractions[0], "last": fractions[-1], "mean": mean}
 
@@ -168,5 +164,4 @@ def to_row(selection: Selection, step: int, trained: frozenset[str]) -> dict[str
 
 
 def from_row(selection: Selection, row: Mapping[str, Any]) -> Phase:
-    """The phase that `to_row` wrote."""
     return row["step"], units_of_layers(selection, row["layers"]).union(row["units"], row["outside"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hft.config import option
@@ -41,7 +41,6 @@ class Strategy(MethodPart):
     """
 
     kind: ClassVar[str] = "strategy"
-    package: ClassVar[str] = "hft.continual.strategies"  # they need more than this package may import
     acts_on_steps: ClassVar[bool] = False
     takes_adapter: ClassVar[bool] = False
     takes_alignment: ClassVar[bool] = False
@@ -81,5 +80,4 @@ class Strategy(MethodPart):
 
     def keys(self) -> dict[str, Any]:
         """Its keys, without those that `hft continual` gives to each run."""
-        given = ("strategy_data", "previous_run")
-        return {key: value for key, value in asdict(self).items() if value is not None and key not in given}
+        return self.given(but=("strategy_data", "previous_run"))

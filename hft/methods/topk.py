@@ -23,17 +23,12 @@ class TopK(Update):
         "Fraction of the entries of each tensor, of those that train, that move in a step.", MISSING
     )
 
-    def ranked(self, parameter: nn.Parameter) -> bool:
-        """Whether a parameter's entries are ranked; the others move as a whole."""
-        return True
 
     def before_step(self, parameter: nn.Parameter) -> torch.Tensor | None:
         """The entries that move, if that is known before the optimizer's step; may change the gradient."""
-        return None
 
-    def after_step(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> torch.Tensor:
-        """The entries that move, where `before_step` did not say."""
-        raise NotImplementedError
+    def after_step(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
+        """The entries that move, where `before_step` did not say; None where all do."""
 
     def largest(self, values: torch.Tensor) -> torch.Tensor:
         """A mask of the entries that are largest in magnitude; of equal ones those with the lowest flat index."""
@@ -58,7 +53,7 @@ class MoveLargest(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and self.update.ranked(parameter):
+                if parameter.grad is not None:
                     self._before[parameter] = parameter.clone(), self.update.before_step(parameter)
 
     @torch.no_grad()
@@ -66,5 +61,6 @@ class MoveLargest(TrainerCallback):
         if not was_skipped(optimizer):
             for parameter, (before, known) in self._before.items():
                 moving = self.update.after_step(parameter, optimizer) if known is None else known
-                parameter.copy_(torch.where(moving, parameter, before))
+                if moving is not None:
+                    parameter.copy_(torch.where(moving, parameter, before))
         self._before.clear()

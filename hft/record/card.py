@@ -132,6 +132,6 @@ def part_facts(manifest: Manifest) -> list[tuple[str, str]]:
     for kind, name in named.items():
         what = None
         if ":" not in name:  # FILE.py:NAME may not be there any more
-            what = POLICIES[name] if kind == "policy" else find_method(kind, name).description
+            what = POLICIES[name] if kind == "policy" else find_method(kind, name).description()
         rows.append((kind, f"{portable(name)}: {what}" if what else portable(name)))
     return rows

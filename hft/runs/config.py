@@ -90,7 +90,7 @@ def read_command_line(objective: str, arguments: Sequence[str], **more: tuple[ty
 
 
 def groups_of_keys() -> dict[str, tuple[type, ...]]:
-    methods = {f"{cls.kind} {cls.name}: {cls.description}": (cls,) for cls in all_classes()}
+    methods = {f"{cls.kind} {cls.name}: {cls.description()}": (cls,) for cls in all_classes()}
     return {"run": (RunConfig,), "selection": (SelectionConfig,), **methods}
 
 

@@ -290,7 +290,6 @@ def test_offloading_moves_the_moments_and_leaves_the_counters():
     [
         ("lisa", [], 10),  # within an interval
         ("lisa", ["--optimizer_state", "keep"], 9),  # between two: the switch is still to come
-        ("lisa", ["--optimizer_state", "offload"], 10),
         ("badam", [], 15),
         ("autofreeze", [], 11),
         ("smartfrz", [], 13),
@@ -382,14 +381,6 @@ def test_the_plan_tells_what_will_train(tmp_path, sft, capsys, llama2_7b):
     memory, whole = (memory_of(method_of({"policy": "all", **s}), llama2_7b) for s in ({"schedule": "lisa"}, {}))
     assert (memory.master_weights, memory.gradients, memory.moments) == (4 * llama2_7b.num_trained, 4 * peak, 8 * peak)
     assert whole.total == 16 * llama2_7b.num_trained
-
-
-def test_manifests_without_a_schedule_load(straight, tmp_path):
-    path = straight("lisa") / "checkpoint-1" / "hft_manifest.json"
-    content = json.loads(path.read_text())
-    del content["schedule"]
-    (tmp_path / "hft_manifest.json").write_text(json.dumps(content))
-    assert Manifest.load(tmp_path).schedule == {}
 
 
 def test_two_processes_agree_with_one(tmp_path, tiny, data):

@@ -23,7 +23,7 @@ from hft.selection.masks import largest
 from hft.training import HFTSFTTrainer
 from tests.conftest import command, error_of, identical, losses, tensors
 
-UPDATES = ["mixout", "l2sp", "mofo", "gmt"]
+UPDATES = ["mixout", "l2sp", "mofo"]  # gmt is MoFO with another ranking
 OPTIMIZERS = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1),
@@ -236,10 +236,9 @@ def test_a_resumed_run_ends_where_the_straight_one_does(finished, tmp_path, sft)
     assert losses(resumed / "checkpoint-20") == losses(straight / "checkpoint-20")
 
 
-@pytest.mark.parametrize("update", ["mixout", "mofo"])
-def test_dpo_takes_them_too(tmp_path, tiny, dpo, update):
+def test_dpo_takes_them_too(tmp_path, tiny, dpo):
     out = tmp_path / "out"
-    assert dpo(out, "--max_length", "128", method=update) == 0
+    assert dpo(out, "--max_length", "128", method="mixout") == 0
     base, saved = tensors(tiny), tensors(out / "checkpoint-4")
     assert saved.keys() == base.keys()
     assert all(not torch.equal(saved[name], before.float()) for name, before in base.items())

@@ -23,7 +23,6 @@ class AGEM(GEM):
     """
 
     name: ClassVar[str] = "agem"
-    description: ClassVar[str] = "no step raises the mean loss on a batch of remembered rows"
 
     gem_margin: ClassVar[float] = 0.0
     memory_batch: PositiveInt = option("Remembered rows that each step looks at (32 is ours).", 32)

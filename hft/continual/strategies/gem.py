@@ -1,4 +1,4 @@
-"""GEM, gradient episodic memory (Lopez-Paz and Ranzato 2017, arXiv 1706.08840; paper section 4.2).
+"""GEM (Lopez-Paz and Ranzato 2017, arXiv 1706.08840; paper section 4.2): no step raises the loss on earlier tasks.
 
 A few rows of each earlier task are kept. Before each step the gradient m_k of the loss on the rows of each task k is
 computed again. If the step's gradient g would raise any of these losses to first order, that is g . m_k < 0, the step
@@ -41,7 +41,6 @@ class GEM(Strategy):
     """Project each step's gradient so that no earlier task's loss rises. All gradients are of what trains now."""
 
     name: ClassVar[str] = "gem"
-    description: ClassVar[str] = "no step raises the loss on remembered rows of earlier tasks"
     acts_on_steps: ClassVar[bool] = True
 
     memory_rows: PositiveInt = option("Rows that are remembered of each task (32 is ours).", 32)

@@ -18,7 +18,6 @@ class LoraSeqFT(Strategy):
     """Each round starts with the adapter of the round before. Nothing is merged in between, as in TRACE's code."""
 
     name: ClassVar[str] = "lora"
-    description: ClassVar[str] = "one adapter through all tasks"
     acts_on_steps: ClassVar[bool] = True
     takes_adapter: ClassVar[bool] = True
 

@@ -19,7 +19,6 @@ class Replay(Strategy):
     """
 
     name: ClassVar[str] = "replay"
-    description: ClassVar[str] = "rows of earlier tasks and of an alignment set are trained on again"
     takes_alignment: ClassVar[bool] = True
 
     replay_mode: Literal["after", "mixed"] = option(

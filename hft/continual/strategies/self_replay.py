@@ -44,7 +44,6 @@ class SelfReplay(Strategy):
     """Keep the model's predictions on text that it wrote before the round."""
 
     name: ClassVar[str] = "self-replay"
-    description: ClassVar[str] = "a KL term on text that the model wrote before the round"
     acts_on_steps: ClassVar[bool] = True
     shardable: ClassVar[bool] = False
 

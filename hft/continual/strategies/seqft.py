@@ -11,4 +11,3 @@ class SeqFT(Strategy):
     """Each round trains on its task alone."""
 
     name: ClassVar[str] = "seqft"
-    description: ClassVar[str] = "one task after another"

@@ -1,26 +1,61 @@
-"""The predictor of the smartfrz schedule: attention over a layer's recent weights says whether it may freeze.
+"""SmartFRZ (arXiv 2401.16720; paper Table 5): a trained predictor freezes layers by their recent weights, in any order.
 
-SmartFRZ (arXiv 2401.16720) records weights of every layer, as many of each, and gives the recent ones to a small
-attention network that was trained beforehand, on labels from the similarity of representations. No code was released.
-Ours are the description of a window that does not depend on the model (`describe_window`), the network's size, and the
-runs that it was trained on, of small models on the demo data: at scale it is a starting point, not a result.
+The authors record weights of every layer, as many of each, and give the recent ones to a small attention network that
+was trained beforehand, on labels from the similarity of representations. No code was released. Ours are the description
+of a window that does not depend on the model (`describe_window`), the network's size, and the runs that it was trained
+on, of small models on the demo data: at scale it is a starting point, not a result. Ours, too: the input embeddings
+freeze with the first layer, as under AutoFreeze.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from hft.config import option
 from hft.freezing import whole
+from hft.machine import broadcast
+from hft.methods.schedule import Schedule, layers_and_ends
 from hft.model.anatomy import Unit
+from hft.selection import Selection
 
-PREDICTOR_WEIGHTS = Path(__file__).with_name("smartfrz.safetensors")
+PREDICTOR_WEIGHTS = Path(__file__).with_suffix(".safetensors")
 SAMPLES = 128  # weights of a layer that are recorded
 WINDOW = 6  # recordings that the predictor sees
 RECORDINGS = WINDOW - 1  # in an interval, so that a window spans one
+
+
+@dataclass
+class SmartFRZ(Schedule):
+    name: ClassVar[str] = "smartfrz"
+    known_before_run: ClassVar[bool] = False
+
+    intervals: int = option("Parts of the run, of equal length; layers freeze between.", 10)
+
+    def decide(
+        self, selection: Selection, step: int, steps: int, model: nn.Module, measured: dict[str, Any]
+    ) -> frozenset[str]:
+        layers, interval = range(selection.anatomy.num_layers), self.interval_at(steps, step)
+        if not measured:
+            measured.update(interval=0, frozen=[], windows=[[] for _ in layers], largest=[0.0 for _ in layers])
+        windows, largest, recordings = measured["windows"], measured["largest"], self.intervals * RECORDINGS
+        active = [layer for layer in layers if layer not in measured["frozen"]]
+        if step * recordings // steps != (step - 1) * recordings // steps:
+            parameters = dict(model.named_parameters())
+            for layer in active:
+                windows[layer] = [*windows[layer], sample(parameters, selection.anatomy.layers[layer])][-WINDOW:]
+                largest[layer] = max([largest[layer], *step_norms(torch.tensor(windows[layer][-2:])).tolist()])
+        if interval != measured["interval"]:
+            measured["interval"] = interval
+            for layer in broadcast(layers_to_freeze({layer: windows[layer] for layer in active}, largest)):
+                measured["frozen"] = sorted([*measured["frozen"], layer])
+                windows[layer] = []
+                active.remove(layer)
+        return layers_and_ends(selection, active)
 
 
 def sample(parameters: Mapping[str, torch.Tensor], units: Sequence[Unit]) -> list[float]:
@@ -42,15 +77,9 @@ def step_norms(windows: torch.Tensor) -> torch.Tensor:
 
 
 def describe_window(windows: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """Describe windows by what does not depend on a model's size or scale, nor on which weights were sampled.
-
-    Args:
-        windows: `(layers, WINDOW, SAMPLES)`, oldest first.
-        largest: `(layers,)`, the largest distance that each layer has moved between two recordings so far.
-
-    Returns:
-        `(layers, WINDOW - 1, WINDOW)`: of each move its length, relative to the largest one and as a logarithm, and its
-        cosines with all moves of the window.
+    """Windows `(layers, WINDOW, SAMPLES)` by what does not depend on a model's size or scale, nor on which weights were
+    sampled: `(layers, WINDOW - 1, WINDOW)`, of each move the logarithm of its length relative to the layer's largest so
+    far, `(layers,)`, and its cosines with all moves of the window.
     """
     moves = windows.diff(dim=1)
     lengths = torch.log10(step_norms(windows) / largest.clamp_min(1e-30)[:, None] + 1e-4)
@@ -75,14 +104,6 @@ class Predictor(nn.Module):
         return self.read_out((tokens + attended)[:, -1]).squeeze(-1)
 
 
-@functools.cache
-def trained_predictor() -> Predictor:
-    """The predictor with the weights that come with the package."""
-    predictor = Predictor()
-    predictor.load_state_dict(load_file(PREDICTOR_WEIGHTS))
-    return predictor.eval()
-
-
 @torch.no_grad()
 def layers_to_freeze(windows: Mapping[int, Sequence[Sequence[float]]], largest: Sequence[float]) -> list[int]:
     """The layers that may freeze, given the windows of those that train and the largest move of each; one stays.
@@ -92,8 +113,10 @@ def layers_to_freeze(windows: Mapping[int, Sequence[Sequence[float]]], largest: 
     layers = [layer for layer, window in windows.items() if len(window) == WINDOW and largest[layer] > 0]
     if not layers:
         return []
+    predictor = Predictor().eval()
+    predictor.load_state_dict(load_file(PREDICTOR_WEIGHTS))
     recorded = torch.tensor([windows[layer] for layer in layers])
-    logits = trained_predictor()(describe_window(recorded, torch.tensor([largest[layer] for layer in layers])))
+    logits = predictor(describe_window(recorded, torch.tensor([largest[layer] for layer in layers])))
     ranked = sorted(zip(logits.tolist(), layers, strict=True), reverse=True)
     frozen = sorted(layer for logit, layer in ranked if logit > 0)
     return frozen if len(frozen) < len(windows) else sorted(layer for _, layer in ranked[:-1])
