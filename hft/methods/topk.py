@@ -23,7 +23,6 @@ class TopK(Update):
         "Fraction of the entries of each tensor, of those that train, that move in a step.", MISSING
     )
 
-
     def before_step(self, parameter: nn.Parameter) -> torch.Tensor | None:
         """The entries that move, if that is known before the optimizer's step; may change the gradient."""
 
