@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "forgetting"))
 import page
 import run
 import yaml
-from measure import Row, distance, measure
+from measure import Row, between, distance, measure, preferences
 
 MINI = yaml.safe_load((run.HERE / "mini.yaml").read_text())
 
@@ -44,23 +45,99 @@ def test_measures_are_those_of_the_models_own_loss_and_of_greedy_decoding(tiny):
     assert distance(model, model)["all"] == 0 < distance(other, model)["all"] < 0.2
 
 
-def test_at_equal_learning_curves_are_compared_where_both_have_learned_as_much():
-    def curve(*points):
-        return {rate: {0: {"new.right": learned, "kept": kept}} for rate, (learned, kept) in enumerate(points)}
+def test_a_pair_is_right_where_the_chosen_answer_became_likelier_than_the_rejected_one(tiny):
+    start, model = (AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32) for _ in range(2))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] *= 1.5
+    pairs = [Row([9, 8, 5, 7], 2, [[9, 8, 6, 7, 7]]), Row([9, 8, 6, 7, 7], 2, [[9, 8, 5, 7]])]
+    found = preferences(model, pairs, start)
 
-    fft = curve((20, 100), (80, 40), (60, 0))  # the last rate is too high
-    assert page.at_equal_learning(curve((10, 100), (50, 90)), fft, 0, "new.right", "kept") == pytest.approx(90 - 70)
-    assert page.at_equal_learning(fft, fft, 0, "new.right", "kept") == 0
-    assert page.at_equal_learning(fft, fft, 1, "new.right", "kept") is None
-    assert page.interval([1.0, 2.0, 3.0]) == ("+2.00 [-0.48, +4.48]", "not told apart")
-    assert page.interval([-2.0, -2.1, -1.9])[1] == "less"
+    def gain(ids):
+        p, q = (m(torch.tensor([ids])).logits[0, 1:-1].log_softmax(-1) for m in (start, model))
+        return (q - p).gather(1, torch.tensor(ids[2:])[:, None]).sum().item()
+
+    margin = gain(pairs[0].ids) - gain(pairs[1].ids)
+    assert found["pairs.margin"] == pytest.approx([margin, -margin], abs=1e-4)
+    assert found["pairs.right"] == [float(margin > 0), float(margin < 0)]
+    assert min(found["pairs.kl"]) > 0
+    assert preferences(start, pairs, start)["pairs.right"] == [0.5, 0.5]
+
+
+def test_a_model_part_of_the_way_is_the_start_model_plus_that_part_of_the_change(tiny):
+    start, model = (AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32) for _ in range(2))
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    assert distance(between(start, model, 0.3), start)["all"] == pytest.approx(0.3 * distance(model, start)["all"])
+    assert distance(between(start, model, 1.0), model)["all"] == 0
+
+
+def rates_of(points, seeds=(0, 1), rows=400):
+    """An arm whose first rows are right, by rate (learned %, kept %)."""
+
+    def right(percent):
+        return [float(n < percent / 100 * rows) for n in range(rows)]
+
+    def cell(learned, kept):
+        return {"rows": {"new.right": right(learned), "facts.right": right(kept)}, "distance": {"all": 0.1}}
+
+    return {rate: {seed: cell(*point) for seed in seeds} for rate, point in points.items()}
+
+
+FFT = rates_of({1e-4: (20, 100), 1e-3: (80, 40), 1e-2: (60, 0)})  # the last rate is too high
+
+
+def test_arms_are_compared_at_the_highest_amount_that_both_have_learned():
+    its, seeds = page.curves((FFT, rates_of({1e-4: (10, 100), 1e-3: (50, 90)}, seeds=(1, 2))), "new.right", "kept")
+    assert seeds == [1]
+    assert page.kept_at(its[0].mean_points, 50) == 70
+    assert page.kept_at(its[0].mean_points, 85) != page.kept_at(its[0].mean_points, 85)  # nan: it never learns that
+    level, more = page.at_the_most(*its, 5)
+    assert 20 <= level <= 50  # draws of the rows differ in what they learn
+    assert more.low <= more.value <= more.high
+    assert more.value == pytest.approx(
+        page.kept_at(its[1].mean_points, level) - page.kept_at(its[0].mean_points, level)
+    )
+    assert page.curves((FFT, rates_of({1e-4: (10, 100)}, seeds=(7,))), "new.right", "kept") == ([], [])
+
+
+def test_hft_as_fft_at_half_the_rate_is_found_out():
+    fft = np.array([[20.0, 100.0], [50.0, 70.0], [80.0, 40.0], [60.0, 0.0]])  # at 1, 2, 4, 8
+    hft = np.array([[20.0, 100.0], [65.0, 60.0], [75.0, 50.0], [70.0, 0.0]])
+    found = page.rate_alike(fft, hft, (np.array([1.0, 2, 4, 8]), np.array([2.0, 4, 8, 16])))
+    assert np.exp(found[:2, 0]) == pytest.approx([0.5, 2**1.5 / 4])
+    assert found[:3, 1] == pytest.approx([0, 5, 5])
+    assert np.isnan(found[3]).all()  # above its best rate
+
+
+def test_seeds_that_lack_a_rate_and_rates_that_failed_are_left_aside():
+    rates = rates_of({1e-4: (20, 100), 1e-3: (80, 40)})
+    del rates[1e-3][1]
+    assert page.whole(rates) == ([1e-4, 1e-3], [0])
+
+
+def test_the_page_says_the_verdict_first_and_has_a_picture(tmp_path):
+    content = {"learning_rates": [1e-4, 1e-3], "seeds": [0, 1], "arms": {"fft": {}, "hft": {}}}
+    todo = list(run.cells(content | {"quick": {}}, quick=False))
+    (tmp_path / "cells").mkdir()
+    about = {"commit": "c", "versions": {"torch": "2"}}
+    for cell in todo:
+        one = rates_of({0: (80, 50) if cell.learning_rate == 1e-3 else (20, 90 + 10 * (cell.arm == "hft"))})[0][0]
+        run.save(tmp_path / "cells" / f"{cell.name}.json.gz", one | about)
+    run.save(tmp_path / "cells" / "start.json.gz", rates_of({0: (0, 100)})[0][0])
+    said = page.write_page(tmp_path, content, todo, tmp_path / "report.md", "make it")
+    text = (tmp_path / "report.md").read_text()
+    assert said.startswith("At equal learning hft is not told apart from fft: where both answer")
+    assert text.index(said) < text.index("report.png") < text.index("## Does hft act like fft at a lower rate?")
+    assert (tmp_path / "report.png").stat().st_size > 1000
 
 
 def test_whole_seeds_come_first_and_every_arm_is_one_of_hfts_methods():
     todo = list(dict.fromkeys(run.cells(MINI, quick=False)))
     arms = 16 * 5
+    keep = 5 * len(MINI["keep"]["arms"]) * len(MINI["keep"]["learning_rates"])
     assert {cell.seed for cell in todo[:arms]} == {0}
-    assert len({cell.name for cell in todo}) == len(todo) == 5 * arms + 2 * MINI["halves"]["count"] - 2
+    assert len({cell.name for cell in todo}) == len(todo) == 5 * arms + 2 * MINI["halves"]["count"] - 2 + keep
+    assert {cell.name.rpartition("-")[2] for cell in todo[-keep:]} == {"keep"}
     assert {cell.arm for cell in run.cells(MINI, quick=True)} == {"fft", "hft", "bottom"}
     for arm in MINI["arms"].values():
         assert all((run.HERE.parents[1] / "recipes" / "methods" / f"{name}.yaml").exists() for name in arm["method"])

@@ -73,6 +73,34 @@ def measure(model: nn.Module, rows: Rows, start: nn.Module | None = None) -> dic
     return found
 
 
+def preferences(model: nn.Module, pairs: list[Row], start: nn.Module) -> dict[str, list[float]]:
+    """Per pair, a chosen answer and in `others` the rejected one: what DPO learns, relative to the start model.
+
+    `margin` is how much more likely the chosen one became than the rejected one, in nats; `right` is 1 if that is more
+    than 0 and 0.5 if it is 0; `kl` is KL(start || model) in nats per token of both answers.
+    """
+    flat = [(ids, row.begins) for row in pairs for ids in (row.ids, *row.others)]
+    gains, kls = [], []
+    for (loss, _, q), (before, _, p) in zip(scored(model.eval(), flat), scored(start.eval(), flat), strict=True):
+        gains.append(before - loss)
+        kls.append((p.exp() * (p - q)).sum(-1).mean().item())
+    margins = [chosen - rejected for chosen, rejected in zip(gains[::2], gains[1::2], strict=True)]
+    return {
+        "pairs.right": [(margin > 0) + 0.5 * (margin == 0) for margin in margins],
+        "pairs.margin": margins,
+        "pairs.kl": [(a + b) / 2 for a, b in zip(kls[::2], kls[1::2], strict=True)],
+    }
+
+
+def between(start: nn.Module, model: nn.Module, alpha: float) -> nn.Module:
+    """A model at start + alpha x (model - start)."""
+    found = copy.deepcopy(start)
+    with torch.no_grad():
+        for name, value in found.named_parameters():
+            value.lerp_(model.get_parameter(name), alpha)
+    return found
+
+
 def distance(model: nn.Module, start: nn.Module) -> dict[str, float]:
     """How far the weights moved, relative to their norm: of the whole model, and of each kind of parameter."""
     moved: dict[str, list[torch.Tensor]] = {}

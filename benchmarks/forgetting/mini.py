@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,25 @@ def write_data(make: dict[str, Any], general: list[str], held_out: list[str], ol
         paths = [folder / "tasks" / task / f"{split}.json" for task in make["tasks"]]
         pairs = [pair for path in paths for pair in json.loads(path.read_text())]
         files[name] = [row(pair["prompt"], f" {pair['answer']}") for pair in pairs]
+        rng = random.Random("rejected")
+        files[f"{name}-pairs"] = [
+            {
+                "prompt": its["prompt"],
+                "chosen": its["completion"],
+                "rejected": [{"role": "assistant", "content": wrong(pair["prompt"], pair["answer"], rng)}],
+            }
+            for its, pair in zip(files[name], pairs, strict=True)
+        ]
     for name, rows in files.items():
         write_jsonl(folder / f"{name}.jsonl", rows)
     (folder / HELD_OUT).write_text(json.dumps(held_out))
+
+
+def wrong(prompt: str, answer: str, rng: random.Random) -> str:
+    """A wrong answer of the same form: the right one with the two words swapped, or another letter."""
+    first, second = prompt.splitlines()[1].split()
+    swapped = re.sub(r"\w+", lambda word: {first: second, second: first}.get(word[0], word[0]), answer)
+    return f" {swapped if swapped != answer else rng.choice([letter for letter in 'ABC' if letter != answer])}"
 
 
 def split_text(text: str) -> tuple[str, str]:
@@ -215,8 +232,7 @@ def probes(content: dict[str, Any], start: Path, out: Path) -> tuple[Rows, list[
     tokenizer = AutoTokenizer.from_pretrained(start)
 
     def answer(prompt: str, end: str) -> Row:
-        before = [1, *tokenizer(prompt)["input_ids"]]
-        return Row([*before, *tokenizer(end)["input_ids"], 2], len(before))
+        return answer_row(tokenizer, prompt, end)
 
     def choice(prompt: str, end: str, ends: list[str], stop: str) -> Row:
         before = [1, *tokenizer(prompt)["input_ids"]]
@@ -242,13 +258,30 @@ def probes(content: dict[str, Any], start: Path, out: Path) -> tuple[Rows, list[
     return rows, [answer(*pair) for pair in examples]
 
 
+def answer_row(tokenizer: Any, prompt: str, end: str, *others: str) -> Row:
+    before = [1, *tokenizer(prompt)["input_ids"]]
+    ids = [[*before, *tokenizer(each)["input_ids"], 2] for each in (end, *others)]
+    return Row(ids[0], len(before), ids[1:])
+
+
+def pairs(start: Path, out: Path) -> list[Row]:
+    """Held-out rows of the new tasks, each with its right answer and a wrong one."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    columns = ("prompt", "chosen", "rejected")
+    rows = read_jsonl(out / "data" / "tests-pairs.jsonl")
+    return [answer_row(tokenizer, *(row[column][0]["content"] for column in columns)) for row in rows]
+
+
 def references(start: Path) -> dict[str, Path]:
     """Models that no cell trains: before the teaching, and after it."""
     return {"pretrained": start.with_name("pretrained"), "start": start}
 
 
-def data_keys(out: Path, replay: float) -> dict[str, Any]:
-    return {"dataset_name": str(with_replay(out, replay)), "dataset_test_split": None}
+def data_keys(out: Path, replay: float, objective: str) -> dict[str, Any]:
+    path = with_replay(out, replay) if objective == "sft" else out / "data" / "new-pairs.jsonl"
+    return {"dataset_name": str(path), "dataset_test_split": None}
 
 
 def keys_of(methods: list[str], out: Path) -> dict[str, Any]:

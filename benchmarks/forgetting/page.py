@@ -2,226 +2,512 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from run import Cell, load
-from scipy.stats import t as student
+from scipy.stats import f as fisher
 
-# Columns of a cell's rows that the page shows: key, heading, unit.
+from hft.record.palette import COLORS, FAINT, INK, MARKERS, OWN
+from hft.reporting import frontier
+from hft.reporting.frontier import Curve, Estimate, equal_learning, estimate, hypervolume
+
+# Measures of a cell's rows: key, name, unit.
 COLUMNS = {
-    "new.right": ("new task right", "%"),
-    "new.loss": ("new task loss", ""),
-    "rule.right": ("old rule right", "%"),
-    "recovered.rule.right": ("old rule after ten examples", "%"),
+    "new.right": ("new rows right", "%"),
+    "new.loss": ("loss on the new rows", "nats/token"),
+    "pairs.right": ("pairs right", "%"),
+    "pairs.margin": ("margin", "nats"),
+    "rule.right": ("rule right", "%"),
+    "recovered.rule.right": ("rule right after ten examples", "%"),
     "people.right": ("people right", "%"),
     "facts.right": ("facts right", "%"),
-    "text.loss": ("text loss", ""),
-    "text.kl": ("KL on text", ""),
-    "new.kl": ("KL on the new task", ""),
+    "text.loss": ("loss on text", "nats/token"),
+    "text.kl": ("KL on text", "nats/token"),
+    "new.kl": ("KL on the new rows", "nats/token"),
+    "pairs.kl": ("KL on the pairs", "nats/token"),
 }
-Points = dict[str, dict[float, dict[int, dict[str, float]]]]  # arm -> learning rate -> seed -> column -> mean over rows
+OLD = ("rule.right", "people.right", "facts.right")
+# What learning an amount means, in words.
+LEARNING = {
+    "new.right": "answer {} of the new rows right",
+    "new.loss": "have a loss of {} on the new rows",
+    "pairs.right": "make the right answer the likelier one in {} of the held-out pairs",
+}
+KEPT = ("kept", "%")
+STEP = {"%": 5, "nats/token": 0.05}  # between the amounts learned at which two arms may be compared
+
+Content = dict[str, Any]  # of a cell's file
+Rates = dict[float, dict[int, Content]]  # learning rate, or the alpha of a way back -> seed -> content
 
 
-def summary(cell: dict[str, Any]) -> dict[str, float]:
-    """Means over rows, with shares in percent, and how far the weights moved."""
-    means = {key: statistics.fmean(rows) * (100 if key.endswith("right") else 1) for key, rows in cell["rows"].items()}
-    kept = [key for key in ("rule.right", "people.right", "facts.right") if key in means]
-    return means | {"kept": statistics.fmean(means[key] for key in kept), "distance": cell["distance"]["all"]}
+def values(cell: Content, key: str) -> np.ndarray:
+    """A measure of each row; `kept` is of all old questions."""
+    rows = cell["rows"]
+    found = [value for old in OLD for value in rows.get(old, ())] if key == "kept" else rows[key]
+    return np.array(found) * (100 if key == "kept" or key.endswith("right") else 1)
 
 
-def read(out: Path, todo: list[Cell]) -> tuple[Points, list[dict[str, Any]]]:
-    """The cells of the grid that are there, by arm, rate and seed; and the files they are from."""
-    points: Points = {}
+def sign(key: str) -> int:
+    return -1 if key.endswith(("loss", "kl")) else 1
+
+
+def read(out: Path, todo: list[Cell]) -> tuple[dict[str, Rates], dict[str, Rates], list[Content]]:
+    """The cells that are there by arm, the ways back to the start model by run, and all files."""
+    arms: dict[str, Rates] = {}
+    ways: dict[str, Rates] = {}
     files = []
     for cell in todo:
         path = out / "cells" / f"{cell.name}.json.gz"
-        if cell.seed == cell.selection and path.exists():
-            files.append(load(path))
-            points.setdefault(cell.arm, {}).setdefault(cell.learning_rate, {})[cell.seed] = summary(files[-1])
-    return points, files
+        if cell.seed != cell.selection or not path.exists():
+            continue
+        files.append(load(path))
+        if "way" in files[-1]:
+            for point in files[-1]["way"]:
+                way = ways.setdefault(f"{cell.arm} at {cell.learning_rate:g}, part of the way", {})
+                way.setdefault(point["alpha"], {})[cell.seed] = point
+        else:
+            arms.setdefault(cell.arm, {}).setdefault(cell.learning_rate, {})[cell.seed] = files[-1]
+    return arms, ways, files
 
 
-def best_rate(rates: dict[float, dict[int, dict[str, float]]], learned: str) -> float:
-    """The learning rate at which an arm learns the most, on average over its seeds."""
-    sign = 1 if learned.endswith("right") else -1
-    return max(rates, key=lambda rate: sign * statistics.fmean(one[learned] for one in rates[rate].values()))
+def whole(rates: Rates) -> tuple[list[float], list[int]]:
+    """The seeds that have the most rates, and the rates that all of these seeds have."""
+    counts = {seed: sum(seed in cells for cells in rates.values()) for cells in rates.values() for seed in cells}
+    seeds = sorted(seed for seed, count in counts.items() if count == max(counts.values()))
+    return sorted(rate for rate, cells in rates.items() if set(seeds) <= cells.keys()), seeds
 
 
-def at_equal_learning(a: dict, b: dict, seed: int, learned: str, kept: str) -> float | None:
-    """Difference a - b in what is kept where both have learned as much: the most that both of them reach.
+def curves(pair: tuple[Rates, ...], learned: str, kept: str) -> tuple[list[Curve], list[int]]:
+    """The curves of arms on the seeds that they share."""
+    seeds = sorted(set.intersection(*(set(whole(rates)[1]) for rates in pair)))
+    if not seeds:
+        return [], []
 
-    What is kept is interpolated over the learning rates up to the one that learns the most.
+    def cube(rates: Rates, key: str) -> np.ndarray:
+        return sign(key) * np.array([[values(rates[r][s], key) for s in seeds] for r in whole(rates)[0]])
+
+    return [Curve(cube(rates, learned), cube(rates, kept)) for rates in pair], seeds
+
+
+def kept_at(points: np.ndarray, level: float) -> float:
+    """What a frontier keeps where it has learned an amount; nan where it has not."""
+    learned, kept = frontier.frontier(points).T
+    return float(np.interp(level, learned, kept)) if learned[0] <= level <= learned[-1] else float("nan")
+
+
+def at_the_most(before: Curve, after: Curve, step: float) -> tuple[float, Estimate] | None:
+    """The highest amount, in steps, that both learn in nearly every draw, and how much more `after` keeps there."""
+    points = [curve.mean_points[:, 0] for curve in (before, after)]
+    level = np.floor(min(learned.max() for learned in points) / step) * step
+    while level >= max(learned.min() for learned in points):
+        found = estimate(lambda a, b, level=level: kept_at(b, level) - kept_at(a, level), before, after)
+        if np.isfinite(found.low):
+            return float(level), found
+        level -= step
+    return None
+
+
+def rate_alike(before: np.ndarray, after: np.ndarray, rates: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """For each rate of `after`: log of the factor at which `before` learns as much, and how much more `after` keeps.
+
+    Between the rates of `before`, up to the one that learns the most, what it learns and keeps are straight lines over
+    the log of the rate. Of shape (rates, 2); nan where it never learns as much, and above the best rate of `after`.
     """
-    sign = 1 if learned.endswith("right") else -1
-    curves = []
-    for rates in (a, b):
-        points = [rates[rate][seed] for rate in sorted(rates) if seed in rates[rate]]
-        if not points:
-            return None
-        top = max(range(len(points)), key=lambda index: sign * points[index][learned])
-        curves.append(sorted((sign * point[learned], point[kept]) for point in points[: top + 1]))
-    level = min(curve[-1][0] for curve in curves)
-    here, there = (float(np.interp(level, *zip(*curve, strict=True))) for curve in curves)
-    return here - there
+    top = before[:, 0].argmax() + 1
+    logs, learned = np.log(rates[0][:top]), np.maximum.accumulate(before[:top, 0])
+    found = np.full((len(after), 2), np.nan)
+    for n, (level, kept) in enumerate(after[: after[:, 0].argmax() + 1]):
+        if learned[0] <= level <= learned[-1]:
+            alike = np.interp(level, learned, logs)
+            found[n] = alike - np.log(rates[1][n]), kept - np.interp(alike, logs, before[:top, 1])
+    return found
 
 
-def interval(values: list[float]) -> tuple[str, str]:
-    """Mean and 95% t interval over seeds as text, and whether it is more, less, or not told apart."""
-    mean, n = statistics.fmean(values), len(values)
-    if n < 2:
-        return f"{mean:+.2f}", "n = 1"
-    half = student.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
-    word = "not told apart" if abs(mean) <= half else "more" if mean > 0 else "less"
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]", word
+def shown(found: Estimate, digits: int = 1, plus: str = "+") -> str:
+    """A number with its interval."""
+    if not np.isfinite(found.value):
+        return ""
+    low, high = (f"{end:{plus}.{digits}f}" for end in (found.low, found.high))
+    return f"{found.value:{plus}.{digits}f}" + (f" [{low}, {high}]" if np.isfinite(found.low) else " [no interval]")
 
 
-def beside_fft(points: Points, learned: str, keys: list[str]) -> tuple[list[str], list[str]]:
-    """What each arm keeps beside FFT where both have learned as much: sentences, and a table of all measures."""
-    names = {"kept": "kept, points"} | {key: name for key, (name, _) in COLUMNS.items()}
-    sentences, lines = [], [f"| arm | n | {' | '.join(names[key] for key in keys)} |", "| --- " * (len(keys) + 2) + "|"]
-    for arm in (arm for arm in points if arm != "fft" and "fft" in points):
-        seeds = sorted({seed for rates in points[arm].values() for seed in rates})
+def verdict(found: Estimate) -> str:
+    if not np.isfinite(found.low) or found.low <= 0 <= found.high:
+        return "not told apart"
+    return "keeps more" if found.value > 0 else "keeps less"
+
+
+def amount(level: float, learned: str) -> str:
+    return f"{round(level, 1):g}%" if learned.endswith("right") else f"{-level:.2f} nats/token"
+
+
+def of_seeds(seeds: list[int]) -> str:
+    return f"{len(seeds)} seeds" if len(seeds) > 1 else "n = 1 seed: the interval is over rows only"
+
+
+def sentence(arm: str, pair: tuple[Rates, Rates], learned: str) -> str:
+    """What an arm keeps beside fft where both have learned as much."""
+    its, seeds = curves(pair, learned, "kept")
+    found = at_the_most(*its, STEP[COLUMNS[learned][1]]) if its else None
+    if not found:
+        return f"{arm} and fft cannot be compared at equal learning: there is no amount that both learned."
+    level, more = found
+    told, overall = verdict(more), estimate(equal_learning, *its)
+    says = f"{arm} is not told apart from fft" if told == "not told apart" else f"{arm} {told} than fft"
+    where = LEARNING[learned].format(amount(level, learned))
+    return (
+        f"At equal learning {says}: where both {where}, the difference in what is kept is {shown(more)} points "
+        f"(95% interval, {of_seeds(seeds)}). Over all amounts that both learn it is {shown(overall)}."
+    )
+
+
+def rates_section(arms: dict[str, Rates], learned: str) -> list[str]:
+    """Whether hft is fft at a lower learning rate."""
+    pair = (arms["fft"], arms["hft"])
+    its, seeds = curves(pair, learned, "kept")
+    if not its:
+        return []
+    rates = tuple(np.array(whole(one)[0]) for one in pair)
+
+    def average(compared: list[int], column: int) -> Estimate:
+        """Of the factor, by its log (column 0), or of how much more is kept (1)."""
+
+        def statistic(a: np.ndarray, b: np.ndarray) -> float:
+            found = rate_alike(a, b, rates)[compared, column]
+            mean = found[np.isfinite(found)].mean() if np.isfinite(found).any() else np.nan
+            return float(mean if column else np.exp(mean))
+
+        return estimate(statistic, *its)
+
+    names = ["learning rate of hft", f"{COLUMNS[learned][0]}", "c", "hft keeps, %", "fft at c x rate keeps, %"]
+    lines = [f"| {' | '.join([*names, 'hft keeps more, points'])} |", "| --- " * 6 + "|"]
+    compared = []
+    for n, (rate, (level, kept)) in enumerate(zip(rates[1], its[1].mean_points, strict=True)):
+        factor, more = average([n], 0), average([n], 1)
+        cells = [f"{rate:g}", amount(level, learned), shown(factor, 2, "") or "not learned by fft", f"{kept:.1f}"]
+        if n > its[1].mean_points[:, 0].argmax():
+            cells[2] = "above hft's best rate"
+        cells += [f"{kept - more.value:.1f}", shown(more)] if np.isfinite(more.value) else ["", ""]
+        compared += [n] if np.isfinite(factor.low) else []
+        lines.append(f"| {' | '.join(cells)} |")
+    title = ["", "## Does hft act like fft at a lower rate?", ""]
+    if not compared:
+        return [*title, "These rates do not say: at none of them is it sure that fft learns as much.", "", *lines]
+    factor, more = average(compared, 0), average(compared, 1)
+    lower = "lower" if factor.high < 1 else "higher" if factor.low > 1 else "not measurably different"
+    told = {"keeps more": "hft keeps more", "keeps less": "hft keeps less"}.get(verdict(more), "neither keeps more")
+    return [
+        *title,
+        f"hft learns as much as fft at c times its learning rate: on average over {len(compared)} rates "
+        f"c = {shown(factor, 2, '')}, a {lower} rate. Where they learn as much, {told}: {shown(more)} points "
+        f"({of_seeds(seeds)}). Between its rates fft is interpolated over the log of the rate.",
+        "",
+        *lines,
+    ]
+
+
+def arms_section(arms: dict[str, Rates], learned: str, reference: np.ndarray) -> list[str]:
+    """Each arm beside fft: what is kept at equal learning, hypervolume, and what two seeds differ by."""
+
+    def volume(points: np.ndarray) -> float:
+        return hypervolume(points, reference) / 100
+
+    unit = COLUMNS[learned][1]
+    heads = ["arm", "seeds", "learns most at", "kept at equal learning, points", f"kept where both learn, {unit}"]
+    heads += ["hypervolume", "more than fft", "two seeds of it differ by", "verdict"]
+    lines, alike = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"], []
+    for arm, rates in arms.items():
+        [own], seeds = curves((rates,), learned, "kept")
+        best = whole(rates)[0][own.mean_points[:, 0].argmax()]
+        edge = "" if min(rates) < best < max(rates) or "part of the way" in arm else ", at the edge"
+        of_seed = [volume(np.stack([own.learned[:, n].mean(1), own.kept[:, n].mean(1)], 1)) for n in range(len(seeds))]
+        apart = [abs(a - b) for a, b in itertools.combinations(of_seed, 2)]
+        area, between = shown(estimate(volume, own), plus=""), f"{statistics.fmean(apart):.1f}" if apart else ""
+        cells = [arm, len(seeds), f"{best:g}{edge}", "", "", area, "", between, ""]
+        pair, shared = curves((arms["fft"], rates), learned, "kept")
+        if arm != "fft" and shared:
+            more = estimate(lambda a, b: volume(b) - volume(a), *pair)
+            cells[1], cells[3], cells[6] = len(shared), shown(estimate(equal_learning, *pair)), shown(more)
+            found = at_the_most(*pair, STEP[unit])
+            if found:
+                cells[4], cells[8] = f"at {amount(found[0], learned)}: {shown(found[1])}", verdict(found[1])
+            if apart and statistics.fmean(apart) >= abs(more.value):
+                alike.append(arm)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    if alike:
+        said = (
+            "Two seeds of the arm differ as much in hypervolume as the arm and fft do, so one run of each could not say"
+        )
+        lines += ["", f"{said} which is better: {', '.join(alike)}."]
+    return lines
+
+
+def measures_section(arms: dict[str, Rates], learned: str, keys: list[str]) -> list[str]:
+    """Every other measure at equal learning, arm minus fft."""
+    heads = [", ".join(COLUMNS[key]) for key in keys]
+    lines = [f"| arm | {' | '.join(heads)} |", "| --- " * (len(keys) + 1) + "|"]
+    for arm, rates in arms.items():
+        if arm == "fft":
+            continue
         cells = []
         for key in keys:
-            found = [at_equal_learning(points[arm], points["fft"], seed, learned, key) for seed in seeds]
-            found = [value for value in found if value is not None]
-            text, word = interval(found) if found else ("", "not compared")
-            cells.append(text)
-            if key == "kept":
-                sentences.append(
-                    f"- {arm} against fft at equal learning: {word}, {text} points kept (n = {len(found)})."
-                )
-        lines.append(f"| {arm} | {len(seeds)} | {' | '.join(cells)} |")
-    return sentences, lines
-
-
-def table(points: Points, references: dict[str, dict[str, float]], columns: dict[str, tuple[str, str]]) -> list[str]:
-    """Every arm at every rate: mean and standard deviation over seeds."""
-    heads = [f"{name}, {unit}" if unit else name for name, unit in columns.values()]
-    heads = ["arm", "learning rate", "n", *heads, "weights moved"]
-    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
-    for name, its in references.items():
-        lines.append(f"| {name} | | | {' | '.join(f'{its[k]:.3g}' if k in its else '' for k in columns)} | |")
-    for arm, rates in points.items():
-        for rate, seeds in sorted(rates.items()):
-            shown = []
-            for key in (*columns, "distance"):
-                values = [one[key] for one in seeds.values() if key in one]
-                spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-                shown.append(f"{statistics.fmean(values):.3g}{spread}" if values else "")
-            lines.append(f"| {arm} | {rate:g} | {len(seeds)} | {' | '.join(shown)} |")
+            pair, _ = curves((arms["fft"], rates), learned, key)
+            found = estimate(equal_learning, *pair) if pair else Estimate(*[float("nan")] * 3)
+            if sign(key) < 0:
+                found = Estimate(-found.value, -found.high, -found.low)
+            cells.append(shown(found, 1 if COLUMNS[key][1] == "%" else 2))
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
     return lines
 
 
-def frontier(
-    points: Points, start: dict[str, float], learned: str, keys: dict[str, tuple[str, str]], path: Path
-) -> None:
-    """What is kept against what is learned: a curve per arm over its learning rates, means over seeds."""
-    from matplotlib.figure import Figure
+def seeds_section(arms: dict[str, Rates], learned: str) -> list[str]:
+    """Two seeds of one method beside two methods, at equal learning rates."""
+    name, unit = COLUMNS[learned]
+    heads = ["learning rate", "seeds"]
+    heads += [f"{what}: {which}" for what in (f"{name}, {unit}", "kept, %") for which in ("hft - fft", "two seeds")]
+    lines, alike = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"], []
+    for rate in sorted(arms["fft"].keys() & arms["hft"].keys()):
+        pair = arms["fft"][rate], arms["hft"][rate]
+        seeds = sorted(pair[0].keys() & pair[1].keys())
+        if len(seeds) < 2:
+            continue
+        cells = []
+        for key in (learned, "kept"):
+            means = [[values(one[seed], key).mean() for seed in seeds] for one in pair]
+            methods = statistics.fmean(means[1]) - statistics.fmean(means[0])
+            own = statistics.fmean(abs(a - b) for one in means for a, b in itertools.combinations(one, 2))
+            cells += [f"{methods:+.2f}", f"{own:.2f}"]
+            if own >= abs(methods) and key == "kept":
+                alike.append(f"{rate:g}")
+        lines.append(f"| {rate:g} | {len(seeds)} | {' | '.join(cells)} |")
+    if len(lines) == 2:
+        return []
+    said = (
+        f"At {', '.join(alike)} two runs of one method that differ only in the seed differ as much in what they keep "
+        "as the two methods do: one run of each cannot tell the methods apart."
+        if alike
+        else "At every rate the methods differ more in what they keep than two seeds of one method do."
+    )
+    return ["", "## Two seeds or two methods", "", said, "", *lines]
 
-    figure = Figure(figsize=(6 * len(keys), 5.4), layout="constrained")
-    styles = [f"C{n % 10}" for n in range(len(points))]
-    for axes, (key, (name, unit)) in zip(np.atleast_1d(figure.subplots(1, len(keys))), keys.items(), strict=True):
-        for n, (arm, rates) in enumerate(points.items()):
-            curve = [
-                [statistics.fmean(one[column] for one in rates[rate].values()) for column in (learned, key)]
-                for rate in sorted(rates)
-            ]
-            wide = {"linewidth": 2.5} if arm in ("fft", "hft") else {"linewidth": 1, "alpha": 0.8}
-            axes.plot(*zip(*curve, strict=True), marker="ov^sDPX"[n // 10], color=styles[n], label=arm, **wide)
-        if key in start:
-            axes.axhline(start[key], color="gray", linestyle=":", label="before")
-        better = "up" if key.endswith("right") or key == "kept" else "down"
-        axes.set(xlabel=f"learned: {COLUMNS[learned][0]}" + (", %" if learned.endswith("right") else ", nats/token"))
-        axes.set(ylabel=f"{name}{f', {unit}' if unit else ', nats/token'} (better is {better})")
-        if better == "down":
-            axes.invert_yaxis()
-        if not learned.endswith("right"):
-            axes.invert_xaxis()
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.suptitle("Up and to the right is better; each curve is one method over its learning rates")
-    figure.savefig(path, dpi=110)
 
-
-def halves(out: Path, content: dict[str, Any]) -> list[str]:
+def halves_section(out: Path, content: dict[str, Any], learned: str, keys: list[str]) -> list[str]:
     """How much the choice of the half changes, beside how much the order of the rows does."""
-    from run import halves as cells_of
+    from run import halves
 
-    groups: dict[str, list[dict[str, float]]] = {"selections": [], "orders": []}
-    for cell in cells_of(content):
+    groups: dict[str, dict[str, Content]] = {"selections": {}, "orders": {}}
+    for cell in halves(content):
         path = out / "cells" / f"{cell.name}.json.gz"
         if path.exists():
-            its = summary(load(path))
-            groups["selections"] += [its] if cell.seed == 0 else []
-            groups["orders"] += [its] if cell.selection == 0 else []
-    groups = {name: list({tuple(row.items()): row for row in rows}.values()) for name, rows in groups.items()}
-    if min(map(len, groups.values())) < 2:
+            its = load(path)
+            groups["selections"] |= {cell.name: its} if cell.seed == 0 else {}
+            groups["orders"] |= {cell.name: its} if cell.selection == 0 else {}
+    selections, orders = (list(group.values()) for group in groups.values())
+    if min(len(selections), len(orders)) < 3:
         return []
-    lines = ["", "## Does the half matter?", "", "Standard deviations of hft at one learning rate:", ""]
-    lines += ["| | n | " + " | ".join(COLUMNS[key][0] for key in COLUMNS) + " |", "| --- " * (len(COLUMNS) + 2) + "|"]
-    for name, rows in groups.items():
-        spread = [f"{statistics.stdev(row[key] for row in rows):.2g}" if key in rows[0] else "" for key in COLUMNS]
-        lines.append(f"| other {name} | {len(rows)} | {' | '.join(spread)} |")
+    degrees = len(selections) - 1, len(orders) - 1
+    heads = ["", f"sd of {len(selections)} selections", f"sd of {len(orders)} orders", "ratio of variances"]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    said = ""
+    for key in dict.fromkeys((learned, "kept", *keys)):
+        spread = [statistics.stdev(values(cell, key).mean() for cell in group) for group in (selections, orders)]
+        ratio = ""
+        if min(spread):
+            found = (spread[0] / spread[1]) ** 2
+            low, high = (found / fisher.ppf(tail, *degrees) for tail in (0.975, 0.025))
+            ratio = f"{found:.2f} [{low:.2f}, {high:.2f}]"
+            if key == "kept":
+                word = "more" if low > 1 else "less" if high < 1 else "not measurably more or less"
+                said = f" Which half trains moves what is kept {word} than the order of the rows does."
+        lines.append(f"| {', '.join(COLUMNS.get(key, KEPT))} | {spread[0]:.2g} | {spread[1]:.2g} | {ratio} |")
+    its = content["halves"]
+    return [
+        "",
+        "## Does the half matter?",
+        "",
+        f"{its['arm']} at learning rate {its['learning_rate']:g}: {len(selections)} selections with one order of the "
+        f"rows, and {len(orders)} orders with one selection.{said} Brackets: 95% intervals of the ratio of variances, "
+        "from the F distribution. Over five selections the paper has a standard deviation of 0.1 points (Table 14).",
+        "",
+        *lines,
+    ]
+
+
+def table(arms: dict[str, Rates], references: dict[str, Content], keys: list[str]) -> list[str]:
+    """Every arm at every rate: mean and standard deviation over seeds."""
+    heads = ["arm", "learning rate or part", "seeds", *(", ".join(COLUMNS.get(k, KEPT)) for k in keys)]
+    lines = [f"| {' | '.join([*heads, 'weights moved'])} |", "| --- " * (len(heads) + 1) + "|"]
+    places = [("", "", {0: cell}, name) for name, cell in references.items()]
+    places += [(arm, f"{rate:g}", rates[rate], arm) for arm, rates in arms.items() for rate in sorted(rates)]
+    for _, rate, cells, name in places:
+        columns = [
+            [values(cell, key).mean() for cell in cells.values() if key == "kept" or key in cell["rows"]]
+            for key in keys
+        ]
+        columns.append([cell["distance"]["all"] for cell in cells.values()])
+        texts = [
+            f"{statistics.fmean(its):.3g}" + (f" ± {statistics.stdev(its):.2g}" if len(its) > 1 else "") if its else ""
+            for its in columns
+        ]
+        lines.append(f"| {name} | {rate} | {len(cells)} | {' | '.join(texts)} |")
     return lines
+
+
+def ways_section(ways: dict[str, Rates], learned: str) -> list[str]:
+    """What is learned and kept at each part of the way from the start model to a trained one."""
+    if not ways:
+        return []
+    parts = sorted(next(iter(ways.values())))
+    lines = [f"| a | {' | '.join(f'{part:g}' for part in parts)} |", "| --- " * (len(parts) + 1) + "|"]
+    for name, way in ways.items():
+        for key, what in ((learned, "learned"), ("kept", "kept")):
+            means = [statistics.fmean(values(cell, key).mean() for cell in way[part].values()) for part in parts]
+            lines.append(f"| {name}: {what} | {' | '.join(f'{mean:.3g}' for mean in means)} |")
+    return [
+        "",
+        "## Part of the way from the start model",
+        "",
+        f"Models at start + a x (trained - start): {COLUMNS[learned][0]} and kept, means over seeds.",
+        "",
+        *lines,
+    ]
+
+
+def picture(
+    arms: dict[str, Rates], ways: dict[str, Rates], start: Content, learned: str, named: list[str], path: Path
+) -> None:
+    """What is kept against what is learned: a line per arm over its learning rates, means and deviations over seeds."""
+    from matplotlib.figure import Figure
+
+    others = [arm for arm in arms if arm not in named]
+    panels = [named, ["fft", "hft", *others]] if others else [named]
+    figure = Figure(figsize=(7.4 * len(panels), 6.4), layout="constrained")
+    spare = {arm: n for n, arm in enumerate(arm for arm in [*named, *others] if arm not in OWN)}
+
+    def line(rates: Rates) -> np.ndarray:
+        """Mean and standard deviation of learned and kept per rate, of shape (4, rates)."""
+        found = []
+        for rate in sorted(rates):
+            means = [[values(cell, key).mean() for cell in rates[rate].values()] for key in (learned, "kept")]
+            found.append([*map(statistics.fmean, means), *(statistics.stdev(m) if len(m) > 1 else 0 for m in means)])
+        return np.array(found).T
+
+    name, unit = COLUMNS[learned]
+    begin = [values(start, key).mean() for key in (learned, "kept")]
+    for axes, those in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True):
+        main = axes is figure.axes[0]
+        for arm in (arm for arm in arms if arm not in those):
+            axes.plot(*line(arms[arm])[:2], color=FAINT, linewidth=1, zorder=1)
+        for arm in (arm for arm in those if arm in arms):
+            n = spare.get(arm, 0)
+            color, marker = OWN.get(arm, (COLORS[n % len(COLORS)], MARKERS[n % len(MARKERS)]))
+            style = {"color": color, "marker": marker, "markeredgecolor": "white", "elinewidth": 0.9}
+            style |= {"linewidth": 2.4, "zorder": 4} if arm in OWN else {"linewidth": 1.3, "zorder": 3}
+            x, y, dx, dy = line(arms[arm])
+            axes.errorbar(x, y, dy, dx, label=arm, **style)
+            for rate, *at in zip(sorted(arms[arm]), x, y, strict=True) if main and arm in OWN else ():
+                offset, side = ((6, 6), "left") if arm == "fft" else ((-6, -12), "right")
+                axes.annotate(f"{rate:g}", at, offset, textcoords="offset points", ha=side, color=color, fontsize=8)
+        first = {name.partition(" ")[0]: name for name in reversed(ways)} if main else {}  # rate of each arm
+        for arm, way in first.items():
+            axes.plot(*line(ways[way])[:2], "--", color=OWN.get(arm, (INK,))[0], linewidth=1.3, zorder=2, label=way)
+        axes.plot(*begin, "*", color=INK, markersize=13, zorder=5)
+        axes.annotate("start model", begin, (10, 3), textcoords="offset points", color=INK, fontsize=9)
+        axes.set(xlabel=f"learned: {name}, {unit} (better →)")
+        axes.xaxis.set_inverted(sign(learned) < 0)
+        axes.grid(color=FAINT, linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=9, loc="upper right", framealpha=0.9)
+    figure.axes[0].set_ylabel("kept: old questions still answered right, % (better ↑)")
+    figure.suptitle(
+        "What a model learns and what it still knows: up and to the right is better\n"
+        "Each line is one method at several learning rates; bars: standard deviation over seeds",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=110)
 
 
 def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path, command: str) -> str:
     """Write a page and a picture beside it, and return the verdict."""
-    points, files = read(out, todo)
+    arms, ways, files = read(out, todo)
     if not files:
         return "no cells yet"
     others = {name: out / "cells" / f"{name}.json.gz" for name in ("pretrained", "start")}
-    references = {name: summary(load(cell)) for name, cell in others.items() if cell.exists()}
-    columns = {key: value for key, value in COLUMNS.items() if any(key in file["rows"] for file in files)}
+    references = {name: load(cell) for name, cell in others.items() if cell.exists()}
+    start = references["start"]
     learned = content.get("learned", "new.right")
-    kinds = [key.partition(".")[0] for key in ("rule.right", "people.right", "facts.right") if key in columns]
-    kept = {"kept": (f"kept: right answers, mean of {', '.join(kinds)}", "%")}
-    shown = kept | {key: columns[key] for key in ("text.loss", "new.kl") if key in columns}
-    frontier(points, references.get("start", {}), learned, shown, path.with_suffix(".png"))
-    compared = [key for key in ("kept", *columns) if key not in ("new.right", "new.loss")]
-    sentences, differences = beside_fft(points, learned, compared)
-    best = []
-    for arm, rates in points.items():
-        top = best_rate(rates, learned)
-        inside = min(rates) < top < max(rates)
-        best.append(f"{arm} {top:g}" + ("" if inside else " (at the edge of its rates)"))
-    arms = dict.fromkeys(cell.arm for cell in todo)
-    missing = [arm for arm in arms if arm not in points]
-    failed = {
-        path.name.removesuffix(".json.failed"): path.read_text() for path in sorted((out / "cells").glob("*.failed"))
-    }
-    commits = sorted({file["commit"] for file in files})
-    versions = ", ".join(f"{name} {value}" for name, value in files[0]["versions"].items())
-    lines = [
-        "# What each method learns and what it forgets",
-        "",
-        f"    {command}",
-        "",
-        *sentences,
+    keys = [
+        key
+        for key in COLUMNS
+        if any(key in one["rows"] for rates in arms.values() for one in rates[min(rates)].values())
+    ]
+    kinds = {key.partition(".")[0]: len(start["rows"][key]) for key in OLD if key in start["rows"]}
+    named = [arm for arm in content.get("named", arms) if arm in arms]
+    picture(arms, ways, start, learned, named, path.with_suffix(".png"))
+    reference = np.array([sign(learned) * values(start, learned).mean(), 0.0])
+    lines = ["# What each method learns and what it forgets", "", f"    {command}", ""]
+    said = ""
+    if {"fft", "hft"} <= arms.keys():
+        said = sentence("hft", (arms["fft"], arms["hft"]), learned)
+        lines += [f"**{said}**", ""]
+        if learned == "new.right":
+            again = sentence("hft", (arms["fft"], arms["hft"]), "new.loss")
+            lines += [f"Matched on the loss of the new rows in place of right answers: {again}", ""]
+    more = [arm for arm in named if arm not in ("fft", "hft")]
+    lines += [f"- {sentence(arm, (arms['fft'], arms[arm]), learned)}" for arm in more if "fft" in arms]
+    lines += [
         "",
         f"![What is kept against what is learned]({path.stem}.png)",
         "",
-        f"Learned is {columns[learned][0]} after training; kept is what the model could before. Mean ± standard",
-        "deviation over seeds of data order and selection. At equal learning: interpolated over an arm's rates,",
-        "up to the most that both arms reach, paired by seed, with a 95% t interval over seeds.",
-        "",
-        "Difference from fft at equal learning, with its interval:",
-        "",
-        *differences,
+        f"Learned: {COLUMNS[learned][0]}, of {len(start['rows'][learned])} held-out rows. Kept: old questions that are "
+        f"still answered right, of {', '.join(f'{n} {kind}' for kind, n in kinds.items())}; the start model answers "
+        f"{values(start, 'kept').mean():.1f}%. Differences are between models that answered the same rows, with the "
+        "same seeds. Brackets are 95% bootstrap intervals over rows and seeds, which are too narrow with two or three "
+        "seeds. Each difference is tested alone.",
+    ]
+    if {"fft", "hft"} <= arms.keys():
+        lines += rates_section(arms, learned)
+    if "fft" in arms:
+        at = f"{amount(reference[0], learned)} learned, 0% kept"
+        lines += [
+            "",
+            "## Each arm beside fft",
+            "",
+            "At equal learning: how much more the arm keeps than fft, averaged over the amounts that both learn "
+            "(straight lines between the points of each frontier); then at the highest amount that both learn, which "
+            f"the verdict is about. Hypervolume: the area that the arm's points dominate above {at}, divided by 100.",
+            "",
+            *arms_section(arms | ways, learned, reference),
+            "",
+            "Other measures at equal learning, arm minus fft:",
+            "",
+            *measures_section(arms | ways, learned, [key for key in keys if key != learned]),
+        ]
+    if {"fft", "hft"} <= arms.keys():
+        lines += seeds_section(arms, learned)
+    lines += ways_section(ways, learned)
+    lines += halves_section(out, content, learned, keys)
+    lines += [
         "",
         "## Every arm at every learning rate",
         "",
-        *table(points, references, columns),
+        "Mean ± standard deviation over seeds. Weights moved: norm of the change, relative to the weights' norm.",
         "",
-        "Learning rate at which each arm learns the most: " + ", ".join(best) + ".",
-        *halves(out, content),
+        *table(arms, references, ["kept", *keys]),
         "",
-        *(f"- {name} failed: {why}" for name, why in failed.items()),
-        f"{len(files)} cells of {len(todo)}. Arms not run yet: {', '.join(missing) or 'none'}. "
-        f"Commit {', '.join(commits)}. {versions}.",
     ]
+    failures = sorted((out / "cells").glob("*.failed"))
+    lines += [f"- {one.name.removesuffix('.json.failed')} failed: {one.read_text()}" for one in failures]
+    missing = [arm for arm in dict.fromkeys(cell.arm for cell in todo) if arm not in arms]
+    commits = sorted({file["commit"] for file in files})
+    versions = ", ".join(f"{name} {number}" for name, number in files[0]["versions"].items())
+    lines.append(
+        f"{len(files)} of {sum(cell.seed == cell.selection for cell in todo)} cells, and those of the halves. "
+        f"Arms not run: {', '.join(missing) or 'none'}. Commit {', '.join(commits)}. {versions}."
+    )
     path.write_text("\n".join(lines) + "\n")
-    return "\n".join(sentences)
+    return said

@@ -33,7 +33,8 @@ from hft.errors import HFTError, Stopped
 HERE = Path(__file__).parent
 SIZES = sorted(path.stem for path in HERE.glob("*.yaml"))
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets")
-GRID = ("arms", "learning_rates", "rates_of", "seeds", "halves", "quick")  # keys that say which cells, not what one is
+# Keys that say which cells there are and what the page shows of them, not what a cell is.
+GRID = ("arms", "learning_rates", "rates_of", "seeds", "halves", "keep", "quick", "named")
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,25 @@ class Cell:
         return f"{self.arm}-lr={self.learning_rate:g}-seed={self.seed}{more}"
 
 
+class Keep(Cell):
+    """A run of which the way back to the start model is measured: start + a x (trained - start)."""
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}-keep"
+
+
 def cells(content: dict[str, Any], *, quick: bool) -> Iterator[Cell]:
-    """All cells, whole seeds first; those of `halves` follow the second seed."""
+    """All cells, whole seeds first; those of `halves` follow the second seed, those of `keep` come last."""
     grid = content | content["quick"] if quick else content
     for seed, arm in itertools.product(grid["seeds"], grid["arms"]):
         if seed == 2 and arm == next(iter(grid["arms"])) and not quick:
             yield from halves(content)
-        rates = grid["learning_rates"] if quick else grid["rates_of"].get(arm, grid["learning_rates"])
+        rates = grid["learning_rates"] if quick else grid.get("rates_of", {}).get(arm, grid["learning_rates"])
         yield from (Cell(arm, float(rate), seed, seed) for rate in rates)
+    if (its := grid.get("keep")) and not quick:
+        for seed, arm, rate in itertools.product(grid["seeds"], its["arms"], its["learning_rates"]):
+            yield Keep(arm, float(rate), seed, seed)
 
 
 def halves(content: dict[str, Any]) -> Iterator[Cell]:
@@ -118,21 +130,33 @@ class Bench:
 
     def __init__(self, content: dict[str, Any], size: str, out: Path):
         self.content, self.out = content, out
-        self.setting = importlib.import_module(size)
+        self.setting, self.objective = (
+            importlib.import_module(content.get("setting", size)),
+            content.get("objective", "sft"),
+        )
         with waiting_for(out / "start.lock"):
             self.start = self.setting.make_start(content, out)
         self.model = model_of(self.start)
         self.rows, self.examples = self.setting.probes(content, self.start, out)
+        self.pairs = self.setting.pairs(self.start, out) if self.objective == "dpo" else []
         self.about = about(content)
 
     def measured(self, model: Any) -> dict[str, Any]:
-        from measure import distance, measure, recovered
+        from measure import distance, measure, preferences, recovered
 
         recover = {key: value for key, value in self.content["recover"].items() if key != "examples"}
         old = {kind: self.rows[kind] for kind in self.setting.RECOVERED}
         rows = measure(model, self.rows, self.model)
         rows |= recovered(model, self.examples, old, **recover) if self.examples else {}
+        rows |= preferences(model, self.pairs, self.model) if self.pairs else {}
         return {"rows": rows, "distance": distance(model, self.model)}
+
+    def way_back(self, model: Any) -> dict[str, Any]:
+        """What models between the start model (alpha 0) and a trained one (1) measure."""
+        from measure import between
+
+        alphas = [n / (self.content["keep"]["points"] - 1) for n in range(self.content["keep"]["points"])]
+        return {"way": [{"alpha": a} | self.measured(between(self.model, model, a)) for a in alphas]}
 
     def reference(self, name: str, folder: Path) -> None:
         """A file like a cell's of a model that no cell trained."""
@@ -149,7 +173,7 @@ class Bench:
         arm = dict(self.content["arms"][cell.arm])
         methods, replay = arm.pop("method"), arm.pop("replay", 0.0)
         keys = self.content["train"] | {"model_name_or_path": str(self.start), "seed": cell.seed}
-        keys |= self.setting.data_keys(self.out, replay)
+        keys |= self.setting.data_keys(self.out, replay, self.objective)
         # Flags win over a method's file; the learning rate is then the rate itself, not an adapter's multiple of it.
         flags = arm | self.setting.keys_of(methods, self.out) | {"learning_rate": cell.learning_rate}
         flags |= {} if "lora" in methods else {"selection_seed": cell.selection}
@@ -159,10 +183,11 @@ class Bench:
         folder.mkdir()
         (folder / "recipe.yaml").write_text(yaml.safe_dump(keys))
         flags |= {"output_dir": str(folder / "run")}
-        config = load_config(self.content.get("objective", "sft"), folder / "recipe.yaml", *methods, **flags)
+        config = load_config(self.objective, folder / "recipe.yaml", *methods, **flags)
         if not train(make_plan(config)).ok:
             raise HFTError(f"{cell.name} does not verify")
-        measured = self.measured(model_of(folder / "run"))
+        model = model_of(folder / "run")
+        measured = self.way_back(model) if isinstance(cell, Keep) else self.measured(model)
         seconds = {"seconds": round(time.time() - began, 1)}
         save(path, {"cell": asdict(cell), "keys": config.values} | measured | self.about | seconds)
         shutil.rmtree(folder)

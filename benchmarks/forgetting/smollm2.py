@@ -40,7 +40,7 @@ def references(start: Path) -> dict[str, Path]:
     return {"start": start}
 
 
-def data_keys(out: Path, replay: float) -> dict[str, Any]:
+def data_keys(out: Path, replay: float, objective: str) -> dict[str, Any]:
     if replay:
         raise SystemExit("replay is an arm of the mini size only")
     return {"dataset_name": str(out / "data" / "new.jsonl"), "dataset_test_split": None}
