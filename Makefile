@@ -64,7 +64,7 @@ help:
 	@echo "make reset-sft | reset-dpo [MODEL=...] [S=...] [D=...]    Half-Reset of your runs: Tables 1, 2 and 15"
 	@echo "make merge-MERGE [MODEL=...] [S=runs/an-sft-run] [D=runs/a-dpo-run] [ARGS=...]"
 	@echo "make eval [RUN=runs/a-run] [SUITE=quick|general|knowledge|recent] [ARGS=...]"
-	@echo "make forgetting [SIZE=mini|smollm2] [ARGS=--quick]    what each method learns and forgets"
+	@echo "make forgetting [SIZE=mini|mini-dpo|smollm2] [ARGS=--quick]    what each method learns and forgets"
 	@echo "make bench [ARGS=...]    what a step costs, by methods: time, memory, tokens/s, against the FLOPs"
 	@echo "make gpu-check [NUM_GPUS=n] [ARGS=...]    what no CPU can settle, on a GPU of 80 GB: results/gpu"
 	@echo "  METHOD  $(METHODS)"
@@ -163,7 +163,8 @@ eval: $(INSTALLED) $(LOCAL_FILES)
 # the page from the cells that are there.
 SIZE ?= mini
 forgetting: $(INSTALLED) $(if $(filter smollm2,$(SIZE)),models/smollm2-135m/config.json)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[forgetting]'
+	$(if $(filter smollm2,$(SIZE)),$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[forgetting]')
 	$(BIN)/python benchmarks/forgetting/run.py $(SIZE) $(ARGS)
 
 # What a step costs, by methods: results/bench/DEVICE.md. On a GPU random weights in Llama's shapes.

@@ -78,7 +78,12 @@ def rates_of(points, seeds=(0, 1), rows=400):
         return [float(n < percent / 100 * rows) for n in range(rows)]
 
     def cell(learned, kept):
-        return {"rows": {"new.right": right(learned), "facts.right": right(kept)}, "distance": {"all": 0.1}}
+        rows = {
+            "new.right": right(learned),
+            "new.loss": [1 - one for one in right(learned)],
+            "facts.right": right(kept),
+        }
+        return {"rows": rows, "distance": {"all": 0.1}}
 
     return {rate: {seed: cell(*point) for seed in seeds} for rate, point in points.items()}
 
@@ -126,7 +131,7 @@ def test_the_page_says_the_verdict_first_and_has_a_picture(tmp_path):
     run.save(tmp_path / "cells" / "start.json.gz", rates_of({0: (0, 100)})[0][0])
     said = page.write_page(tmp_path, content, todo, tmp_path / "report.md", "make it")
     text = (tmp_path / "report.md").read_text()
-    assert said.startswith("At equal learning hft is not told apart from fft: where both answer")
+    assert said.startswith("At equal learning hft keeps more than fft: where both answer 75%")
     assert text.index(said) < text.index("report.png") < text.index("## Does hft act like fft at a lower rate?")
     assert (tmp_path / "report.png").stat().st_size > 1000
 

@@ -152,16 +152,23 @@ def of_seeds(seeds: list[int]) -> str:
 def sentence(arm: str, pair: tuple[Rates, Rates], learned: str) -> str:
     """What an arm keeps beside fft where both have learned as much."""
     its, seeds = curves(pair, learned, "kept")
-    found = at_the_most(*its, STEP[COLUMNS[learned][1]]) if its else None
-    if not found:
-        return f"{arm} and fft cannot be compared at equal learning: there is no amount that both learned."
-    level, more = found
-    told, overall = verdict(more), estimate(equal_learning, *its)
+    overall = estimate(equal_learning, *its) if its else Estimate(*[float("nan")] * 3)
+    if not np.isfinite(overall.low):
+        return f"{arm} and fft cannot be compared at equal learning: there is no amount that both surely learned."
+    found = at_the_most(*its, STEP[COLUMNS[learned][1]])
+    told = verdict(found[1] if found else overall)
     says = f"{arm} is not told apart from fft" if told == "not told apart" else f"{arm} {told} than fft"
+    if not found:
+        return (
+            f"At equal learning {says}: over the amounts that both learn, the difference in what is kept is "
+            f"{shown(overall)} points (95% interval, {of_seeds(seeds)})."
+        )
+    level, more = found
     where = LEARNING[learned].format(amount(level, learned))
     return (
         f"At equal learning {says}: where both {where}, the difference in what is kept is {shown(more)} points "
         f"(95% interval, {of_seeds(seeds)}). Over all amounts that both learn it is {shown(overall)}."
+        + (" Two learning rates make a rough line." if min(len(whole(rates)[0]) for rates in pair) < 3 else "")
     )
 
 
@@ -421,7 +428,7 @@ def picture(
         axes.xaxis.set_inverted(sign(learned) < 0)
         axes.grid(color=FAINT, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=9, loc="upper right", framealpha=0.9)
+        axes.legend(fontsize=9, loc="lower left", framealpha=0.9)
     figure.axes[0].set_ylabel("kept: old questions still answered right, % (better ↑)")
     figure.suptitle(
         "What a model learns and what it still knows: up and to the right is better\n"
@@ -456,7 +463,7 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path,
         lines += [f"**{said}**", ""]
         if learned == "new.right":
             again = sentence("hft", (arms["fft"], arms["hft"]), "new.loss")
-            lines += [f"Matched on the loss of the new rows in place of right answers: {again}", ""]
+            lines += [f"The same, matched on the loss of the new rows: {again}", ""]
     more = [arm for arm in named if arm not in ("fft", "hft")]
     lines += [f"- {sentence(arm, (arms['fft'], arms[arm]), learned)}" for arm in more if "fft" in arms]
     lines += [

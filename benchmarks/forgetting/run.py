@@ -1,4 +1,4 @@
-"""What each method learns and what it forgets: `make forgetting SIZE=mini|smollm2`, or this file and a SIZE.
+"""What each method learns and what it forgets: `make forgetting SIZE=mini|mini-dpo|smollm2`, or this file and a SIZE.
 
 Trains one model per cell (an arm, a learning rate, a seed), measures it row by row, and keeps a file per cell. Any
 number of processes may work on one folder, one killed at any moment costs its cell, and rerunning the command resumes.
@@ -261,6 +261,7 @@ def main() -> None:
     content = yaml.safe_load((HERE / f"{options.size}.yaml").read_text())
     todo = list(dict.fromkeys(cells(content, quick=options.quick)))
     todo = [cell for cell in todo if all(word in f"{cell.name}-" for word in options.only or ())]
+    workers = []
     if options.jobs:
         os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
@@ -274,11 +275,15 @@ def main() -> None:
     from page import write_page
 
     command = f"make forgetting SIZE={options.size}" + (' ARGS="--quick"' if options.quick else "")
-    print(write_page(out, content, todo, options.page or out / "report.md", command))
+    page = options.page or out / "report.md"
+    print(f"\n{write_page(out, content, todo, page, command)}\n\n{page}, {page.with_suffix('.png')}")
+    if any(worker.exitcode for worker in workers):
+        raise SystemExit("a process failed; the same command continues")
 
 
 def watch(workers: list, out: Path) -> None:
     """A progress line until all workers have ended."""
+    print(f"making the start model and the cells in {out}; each process writes a log there", flush=True)
     while any(worker.is_alive() for worker in workers):
         time.sleep(2)
         if (path := out / "progress.txt").exists():
