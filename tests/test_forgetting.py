@@ -144,7 +144,9 @@ def test_whole_seeds_come_first_and_every_arm_is_one_of_hfts_methods():
     assert len({cell.name for cell in todo}) == len(todo) == 5 * arms + 2 * MINI["halves"]["count"] - 2 + keep
     assert {cell.name.rpartition("-")[2] for cell in todo[-keep:]} == {"keep"}
     assert {cell.arm for cell in run.cells(MINI, quick=True)} == {"fft", "hft", "bottom"}
-    for arm in MINI["arms"].values():
+    dpo = yaml.safe_load((run.HERE / "mini-dpo.yaml").read_text())
+    assert dpo["make"] == MINI["make"]
+    for arm in (*MINI["arms"].values(), *dpo["arms"].values()):
         assert all((run.HERE.parents[1] / "recipes" / "methods" / f"{name}.yaml").exists() for name in arm["method"])
 
 

@@ -205,12 +205,13 @@ def rates_section(arms: dict[str, Rates], learned: str) -> list[str]:
     if not compared:
         return [*title, "These rates do not say: at none of them is it sure that fft learns as much.", "", *lines]
     factor, more = average(compared, 0), average(compared, 1)
-    lower = "lower" if factor.high < 1 else "higher" if factor.low > 1 else "not measurably different"
+    lower = "a lower" if factor.high < 1 else "a higher" if factor.low > 1 else "not measurably another"
+    rates_in_words = f"{len(compared)} rates" if len(compared) > 1 else "one rate"
     told = {"keeps more": "hft keeps more", "keeps less": "hft keeps less"}.get(verdict(more), "neither keeps more")
     return [
         *title,
-        f"hft learns as much as fft at c times its learning rate: on average over {len(compared)} rates "
-        f"c = {shown(factor, 2, '')}, a {lower} rate. Where they learn as much, {told}: {shown(more)} points "
+        f"hft learns as much as fft at c times its learning rate: on average over {rates_in_words} "
+        f"c = {shown(factor, 2, '')}, {lower} rate. Where they learn as much, {told}: {shown(more)} points "
         f"({of_seeds(seeds)}). Between its rates fft is interpolated over the log of the rate.",
         "",
         *lines,
