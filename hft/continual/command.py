@@ -1,23 +1,30 @@
-"""`hft continual`: a command line in, an exit status out."""
+"""`hft continual`: plan a sequence, and run it; rerun the command to resume."""
 
+import gc
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 from hft.config import to_yaml
-from hft.continual.config import parse_sequence
+from hft.continual.config import RECIPE_NAME, SequencePlan, parse_sequence
 from hft.continual.data import SequenceData
-from hft.continual.planning import first_plan, plan_runs, table
-from hft.continual.sequence import log_to_wandb, run_sequence, sequence_keys
+from hft.continual.matrix import BASE_ROW, MATRIX_NAME, Matrix
+from hft.continual.metrics import METRICS
+from hft.continual.planning import plan_sequence, table
+from hft.continual.scoring import score_tasks
 from hft.errors import DoesNotFit, HFTError
-from hft.machine import indented, is_main, leave_process_group, say
+from hft.jsonl import read_jsonl
+from hft.machine import broadcast, indented, is_main, leave_process_group, reset_peak_memory, say
+from hft.methods.strategy import Row
+from hft.model.weights import local_folder
+from hft.record.identity import differences
+from hft.record.manifest import write_text
+from hft.runs.config import comparable, read_saved_config
+from hft.runs.plan import load_tokenizer, make_plan
+from hft.runs.train import cannot_write_to, train
 
 NEEDED = ("lm_eval", "rapidfuzz", "rouge_score", "scipy")
-FILES = """
-  NN-TASK/               the run of each round, with its manifest, results and scores
-  data/                  the rows that each of them trained on, and test rows
-  recipe.yaml            what they have in common
-  sequence.yaml          what hft continual was given
-  matrix.json            the scores, OP and BWT"""
+SEQUENCE_NAME = "sequence.yaml"  # in the sequence's folder: all its keys, written once its data are complete
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -26,24 +33,113 @@ def main(arguments: Sequence[str]) -> int:
         raise HFTError(f"a sequence of tasks needs {', '.join(missing)}: pip install 'half-fine-tuning[continual]'")
     plan, machine = parse_sequence(arguments)
     data = SequenceData(plan)
-    rounds = data.rounds(plan)
-    say("resolved config", indented(to_yaml(sequence_keys(plan))))
-    planned = plan_runs(plan, rounds, machine)
+    say("resolved config", indented(to_yaml(plan.keys)))
+    planned, first = plan_sequence(plan, data, machine)
     say("runs", indented(table(planned)), "")
-    if not plan.dry_run and (misfit := next((run.misfit for run in planned if run.too_large), None)):
+    if not plan.dry_run and (misfit := next((run.misfit for run in planned if run.misfit), None)):
         raise DoesNotFit(misfit)
-    if not (machine.gpus or planned[0].too_large):
-        first = first_plan(plan, rounds[0][0])
-        say("first run", indented(first.report()))
+    say(*(["first run", indented(first.report())] if first else []))
     say(*(["notes on the data", indented("\n".join(data.notes)), ""] if data.notes else []))
-    say("commands", *(f"  {plan.command(run)}" for runs in rounds for run in runs), "")
+    say("commands", *(f"  {plan.command(run)}" for runs in data.rounds(plan) for run in runs), "")
     if plan.dry_run:
         say("stopped here: no weights were loaded, nothing was written")
         say(f"the sequence writes {plan.out}/recipe.yaml and {plan.out}/data first, which the commands need")
         return 0
     matrix = run_sequence(plan, data)
-    say("result", indented(matrix.table()), "", indented(matrix.report()), "", f"{plan.out}/{FILES}")
+    say("result", indented(matrix.table()), "", indented(matrix.report()), "", f"{plan.out / MATRIX_NAME}")
     if is_main() and "wandb" in first.args.report_to:
         say(log_to_wandb(plan, matrix))
     leave_process_group()
     return 0
+
+
+def run_sequence(plan: SequencePlan, data: SequenceData) -> Matrix:
+    """Run a sequence, or what is left of it; the matrix is the same in every process."""
+    rounds, settings = data.rounds(plan), plan.settings
+    matrix = broadcast(prepare(plan, data) if is_main() else None)
+    tests = {task: read_jsonl(plan.data(f"{task}-test")) for task in settings.tasks}
+    if settings.score_start and not matrix.rounds:
+        base, revision = plan.common["model_name_or_path"], plan.config(rounds[0][0].flags).revision
+        start = str(local_folder(base, revision)) if revision else base
+        add_row(plan, matrix, BASE_ROW, start, plan.out / BASE_ROW, tests)
+    done = len(matrix.after_rounds)
+    for number, runs in enumerate(rounds[done:], done):
+        for run in runs:
+            say("", f"round {number + 1} of {len(rounds)}", plan.command(run), "")
+            result = train(make_plan(plan.config(run.flags)))
+            free_memory()
+            if not result.ok:
+                raise HFTError(f"{plan.out / run.name} does not pass verify: a frozen tensor changed")
+        seen = settings.tasks[: None if settings.score_unseen else number + 1]
+        folder = plan.out / runs[-1].name
+        add_row(plan, matrix, settings.tasks[number], str(folder), folder, {task: tests[task] for task in seen})
+        say("", matrix.table(), "")
+    return matrix
+
+
+def prepare(plan: SequencePlan, data: SequenceData) -> Matrix:
+    """Write what all runs have in common, and the rows of each, unless that is done; returns the matrix so far."""
+    if (plan.out / SEQUENCE_NAME).exists():
+        saved = comparable(read_saved_config(plan.out / SEQUENCE_NAME))
+        if found := differences(comparable(plan.keys), saved):
+            raise HFTError(
+                f"{plan.out} holds a sequence with other settings ({'; '.join(found)}); give the same, or another "
+                "--output_dir"
+            )
+    else:
+        try:
+            plan.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write_to(plan.out, error) from error
+        write_text(plan.out / RECIPE_NAME, to_yaml(plan.common))
+        data.shorten(load_tokenizer(plan.config(data.rounds(plan)[0][0].flags)), plan)
+        data.write(plan)
+        write_text(plan.out / SEQUENCE_NAME, to_yaml(plan.keys))
+    if (plan.out / MATRIX_NAME).exists():
+        return Matrix.load(plan.out)
+    metrics = [list(METRICS[plan.settings.metrics[task]]) for task in data.tests]
+    return Matrix(
+        tasks=list(data.tests),
+        metrics=[first for first, *_ in metrics],
+        others={name: [] for name in sorted({name for _, *others in metrics for name in others})},
+        counts=[len(rows) for rows in data.tests.values()],
+        about={"strategy": plan.strategy.name, "method": plan.common.get("method"), "run": plan.name},
+    )
+
+
+def add_row(
+    plan: SequencePlan, matrix: Matrix, name: str, model: str, folder: Path, tests: dict[str, list[Row]]
+) -> None:
+    """Score a model on test rows, and save the row of that name in the matrix; its scores go to `folder`."""
+    settings = plan.settings
+    limits = {"longest_answer": settings.max_answer_length, "batch_size": settings.score_batch_size}
+    scores = broadcast(score_tasks(model, tests, settings.metrics, **limits, out=folder))
+    free_memory()
+    matrix.add(name, scores)
+    if is_main():
+        matrix.save(plan.out)
+        if len(matrix.after_rounds) == len(matrix.tasks):
+            matrix.totals(scores, settings.test_rows).save(plan.out)
+
+
+def log_to_wandb(plan: SequencePlan, matrix: Matrix) -> str:
+    """Log a sequence to wandb, and say where: each task's score, OP and BWT over the rounds, the matrix as a table."""
+    import wandb
+
+    from hft.runs.tracking import finish, open_run
+
+    group = f"{Path(plan.common['model_name_or_path']).name} sft"  # that of its runs
+    run, where = open_run(name=plan.name, group=group, job_type="sequence", config=plan.keys)
+    rows = [[name, *row] for name, row in zip(matrix.rounds, matrix.scores, strict=True)]
+    run.log({"matrix": wandb.Table(["round", *matrix.tasks], rows)})
+    found = matrix.summary()
+    for t, row in enumerate(matrix.after_rounds):
+        scores = {task: value for task, value in zip(matrix.tasks, row, strict=True) if value is not None}
+        run.log(scores | {"round": t + 1, "OP": found["op"][t], "BWT": found["bwt"][t]})
+    finish()
+    return where
+
+
+def free_memory() -> None:
+    gc.collect()
+    reset_peak_memory()

@@ -2,14 +2,14 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt
 
 from hft.config import TURNS, Given, Keys, fill, option, read_arguments
-from hft.continual.tasks import TRACE, metrics_of
+from hft.continual.metrics import TRACE, metrics_of
 from hft.errors import HFTError
 from hft.methods.strategy import Row, Strategy
 from hft.planning.forecast import Machine
@@ -31,9 +31,7 @@ class SequenceConfig:
     tasks: list[str] = field(
         default_factory=lambda: list(TRACE), metadata={"help": "The tasks, in the order in which they are learned."}
     )
-    epochs: dict[str, float] | float | None = option(
-        "Epochs of each task, or of all; num_train_epochs where a task has none."
-    )
+    epochs: dict[str, float] | None = option("Epochs of each task; num_train_epochs where a task has none.")
     metrics: dict[str, str] = field(
         default_factory=dict, metadata={"help": "Metric of each task outside TRACE, as {TASK: accuracy}."}
     )
@@ -53,14 +51,10 @@ class SequenceConfig:
             raise HFTError(f"tasks is empty; name some, such as {', '.join(TRACE)}")
         self.metrics = metrics_of(self.tasks, self.metrics)
 
-    def epochs_of(self, task: str) -> float | None:
-        return self.epochs.get(task) if isinstance(self.epochs, dict) else self.epochs
-
 
 @dataclass(frozen=True)
 class SequenceRun:
     name: str  # of its folder, such as `02-FOMC` or `02-FOMC-replay`
-    task: str  # the task of its round
     flags: dict[str, Any]  # its keys besides `recipe.yaml`
     rows: list[Row]  # that it trains on
     memory: list[Row]  # the rows of its `strategy_data`, if any
@@ -70,36 +64,41 @@ class SequenceRun:
 class SequencePlan:
     """A sequence as it was asked for."""
 
-    name: str
-    out: Path
     settings: SequenceConfig
     strategy: Strategy
     common: dict[str, Any]  # what all runs have in common, the content of `recipe.yaml`
+    keys: dict[str, Any]  # all keys of the sequence and its runs, the content of `sequence.yaml`
+    out: Path
     first_round: int  # above 1 if the base has been through rounds before
-    given_round: int | None  # the same, where it was asked for
     dry_run: bool
+
+    @property
+    def name(self) -> str:
+        return self.keys["run_name"]
 
     def data(self, name: str) -> Path:
         return self.out / "data" / f"{name}.jsonl"
 
-    def run(self, number: int, previous: str | None, rows: list[Row], memory: list[Row], replay: bool) -> SequenceRun:
+    def run(
+        self, number: int, previous: str | None, rows: list[Row], memory: list[Row], *, replay: bool = False
+    ) -> SequenceRun:
         """A run of a round, counted from 0: that on its task, or the replay pass after it."""
         task, adapts = self.settings.tasks[number], self.strategy.takes_adapter
         name, start = f"{number + 1:02}-{task}{'-replay' if replay else ''}", previous and str(self.out / previous)
         flags = {
             "model_name_or_path": None if adapts else start,
             "dataset_name": str(self.data(name)),
-            "num_train_epochs": self.settings.epochs_of(task),
+            "num_train_epochs": (self.settings.epochs or {}).get(task),
             "round": None if adapts else self.first_round + number,  # an adapter selects nothing
             "previous_run": start if adapts else None,
             "strategy_data": str(self.data(f"{name}-memory")) if memory and self.strategy.acts_on_steps else None,
             "output_dir": str(self.out / name),
             "run_name": f"{self.name}-{name}",
         } | (REPLAY_PASS if replay else {})
-        return SequenceRun(name, task, {key: value for key, value in flags.items() if value is not None}, rows, memory)
+        return SequenceRun(name, {key: value for key, value in flags.items() if value is not None}, rows, memory)
 
-    def config(self, run: SequenceRun) -> Config:
-        return resolve_config("sft", Given([str(self.out / RECIPE_NAME)], [self.common], dict(run.flags)))
+    def config(self, flags: dict[str, Any]) -> Config:
+        return resolve_config("sft", Given([str(self.out / RECIPE_NAME)], [self.common], dict(flags)))
 
     def command(self, run: SequenceRun) -> str:
         words = [word for key, value in run.flags.items() for word in (f"--{key}", str(value))]
@@ -127,28 +126,24 @@ def resolve_sequence(given: Given) -> SequencePlan:
         values["metrics"] = {task: name for task, name in values.get("metrics", {}).items() if task in values["tasks"]}
     settings = fill(SequenceConfig, values)
     merged, _ = rest.merge()
-    set_by_us = [key for key in ("dataset_name", "strategy_data", "previous_run") if key in merged]
-    if set_by_us := [*set_by_us, *(key for key, turn in TURNS.items() if merged.get(key, turn) != turn)]:
+    ours = ("dataset_name", "strategy_data", "previous_run", *TURNS)
+    if set_by_us := [key for key in ours if merged.get(key, TURNS.get(key)) != TURNS.get(key)]:
         raise HFTError(f"{set_by_us[0]} is set by hft continual per run; remove it, and name tasks and trace_dir")
     placeholders = {"strategy": settings.strategy, "dataset_name": "-", "output_dir": "-", "run_name": "-"}
     config = resolve_config("sft", replace(rest, flags=rest.flags | placeholders))
-
     check_shared(config.values)
+
     name = merged.get("run_name") or _name(config, settings, given)
-    common = {"max_length": settings.max_prompt_length + settings.max_answer_length} | config.values | TURNS
-    strategy, dropped = config.method.strategy, PER_RUN
+    out, strategy, dropped = merged.get("output_dir", f"runs/{name}"), config.method.strategy, PER_RUN
     if not (strategy.acts_on_steps or strategy.carry_moments):
         dropped = dropped | {"strategy", *(f.name for f in fields(strategy))}
-    return SequencePlan(
-        name=name,
-        out=Path(merged.get("output_dir", f"runs/{name}")),
-        settings=settings,
-        strategy=strategy,
-        common={key: value for key, value in common.items() if key not in dropped},
-        first_round=config.values.get("round", 1),
-        given_round=config.values.get("round") if "round" in merged else None,
-        dry_run=config.run.dry_run,
-    )
+    common = {"max_length": settings.max_prompt_length + settings.max_answer_length} | config.values | TURNS
+    common = {key: value for key, value in common.items() if key not in dropped}
+    mine = {key: value for key, value in asdict(settings).items() if value is not None and key != "score_batch_size"}
+    first = {"round": config.values["round"]} if "round" in merged else {}
+    keys = common | mine | strategy.keys() | first | {"output_dir": str(out), "run_name": name}
+    first_round = config.values.get("round", 1)
+    return SequencePlan(settings, strategy, common, keys, Path(out), first_round, config.run.dry_run)
 
 
 def _name(config: Config, settings: SequenceConfig, given: Given) -> str:

@@ -1,15 +1,31 @@
-"""The rows of a sequence: those of its tasks, and what its strategy makes of them in each round."""
+"""The rows of a sequence: those of its tasks, and what its strategy makes of them in each round.
+
+TRACE's folders (BeyonderXX/TRACE, arXiv 2310.06762) are `TASK/{train,eval,test}.json`, lists of `{"prompt", "answer"}`
+whose prompts hold the instruction. `.jsonl` with the same fields is read too.
+"""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter
+from tqdm import tqdm
+from typing_extensions import TypedDict  # pydantic wants this one below Python 3.12
+
 from hft.continual.config import SequencePlan, SequenceRun
-from hft.continual.tasks import check_folder, notes_on, read_task, shorten_rows
-from hft.jsonl import write_jsonl
+from hft.errors import HFTError, reason
+from hft.jsonl import read_jsonl, write_jsonl
+from hft.methods.strategy import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class Example(TypedDict):
+    prompt: str
+    answer: str
 
 
 class SequenceData:
@@ -17,25 +33,31 @@ class SequenceData:
 
     def __init__(self, plan: SequencePlan):
         settings = plan.settings
-        extra = settings.alignment if plan.strategy.takes_alignment else None
-        needed = dict.fromkeys(settings.tasks, "train test") | ({extra: "train"} if extra else {})
-        folder = check_folder(settings.trace_dir, needed)
+        if not settings.trace_dir:
+            raise HFTError("trace_dir is needed: the folder with a folder per task, each with train.json and test.json")
+        folder = Path(settings.trace_dir).expanduser()
+        if not folder.is_dir():
+            raise HFTError(
+                f"trace_dir {folder} does not exist; it holds a folder per task, as TRACE's release has them"
+            )
         self.train = {task: read_task(folder, task, "train") for task in settings.tasks}
         self.tests = {task: read_task(folder, task, "test")[: settings.test_rows] for task in settings.tasks}
-        self.alignment = read_task(folder, extra, "train") if extra else []
+        replayed = settings.alignment if plan.strategy.takes_alignment else None
+        self.alignment = read_task(folder, replayed, "train") if replayed else []
         self.notes = [note for task, rows in self.train.items() for note in notes_on(task, rows, self.tests[task])]
 
     def shorten(self, tokenizer: PreTrainedTokenizerBase, plan: SequencePlan) -> None:
-        """Cut what is too long (`shorten_rows`), and render the prompts of the test rows as `context`."""
+        """Cut what is too long (`shortened`), and render the prompts of the test rows as `context`."""
         limits = (tokenizer, plan.settings.max_prompt_length, plan.settings.max_answer_length)
-        self.train = {task: shorten_rows(rows, *limits, task) for task, rows in self.train.items()}
-        self.alignment = shorten_rows(self.alignment, *limits, "the alignment set")
+        self.alignment = shortened(self.alignment, *limits)
         for task, rows in self.tests.items():
-            short = shorten_rows(rows, *limits, f"{task} (test)")
+            self.train[task] = shortened(self.train[task], *limits)
+            short = shortened(rows, *limits)
             prompts = [[{"role": "user", "content": row["prompt"]}] for row in short]
             contexts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
-            cut = zip(rows, short, contexts, strict=True)  # answers are compared with the whole reference
-            self.tests[task] = [row | {"prompt": s["prompt"], "context": context} for row, s, context in cut]
+            for row, context, whole in zip(short, contexts, rows, strict=True):
+                row.update(context=context, completion=whole["completion"])  # answers are compared with the whole
+            self.tests[task] = short
 
     def rounds(self, plan: SequencePlan) -> list[list[SequenceRun]]:
         """The runs of each round: one on its task, and where the strategy has rows for it, a replay pass."""
@@ -44,7 +66,7 @@ class SequenceData:
             tasks, strategy = list(self.train.values())[: number + 1], plan.strategy
             rows, memory = strategy.training_rows(tasks, self.alignment), strategy.remembered_rows(tasks)
             previous = rounds[-1][-1].name if rounds else None
-            rounds.append([plan.run(number, previous, rows, memory, replay=False)])
+            rounds.append([plan.run(number, previous, rows, memory)])
             if replayed := strategy.replay_rows(tasks, self.alignment):
                 rounds[-1].append(plan.run(number, rounds[-1][-1].name, replayed, [], replay=True))
         return rounds
@@ -56,3 +78,55 @@ class SequenceData:
                 write_jsonl(plan.data(f"{run.name}-memory"), run.memory)
         for task, rows in self.tests.items():
             write_jsonl(plan.data(f"{task}-test"), rows)
+
+
+def read_task(folder: Path, task: str, split: str) -> list[Row]:
+    """The rows of one split of a task, without those whose answer is empty, as `prompt` and `completion`."""
+    path = next((path for end in ("json", "jsonl") if (path := folder / task / f"{split}.{end}").is_file()), None)
+    if path is None:
+        raise HFTError(f"trace_dir {folder} lacks {task}/{split}, as .json or .jsonl; add it, or name other tasks")
+    examples = TypeAdapter(list[Example])
+    try:
+        is_lines = path.suffix == ".jsonl"
+        rows = examples.validate_python(read_jsonl(path)) if is_lines else examples.validate_json(path.read_bytes())
+    except ValueError as error:
+        raise HFTError(f"{path} is not a list of rows with prompt and answer: {reason(error)}") from error
+    if not (kept := [row for row in rows if row["answer"].strip()]):
+        raise HFTError(f"{path} has no row with an answer")
+    return [{"prompt": row["prompt"], "completion": row["answer"]} for row in kept]
+
+
+def notes_on(task: str, train: list[Row], test: list[Row]) -> list[str]:
+    """What the files of a task hold that its numbers depend on: repeated rows, and test prompts that are trained on."""
+    different = len({(row["prompt"], row["completion"]) for row in train})
+    trained = {row["prompt"] for row in train}
+    seen = sum(row["prompt"] in trained for row in test)
+    notes = [f"{task}: {different:,} of {len(train):,} training rows are different"] if different < len(train) else []
+    return notes + ([f"{task}: {seen:,} of {len(test):,} test prompts are also trained on"] if seen else [])
+
+
+def shortened(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, longest_prompt: int, longest_answer: int
+) -> list[Row]:
+    """Rows whose rendered prompt, and answer with its EOS, have at most so many tokens.
+
+    A long prompt loses its middle, so that instruction and last line stay; TRACE's code cuts the beginning.
+    """
+    empty = [{"role": "user", "content": ""}]
+    around = tokenizer.apply_chat_template(empty, add_generation_prompt=True, tokenize=True, return_dict=True)
+    room = max(1, longest_prompt - len(around.input_ids))
+
+    def ends(text: str, first: int, last: int = 0) -> str:
+        tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if len(tokens) <= first + last:
+            return text
+        return text[: tokens[first - 1][1]] + (text[tokens[-last][0] :] if last else "")
+
+    return [
+        row
+        | {
+            "prompt": ends(row["prompt"], math.ceil(room / 2), room // 2),
+            "completion": ends(row["completion"], longest_answer - 1),
+        }
+        for row in tqdm(rows, desc="cutting rows that are too long", leave=False)
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,19 @@ class Matrix:
         """S: the rows without the start."""
         return self.scores[self.rounds[:1] == [BASE_ROW] :]
 
+    def add(self, name: str, found: Scores) -> None:
+        """Append the row of the start or of a round."""
+
+        def row(metrics: Sequence[str]) -> list[float | None]:
+            scores = map(found.find, self.tasks, metrics)
+            return [score.value if score else None for score in scores]
+
+        self.rounds.append(name)
+        self.scores.append(row(self.metrics))
+        for metric, rows in self.others.items():
+            rows.append(row([metric] * len(self.tasks)))
+        self.about |= {"dtype": found.dtype, "versions": found.versions}
+
     def summary(self) -> dict[str, Any]:
         """OP and BWT after each round, and the other ways to count what was forgotten, after the last."""
         s, rounds = self.after_rounds, range(len(self.after_rounds))
@@ -78,13 +91,12 @@ class Matrix:
         """Write `matrix.json` with the summary, in one step."""
         return write_json(Path(folder) / MATRIX_NAME, asdict(self) | self.summary())
 
-    def scores_of_sequence(self, suite: str, model: str, model_sha256: str, limit: int | None) -> Scores:
-        """OP and BWT after the last round, as scores of the whole sequence; `model` is that of the last round."""
+    def totals(self, last: Scores, limit: int | None) -> Scores:
+        """OP and BWT after the last round as scores of the sequence; `last` are those of the last round's model."""
         found, n = self.summary(), sum(self.counts)
         scores = [Score(name, name, found[name][-1], None, n) for name in ("op", "bwt")]
-        about = {key: self.about[key] for key in ("dtype", "versions")}
         settings = {"tasks": self.tasks, "limit": limit}
-        return Scores(suite, model, model_sha256, settings=settings, scores=scores, **about)
+        return replace(last, settings=settings, scores=scores, data={}, inputs={}, truncated={})
 
     @classmethod
     def load(cls, folder: str | Path) -> Matrix:
@@ -106,10 +118,9 @@ forgotten since the best score: {lost}"""
 
     def table(self) -> str:
         """Markdown in the form of Table 29: a row per task, a column after each round; OP and BWT below."""
-        rows = [["", *self.rounds]]
-        for i, task in enumerate(self.tasks):
-            rows.append([task, *("-" if row[i] is None else f"{row[i]:.1f}" for row in self.scores)])
         summary, skip = self.summary(), [""] * (len(self.scores) - len(self.after_rounds))
-        for name in ("op", "bwt") if summary["op"] else ():
-            rows.append([name.upper(), *skip, *(f"{value:.1f}" for value in summary[name])])
+        rows = [["", *self.rounds]]
+        for task, *values in zip(self.tasks, *self.scores, strict=True):
+            rows.append([task, *("-" if value is None else f"{value:.1f}" for value in values)])
+        rows += [[name.upper(), *skip, *(f"{value:.1f}" for value in summary[name])] for name in ("op", "bwt")]
         return markdown(rows)

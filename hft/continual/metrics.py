@@ -6,7 +6,9 @@ TRACE scores the raw text that the model generates (A.3.2 of the HFT paper; infe
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+
+from hft.errors import HFTError
 
 # A capital letter that stands alone; no Latin letter may touch it, a Chinese one may.
 OPTION = re.compile(r"(?<![A-Za-z])[A-E](?![A-Za-z])")
@@ -42,8 +44,7 @@ def _rouge():
     class Words:
         """rouge-score's own tokenizer drops every letter but a to z, and with it German umlauts."""
 
-        def tokenize(self, text: str) -> list[str]:
-            return words(text)
+        tokenize = staticmethod(words)
 
     return RougeScorer(["rougeL"], tokenizer=Words())
 
@@ -68,36 +69,27 @@ def normalize_literals(code: str) -> str:
 def sari(answer: str, reference: str, prompt: str) -> float:
     """SARI (Xu et al. 2016, TACL) as Hugging Face's metric computes it, averaged over n-grams of 1 to 4 words.
 
-    What is to be simplified is the prompt without its first and its last line, which instruct. An empty answer scores 0
-    here, though it deletes all that it should.
+    For each n the mean of F1 of what is kept, F1 of what is added, and precision of what is deleted. What is to be
+    simplified is the prompt without its first and its last line, which instruct.
     """
-    if not words(answer):
-        return 0.0
     source = "\n".join(prompt.split("\n")[1:-1]) or prompt
     texts = [words(text) for text in (source, answer, reference)]
-    return sum(_sari_of_ngrams(*(_ngrams(text, n) for text in texts)) for n in range(1, 5)) / 4
-
-
-def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
-    return Counter(zip(*(tokens[start:] for start in range(n)), strict=False))
-
-
-def _sari_of_ngrams(source: Counter, answer: Counter, reference: Counter) -> float:
-    """The mean of F1 of what is kept, F1 of what is added, and precision of what is deleted; 0 / 0 counts as 1."""
-    kept, should_keep = source & answer, source & reference
-    keep = _f1(_mean_share(kept & reference, kept), _divide((kept & reference).total(), should_keep.total()))
-    deleted = source - answer
-    delete = _mean_share(deleted - reference, deleted)
-    added, should_add = answer.keys() - source.keys(), reference.keys() - source.keys()
-    add = _f1(_divide(len(added & should_add), len(added)), _divide(len(added & should_add), len(should_add)))
-    return (keep + delete + add) / 3
+    total = 0.0
+    for n in range(1, 5) if texts[1] else ():
+        before, now, wanted = (Counter(zip(*(text[i:] for i in range(n)), strict=False)) for text in texts)
+        kept, deleted, added = before & now, before - now, now.keys() - before.keys()
+        right, should_add = kept & wanted, wanted.keys() - before.keys()
+        keep = _f1(_mean_share(right, kept), _share(right.total(), (before & wanted).total()))
+        add = _f1(_share(len(added & should_add), len(added)), _share(len(added & should_add), len(should_add)))
+        total += (keep + _mean_share(deleted - wanted, deleted) + add) / 3
+    return total / 4
 
 
 def _mean_share(part: Counter, whole: Counter) -> float:
-    return _divide(sum(part[ngram] / whole[ngram] for ngram in part), len(whole))
+    return _share(sum(part[ngram] / whole[ngram] for ngram in part), len(whole))
 
 
-def _divide(part: float, whole: float) -> float:
+def _share(part: float, whole: float) -> float:
     return part / whole if whole else 1.0
 
 
@@ -114,3 +106,25 @@ METRICS: dict[str, dict[str, Callable[[str, str, str], float]]] = {
     "edit_similarity": {"edit_similarity": edit_similarity},
     "sari": {"sari": sari, "rouge_l": rouge_l},
 }
+TRACE = {  # the metric of each of its tasks (A.3.2)
+    "C-STANCE": "choice",
+    "FOMC": "choice",
+    "MeetingBank": "rouge_l",
+    "Py150": "edit_similarity",
+    "ScienceQA": "choice_and_reason",
+    "NumGLUE-cm": "accuracy",
+    "NumGLUE-ds": "accuracy",
+    "20Minuten": "rouge_l",
+}
+
+
+def metrics_of(tasks: list[str], given: dict[str, str]) -> dict[str, str]:
+    """The key of `METRICS` that each task is scored by: the one that was given, or TRACE's."""
+    if others := [name for name in given if name not in tasks]:
+        raise HFTError(f"metrics has {others[0]}, which is not among the tasks {', '.join(tasks)}")
+    chosen = {task: given.get(task) or TRACE.get(task) for task in tasks}
+    for task, metric in chosen.items():
+        if metric not in METRICS:
+            known = f"unknown metric {metric!r} of {task}" if metric else f"{task} is not in TRACE and has no metric"
+            raise HFTError(f"{known}; give one of {', '.join(METRICS)}, as --metrics '{{{task}: accuracy}}'")
+    return chosen

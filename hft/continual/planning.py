@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hft.continual.config import SequencePlan, SequenceRun
-from hft.errors import HFTError
-from hft.jsonl import write_jsonl
+from hft.continual.data import SequenceData
+from hft.errors import DoesNotFit, HFTError
 from hft.planning.fit import why_state_does_not_fit
 from hft.planning.forecast import Machine, candidate_of
 from hft.planning.memory import GIB
@@ -26,7 +26,6 @@ class PlannedRun:
     steps: int | None  # None where rows are packed
     size: float  # bytes per device, with activations where they are known
     flops: float | None  # of the whole run, over all devices; None where they are not known
-    too_large: bool  # whether the device cannot even hold the state
     misfit: str | None  # a sentence if a device has less than the run takes
     unknown: str | None  # why activations and FLOPs are not known
 
@@ -36,30 +35,28 @@ class PlannedRun:
         return [self.run.name, f"{len(self.run.rows):,}", steps, f"{self.size / GIB:.2f}", flops]
 
 
-def plan_runs(plan: SequencePlan, rounds: Sequence[Sequence[SequenceRun]], machine: Machine) -> list[PlannedRun]:
-    """Plan every run of a sequence as if it started from the base, whose shapes all of them have."""
+def plan_sequence(plan: SequencePlan, data: SequenceData, machine: Machine) -> tuple[list[PlannedRun], RunPlan | None]:
+    """Plan every run of a sequence as if it started from the base, whose shapes all of them have.
+
+    The first one is also planned as it will be made, unless it is for other machines or does not fit.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        return [plan_one(run, config_at(plan, run, Path(folder)), machine) for runs in rounds for run in runs]
+        here = replace(plan, out=Path(folder))
+        data.write(here)
+        runs = [run for runs in data.rounds(here) for run in runs]
+        planned = [plan_run(run, config_on_base(here, run), machine) for run in runs]
+        try:
+            return planned, None if machine.gpus else make_plan(config_on_base(here, runs[0]))
+        except DoesNotFit:
+            return planned, None
 
 
-def first_plan(plan: SequencePlan, run: SequenceRun) -> RunPlan:
-    """The plan of the first run, made before the sequence has written anything."""
-    with tempfile.TemporaryDirectory() as folder:
-        return make_plan(config_at(plan, run, Path(folder)))
-
-
-def config_at(plan: SequencePlan, run: SequenceRun, folder: Path) -> Config:
-    """The config of a run on the base, its rows in a folder."""
+def config_on_base(plan: SequencePlan, run: SequenceRun) -> Config:
     flags = {key: value for key, value in run.flags.items() if key not in ("model_name_or_path", "previous_run")}
-    flags |= {"dataset_name": str(folder / f"{run.name}.jsonl"), "resume_from_checkpoint": "none"}
-    write_jsonl(Path(flags["dataset_name"]), run.rows)
-    if "strategy_data" in flags:
-        flags["strategy_data"] = str(folder / f"{run.name}-memory.jsonl")
-        write_jsonl(Path(flags["strategy_data"]), run.memory)
-    return plan.config(replace(run, flags=flags))
+    return plan.config(flags | {"resume_from_checkpoint": "none"})
 
 
-def plan_one(run: SequenceRun, config: Config, machine: Machine) -> PlannedRun:
+def plan_run(run: SequenceRun, config: Config, machine: Machine) -> PlannedRun:
     planned, _ = candidate_of(config, machine.gpus)
     args, engine = planned.args, planned.engine
     steps = Batches(config, args, engine.processes, len(run.rows)).steps
@@ -71,11 +68,11 @@ def plan_one(run: SequenceRun, config: Config, machine: Machine) -> PlannedRun:
             flops += planned.step.sampling
     except HFTError as error:  # an adapter or a schedule
         unknown = str(error)
-    available, too_large = machine.available(engine), None if machine.gpus else why_state_does_not_fit(planned)
+    available = machine.available(engine)
     short = 0 if available is None else (size - available) / GIB
-    why = too_large or (f"short by {short:.1f} GiB" if short > 0 else None)
-    misfit = f"{run.name} does not fit: {why}" if why else None
-    return PlannedRun(run, steps, size, flops, bool(too_large), misfit, unknown)
+    why = None if machine.gpus else why_state_does_not_fit(planned)
+    why = why or (f"short by {short:.1f} GiB" if short > 0 else None)
+    return PlannedRun(run, steps, size, flops, why and f"{run.name} does not fit: {why}", unknown)
 
 
 def table(runs: Sequence[PlannedRun]) -> str:

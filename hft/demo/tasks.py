@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 from hft.demo.data import as_messages
@@ -14,88 +13,63 @@ TOOLS = ["axe", "bolt", "cart", "drum", "file", "hook", "lamp", "nail", "pump", 
 WORDS = ANIMALS + PLANTS + TOOLS
 TRAIN_ROWS, TEST_ROWS = 400, 64
 
-Make = Callable[[random.Random], tuple[str, str]]  # draws an input and its answer
-
-
-def _of_two_words(answer: Callable[[list[str]], str]) -> Make:
-    def make(rng: random.Random) -> tuple[str, str]:
-        words = rng.sample(WORDS, 2)
-        return " ".join(words), answer(words)
-
-    return make
-
-
-def _next(rng: random.Random) -> tuple[str, str]:
-    number = rng.randrange(1000)
-    return str(number), str(number + 1)
-
-
-def _larger(rng: random.Random) -> tuple[str, str]:
-    numbers = rng.sample(range(100), 2)
-    return f"{numbers[0]} {numbers[1]}", str(max(numbers))
-
-
-def _lookup(rng: random.Random) -> tuple[str, str]:
-    words, numbers = rng.sample(WORDS, 2), rng.sample(range(10), 2)
-    pairs = ", ".join(f"{word} {number}" for word, number in zip(words, numbers, strict=True))
-    asked = rng.randrange(2)
-    return f"{pairs}: {words[asked]}", str(numbers[asked])
-
-
-def _sum(rng: random.Random) -> tuple[str, str]:
-    a, b = rng.randrange(100), rng.randrange(100)
-    return f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}."
-
-
-def _reverse(rng: random.Random) -> tuple[str, str]:
-    word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6))
-    return f"Write {' '.join(word)} backwards.", " ".join(reversed(word))
-
-
-def _sort(rng: random.Random) -> tuple[str, str]:
-    numbers = rng.sample(range(10, 100), k=5)
-    return f"Sort these numbers: {' '.join(map(str, numbers))}", " ".join(map(str, sorted(numbers)))
-
-
-# The instruction, and what makes its inputs and answers.
-TASKS: dict[str, tuple[str, Make]] = {
-    "Swap": ("Swap the words.", _of_two_words(lambda words: " ".join(reversed(words)))),
-    "Larger": ("Which number is larger?", _larger),
-    "First": ("Give the first word.", _of_two_words(lambda words: words[0])),
-    "Kind": (
-        "What is the first word? A. animal, B. plant, C. tool. Choose one.",
-        _of_two_words(lambda words: "ABC"[WORDS.index(words[0]) // len(ANIMALS)]),
-    ),
-    "List": ("Write the words as a list.", _of_two_words(lambda words: f"[{', '.join(words)}]")),
-    "Next": ("Give the next number.", _next),
-    "Lookup": ("Give the number of the last word.", _lookup),
-    "Last": ("Give the last word.", _of_two_words(lambda words: words[1])),
+INSTRUCTIONS = {
+    "Swap": "Swap the words.",
+    "Larger": "Which number is larger?",
+    "First": "Give the first word.",
+    "Kind": "What is the first word? A. animal, B. plant, C. tool. Choose one.",
+    "List": "Write the words as a list.",
+    "Next": "Give the next number.",
+    "Lookup": "Give the number of the last word.",
+    "Last": "Give the last word.",
 }
-CHAT_TASKS: dict[str, Make] = {"sum": _sum, "reverse": _reverse, "sort": _sort}
+CHAT_TASKS = ("sum", "reverse", "sort")
 
 
-def _splits(task: str, make: Make) -> dict[str, list[tuple[str, str]]]:
-    """Different inputs of a task with their answers, always the same ones."""
-    rng, made = random.Random(task), {}
-    while len(made) < TRAIN_ROWS + TEST_ROWS:
-        question, answer = make(rng)
-        made[question] = answer
-    rows = list(made.items())
-    return {"train": rows[:TRAIN_ROWS], "test": rows[TRAIN_ROWS:]}
+def draw(task: str, rng: random.Random) -> tuple[str, str]:
+    """An input of a task, and its answer."""
+    match task:
+        case "Next":
+            number = rng.randrange(1000)
+            return str(number), str(number + 1)
+        case "Larger":
+            a, b = rng.sample(range(100), 2)
+            return f"{a} {b}", str(max(a, b))
+        case "Lookup":
+            (one, two), (a, b) = rng.sample(WORDS, 2), rng.sample(range(10), 2)
+            asked, answer = rng.choice([(one, a), (two, b)])
+            return f"{one} {a}, {two} {b}: {asked}", str(answer)
+        case "sum":
+            a, b = rng.randrange(100), rng.randrange(100)
+            return f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}."
+        case "reverse":
+            word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6))
+            return f"Write {' '.join(word)} backwards.", " ".join(reversed(word))
+        case "sort":
+            numbers = rng.sample(range(10, 100), k=5)
+            return f"Sort these numbers: {' '.join(map(str, numbers))}", " ".join(map(str, sorted(numbers)))
+    first, last = rng.sample(WORDS, 2)
+    answers = {"Swap": f"{last} {first}", "First": first, "Last": last, "List": f"[{first}, {last}]"}
+    answers["Kind"] = "ABC"[WORDS.index(first) // len(ANIMALS)]
+    return f"{first} {last}", answers[task]
 
 
 def write_tasks(folder: str | Path) -> dict[str, int]:
-    """Write `TASK/{train,test}` of `TASKS` as .json and of `CHAT_TASKS` as .jsonl; returns the rows of each file."""
+    """Write `TASK/{train,test}`, as .json in TRACE's form or as .jsonl of conversations; returns each file's rows."""
     counts = {}
-    for task, (instruction, make) in TASKS.items():
-        for split, pairs in _splits(task, make).items():
-            rows = [{"prompt": f"{instruction}\n{text}\nAnswer:", "answer": answer} for text, answer in pairs]
-            path = Path(folder) / task / f"{split}.json"
+    for task in (*INSTRUCTIONS, *CHAT_TASKS):
+        rng, drawn = random.Random(task), {}
+        while len(drawn) < TRAIN_ROWS + TEST_ROWS:  # different inputs
+            question, answer = draw(task, rng)
+            drawn[question] = answer
+        pairs = list(drawn.items())
+        for split, some in (("train", pairs[:TRAIN_ROWS]), ("test", pairs[TRAIN_ROWS:])):
+            name = f"{task}/{split}.{'jsonl' if task in CHAT_TASKS else 'json'}"
+            path, counts[name] = Path(folder, name), len(some)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
-            counts[f"{task}/{split}.json"] = len(rows)
-    for task, make in CHAT_TASKS.items():
-        for split, pairs in _splits(task, make).items():
-            name = f"{task}/{split}.jsonl"
-            counts[name] = write_jsonl(Path(folder, name), (as_messages(*pair) for pair in pairs))
+            if task in CHAT_TASKS:
+                write_jsonl(path, (as_messages(*pair) for pair in some))
+            else:
+                rows = [{"prompt": f"{INSTRUCTIONS[task]}\n{text}\nAnswer:", "answer": answer} for text, answer in some]
+                path.write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
     return counts

@@ -15,14 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hft.cli import main
 from hft.continual.config import SequencePlan, parse_sequence
-from hft.continual.data import SequenceData
+from hft.continual.data import SequenceData, read_task, shortened
 from hft.continual.matrix import Matrix
-from hft.continual.planning import config_at, plan_runs
+from hft.continual.planning import config_on_base, plan_sequence
 from hft.continual.scoring import score_tasks
-from hft.continual.sequence import sequence_keys
 from hft.continual.strategies import gem as gem_strategy
 from hft.continual.strategies.self_replay import SelfReplay, sample_texts
-from hft.continual.tasks import read_task, shorten_rows
 from hft.demo.tasks import write_tasks
 from hft.errors import HFTError
 from hft.planning.engine import engine_of
@@ -148,7 +146,7 @@ def test_one_task_with_a_replay_pass_keeps_its_half(tmp_path, tiny, tasks):
     (folder / "Lima" / "train.json").write_text(json.dumps(rows[:4]))
     out = tmp_path / "out"
     words = sequence(tiny, folder, out, "--tasks", "Swap", "--metrics", "{Swap: accuracy}", "--score_start", "false")
-    words += ["--max_steps", "-1", "--epochs", "2", "--strategy", "replay", "--alignment", "Lima"]
+    words += ["--max_steps", "-1", "--num_train_epochs", "2", "--strategy", "replay", "--alignment", "Lima"]
     assert main(words) == 0
     first, replay = (Manifest.load(out / name) for name in ("01-Swap", "01-Swap-replay"))
     assert first.frozen_units == replay.frozen_units
@@ -186,14 +184,14 @@ def test_a_long_prompt_loses_its_middle_and_a_long_answer_its_end(tiny):
     tokenizer.chat_template = Path(RAW).read_text()
     body = " ".join(f"word{n}" for n in range(400))
     row = {"prompt": f"Summarize this text.\n{body}\nSummary:", "completion": body}
-    [short] = shorten_rows([row], tokenizer, 64, 16, "rows")
+    [short] = shortened([row], tokenizer, 64, 16)
     assert short["prompt"].startswith("Summarize this text.\nword0 ")
     assert short["prompt"].endswith("word399\nSummary:")
     assert row["completion"].startswith(short["completion"])
     whole = [{"role": "user", "content": short["prompt"]}]
     assert 60 <= len(tokenizer.apply_chat_template(whole, tokenize=True, return_dict=True)["input_ids"]) <= 65
     assert len(tokenizer(short["completion"])["input_ids"]) == 15  # and its EOS
-    assert shorten_rows([short], tokenizer, 70, 16, "rows") == [short]
+    assert shortened([short], tokenizer, 70, 16) == [short]
 
 
 def test_dry_run_writes_nothing(tmp_path, tiny, tasks, capsys):
@@ -208,7 +206,8 @@ def test_dry_run_writes_nothing(tmp_path, tiny, tasks, capsys):
 def planned(*words) -> tuple[list, SequencePlan]:
     """All runs of a sequence as they are planned, and the plan."""
     plan, machine = parse_sequence([str(word) for word in words])
-    return plan_runs(plan, SequenceData(plan).rounds(plan), machine), plan
+    runs, _ = plan_sequence(plan, SequenceData(plan), machine)
+    return runs, plan
 
 
 def test_flags_win_over_files_and_a_tasks_own_epochs_over_the_common_ones(tmp_path, tiny, tasks):
@@ -221,9 +220,9 @@ def test_flags_win_over_files_and_a_tasks_own_epochs_over_the_common_ones(tmp_pa
         words = sequence(tiny, tasks, tmp_path / "out", "--max_steps", "-1", *flags)[1:]
         words[1] = str(recipe)
         runs, plan = planned(*words)
-        recipe.write_text(yaml.safe_dump(sequence_keys(plan)))
+        recipe.write_text(yaml.safe_dump(plan.keys))
         again, _ = planned("--config", recipe)
-        assert [(run.run.flags, run.steps) for run in runs] == [(run.run.flags, run.steps) for run in again]
+        assert [(run.run.name, run.steps) for run in runs] == [(run.run.name, run.steps) for run in again]
         return [run.steps / 25 for run in runs]  # 400 rows, 16 at once
 
     own = {"epochs": {"First": 3, "Swap": 2}}
@@ -243,7 +242,7 @@ def test_a_replay_pass_is_one_epoch_and_takes_nothing_else_from_the_rounds(tmp_p
         ("02-Swap", 400, 2),
         ("02-Swap-replay", 40, 3),
     ]
-    values = plan.config(runs[-1].run).values
+    values = plan.config(runs[-1].run.flags).values
     assert (values["max_steps"], values["num_train_epochs"], values["warmup_steps"]) == (-1, 1.0, 0)
     assert (values["eval_strategy"], values["load_best_model_at_end"], values["save_strategy"]) == ("no", False, "no")
 
@@ -279,10 +278,10 @@ def test_a_round_that_this_machine_cannot_hold_is_named_before_anything_is_writt
 
 def test_gems_gradients_are_those_of_its_plan(tmp_path, tiny, tasks, monkeypatch):
     """The step's own, and one per earlier task, in fp32; no parameter has another at the same time."""
-    runs, plan = planned(*sequence(tiny, tasks, tmp_path / "out", "--memory_rows", "4", strategy="gem")[1:])
-    folder, seen = tmp_path / "rows", []
-    folder.mkdir()
-    made = make_plan(config_at(plan, runs[1].run, folder))
+    plan, _ = parse_sequence(sequence(tiny, tasks, tmp_path / "out", "--memory_rows", "4", strategy="gem")[1:])
+    data, seen = SequenceData(plan), []
+    data.write(plan)
+    made = make_plan(config_on_base(plan, data.rounds(plan)[1][0]))
     trainer = make_trainer(made)
 
     def dot_products(gradients, device):
@@ -339,7 +338,7 @@ def test_the_documents_own_strategy_chooses_rows(tmp_path, tiny, tasks):
         (["--metrics", "{First: accuracy, Swap: accuracy, FOMC: accuracy}"], "metrics has FOMC"),
         (["--strategy", "gme"], "unknown strategy 'gme', did you mean 'gem'?"),
         (["--strategy", "replay", "--alignment", "Lima"], "lacks Lima/train, as .json or .jsonl"),
-        (["--tasks", "FOMC", "NumGLUE-cm", "--metrics", "{}"], "lacks FOMC/train, FOMC/test, NumGLUE-cm/train"),
+        (["--tasks", "FOMC", "NumGLUE-cm", "--metrics", "{}"], "lacks FOMC/train, as .json or .jsonl"),
         (["--trace_dir", "nowhere"], "trace_dir nowhere does not exist"),
         (["--dataset_name", "data/sft"], "dataset_name is set by hft continual per run"),
         (["--replay_mode", "mixed"], "replay_mode is a key of strategy replay"),
@@ -366,7 +365,7 @@ def test_a_mistake_is_a_sentence(tmp_path, tiny, tasks, capsys, flags, message):
         ("[]", "has no row with an answer"),
         ('[{"prompt": "a", "answer": ""}]', "has no row with an answer"),
         ('[{"prompt": "a"}]', "is not a list of rows with prompt and answer"),
-        ('[{"prompt": "a", "answer": 3}]', "row 0 (the first is 0): prompt and answer must be text"),
+        ('[{"prompt": "a", "answer": 3}]', "0.answer Input should be a valid string"),
         ("{", "is not a list of rows with prompt and answer"),
     ],
 )
