@@ -1,6 +1,7 @@
 """`hft continual`: plan a sequence, and run it; rerun the command to resume."""
 
 import gc
+import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,10 +10,10 @@ from hft.config import to_yaml
 from hft.continual.config import RECIPE_NAME, SequencePlan, parse_sequence
 from hft.continual.data import SequenceData
 from hft.continual.matrix import BASE_ROW, MATRIX_NAME, Matrix
-from hft.continual.metrics import METRICS
-from hft.continual.planning import plan_sequence, table
-from hft.continual.scoring import score_tasks
+from hft.continual.metrics import METRICS, SUITE, benchmark_of
+from hft.continual.planning import plan_runs, table
 from hft.errors import DoesNotFit, HFTError
+from hft.evaluation.evaluate import Settings, evaluate
 from hft.jsonl import read_jsonl
 from hft.machine import broadcast, indented, is_main, leave_process_group, reset_peak_memory, say
 from hft.methods.strategy import Row
@@ -34,12 +35,16 @@ def main(arguments: Sequence[str]) -> int:
     plan, machine = parse_sequence(arguments)
     data = SequenceData(plan)
     say("resolved config", indented(to_yaml(plan.keys)))
-    planned, first = plan_sequence(plan, data, machine)
-    say("runs", indented(table(planned)), "")
-    if not plan.dry_run and (misfit := next((run.misfit for run in planned if run.misfit), None)):
-        raise DoesNotFit(misfit)
-    say(*(["first run", indented(first.report())] if first else []))
-    say(*(["notes on the data", indented("\n".join(data.notes)), ""] if data.notes else []))
+    with tempfile.TemporaryDirectory() as folder:
+        planned = plan_runs(plan, data, machine, Path(folder))
+        say("runs", indented(table(planned)), "")
+        if not plan.dry_run and (misfit := next((run.misfit for run in planned if run.misfit), None)):
+            raise DoesNotFit(misfit)
+        if not (machine.gpus or planned[0].misfit):
+            first = make_plan(planned[0].config)
+            say("first run", indented(first.report()))
+    if data.notes:
+        say("notes on the data", indented("\n".join(data.notes)), "")
     say("commands", *(f"  {plan.command(run)}" for runs in data.rounds(plan) for run in runs), "")
     if plan.dry_run:
         say("stopped here: no weights were loaded, nothing was written")
@@ -83,8 +88,7 @@ def prepare(plan: SequencePlan, data: SequenceData) -> Matrix:
         saved = comparable(read_saved_config(plan.out / SEQUENCE_NAME))
         if found := differences(comparable(plan.keys), saved):
             raise HFTError(
-                f"{plan.out} holds a sequence with other settings ({'; '.join(found)}); give the same, or another "
-                "--output_dir"
+                f"{plan.out} holds a sequence with other settings ({'; '.join(found)}); give another --output_dir"
             )
     else:
         try:
@@ -111,9 +115,10 @@ def add_row(
     plan: SequencePlan, matrix: Matrix, name: str, model: str, folder: Path, tests: dict[str, list[Row]]
 ) -> None:
     """Score a model on test rows, and save the row of that name in the matrix; its scores go to `folder`."""
-    settings = plan.settings
-    limits = {"longest_answer": settings.max_answer_length, "batch_size": settings.score_batch_size}
-    scores = broadcast(score_tasks(model, tests, settings.metrics, **limits, out=folder))
+    settings, longest = plan.settings, plan.settings.max_answer_length
+    benchmarks = [benchmark_of(task, rows, settings.metrics[task], longest) for task, rows in tests.items()]
+    how = Settings(chat=False, batch_size=settings.score_batch_size)
+    scores = broadcast(evaluate(model, SUITE, how, folder, benchmarks))
     free_memory()
     matrix.add(name, scores)
     if is_main():

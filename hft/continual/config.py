@@ -32,9 +32,7 @@ class SequenceConfig:
         default_factory=lambda: list(TRACE), metadata={"help": "The tasks, in the order in which they are learned."}
     )
     epochs: dict[str, float] | None = option("Epochs of each task; num_train_epochs where a task has none.")
-    metrics: dict[str, str] = field(
-        default_factory=dict, metadata={"help": "Metric of each task outside TRACE, as {TASK: accuracy}."}
-    )
+    metrics: dict[str, str] | None = option("Metric of each task outside TRACE, as {TASK: accuracy}.")
     strategy: str = option("Continual-learning strategy: a name, or FILE.py:CLASS of your own.", "seqft")
     alignment: str | None = option("Folder in trace_dir with general instructions that replay trains on too.")
     max_prompt_length: PositiveInt = option("Longest prompt in tokens; a longer one is cut.", 1024)
@@ -49,7 +47,7 @@ class SequenceConfig:
             raise HFTError(f"tasks has {twice[0]} twice; a task is learned once")
         if not self.tasks:
             raise HFTError(f"tasks is empty; name some, such as {', '.join(TRACE)}")
-        self.metrics = metrics_of(self.tasks, self.metrics)
+        self.metrics = metrics_of(self.tasks, self.metrics or {})
 
 
 @dataclass(frozen=True)
@@ -106,24 +104,17 @@ class SequencePlan:
 
 
 def parse_sequence(arguments: Sequence[str]) -> tuple[SequencePlan, Machine]:
-    """A sequence, and the machine that it is to be planned for."""
+    """A sequence, and the machine that it is to be planned for: keys are those of the sequence, or of its runs."""
     description = "Fine-tune on one task after another, and score all after each: a recipe, a method, and flags."
     groups = {"sequence": (SequenceConfig,), "plan, with --dry_run true": (Machine,), **groups_of_keys()}
     machine, given = read_arguments(arguments, "hft continual", description, groups).take(Machine)
-    plan = resolve_sequence(given)
-    if machine.gpus and not plan.dry_run:
-        raise HFTError("gpus is for a plan: add --dry_run true")
-    return plan, machine
-
-
-def resolve_sequence(given: Given) -> SequencePlan:
-    """Divide keys between the sequence and its runs, and type and check both."""
     own, rest = given.split(SequenceConfig)
     values, flags = own.resolve(Keys((SequenceConfig,)))
     if "num_train_epochs" in rest.flags and "epochs" not in flags:  # a flag wins over a file
         values.pop("epochs", None)
     if "tasks" in flags and "metrics" not in flags:  # the recipe's metrics are of the recipe's tasks
-        values["metrics"] = {task: name for task, name in values.get("metrics", {}).items() if task in values["tasks"]}
+        metrics = values.get("metrics") or {}
+        values["metrics"] = {task: name for task, name in metrics.items() if task in values["tasks"]}
     settings = fill(SequenceConfig, values)
     merged, _ = rest.merge()
     ours = ("dataset_name", "strategy_data", "previous_run", *TURNS)
@@ -139,11 +130,14 @@ def resolve_sequence(given: Given) -> SequencePlan:
         dropped = dropped | {"strategy", *(f.name for f in fields(strategy))}
     common = {"max_length": settings.max_prompt_length + settings.max_answer_length} | config.values | TURNS
     common = {key: value for key, value in common.items() if key not in dropped}
-    mine = {key: value for key, value in asdict(settings).items() if value is not None and key != "score_batch_size"}
-    first = {"round": config.values["round"]} if "round" in merged else {}
-    keys = common | mine | strategy.keys() | first | {"output_dir": str(out), "run_name": name}
+    mine, unsaved = asdict(settings) | asdict(strategy), PER_RUN | {"score_batch_size"}
+    mine = {key: value for key, value in mine.items() if value is not None and key not in unsaved}
+    first = {key: value for key, value in config.values.items() if key == "round" and key in merged}
+    keys = common | mine | first | {"output_dir": str(out), "run_name": name}
+    if machine.gpus and not config.run.dry_run:
+        raise HFTError("gpus is for a plan: add --dry_run true")
     first_round = config.values.get("round", 1)
-    return SequencePlan(settings, strategy, common, keys, Path(out), first_round, config.run.dry_run)
+    return SequencePlan(settings, strategy, common, keys, Path(out), first_round, config.run.dry_run), machine
 
 
 def _name(config: Config, settings: SequenceConfig, given: Given) -> str:

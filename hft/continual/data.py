@@ -4,23 +4,18 @@ TRACE's folders (BeyonderXX/TRACE, arXiv 2310.06762) are `TASK/{train,eval,test}
 whose prompts hold the instruction. `.jsonl` with the same fields is read too.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict  # pydantic wants this one below Python 3.12
 
 from hft.continual.config import SequencePlan, SequenceRun
 from hft.errors import HFTError, reason
 from hft.jsonl import read_jsonl, write_jsonl
 from hft.methods.strategy import Row
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Example(TypedDict):
@@ -33,13 +28,9 @@ class SequenceData:
 
     def __init__(self, plan: SequencePlan):
         settings = plan.settings
-        if not settings.trace_dir:
-            raise HFTError("trace_dir is needed: the folder with a folder per task, each with train.json and test.json")
-        folder = Path(settings.trace_dir).expanduser()
-        if not folder.is_dir():
-            raise HFTError(
-                f"trace_dir {folder} does not exist; it holds a folder per task, as TRACE's release has them"
-            )
+        folder = Path(settings.trace_dir or "").expanduser()
+        if not settings.trace_dir or not folder.is_dir():
+            raise HFTError(f"trace_dir {settings.trace_dir} does not exist; it holds TASK/train.json and test.json")
         self.train = {task: read_task(folder, task, "train") for task in settings.tasks}
         self.tests = {task: read_task(folder, task, "test")[: settings.test_rows] for task in settings.tasks}
         replayed = settings.alignment if plan.strategy.takes_alignment else None

@@ -32,9 +32,8 @@ def tokenized(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | No
 
 
 def micro_batches(trainer: Trainer, rows: list[TokenizedRow]) -> Iterator[dict[str, torch.Tensor]]:
-    """This process's micro-batches of rows that `tokenized` made; every process has equally many."""
+    """This process's micro-batches of some rows; a row that trains nothing fills up a share that is smaller."""
     args, size = trainer.args, trainer.args.per_device_train_batch_size
-    # A row that trains nothing fills up the processes whose share is smaller.
     filler = {"input_ids": rows[0]["input_ids"], "labels": [-100] * len(rows[0]["labels"])}
     padded = rows + [filler] * (-len(rows) % args.world_size)
     mine = padded[args.process_index :: args.world_size]
@@ -44,7 +43,6 @@ def micro_batches(trainer: Trainer, rows: list[TokenizedRow]) -> Iterator[dict[s
 
 
 def trained_tokens(rows: list[TokenizedRow]) -> int:
-    """How many tokens have a loss, over all processes."""
     return sum(label != -100 for row in rows for label in row["labels"][1:])
 
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hft.errors import HFTError, reason
 from hft.record.manifest import write_json
 from hft.record.scores import Score, Scores
 from hft.text import markdown
@@ -34,7 +33,6 @@ def backward_transfer(scores: ScoreRows, t: int) -> float:
 
 
 def changes(scores: ScoreRows, t: int) -> list[float]:
-    """For each earlier task its score after round t minus that right after its own round."""
     return [scores[t][i] - scores[i][i] for i in range(t)]
 
 
@@ -61,11 +59,8 @@ class Matrix:
         return self.scores[self.rounds[:1] == [BASE_ROW] :]
 
     def add(self, name: str, found: Scores) -> None:
-        """Append the row of the start or of a round."""
-
         def row(metrics: Sequence[str]) -> list[float | None]:
-            scores = map(found.find, self.tasks, metrics)
-            return [score.value if score else None for score in scores]
+            return [score and score.value for score in map(found.find, self.tasks, metrics)]
 
         self.rounds.append(name)
         self.scores.append(row(self.metrics))
@@ -88,7 +83,6 @@ class Matrix:
         }
 
     def save(self, folder: str | Path) -> Path:
-        """Write `matrix.json` with the summary, in one step."""
         return write_json(Path(folder) / MATRIX_NAME, asdict(self) | self.summary())
 
     def totals(self, last: Scores, limit: int | None) -> Scores:
@@ -100,12 +94,8 @@ class Matrix:
 
     @classmethod
     def load(cls, folder: str | Path) -> Matrix:
-        path = Path(folder) / MATRIX_NAME
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{name: content[name] for name in cls.__dataclass_fields__})
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise HFTError(f"{path} holds no valid matrix: {reason(error)}") from error
+        content = json.loads((Path(folder) / MATRIX_NAME).read_text(encoding="utf-8"))
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
 
     def report(self) -> str:
         found = self.summary()

@@ -1,15 +1,20 @@
-"""Metrics of TRACE's tasks: an answer, a reference and the prompt in, 0 to 1 out. An empty answer scores 0.
+"""Metrics of TRACE's tasks: an answer, a reference and the prompt in, 0 to 1 out; and a task as lm-eval's benchmark.
 
-TRACE scores the raw text that the model generates (A.3.2 of the HFT paper; inference code of BeyonderXX/TRACE).
+TRACE scores the raw text that the model generates (A.3.2 of the HFT paper; inference code of BeyonderXX/TRACE). An
+empty answer scores 0.
 """
 
-import functools
 import re
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 
 from hft.errors import HFTError
+from hft.evaluation.local import as_dataset
+from hft.evaluation.suites import Benchmark
+from hft.methods.strategy import Row
 
+SUITE = "trace"
 # A capital letter that stands alone; no Latin letter may touch it, a Chinese one may.
 OPTION = re.compile(r"(?<![A-Za-z])[A-E](?![A-Za-z])")
 # Py150 writes literals as <STR_LIT>, <NUM_LIT>, or with a frequent value: <STR_LIT:utf-8>.
@@ -34,19 +39,11 @@ def first_letter(answer: str, reference: str, prompt: str = "") -> float:
 
 def rouge_l(answer: str, reference: str, prompt: str = "") -> float:
     """ROUGE-L F1 (rouge-score) over lowercase words of any alphabet; on English those of rouge-score itself."""
-    return _rouge().score(reference, answer)["rougeL"].fmeasure
-
-
-@functools.cache
-def _rouge():
     from rouge_score.rouge_scorer import RougeScorer
 
-    class Words:
-        """rouge-score's own tokenizer drops every letter but a to z, and with it German umlauts."""
-
-        tokenize = staticmethod(words)
-
-    return RougeScorer(["rougeL"], tokenizer=Words())
+    # Its own tokenizer drops every letter but a to z, and with it German umlauts.
+    scorer = RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=words))
+    return scorer.score(reference, answer)["rougeL"].fmeasure
 
 
 def words(text: str) -> list[str]:
@@ -54,16 +51,17 @@ def words(text: str) -> list[str]:
 
 
 def edit_similarity(answer: str, reference: str, prompt: str = "") -> float:
-    """Similarity of two lines of code (rapidfuzz's `ratio`), literals normalized as in CodeXGLUE's Py150."""
+    """Similarity of two lines of code (rapidfuzz's `ratio`), literals normalized as in CodeXGLUE's Py150.
+
+    A string becomes nothing, a number 0, and both their value where the token has one.
+    """
     from rapidfuzz.fuzz import ratio
 
-    return ratio(normalize_literals(answer), normalize_literals(reference)) / 100 if answer else 0.0
+    def normalized(code: str) -> str:
+        code = code.replace("<NUM_LIT>", "0").replace("<STR_LIT>", "").replace("<CHAR_LIT>", "")
+        return VALUE_LITERAL.sub(r"\1", code)
 
-
-def normalize_literals(code: str) -> str:
-    """Replace Py150's literal tokens: strings by nothing, numbers by 0, both by their value where the token has one."""
-    code = code.replace("<NUM_LIT>", "0").replace("<STR_LIT>", "").replace("<CHAR_LIT>", "")
-    return VALUE_LITERAL.sub(r"\1", code)
+    return ratio(normalized(answer), normalized(reference)) / 100 if answer else 0.0
 
 
 def sari(answer: str, reference: str, prompt: str) -> float:
@@ -128,3 +126,25 @@ def metrics_of(tasks: list[str], given: dict[str, str]) -> dict[str, str]:
             known = f"unknown metric {metric!r} of {task}" if metric else f"{task} is not in TRACE and has no metric"
             raise HFTError(f"{known}; give one of {', '.join(METRICS)}, as --metrics '{{{task}: accuracy}}'")
     return chosen
+
+
+def benchmark_of(task: str, rows: list[Row], metric: str, longest_answer: int) -> Benchmark:
+    """A task of a sequence, whose first metric is its score."""
+    metrics = METRICS[metric]
+
+    def results(row: Row, answers: list[str]) -> dict[str, float]:
+        return {name: of(answers[0], row["completion"], row["prompt"]) for name, of in metrics.items()}
+
+    spec = {
+        "task": f"{SUITE}_{task}",
+        "custom_dataset": as_dataset(test=rows),
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "context",
+        "doc_to_target": "completion",
+        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": longest_answer},
+        "process_results": results,
+        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics],
+        "metadata": {"version": 1.0},
+    }
+    return Benchmark(task, f"{SUITE}_{task}", {name: f"{name},none" for name in metrics}, spec=spec, rendered=True)

@@ -19,6 +19,7 @@ from hft.runs.config import check_is_a_model, check_shared, name_of
 SET_BY_STAGES = ("prompt", "completion", "schedule", "update", "adapter", "run_name", "resume_from_checkpoint")
 STAGES = ("probe", "group", "fuse", "train", "score")
 HELP = f"Core parameter isolation (CPI-FT). The first word may be one stage, {', '.join(STAGES)}; by default all run."
+CORE_NAME = "core.json"  # in the folder of a core, beside its masks
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,17 @@ class Task:
     probe: str | None = None  # a model that was fine-tuned on the task alone, instead of the run of stage 1
     group: str | None = None  # tasks with the same one form a group (given grouping)
 
-    def __post_init__(self):
-        if self.benchmark:
-            suite_of(self.benchmark)
-        if (self.prompt is None) != (self.completion is None):
-            raise HFTError("a task's prompt and completion are templates that belong together; give both")
+    @classmethod
+    def of(cls, name: str, keys: Mapping[str, Any]) -> "Task":
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise HFTError(f"task {name!r}: folders are named after it, so give it letters, digits, '.', '-' and '_'")
+        values = typed(f"task {name}", keys, cls)
+        if "dataset_name" not in values:
+            raise HFTError(f"task {name}: dataset_name is needed")
+        fill(RunConfig, values)  # whose checks are a task's too
+        if "benchmark" in values:
+            suite_of(values["benchmark"])
+        return fill(cls, values)
 
 
 @dataclass
@@ -51,8 +58,7 @@ class CPIConfig:
     percent: Percent = option("p: size of a core in percent of all elements of the model.", 1.0)
     probe: dict[str, Any] | None = option("Keys of `hft sft` that differ in the probes, e.g. {max_steps: 100}.")
     grouping: Literal["similarity", "together", "random", "given"] = option(
-        "similarity: tasks whose cores overlap; together: all tasks in one group; random: three groups, "
-        "drawn by draw_seed; given: by the group of each task.",
+        "similarity: tasks whose cores overlap; together: one group; random: three; given: by the group of each task.",
         "similarity",
     )
     tau: float = option("Jaccard similarity of cores from which tasks are joined.", 0.1)
@@ -66,14 +72,11 @@ class CPIConfig:
     )
     sample_rows: PositiveInt | None = option("Rows of each task that the groups train on; by default all.")
     train: dict[str, Any] | None = option("Keys of `hft sft` that differ in the training of the groups.")
-    eval: dict[str, Any] | None = option(
-        "Settings of the tasks' benchmarks, as flags of `hft eval`, e.g. {limit: 200}."
-    )
+    eval: dict[str, Any] | None = option("Flags of `hft eval` for the tasks' benchmarks, e.g. {limit: 200}.")
     probe_dir: str | None = option("Folder of stage 1, which other settings of the later stages share.")
 
     @property
     def needs_cores(self) -> bool:
-        """Whether any stage looks at what the probes found."""
         return self.fusion or self.grouping == "similarity" or self.freeze not in ("half", "nothing")
 
 
@@ -112,6 +115,13 @@ class CPIPlan:
         """The folder of a task's core, or of as many random elements."""
         return self.probes / "cores" / f"{task}-{self.config.percent:g}%{'-random' if random else ''}"
 
+    def cores(self, tasks: Sequence[str], *, random: bool = False) -> list[str]:
+        """The folders of the tasks' cores, which must be there."""
+        folders = [self.core_of(task, random=random) for task in tasks]
+        if missing := [folder for folder in folders if not (folder / CORE_NAME).exists()]:
+            raise HFTError(f"core {missing[0]} not found: run `hft cpi probe` first")
+        return [str(folder) for folder in folders]
+
 
 def parse_stages(arguments: Sequence[str]) -> CPIPlan:
     """The plan of a command line: `--config RECIPE.yaml [ARM.yaml] [--key value ...]`."""
@@ -135,7 +145,7 @@ def plan_stages(given: Given) -> CPIPlan:
     for keys in (values, values["probe"], values["train"]):
         check_shared(keys)
     config = fill(CPIConfig, values)
-    tasks = {name: make_task(name, keys) for name, keys in (config.tasks or {}).items()}
+    tasks = {name: Task.of(name, keys) for name, keys in (config.tasks or {}).items()}
     if len(tasks) < 2:
         raise HFTError(f"hft cpi keeps tasks apart, so it needs at least two of them, got {len(tasks)}")
     if config.order is not None and sorted(config.order) != sorted(tasks):
@@ -156,15 +166,6 @@ def plan_stages(given: Given) -> CPIPlan:
     return CPIPlan(values, config, tasks, sft, Path(values["output_dir"]), Path(probes))
 
 
-def make_task(name: str, keys: Mapping[str, Any]) -> Task:
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise HFTError(f"task {name!r}: a name is letters, digits, '.', '-' and '_', since folders are named after it")
-    values = typed(f"task {name}", keys, Task)
-    if "dataset_name" not in values:
-        raise HFTError(f"task {name}: dataset_name is needed")
-    return fill(Task, values)
-
-
 def typed(where: str, keys: Mapping[str, Any] | None, *classes: type) -> dict[str, Any]:
     """A mapping inside the config with its values as the types of some dataclasses' fields."""
     try:
@@ -174,7 +175,6 @@ def typed(where: str, keys: Mapping[str, Any] | None, *classes: type) -> dict[st
 
 
 def suite_of(benchmark: str) -> str:
-    """The suite of `hft eval` that has a benchmark."""
     suites = {one.name: suite for suite, benchmarks in SUITES.items() for one in benchmarks}
     if benchmark not in suites:
         raise HFTError(f"no suite of hft eval has a benchmark {benchmark!r}; there are {', '.join(suites)}")

@@ -9,16 +9,14 @@ choices are ours.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from hft.cpi.config import CPIPlan
-from hft.cpi.group import load_groups
-from hft.cpi.probe import core_folders, start_of
+from hft.cpi.group import load_groups, train_groups
+from hft.cpi.probe import start_of
 from hft.cpi.runs import in_main_process, is_current, replaced_folder, write_record
-from hft.cpi.train import train_groups
 from hft.errors import HFTError
 from hft.machine import say
 from hft.merging.checkpoint import Checkpoint, check_alike, write_model
@@ -29,59 +27,51 @@ from hft.selection.masks import MASKS_NAME, Masks
 FUSED_NAME = "fuse.json"
 
 
-@dataclass(frozen=True)
-class Fusion:
-    """What is fused."""
-
-    backbone: str  # the model that the probes are folded into
-    probes: list[str]  # models that were fine-tuned on one task each, in the order in which they are folded in
-    cores: list[str]  # folders of their cores
-
-    def files(self) -> list[Path]:
-        weights = [path for model in (self.backbone, *self.probes) for path in weight_files(Path(model))]
-        return weights + [Path(core) / MASKS_NAME for core in self.cores]
-
-
 def fuse_probes(plan: CPIPlan) -> None:
-    """Make the backbone, and fuse the probes and their cores into it."""
     if not plan.config.fusion:
         raise HFTError("fusion is false, so there is nothing to fuse; `hft cpi train` starts from the base")
     groups = load_groups(plan)
     say("backbone: the groups train without fusion", "")
     backbone = train_groups(plan, groups, start_of(plan), plan.out / "backbone")
     tasks = [task for names in groups for task in names]
-    cores = core_folders(plan, tasks, random=plan.config.freeze == "random-cores")
-    write_fused(plan.out / "fused", Fusion(str(backbone), [str(plan.probe_of(task)) for task in tasks], cores))
+    cores = plan.cores(tasks, random=plan.config.freeze == "random-cores")
+    write_fused(plan.out / "fused", str(backbone), [str(plan.probe_of(task)) for task in tasks], cores)
 
 
 @in_main_process
-def write_fused(out: Path, fusion: Fusion) -> None:
-    """Write the fused model in fp32, unless it is there; two passes read each tensor of the probes and the backbone."""
-    if is_current(out / FUSED_NAME, asdict(fusion), *fusion.files()):
+def write_fused(out: Path, backbone: str, probes: list[str], cores: list[str]) -> None:
+    """Write the fused model in fp32, unless it is there: fold probes, in their order, into a backbone.
+
+    `cores` are the folders of the probes' cores. Two passes read each tensor of the probes and the backbone.
+    """
+    made = {"backbone": backbone, "probes": probes, "cores": cores}
+    inputs = [path for model in (backbone, *probes) for path in weight_files(Path(model))]
+    inputs += [Path(core) / MASKS_NAME for core in cores]
+    if is_current(out / FUSED_NAME, made, *inputs):
         return
-    models = [Checkpoint.open(name) for name in (fusion.backbone, *fusion.probes)]
+    models, masks = [Checkpoint.open(name) for name in (backbone, *probes)], [Masks(core) for core in cores]
     check_alike(*models)
-    backbone, cores = models[0], [Masks(core) for core in fusion.cores]
-    shapes = {key: tuple(backbone.specs[key].shape) for key in backbone.parameters}
-    if wrong := [folder for folder, core in zip(fusion.cores, cores, strict=True) if core.shapes != shapes]:
-        raise HFTError(f"{wrong[0]} is not a core of a model like {backbone.name}; run `hft cpi probe` again")
+    first = models[0]
+    shapes = {key: tuple(first.specs[key].shape) for key in first.parameters}
+    if wrong := [folder for folder, core in zip(cores, masks, strict=True) if core.shapes != shapes]:
+        raise HFTError(f"{wrong[0]} is not a core of a model like {first.name}; run `hft cpi probe` again")
     branches, claims = Counter(), torch.zeros(len(cores) + 1, dtype=torch.int64)
 
     def fused(name: str) -> torch.Tensor:
         factors, branch = interpolation(models, name)
         branches[branch] += 1
-        tensors, made = [model.fp32(name) for model in models], []
-        for values in blocks(*tensors, *(core[name].tensor() for core in cores)):
+        tensors, parts = [model.fp32(name) for model in models], []
+        for values in blocks(*tensors, *(mask[name].tensor() for mask in masks)):
             tuned, inside = values[: len(models)], torch.stack(values[len(models) :])
             claims.add_(torch.bincount(inside.sum(0), minlength=len(claims)))
-            made.append(torch.where(inside.any(0), transplant(tuned[1:], inside), weighted_sum(tuned, factors)))
-        return torch.cat(made).view_as(tensors[0])
+            parts.append(torch.where(inside.any(0), transplant(tuned[1:], inside), weighted_sum(tuned, factors)))
+        return torch.cat(parts).view_as(tensors[0])
 
     with replaced_folder(out, FUSED_NAME) as folder:
-        write_model(folder, backbone, fused)
+        write_model(folder, first, fused)
         elements = claims.tolist()
         found = {"branches": branches, "elements_in_cores": {str(n): c for n, c in enumerate(elements) if c}}
-        write_record(folder / FUSED_NAME, asdict(fusion) | found, *fusion.files())
+        write_record(folder / FUSED_NAME, made | found, *inputs)
     say(
         f"fused {len(cores)} probes: {branches['arc']} tensors along the arc, {branches['line']} along the line "
         f"(|cos| > {COLINEAR_COS}); {elements[1]:,} elements in one core, {sum(elements[2:]):,} in several",
@@ -115,7 +105,7 @@ def interpolation(models: Sequence[Checkpoint], name: str) -> tuple[list[float],
 def transplant(values: Sequence[torch.Tensor], inside: torch.Tensor) -> torch.Tensor:
     """The values that the cores claim, (n,): exactly the probe's in one core, the mean of the probes in several.
 
-    `inside`, (probes, n), says which are in which core; where none claims an element, the result is meaningless.
+    `inside`, (probes, n), says which are in which core.
     """
     stacked = torch.stack(list(values))
     mean = torch.where(inside, stacked, 0).sum(0, dtype=torch.float64) / inside.sum(0)

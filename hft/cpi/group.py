@@ -1,33 +1,31 @@
-"""Stage 2, group: tasks whose cores overlap are trained together.
+"""Stages 2 and 4: tasks whose cores overlap form a group, and the groups train one after the other.
 
 The similarity of two cores is Jaccard's, S_ij = |C_i and C_j| / |C_i or C_j|. Tasks with S_ij >= tau are joined, and
 the groups are the connected components. Of two random cores of a fraction p it is p / (2 - p): 0.50% at 1%.
+
+Group k trains on a sample of its tasks' rows with the mask M_k, which is 0 on every element of the cores of groups
+1..k-1 and 1 elsewhere. Each run is a `hft sft` whose `core` policy has this mask: frozen elements keep their bits under
+weight decay and warm moments, and verify compares them with the start of the run.
 """
 
-from __future__ import annotations
-
 import json
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from hft.cpi.config import CPIPlan
-from hft.cpi.probe import core_folders
-from hft.cpi.runs import in_main_process
+from hft.cpi.probe import start_of
+from hft.cpi.runs import in_main_process, train_sft, write_sample
 from hft.errors import HFTError
 from hft.machine import indented, say
+from hft.model.weights import weight_files
 from hft.record.manifest import write_json
-from hft.selection.masks import Masks
+from hft.selection.masks import MASKS_NAME, Masks
 from hft.selection.policies import sample_names
 from hft.text import aligned
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from hft.model.anatomy import Anatomy
 
 GROUPS_NAME, CORES_PICTURE = "groups.json", "cores.png"
 RANDOM_GROUPS = 3  # the K of Table 1
@@ -38,15 +36,10 @@ def group_tasks(plan: CPIPlan) -> list[list[str]]:
     """Compare the cores, and make the groups, each sorted by name, in the order in which they train."""
     tasks, config = sorted(plan.tasks), plan.config
     plan.out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"tasks": tasks, "grouping": config.grouping, "tau": config.tau}
-    similarity = None
-    if config.needs_cores:
-        similarity, outside, shares = compare_cores(plan, tasks)
-        record |= {"percent": config.percent, "chance": chance(config.percent), "similarity": similarity.tolist()}
-        record |= {"outside": outside.tolist(), "shares": {block: share.tolist() for block, share in shares.items()}}
-        say("similarity of cores", indented(similarity_table(tasks, similarity, outside, config.percent)), "")
+    similarity, found = compare_cores(plan, tasks) if config.needs_cores else (None, {})
     groups = in_order(groups_of(plan, tasks, similarity), config.order, config.draw_seed)
-    write_json(plan.out / GROUPS_NAME, record | {"groups": groups})
+    about = {"tasks": tasks, "grouping": config.grouping, "tau": config.tau}
+    write_json(plan.out / GROUPS_NAME, about | found | {"groups": groups})
     lines = [f"{number}. {', '.join(names)}" for number, names in enumerate(groups, 1)]
     rule = f"by similarity >= {config.tau:g}" if config.grouping == "similarity" else config.grouping
     say(f"groups, {rule}, in the order in which they train", indented("\n".join(lines)), "")
@@ -64,23 +57,31 @@ def load_groups(plan: CPIPlan) -> list[list[str]]:
 
 
 def run_names(groups: Sequence[Sequence[str]]) -> list[str]:
-    """The names of the groups' runs: their number, and their tasks."""
     return [f"{number}-{'+'.join(names)}" for number, names in enumerate(groups, 1)]
 
 
-def compare_cores(plan: CPIPlan, tasks: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Draw `cores.png`; returns the cores' similarity, what of each is outside the layers, and `shares_of` them."""
+def compare_cores(plan: CPIPlan, tasks: Sequence[str]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Print and draw the cores' similarity; returns it, and what `groups.json` holds of them."""
     from hft.merging.checkpoint import Checkpoint
     from hft.model.anatomy import anatomy_of, meta_model
+    from hft.reporting.figures import heatmap
 
-    masks = [Masks(folder) for folder in core_folders(plan, tasks)]
-    counts, by_parameter = overlaps(masks)
+    percent = plan.config.percent
+    counts, by_parameter = overlaps([Masks(folder) for folder in plan.cores(tasks)])
     similarity = jaccard(counts)
     anatomy = anatomy_of(meta_model(Checkpoint.open(plan.base, plan.revision).config))
-    shares = shares_of(anatomy, masks[0].shapes, by_parameter)
-    plot_cores(tasks, similarity, shares).savefig(plan.out / CORES_PICTURE)
     inside = sum(by_parameter[name] for name in anatomy.in_layers)
-    return similarity, 1 - inside / counts.diagonal().clamp(min=1), shares
+    outside = (1 - inside / counts.diagonal().clamp(min=1)).tolist()
+    rows = ([task, *(f"{100 * s:.2f}" for s in row)] for task, row in zip(tasks, similarity, strict=True))
+    parts = ", ".join(f"{task} {share:.1%}" for task, share in zip(tasks, outside, strict=True))
+    random = f"Jaccard, %; of two random cores of {percent:g}%: {100 * chance(percent):.2f}"
+    table = aligned([["", *tasks], *rows, random, f"in embeddings, head and final norm: {parts}"])
+    say("similarity of cores", indented(table), "")
+    figure = heatmap({"tasks": tasks, "rounds": tasks, "scores": (100 * similarity).tolist()})
+    figure.axes[0].set_ylabel("")
+    figure.savefig(plan.out / CORES_PICTURE)
+    found = {"percent": percent, "chance": chance(percent), "similarity": similarity.tolist(), "outside": outside}
+    return similarity, found
 
 
 def overlaps(cores: Sequence[Masks]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -123,7 +124,6 @@ def groups_of(plan: CPIPlan, tasks: Sequence[str], similarity: torch.Tensor | No
 
 
 def connected(tasks: Sequence[str], similarity: torch.Tensor, tau: float) -> list[list[str]]:
-    """The connected components of the graph that joins tasks whose similarity is at least tau."""
     import networkx
 
     graph = networkx.from_numpy_array((similarity >= tau).numpy())
@@ -138,47 +138,37 @@ def in_order(groups: list[list[str]], order: Sequence[str] | None, seed: int) ->
     return [by_name[name] for name in sample_names(by_name, len(groups), "order of groups", seed)]
 
 
-def shares_of(
-    anatomy: Anatomy, shapes: dict[str, tuple[int, ...]], by_parameter: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """What fraction of each block of each layer is in each core: by block, of shape (cores, layers)."""
-    found, sizes = {}, {}
-    for name in anatomy.in_layers:
-        unit, counts = anatomy.parts_by_parameter[name][0][0], by_parameter[name]
-        found.setdefault(unit.block, torch.zeros(len(counts), anatomy.num_layers))[:, unit.layer] += counts
-        sizes.setdefault(unit.block, torch.zeros(anatomy.num_layers))[unit.layer] += math.prod(shapes[name])
-    return {block: counts / sizes[block].clamp(min=1) for block, counts in found.items()}
+def train_from_fused(plan: CPIPlan) -> None:
+    """Train the groups from the fused model, or from the base without fusion."""
+    groups, base = load_groups(plan), start_of(plan)
+    start = plan.out / "fused" if plan.config.fusion else base
+    if not start.exists():
+        raise HFTError(f"{start} not found: run `hft cpi fuse` first")
+    say(f"the final model is {train_groups(plan, groups, start, plan.out / 'groups')}", "")
 
 
-def similarity_table(tasks: Sequence[str], similarity: torch.Tensor, outside: torch.Tensor, percent: float) -> str:
-    """The similarity in percent beside that of random cores, and what of each core lies outside the layers."""
-    rows = ([task, *(f"{100 * s:.2f}" for s in row)] for task, row in zip(tasks, similarity, strict=True))
-    parts = ", ".join(f"{task} {share:.1%}" for task, share in zip(tasks, outside, strict=True))
-    random = f"Jaccard, %; of two random cores of {percent:g}%: {100 * chance(percent):.2f}"
-    return aligned([["", *tasks], *rows, random, f"in embeddings, head and final norm: {parts}"])
+def train_groups(plan: CPIPlan, groups: Sequence[Sequence[str]], start: Path, out: Path) -> Path:
+    """Train groups in folders below `out`, the first from `start`, each other from the one before; returns the last."""
+    for index, (name, tasks) in enumerate(zip(run_names(groups), groups, strict=True)):
+        data = plan.out / "data" / name
+        rows = write_sample(plan, tasks, data)
+        say(f"group {index + 1} of {len(groups)}: {', '.join(tasks)}")
+        selection = selection_of(plan, groups, index)
+        values = {"model_name_or_path": str(start), "dataset_name": str(data), "method": "cpi", **selection}
+        cores = [Path(core) / MASKS_NAME for core in selection.get("cores", ())]
+        train_sft(out / name, plan.sft | plan.config.train | values, rows, *weight_files(start), *cores)
+        start = out / name
+    return start
 
 
-def plot_cores(tasks: Sequence[str], similarity: torch.Tensor, shares: dict[str, torch.Tensor]) -> Figure:
-    """The similarity of the cores, and below it which fraction of each block of each layer is in each core."""
-    from matplotlib.figure import Figure
-
-    from hft.record.picture import SHADES
-
-    figure = Figure(figsize=(4.2 * (len(shares) + 1), 0.5 * len(tasks) + 2.2), dpi=120, layout="constrained")
-    first, *others = figure.subplots(1, len(shares) + 1)
-    first.imshow(similarity, cmap=SHADES, vmin=0, vmax=1)
-    first.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
-    first.set_title("similarity of cores", loc="left", fontsize=10)
-    for row, column in ((row, column) for row in range(len(tasks)) for column in range(len(tasks))):
-        first.text(column, row, f"{similarity[row, column]:.2f}", ha="center", va="center", fontsize=8)
-    most = max(float(share.max()) for share in shares.values()) or 1.0
-    for axes, (block, share) in zip(others, shares.items(), strict=True):
-        drawn = axes.imshow(100 * share, cmap=SHADES, vmin=0, vmax=100 * most, aspect="auto")
-        axes.set_title(block, loc="left", fontsize=10)
-        axes.set_xlabel("layer")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (first, *others):
-        axes.set_yticks(range(len(tasks)), tasks if axes is first else [])
-        axes.tick_params(length=0)
-    figure.colorbar(drawn, ax=others, label="of the block in the core, %", fraction=0.05)
-    return figure
+def selection_of(plan: CPIPlan, groups: Sequence[Sequence[str]], index: int) -> dict[str, Any]:
+    """What trains while a group trains, as keys of `hft sft`."""
+    freeze = plan.config.freeze
+    if freeze == "half":
+        return {"policy": "category", "fraction": 0.5}
+    if freeze == "all-but-own-cores":
+        return {"policy": "core", "cores": plan.cores(groups[index]), "train_core": True}
+    earlier = [task for tasks in groups[:index] for task in tasks]
+    if freeze == "nothing" or not earlier:
+        return {"policy": "all"}
+    return {"policy": "core", "cores": plan.cores(earlier, random=freeze == "random-cores")}

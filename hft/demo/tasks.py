@@ -54,9 +54,8 @@ def draw(task: str, rng: random.Random) -> tuple[str, str]:
     return f"{first} {last}", answers[task]
 
 
-def write_tasks(folder: str | Path) -> dict[str, int]:
-    """Write `TASK/{train,test}`, as .json in TRACE's form or as .jsonl of conversations; returns each file's rows."""
-    counts = {}
+def write_tasks(folder: str | Path) -> None:
+    """Write `TASK/{train,test}`, as .json in TRACE's form or as .jsonl of conversations."""
     for task in (*INSTRUCTIONS, *CHAT_TASKS):
         rng, drawn = random.Random(task), {}
         while len(drawn) < TRAIN_ROWS + TEST_ROWS:  # different inputs
@@ -64,12 +63,10 @@ def write_tasks(folder: str | Path) -> dict[str, int]:
             drawn[question] = answer
         pairs = list(drawn.items())
         for split, some in (("train", pairs[:TRAIN_ROWS]), ("test", pairs[TRAIN_ROWS:])):
-            name = f"{task}/{split}.{'jsonl' if task in CHAT_TASKS else 'json'}"
-            path, counts[name] = Path(folder, name), len(some)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path = Path(folder, task, split)
             if task in CHAT_TASKS:
-                write_jsonl(path, (as_messages(*pair) for pair in some))
+                write_jsonl(path.with_suffix(".jsonl"), (as_messages(*pair) for pair in some))
             else:
                 rows = [{"prompt": f"{INSTRUCTIONS[task]}\n{text}\nAnswer:", "answer": answer} for text, answer in some]
-                path.write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
-    return counts
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.with_suffix(".json").write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")

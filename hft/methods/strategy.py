@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from hft.config import option
 from hft.methods.part import MethodPart
@@ -77,7 +77,3 @@ class Strategy(MethodPart):
         from hft.methods.moments import CarryMoments
 
         return [CarryMoments(self.previous_run or trainer.manifest.base)] if self.carry_moments else []
-
-    def keys(self) -> dict[str, Any]:
-        """Its keys, without those that `hft continual` gives to each run."""
-        return self.given(but=("strategy_data", "previous_run"))

@@ -17,12 +17,13 @@ from hft.cli import main
 from hft.continual.config import SequencePlan, parse_sequence
 from hft.continual.data import SequenceData, read_task, shortened
 from hft.continual.matrix import Matrix
-from hft.continual.planning import config_on_base, plan_sequence
-from hft.continual.scoring import score_tasks
+from hft.continual.metrics import SUITE, benchmark_of
+from hft.continual.planning import PlannedRun, plan_runs
 from hft.continual.strategies import gem as gem_strategy
 from hft.continual.strategies.self_replay import SelfReplay, sample_texts
 from hft.demo.tasks import write_tasks
 from hft.errors import HFTError
+from hft.evaluation.evaluate import Settings, evaluate
 from hft.planning.engine import engine_of
 from hft.planning.memory import memory_of
 from hft.record.manifest import Manifest
@@ -170,11 +171,9 @@ def test_scores_do_not_depend_on_the_batch(tiny, tmp_path):
     prompts = ["one", "one two three", "four five six seven eight", "nine", "ten eleven"]  # padded in a batch
     letters = "abcdefghijklmnopqrstuvwxyz etaoinshrdlu"  # similar to whatever is generated
     rows = [{"context": prompt, "prompt": prompt, "completion": letters} for prompt in prompts]
-    tests, metrics = {"First": rows}, {"First": "edit_similarity"}
-    one, five = (
-        score_tasks(str(tiny), tests, metrics, longest_answer=8, batch_size=n, out=tmp_path / str(n)).scores
-        for n in (1, 5)
-    )
+    benchmarks = [benchmark_of("First", rows, "edit_similarity", 8)]
+    settings = (Settings(chat=False, batch_size=size) for size in (1, 5))
+    one, five = (evaluate(str(tiny), SUITE, each, benchmarks=benchmarks).scores for each in settings)
     assert one == five
     assert one[0].value > 0
 
@@ -203,14 +202,18 @@ def test_dry_run_writes_nothing(tmp_path, tiny, tasks, capsys):
     assert "training rows, 2 steps" in out
 
 
-def planned(*words) -> tuple[list, SequencePlan]:
-    """All runs of a sequence as they are planned, and the plan."""
-    plan, machine = parse_sequence([str(word) for word in words])
-    runs, _ = plan_sequence(plan, SequenceData(plan), machine)
-    return runs, plan
+@pytest.fixture
+def planned(tmp_path):
+    """Plan all runs of a sequence."""
+
+    def plan_all(*words) -> tuple[list[PlannedRun], SequencePlan]:
+        plan, machine = parse_sequence([str(word) for word in words])
+        return plan_runs(plan, SequenceData(plan), machine, tmp_path / "rows"), plan
+
+    return plan_all
 
 
-def test_flags_win_over_files_and_a_tasks_own_epochs_over_the_common_ones(tmp_path, tiny, tasks):
+def test_flags_win_over_files_and_a_tasks_own_epochs_over_the_common_ones(tmp_path, planned, tiny, tasks):
     """And `sequence.yaml` is the same sequence."""
     recipe = tmp_path / "recipe.yaml"
     common = yaml.safe_load(Path("recipes/tiny/trace.yaml").read_text()) | {"max_steps": -1}
@@ -222,7 +225,7 @@ def test_flags_win_over_files_and_a_tasks_own_epochs_over_the_common_ones(tmp_pa
         runs, plan = planned(*words)
         recipe.write_text(yaml.safe_dump(plan.keys))
         again, _ = planned("--config", recipe)
-        assert [(run.run.name, run.steps) for run in runs] == [(run.run.name, run.steps) for run in again]
+        assert [(run.run.flags, run.steps) for run in runs] == [(run.run.flags, run.steps) for run in again]
         return [run.steps / 25 for run in runs]  # 400 rows, 16 at once
 
     own = {"epochs": {"First": 3, "Swap": 2}}
@@ -233,7 +236,7 @@ def test_flags_win_over_files_and_a_tasks_own_epochs_over_the_common_ones(tmp_pa
     assert epochs(own, "--epochs", "{First: 5}", "--num_train_epochs", "1") == [5, 1]
 
 
-def test_a_replay_pass_is_one_epoch_and_takes_nothing_else_from_the_rounds(tmp_path, tiny, tasks):
+def test_a_replay_pass_is_one_epoch_and_takes_nothing_else_from_the_rounds(tmp_path, planned, tiny, tasks):
     flags = ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_rows", "50", "--load_best_model_at_end", "true"]
     flags += ["--save_strategy", "best", "--warmup_steps", "50", "--metric_for_best_model", "loss"]
     runs, plan = planned(*sequence(tiny, tasks, tmp_path, *flags, strategy="replay")[1:])
@@ -247,7 +250,7 @@ def test_a_replay_pass_is_one_epoch_and_takes_nothing_else_from_the_rounds(tmp_p
     assert (values["eval_strategy"], values["load_best_model_at_end"], values["save_strategy"]) == ("no", False, "no")
 
 
-def test_every_round_is_planned_before_the_first(tmp_path, tiny, tasks, capsys):
+def test_every_round_is_planned_before_the_first(tmp_path, planned, tiny, tasks, capsys):
     """GEM's memory grows by a gradient per task; FFT of a 13B model has room for seven on 8 x 80 GiB."""
     recipe = "recipes/llama2-chat-13b/trace.yaml"
     for task in yaml.safe_load(Path(recipe).read_text())["tasks"]:
@@ -276,12 +279,10 @@ def test_a_round_that_this_machine_cannot_hold_is_named_before_anything_is_writt
     assert not (tmp_path / "out").exists()
 
 
-def test_gems_gradients_are_those_of_its_plan(tmp_path, tiny, tasks, monkeypatch):
+def test_gems_gradients_are_those_of_its_plan(tmp_path, planned, tiny, tasks, monkeypatch):
     """The step's own, and one per earlier task, in fp32; no parameter has another at the same time."""
-    plan, _ = parse_sequence(sequence(tiny, tasks, tmp_path / "out", "--memory_rows", "4", strategy="gem")[1:])
-    data, seen = SequenceData(plan), []
-    data.write(plan)
-    made = make_plan(config_on_base(plan, data.rounds(plan)[1][0]))
+    runs, _ = planned(*sequence(tiny, tasks, tmp_path / "out", "--memory_rows", "4", strategy="gem")[1:])
+    made, seen = make_plan(runs[1].config), []
     trainer = make_trainer(made)
 
     def dot_products(gradients, device):
@@ -378,24 +379,17 @@ def test_a_file_that_is_no_task_is_named(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("recipe", sorted(Path("recipes").glob("*/trace.yaml")), ids=str)
-def test_a_recipe_has_a_metric_and_a_batch_for_each_task(recipe, tmp_path, tiny, tasks, capsys):
+def test_a_recipe_has_a_metric_for_each_task_and_the_papers_epochs(recipe, tmp_path, tiny, tasks):
     content = yaml.safe_load(recipe.read_text())
-    for task in content["tasks"]:
-        folder = tmp_path / "trace" / task
-        shutil.copytree(tasks / "Swap", folder)
-    shutil.copytree(tasks / "Swap", tmp_path / "trace" / "Lima")
-    words = ["--config", str(recipe), "recipes/methods/hft.yaml", "--trace_dir", str(tmp_path / "trace"), "--dry_run"]
-    words += ["--model_name_or_path", str(tiny), "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
-    words += ["--tokenizer_pad_token", "<unk>", "--strategy", "replay"]
-    capsys.readouterr()
-    assert main(["continual", *words]) == 0
-    out = capsys.readouterr().out
-    runs = [line for line in out.splitlines() if line.startswith("  hft sft --config")]
-    assert len(runs) == 2 * len(content["tasks"]) - ("alignment" not in content)
+    for folder in (*content["tasks"], "Lima"):
+        shutil.copytree(tasks / "Swap", tmp_path / folder)
+    words = ["--config", str(recipe), "recipes/methods/hft.yaml", "--trace_dir", str(tmp_path), "--strategy", "replay"]
+    plan, _ = parse_sequence([*words, "--model_name_or_path", str(tiny)])
+    rounds = SequenceData(plan).rounds(plan)
+    assert [len(runs) for runs in rounds] == [1 + ("alignment" in content), *([2] * (len(rounds) - 1))]
     if "llama2" in str(recipe):
-        assert "global batch 128" in out
-        epochs = [float(re.search(r"num_train_epochs (\S+)", line)[1]) for line in runs[::2]]
-        assert epochs == [5, 3, 7, 5, 3, 5, 5, 7]
+        assert plan.config(rounds[0][0].flags).run.global_batch_size == 128
+        assert [runs[0].flags["num_train_epochs"] for runs in rounds] == [5, 3, 7, 5, 3, 5, 5, 7]
 
 
 def test_the_commands_of_the_papers_rows_leave_the_folders_that_their_scores_are_read_from():

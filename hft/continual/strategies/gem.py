@@ -7,10 +7,8 @@ takes the closest gradient to g that raises none:
     min ||z - g||^2  subject to  z . m_k >= 0 for every k.
 
 Its dual has one variable per task: z = g + sum_k v_k m_k, where v >= 0 minimizes ||g + sum_k v_k m_k||^2. As the
-authors' code does, a margin bounds v from below, which moves z further away from what would forget.
-
-TRACE's GEM is not this one: its program has the opposite sign, so that a conflict grows, its memory is the gradient of
-one batch that is never computed again, and under DeepSpeed's ZeRO-2 it never runs.
+authors' code does, a margin bounds v from below, which moves z further away from what would forget. TRACE's GEM is
+another method (docs/continual.md).
 """
 
 from __future__ import annotations
@@ -54,6 +52,9 @@ class GEM(Strategy):
             chosen += [row | {"task": str(number)} for row in some]
         return chosen
 
+    def remembered(self) -> list[Row]:
+        return read_jsonl(self.strategy_data) if self.strategy_data else []
+
     def callbacks(self, trainer: Trainer) -> list[TrainerCallback]:
         return [*super().callbacks(trainer), *([Projection(self, trainer)] if self.strategy_data else [])]
 
@@ -70,13 +71,11 @@ class GEM(Strategy):
             raise HFTError(f"{self.name} compares gradients, which fp16 scales; train in bf16 or fp32")
 
     def memory(self, selection: Selection) -> int:
-        if not self.strategy_data:
-            return 0
-        tasks = len({row["task"] for row in read_jsonl(self.strategy_data)})
-        return 4 * tasks * selection.num_trained  # fp32: every m_k; g is the gradient that the run has
+        tasks = {row["task"] for row in self.remembered()}
+        return 4 * len(tasks) * selection.num_trained  # fp32: every m_k; g is the gradient that the run has
 
     def extra_rows(self) -> ExtraRows:
-        return ExtraRows(len(read_jsonl(self.strategy_data)) if self.strategy_data else 0)
+        return ExtraRows(len(self.remembered()))
 
 
 class Projection(TrainerCallback):
@@ -85,7 +84,7 @@ class Projection(TrainerCallback):
     def __init__(self, strategy: GEM, trainer: Trainer):
         self.strategy, self.trainer = strategy, trainer
         tokenizer, longest = trainer.processing_class, trainer.args.max_length
-        tasks = groupby(read_jsonl(strategy.strategy_data), key=lambda row: row["task"])
+        tasks = groupby(strategy.remembered(), key=lambda row: row["task"])
         self.tasks = [[tokenized(row, tokenizer, longest) for row in rows] for _, rows in tasks]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -102,10 +101,10 @@ class Projection(TrainerCallback):
 
 
 def dual_variables(gram: torch.Tensor, products: torch.Tensor, margin: float) -> torch.Tensor:
-    """The v of GEM's dual, exactly: argmin ||g + sum_k v_k m_k||^2 over v >= margin; zeros if nothing conflicts.
+    """The v of GEM's dual: argmin ||g + sum_k v_k m_k||^2 over v >= margin; zeros if nothing conflicts.
 
-    `gram` is m_j . m_k, (tasks, tasks), `products` m_k . g, (tasks,). With v = u + margin this is a non-negative
-    least-squares problem in u. Only inner products enter, so it has as many rows as there are tasks.
+    `gram` is m_j . m_k, (tasks, tasks), `products` m_k . g, (tasks,). With v = u + margin it is non-negative least
+    squares in u, with as many rows as there are tasks, since only inner products enter.
     """
     from scipy.optimize import nnls
 

@@ -27,6 +27,5 @@ class LoraSeqFT(Strategy):
         if self.previous_run:
             if not (Path(self.previous_run) / "adapter_config.json").exists():
                 raise HFTError(f"strategy lora: {self.previous_run} holds no adapter to start from")
-            weights = load_peft_weights(self.previous_run, device="cpu")
-            set_peft_model_state_dict(trainer.model, weights)
+            set_peft_model_state_dict(trainer.model, load_peft_weights(self.previous_run, device="cpu"))
         return super().callbacks(trainer)

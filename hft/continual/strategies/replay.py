@@ -13,9 +13,8 @@ from hft.methods.strategy import Row, Strategy
 class Replay(Strategy):
     """Train on the first rows of earlier tasks again, after each round or within it.
 
-    `after` is TRACE's code: when a round is over, one epoch over the first 10% of each earlier task and all of LIMA,
-    after the first round too. The paper says that LIMA is part of the memory and that 10% of historical data are
-    replayed, not when. `mixed` puts the same rows among those of the round.
+    `after` is TRACE's code: after each round one epoch over the first 10% of each earlier task and all of LIMA. The
+    paper does not say when. `mixed` puts the same rows among those of the round.
     """
 
     name: ClassVar[str] = "replay"
@@ -33,6 +32,5 @@ class Replay(Strategy):
         return self.memory_of(tasks, alignment) if self.replay_mode == "after" else []
 
     def memory_of(self, tasks: Sequence[list[Row]], alignment: list[Row]) -> list[Row]:
-        """The first rows of all tasks but the last, and the alignment set."""
         earlier = [row for rows in tasks[:-1] for row in rows[: math.ceil(self.replay_fraction * len(rows))]]
         return earlier + alignment

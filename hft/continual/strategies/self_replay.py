@@ -1,12 +1,10 @@
 """Self-generated replay (Marek et al. 2026, arXiv 2605.26097): the model is held to its own text. It needs no data.
 
-Before a round, text is sampled from the model, from the first token on and at temperature 1. Each step then adds to the
-task's loss
+Before a round the model samples text from the first token on, at temperature 1. Each step adds to the task's loss
 
     kl_weight * mean over sampled tokens of KL(p_before || p_now),
 
-where p_before is the model as it was before the round. Since the text is the model's own, this is the cross entropy on
-that text up to a constant, with less variance.
+where p_before is the model before the round: the cross entropy on its own text up to a constant, with less variance.
 """
 
 from __future__ import annotations
@@ -26,11 +24,10 @@ from transformers import PreTrainedModel, TrainerCallback
 from hft.config import option
 from hft.continual.gradients import micro_batches, next_token_logits, trained_tokens
 from hft.errors import HFTError
-from hft.freezing import upcast
 from hft.machine import is_main
 from hft.methods.strategy import ExtraRows, Strategy
 from hft.model.load import load_base, plain_generation
-from hft.parts import stored
+from hft.training.reference import share_frozen
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -70,14 +67,9 @@ class SelfReplay(Strategy):
 
 def reference_of(trainer: Trainer) -> PreTrainedModel:
     """The model as it is before the round, which shares its frozen tensors with the one that trains."""
-    args = trainer.args
-    reference, _ = load_base(trainer.manifest.base, args)
-    frozen = {name: p for name, p in stored(trainer.model).items() if not p.requires_grad}
-    upcast(reference.requires_grad_(False), autocast=args.bf16)
-    for name, parameter in reference.named_parameters():
-        if name in frozen:
-            parameter.data = frozen[name].data
-    return reference.to(args.device).eval()
+    reference, dtypes = load_base(trainer.manifest.base, trainer.args)
+    share_frozen(reference, trainer.model, dtypes, autocast=trainer.args.bf16)
+    return reference.requires_grad_(False).to(trainer.args.device).eval()
 
 
 class HoldToOwnText(TrainerCallback):
@@ -112,27 +104,20 @@ class HoldToOwnText(TrainerCallback):
 def sample_texts(model: PreTrainedModel, trainer: Trainer, strategy: SelfReplay) -> list[list[int]]:
     """Texts as token ids, the same for any number of processes, each of which samples some of the batches."""
     args, tokenizer = trainer.args, trainer.processing_class
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    start = eos if start is None else start
     if start is None:
         raise HFTError("self-replay starts texts with the tokenizer's BOS or EOS, and it has neither")
-    mine = range(args.process_index, -(-strategy.replay_texts // BATCH), args.world_size)
-    sampled: list[tuple[int, list[list[int]]]] = []
     settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_length": strategy.replay_tokens}
-    ids = {"bos_token_id": start, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model.generation_config = plain_generation(model, **settings, **ids)
-    devices = [args.device] if args.device.type == "cuda" else []
+    settings |= {"bos_token_id": start, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config = plain_generation(model, **settings)
+    prompt = torch.full((BATCH, 1), start, device=args.device)
+    mine = range(args.process_index, -(-strategy.replay_texts // BATCH), args.world_size)
+    sampled, devices = [], [args.device] if args.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
         for batch in tqdm(mine, desc="sampling texts", disable=not is_main(), leave=False):
             torch.manual_seed(1_000_000 * strategy.replay_seed + batch)
-            ids = model.generate(
-                torch.full((BATCH, 1), start, device=args.device),
-                attention_mask=torch.ones(BATCH, 1, device=args.device, dtype=torch.long),
-            )
-            sampled.append((batch, [until_eos(text, tokenizer.eos_token_id) for text in ids.tolist()]))
+            ids = model.generate(prompt, attention_mask=torch.ones_like(prompt)).tolist()
+            sampled.append((batch, [text[: text.index(eos, 1) + 1] if eos in text[1:] else text for text in ids]))
     batches = sorted(gather_object(sampled)) if args.world_size > 1 else sampled
     return [text for _, texts in batches for text in texts if len(text) > 1][: strategy.replay_texts]
-
-
-def until_eos(ids: list[int], eos: int | None) -> list[int]:
-    """A text up to its first EOS after the start, which it keeps."""
-    return ids[: ids.index(eos, 1) + 1] if eos in ids[1:] else ids
