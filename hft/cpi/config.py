@@ -45,8 +45,8 @@ class Task:
         if "dataset_name" not in values:
             raise HFTError(f"task {name}: dataset_name is needed")
         fill(RunConfig, values)  # whose checks are a task's too
-        if "benchmark" in values:
-            suite_of(values["benchmark"])
+        if benchmark := values.get("benchmark"):
+            suite_of(benchmark)
         return fill(cls, values)
 
 

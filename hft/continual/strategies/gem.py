@@ -7,8 +7,8 @@ takes the closest gradient to g that raises none:
     min ||z - g||^2  subject to  z . m_k >= 0 for every k.
 
 Its dual has one variable per task: z = g + sum_k v_k m_k, where v >= 0 minimizes ||g + sum_k v_k m_k||^2. As the
-authors' code does, a margin bounds v from below, which moves z further away from what would forget. TRACE's GEM is
-another method (docs/continual.md).
+authors' code does, a margin bounds v from below, which moves z further away from what would forget. TRACE's GEM
+differs: its program has the opposite sign, and its memory is one gradient that is never computed again.
 """
 
 from __future__ import annotations
