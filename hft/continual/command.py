@@ -13,7 +13,8 @@ from hft.continual.matrix import BASE_ROW, MATRIX_NAME, Matrix
 from hft.continual.metrics import METRICS, SUITE, benchmark_of
 from hft.continual.planning import plan_runs, table
 from hft.errors import DoesNotFit, HFTError
-from hft.evaluation.evaluate import Settings, evaluate
+from hft.evaluation.evaluate import evaluate
+from hft.evaluation.suites import Settings
 from hft.jsonl import read_jsonl
 from hft.machine import broadcast, indented, is_main, leave_process_group, reset_peak_memory, say
 from hft.methods.strategy import Row

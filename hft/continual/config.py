@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,9 +28,7 @@ class SequenceConfig:
     """The keys of a sequence, beside those of its runs."""
 
     trace_dir: str | None = option("TRACE's folder, or one like it: TASK/train.json and TASK/test.json, or .jsonl.")
-    tasks: list[str] = field(
-        default_factory=lambda: list(TRACE), metadata={"help": "The tasks, in the order in which they are learned."}
-    )
+    tasks: list[str] = option("The tasks, in the order in which they are learned.", list(TRACE))
     epochs: dict[str, float] | None = option("Epochs of each task; num_train_epochs where a task has none.")
     metrics: dict[str, str] | None = option("Metric of each task outside TRACE, as {TASK: accuracy}.")
     strategy: str = option("Continual-learning strategy: a name, or FILE.py:CLASS of your own.", "seqft")

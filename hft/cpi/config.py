@@ -10,8 +10,7 @@ from pydantic import PositiveInt
 
 from hft.config import Given, Keys, Percent, RunConfig, fill, option, read_arguments
 from hft.errors import HFTError
-from hft.evaluation.evaluate import Settings
-from hft.evaluation.suites import SUITES
+from hft.evaluation.suites import SUITES, Settings
 from hft.objectives import find_objective
 from hft.runs.config import check_is_a_model, check_shared, name_of
 

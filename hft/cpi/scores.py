@@ -11,7 +11,8 @@ from hft.cpi.group import load_groups, run_names
 from hft.cpi.probe import start_of
 from hft.cpi.runs import TEST
 from hft.errors import HFTError
-from hft.evaluation.evaluate import Settings, evaluate, loss_on
+from hft.evaluation.evaluate import evaluate, loss_on
+from hft.evaluation.suites import Settings
 from hft.jsonl import read_jsonl
 from hft.machine import indented, say
 from hft.record.manifest import write_json

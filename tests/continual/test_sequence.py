@@ -23,7 +23,8 @@ from hft.continual.strategies import gem as gem_strategy
 from hft.continual.strategies.self_replay import SelfReplay, sample_texts
 from hft.demo.tasks import write_tasks
 from hft.errors import HFTError
-from hft.evaluation.evaluate import Settings, evaluate
+from hft.evaluation.evaluate import evaluate
+from hft.evaluation.suites import Settings
 from hft.planning.engine import engine_of
 from hft.planning.memory import memory_of
 from hft.record.manifest import Manifest
