@@ -1,6 +1,5 @@
 """Makes a model obey a selection."""
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ STACKED = 3  # dimensions of the weights of stacked experts
 
 
 def freeze(model: nn.Module, selection: Selection) -> None:
-    """Set `requires_grad` of every parameter by name. Call it before the optimizer is built.
+    """Set `requires_grad` of every parameter by name, and clear gradients: an optimizer looks at them alone.
 
-    Parameters that train in part require a gradient; `hft.parts.split` leaves it to their trained elements. A gradient
-    from before would still move what is frozen now: optimizers look at it alone.
+    Parameters that train in part require a gradient; `hft.parts.split` leaves it to their trained elements.
     """
     check_parameters(model, selection)
     frozen = set(selection.frozen_parameters)
@@ -30,11 +28,7 @@ def freeze(model: nn.Module, selection: Selection) -> None:
 
 
 def autocast_experts(model: nn.Module) -> None:
-    """Let stacked experts that train whole compute in half precision under autocast, as linear layers do.
-
-    transformers multiplies them by `grouped_mm`, which autocast does not cast: it would compute in the dtype of the
-    fp32 masters. State dicts and optimizers keep the masters.
-    """
+    """Let stacked experts that train whole compute in half precision: autocast does not cast `grouped_mm`."""
     for module in model.modules():
         trained = any(p.ndim == STACKED and p.requires_grad for p in module.parameters(recurse=False))
         if trained and not isinstance(module, _NarrowExperts):
@@ -50,19 +44,16 @@ class _NarrowExperts(nn.Module):
 
 
 def check_parameters(model: nn.Module, selection: Selection) -> None:
-    """Refuse a model unless each of its parameters is in exactly one of frozen and trained."""
-    frozen, trained = selection.frozen_parameters, selection.trained_parameters
-    listed, names = Counter([*frozen, *trained]), stored(model).keys()
-    if missing := sorted(listed.keys() - names):
+    """Refuse a model whose parameters are not those that the selection freezes or trains."""
+    listed, names = {*selection.frozen_parameters, *selection.trained_parameters}, stored(model).keys()
+    if missing := sorted(listed - names):
         raise HFTError(f"the selection names {missing[0]}, which the model does not have")
-    if unlisted := sorted(names - listed.keys()):
+    if unlisted := sorted(names - listed):
         raise HFTError(
             f"{unlisted[0]} would be neither frozen nor trained: the weights have it as a separate parameter and the "
             "config does not; correct the config (a head that differs from the embeddings needs tie_word_embeddings: "
             "false)"
         )
-    if twice := [name for name, count in listed.items() if count > 1]:
-        raise HFTError(f"the selection names {twice[0]} both as frozen and as trained")
 
 
 def check_frozen(model: nn.Module, selection: Selection) -> None:
@@ -80,10 +71,8 @@ def check_frozen(model: nn.Module, selection: Selection) -> None:
 def upcast(model: nn.Module, *, autocast: bool) -> None:
     """Give trained parameters fp32 master weights; AdamW on half-precision weights rounds most updates at 2e-5 away.
 
-    Frozen parameters keep the checkpoint's dtype under autocast, which casts them at each use, except embeddings, whose
-    dtype is that of the residual stream, which is to be fp32 whatever trains, and LayerNorms, which on a CPU take no
-    other than their input's. Without autocast every matmul needs one dtype, so all of them are held in fp32; the way
-    back to the checkpoint's dtype is exact.
+    Frozen ones keep their dtype under autocast, except embeddings, whose dtype is that of the residual stream, and
+    LayerNorms, which on a CPU take no other than their input's. Without autocast every matmul needs one dtype.
     """
     kinds = (nn.Embedding, nn.LayerNorm, nn.GroupNorm)
     wide = {id(p) for module in model.modules() if isinstance(module, kinds) for p in module.parameters()}

@@ -1,18 +1,17 @@
 """Half fine-tuning in your own training loop: select, freeze, verify."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from hft import freezing
 from hft.errors import HFTError
@@ -20,15 +19,9 @@ from hft.model.anatomy import Anatomy, anatomy_of, meta_model
 from hft.model.weights import checksum
 from hft.parts import checkpoint_name, is_trained_part, join, parts_of, split
 from hft.record import verification
-from hft.selection import policies
+from hft.record.verification import Verification
+from hft.selection import Selection, SelectionConfig, policies
 from hft.selection.masks import frozen_values
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from hft.record.verification import Verification
-    from hft.selection import Selection, SelectionConfig
-
 
 # What wrappers put before or into the names of parameters.
 WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.(module\.)*")
@@ -117,7 +110,7 @@ def verify(out: str | Path | nn.Module | Mapping[str, torch.Tensor], base: str |
     found = verification.verify_tensors(stored, base.checksums, (), None, masks=base.selection.frozen_masks)
     others = {} if isinstance(out, nn.Module) else base.others
     found.lost = [name for name in base.selection.trained_parameters if name not in state]
-    for name in sorted(state.keys() - {*base.selection.anatomy.parameters}):
+    for name in sorted(state.keys() - base.selection.anatomy.numels.keys()):
         first = others.get(name)
         if name not in others or (first in state and not torch.equal(state[name], state[first])):
             found.unlisted.append(name)

@@ -7,12 +7,10 @@ import resource
 import sys
 import textwrap
 import time
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-
-T = TypeVar("T")
 
 
 def is_main() -> bool:
@@ -42,11 +40,10 @@ def say(*lines: object) -> None:
 
 
 def indented(text: str) -> str:
-    """A text indented below its heading."""
     return textwrap.indent(text, "  ")
 
 
-def broadcast(value: T) -> T:
+def broadcast(value: Any) -> Any:
     """The first process's value, in every process."""
     if world_size() == 1:
         return value
@@ -56,11 +53,7 @@ def broadcast(value: T) -> T:
 
 
 def leave_process_group() -> None:
-    """End torch.distributed if it was started.
-
-    A worker thread of gloo needs the GIL to finish its last collective. Tearing the group down at once would join that
-    thread while holding the GIL and deadlock (torch 2.13); sleeping hands the GIL over.
-    """
+    """End torch.distributed. A thread of gloo needs the GIL to finish (torch 2.13), which sleeping hands over."""
     if world_size() > 1:
         from accelerate import PartialState
 

@@ -70,7 +70,7 @@ def compare_cores(plan: CPIPlan, tasks: Sequence[str]) -> tuple[torch.Tensor, di
     counts, by_parameter = overlaps([Masks(folder) for folder in plan.cores(tasks)])
     similarity = jaccard(counts)
     anatomy = anatomy_of(meta_model(Checkpoint.open(plan.base, plan.revision).config))
-    inside = sum(by_parameter[name] for name in anatomy.in_layers)
+    inside = sum(by_parameter[name] for name in anatomy.shapes)
     outside = (1 - inside / counts.diagonal().clamp(min=1)).tolist()
     rows = ([task, *(f"{100 * s:.2f}" for s in row)] for task, row in zip(tasks, similarity, strict=True))
     parts = ", ".join(f"{task} {share:.1%}" for task, share in zip(tasks, outside, strict=True))

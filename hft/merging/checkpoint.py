@@ -213,7 +213,7 @@ def write_model(
     `like` gives names, shapes, tensors that are no parameters, other files, and dtypes, unless `specs` do.
     """
     start, specs, parameters = time.monotonic(), specs or like.specs, set(like.parameters)
-    if wrong := [name for name in like.parameters if specs[name].dtype not in DTYPES.values()]:
+    if wrong := [name for name in like.parameters if specs[name].dtype not in DTYPES]:
         raise HFTError(f"{wrong[0]} is stored in {specs[wrong[0]].dtype}, which cannot be merged")
     size, free = sum(spec.nbytes for spec in specs.values()), shutil.disk_usage(folder).free
     if free < size:

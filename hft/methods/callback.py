@@ -26,7 +26,7 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         self.steps = 0  # of the whole run, once it has started
         self.history: list[dict[str, Any]] = []  # the phases so far, as `hft.methods.schedule.to_row` writes them
         self.measured: dict[str, Any] = {}  # and decided, by a schedule that measures
-        self._scheduled = {*selection.anatomy.in_layers, *pure.outside_layers(selection)}
+        self._scheduled = {*selection.anatomy.shapes, *pure.outside_layers(selection)}
         self._trained: frozenset[str] | None = None
 
     def state(self) -> dict[str, Any]:

@@ -59,11 +59,8 @@ class Part:
 
     @property
     def numel(self) -> int:
-        """Number of elements in it."""
-        return sum(
-            math.prod(len(range(*interval)) for interval in box) * math.prod(self.shape[len(box) :])
-            for box in self.boxes or ((),)
-        )
+        ranges = ([len(range(*interval)) for interval in box] for box in self.boxes or ((),))
+        return sum(math.prod([*sizes, *self.shape[len(sizes) :]]) for sizes in ranges)
 
     def mark(self, mask: torch.Tensor, value: bool) -> None:
         """Write a value wherever this part lies in a mask that broadcasts to the parameter."""
@@ -124,7 +121,6 @@ class Anatomy:
 
     @functools.cached_property
     def layers(self) -> list[list[Unit]]:
-        """The units of each layer."""
         layers: list[list[Unit]] = [[] for _ in range(self.num_layers)]
         for unit in self.units:
             layers[unit.layer].append(unit)
@@ -150,20 +146,10 @@ class Anatomy:
         inside = {name: math.prod(shape) for name, shape in self.shapes.items()}
         return inside | self.embeddings | self.others | self.towers
 
-    @property
-    def in_layers(self) -> KeysView[str]:
-        """Names of the parameters in the layers, in model order."""
-        return self.parts_by_parameter.keys()
-
     @functools.cached_property
     def outside_layers(self) -> KeysView[str]:
         """Names of the parameters outside the layers: embeddings and head, others, towers."""
         return (self.embeddings | self.others | self.towers).keys()
-
-    @functools.cached_property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of all parameters, those in the layers first."""
-        return (*self.in_layers, *self.outside_layers)
 
     @property
     def grouped_query(self) -> bool:
@@ -184,16 +170,12 @@ class Anatomy:
 
 def architecture_of(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The class of a config's language model, whole if it is multimodal, or of the reward model that was saved."""
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    )
+    import transformers
 
-    classifier = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    classifier = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     if classifier and config.architectures == [classifier.__name__]:
         return classifier
-    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+    for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         # A class may stand for the text tower alone and take only the config of that, e.g. Llama 4's.
         if type(config) in mapping and mapping[type(config)].config_class not in config.sub_configs.values():
             return mapping[type(config)]
@@ -201,10 +183,7 @@ def architecture_of(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def meta_model(config: PretrainedConfig, auto_class: type | None = None) -> PreTrainedModel:
-    """The model of a config on the `meta` device: a module tree with shapes and no storage.
-
-    `auto_class`, such as `AutoModelForSequenceClassification`, replaces `architecture_of` the config.
-    """
+    """The model of a config, or of another of transformers' auto classes, on the `meta` device, without storage."""
     with torch.device("meta"):
         return auto_class.from_config(config) if auto_class else architecture_of(config)(config)
 
@@ -221,7 +200,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     """
     if not hasattr(model, "config"):
         raise HFTError(f"only a transformers model can be divided; give the one inside {type(model).__name__}")
-    prefix, layers = _find_layers(model)
+    prefix, layers = layers_of(model)
     config = model.config.get_text_config()
     units: list[Unit] = []
     unknown: dict[str, str] = {}  # of each module, by its path in a layer, the first
@@ -270,8 +249,9 @@ def _units_of(
     elif layout := FUSED.get((config.model_type, leaf)):
         # The output dimension is the last one of GPT-2's Conv1D and the first one of a Linear.
         dim = 1 if type(module).__name__ == "Conv1D" else 0
+        before = {name: tuple((0, size) for size in shape[:dim]) for name, shape in shapes.items() if len(shape) > 1}
         for role, ranges in layout(config, shapes[f"{path}.weight"][dim]).items():
-            boxes = {n: tuple(_along(dim if len(s) > 1 else 0, r, s) for r in ranges) for n, s in shapes.items()}
+            boxes = {name: tuple((*before.get(name, ()), one) for one in ranges) for name in shapes}
             yield ROLES[role], role, f".{role}", boxes
     else:
         role = OTHER_NAMES.get(leaf, leaf)
@@ -281,16 +261,8 @@ def _units_of(
             yield ROLES[role], role, "", whole
 
 
-def _along(dim: int, interval: tuple[int, ...], shape: tuple[int, ...]) -> Box:
-    return (*((0, size) for size in shape[:dim]), interval)
-
-
 def _outside(model: PreTrainedModel, prefix: str, inside: set[str]) -> tuple[dict[str, int], ...]:
-    """Embeddings and language model's head, other parameters beside the layers, and towers.
-
-    A tower is what a multimodal model has beside its text decoder, with what joins the two. A head is a linear map on
-    top of the whole base model, such as a reward model's `score`.
-    """
+    """Embeddings and head, other parameters beside the layers, and towers with what joins them to the text decoder."""
     text = prefix.rpartition(".")[0] + "."
     learned = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.startswith(text)]
     ends = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
@@ -322,12 +294,8 @@ def _outside(model: PreTrainedModel, prefix: str, inside: set[str]) -> tuple[dic
     return embeddings, others, towers
 
 
-def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    return _find_layers(model)[1]
-
-
-def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The layers of the text decoder; a vision tower inside it may have a list of the same length, further down."""
+def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The path and the layers of the text decoder; a vision tower inside it may have as many, further down."""
     text = model.config.get_text_config()
     refused = f"only decoder-only models can be divided, and {type(model).__name__}"
     if model.config.is_encoder_decoder or text.is_encoder_decoder:

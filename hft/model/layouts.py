@@ -47,16 +47,12 @@ def _per_head(config: PretrainedConfig, features: int) -> Ranges:
     return _groups(config.num_attention_heads, dict.fromkeys(("q_proj", "k_proj", "v_proj"), _head_dim(config)))
 
 
-def _falcon(config: PretrainedConfig, features: int) -> Ranges:
+def _by_query(config: PretrainedConfig, features: int) -> Ranges:
     """Three layouts: of each group its queries, a key and a value; one key and value for all; or head by head."""
-    if config.new_decoder_architecture:
+    if getattr(config, "new_decoder_architecture", False):
         groups, width = config.num_kv_heads, _head_dim(config)
         queries = config.num_attention_heads // groups * width
         return _groups(groups, {"q_proj": queries, "k_proj": width, "v_proj": width})
-    return (_consecutive if config.multi_query else _per_head)(config, features)
-
-
-def _gpt_bigcode(config: PretrainedConfig, features: int) -> Ranges:
     return (_consecutive if config.multi_query else _per_head)(config, features)
 
 
@@ -71,25 +67,18 @@ def _gate_then_up(config: PretrainedConfig, features: int) -> Ranges:
 
 # By model type and module: the ranges of output features, from the config and the number of features.
 FUSED: dict[tuple[str, str], Callable[[PretrainedConfig, int], Ranges]] = {
-    ("bloom", "query_key_value"): _per_head,
     ("codegen", "qkv_proj"): _codegen,
-    ("falcon", "query_key_value"): _falcon,
-    ("glm", "gate_up_proj"): _gate_then_up,
-    ("glm4", "gate_up_proj"): _gate_then_up,
-    ("glm4v_text", "gate_up_proj"): _gate_then_up,
-    ("glm_ocr_text", "gate_up_proj"): _gate_then_up,
+    ("falcon", "query_key_value"): _by_query,
+    ("gpt_bigcode", "c_attn"): _by_query,
     ("gpt2", "c_attn"): _consecutive,
-    ("gpt_bigcode", "c_attn"): _gpt_bigcode,
-    ("gpt_neox", "query_key_value"): _per_head,
-    ("granitemoehybrid", "input_linear"): _gate_then_up,
-    ("granitemoeshared", "input_linear"): _gate_then_up,
-    ("minimax_m3_vl_text", "gate_up_proj"): _gate_then_up,
     ("mpt", "Wqkv"): _consecutive,
     ("openai-gpt", "c_attn"): _consecutive,
-    ("persimmon", "query_key_value"): _per_head,
-    ("phi3", "gate_up_proj"): _gate_then_up,
     ("phi3", "qkv_proj"): _consecutive,
 }
+FUSED |= {(family, "query_key_value"): _per_head for family in ("bloom", "gpt_neox", "persimmon")}
+GATE_UP = ("glm", "glm4", "glm4v_text", "glm_ocr_text", "minimax_m3_vl_text", "phi3")
+FUSED |= {(family, "gate_up_proj"): _gate_then_up for family in GATE_UP}
+FUSED |= {(family, "input_linear"): _gate_then_up for family in ("granitemoehybrid", "granitemoeshared")}
 
 
 def _stacked(
@@ -97,11 +86,8 @@ def _stacked(
 ) -> Iterator[tuple[str, str, dict[str, tuple[Box, ...]]]]:
     """The suffix, role and boxes of every expert's matrices, with their biases.
 
-    Args:
-        shapes: gate_up_proj (experts, 2 x width, hidden) and down_proj (experts, hidden, width), and of both
-            `_bias` (experts, features) or none.
-        transposed: matrices are (experts, in, out).
-        interleaved: features of gate and up alternate; otherwise all of gate come first.
+    gate_up_proj is (experts, 2 x width, hidden), down_proj (experts, hidden, width); `transposed` ones are (experts,
+    in, out). Features of gate and up alternate if they are `interleaved`; otherwise all of gate come first.
     """
     whole = shapes["gate_up_proj"]
     twice = whole[2 if transposed else 1]

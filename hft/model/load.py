@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,27 +38,28 @@ def read_config(name: str, source: str | Path, revision: str | None = None) -> P
 
 
 def plain_generation(model: PreTrainedModel, **settings: Any) -> GenerationConfig:
-    """How a model generates where its own generation config, such as a repetition penalty or beams, is not meant.
-
-    Only the ids of its special tokens are kept; `settings` win over them.
-    """
+    """How a model generates without its own generation config, such as beams, but with its special tokens."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return GenerationConfig(**{name: getattr(model.generation_config, name) for name in names} | settings)
+
+
+def asked_dtype(init_kwargs: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that `from_pretrained` is asked for; None, as for "auto", is that of the files."""
+    if (asked := init_kwargs.get("dtype")) in (None, "auto"):
+        return None
+    found = getattr(torch, str(asked).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise HFTError(f"model_init_kwargs: torch has no dtype {asked!r}; take float32, bfloat16 or auto")
+    return found
 
 
 def load_base(
     name: str, args: TrainingArguments, auto_class: type | None = None, **more: Any
 ) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
-    """Load a base, each tensor in the dtype that it is stored in, whatever the config says.
+    """Load a base, each tensor in the dtype that it is stored in, and say which dtypes these are.
 
-    Args:
-        name: path or Hub id.
-        args: its `model_init_kwargs` go to `from_pretrained`, as `more` do; a `dtype` among them wins.
-        auto_class: transformers' class of the model, such as `AutoModelForSequenceClassification`; by default that of
-            a language model. A head that the base lacks is made in fp32, from the seed of `args`, as TRL makes it.
-
-    Returns:
-        The model, and the dtype on disk of each of its parameters and stored buffers.
+    A `dtype` in the `model_init_kwargs` of `args` wins. A head of an `auto_class` that the base lacks is made in fp32,
+    from the seed of `args`, as TRL makes it.
     """
     init_kwargs = (getattr(args, "model_init_kwargs", None) or {}) | more
     folder = local_folder(name, init_kwargs.get("revision"))
@@ -65,8 +67,7 @@ def load_base(
     model = meta_model(config, auto_class)
     parameters, on_disk = dict(model.named_parameters()), Weights(folder)
     stored = dtypes_of(model, on_disk)
-    needed, asked = widest(stored[key] for key in parameters), init_kwargs.get("dtype")
-    asked = getattr(torch, asked, None) if isinstance(asked, str) else asked  # "auto" would be the config's
+    needed, asked = widest(stored[key] for key in parameters), asked_dtype(init_kwargs)
     if asked and torch.promote_types(asked, needed) != asked:
         raise HFTError(f"dtype {asked} would round the base, which is stored in {needed}; leave it out")
     init_kwargs["dtype"] = asked or needed

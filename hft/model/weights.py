@@ -1,14 +1,13 @@
-"""The tensors of a checkpoint folder, read one at a time and never all at once."""
+"""The tensors of a checkpoint folder, mapped into memory and read when they are used."""
 
 import functools
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,72 +23,48 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json", "*.h5", "*
 # The config in a folder that holds some of a model's tensors only. Without a config.json nothing takes it for a model.
 MODEL_CONFIG = "hft_model_config.json"
 
-# safetensors' names of the dtypes that a model's weights come in; others are read to be known.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The dtypes that a model's weights come in; others are read to be known.
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # How names start that can only be meant as folders.
 LOCAL_PREFIXES = ("./", "../", "~", "runs/", "models/")
 MADE = ("smollm2-135m", "tiny")  # in models/, by `hft fetch`
 
 
-class Weights(Mapping):
-    """Tensor names of a checkpoint folder, safetensors or .bin, each read from disk when it is asked for."""
+class Weights(dict[str, torch.Tensor]):
+    """The tensors of a checkpoint folder by name, from safetensors or .bin files."""
 
     def __init__(self, folder: str | Path):
-        self._files: dict[str, Any] = {}  # of each tensor the safetensors file that has it
-        self._mapped: dict[str, torch.Tensor] = {}  # tensors of .bin files
+        super().__init__()
         for path in weight_files(Path(folder)):
             try:
-                if path.suffix == ".safetensors":
-                    file = safe_open(path, framework="pt")
-                    self._files |= dict.fromkeys(file.keys(), file)
-                else:
-                    self._mapped |= mapped_tensors(path)
+                self |= mapped_tensors(path)
             except (SafetensorError, OSError, RuntimeError, EOFError, UnpicklingError) as error:
                 raise HFTError(
                     f"{path} is not a complete weights file ({reason(error)}); fetch or save it again"
                 ) from error
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name) if name in self._files else self._mapped[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._files or name in self._mapped  # without reading it
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files or self._mapped)
-
-    def __len__(self) -> int:
-        return len(self._files or self._mapped)
-
     def specs(self) -> dict[str, torch.Tensor]:
         """Every tensor on the `meta` device: its shape and dtype on disk, without its values."""
-        return {name: self._spec(name) for name in self}
+        return {name: tensor.to("meta") for name, tensor in self.items()}
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """The dtype of every tensor on disk."""
-        return {name: spec.dtype for name, spec in self.specs().items()}
-
-    def _spec(self, name: str) -> torch.Tensor:
-        header = self._files[name].get_slice(name) if name in self._files else None
-        if header is None or header.get_dtype() not in DTYPES:
-            return self[name].to("meta")
-        return torch.empty(header.get_shape(), dtype=DTYPES[header.get_dtype()], device="meta")
+        return {name: tensor.dtype for name, tensor in self.items()}
 
 
 def mapped_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .bin file, mapped into memory; models such as allenai/tulu-2-7b come in no other form."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     mmap = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, which can only be read whole
     content = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
 
 
 def weights_of(folder: str | Path, names: Iterable[str]) -> Mapping[str, torch.Tensor]:
-    """The tensors of a checkpoint folder under the names that the model has for them.
+    """The tensors of a checkpoint folder under the names that the model has for them, in the dtypes they are stored in.
 
-    Where the files name all of them, they are read one at a time. Some families are stored in another form than
-    they are computed in: mixtures of experts one expert at a time, vision-language models under older names. Those
-    are loaded whole by transformers, and each has the dtype that it is stored in.
+    transformers loads, whole, what is stored in another form than it is computed in, such as one expert at a time.
     """
     stored = Weights(folder)
     if all(name in stored for name in names):
@@ -110,13 +85,12 @@ def weights_of(folder: str | Path, names: Iterable[str]) -> Mapping[str, torch.T
 def dtypes_of(model: torch.nn.Module, stored: Weights) -> dict[str, torch.dtype]:
     """The dtype on disk of each parameter and stored buffer of a model, which may be on `meta`.
 
-    transformers says which tensors one consists of that is stored in another form. What is not on disk at all, such as
-    a new head, gets a dtype that holds whatever the model has no name for.
+    What is not on disk, such as a new head, gets a dtype that holds whatever the model has no name for.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     on_disk, held = stored.dtypes(), model.state_dict()
-    if bad := [name for name, dtype in on_disk.items() if dtype.is_floating_point and dtype not in DTYPES.values()]:
+    if bad := [name for name, dtype in on_disk.items() if dtype.is_floating_point and dtype not in DTYPES]:
         raise HFTError(f"{bad[0]} is stored in {on_disk[bad[0]]}; give the model in bf16, fp16 or fp32")
     others = [dtype for name, dtype in on_disk.items() if name not in held and dtype.is_floating_point]
     found = {}
@@ -127,10 +101,7 @@ def dtypes_of(model: torch.nn.Module, stored: Weights) -> dict[str, torch.dtype]
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """SHA-256 of the names, dtypes, shapes and first 1,024 elements of a checkpoint's tensors.
-
-    It tells models apart, also one from what was fine-tuned from it, and reads a few MB whatever their size.
-    """
+    """SHA-256 of names, dtypes, shapes and first 1,024 elements of a checkpoint's tensors: it tells models apart."""
     weights, digest = Weights(folder), hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name]

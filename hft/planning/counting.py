@@ -5,13 +5,11 @@ bytes those of the tensors that autograd saves. No backward pass is run: the gra
 as much as the product itself.
 """
 
-from __future__ import annotations
-
 import functools
 import weakref
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -29,13 +27,11 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig
 
 from hft.errors import HFTError
 from hft.freezing import STACKED, is_wide
 from hft.model.anatomy import layers_of, meta_model
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 aten = torch.ops.aten
 # Matrix products, and which of their arguments are the two factors.
@@ -65,15 +61,14 @@ FLOAT32 = Precision(torch.float32, torch.float32, autocast=False)
 class Counted:
     """Costs of one layer, or of what is around the layers."""
 
-    forward: int  # FLOPs
-    backward: int  # FLOPs
-    # FLOPs up to the last tensor that is saved, which is as far as non-reentrant checkpointing recomputes
-    recompute: int
-    saved: int  # bytes that are saved
-    shared: dict[UntypedStorage, int]  # bytes of each saved tensor that all layers are given, such as cosines and sines
-    copies: int  # bytes of trained weights in bf16, which autocast keeps until the forward pass ends
-    saved_copies: int  # bytes of those that are saved
-    output: Tensor  # hidden states or logits
+    forward: int = 0  # FLOPs
+    backward: int = 0  # FLOPs
+    recompute: int = 0  # FLOPs up to the last tensor saved, which is as far as non-reentrant checkpointing recomputes
+    saved: int = 0  # bytes that are saved
+    shared: frozenset[UntypedStorage] = frozenset()  # what is saved that all layers are given, such as cosines
+    copies: int = 0  # bytes of trained weights in bf16, which autocast keeps until the forward pass ends
+    saved_copies: int = 0  # bytes of those that are saved
+    output: Tensor | None = None  # hidden states or logits
 
 
 class Call(NamedTuple):
@@ -83,13 +78,6 @@ class Call(NamedTuple):
     x: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-    @property
-    def shared_by_position(self) -> dict[UntypedStorage, int]:
-        """Bytes of tensors that follow the hidden states, such as GPT-2's mask."""
-        return {
-            x.untyped_storage(): x.untyped_storage().nbytes() for x in tree_leaves(self.args) if isinstance(x, Tensor)
-        }
 
 
 class Counter(TorchDispatchMode):
@@ -122,7 +110,7 @@ class Counter(TorchDispatchMode):
         return out
 
     def save(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Note that autograd saves a tensor. It drops what it is given for it once no gradient needs the tensor."""
+        """What autograd keeps for a tensor, as long as a gradient needs it."""
 
         def unpack() -> Tensor:
             return tensor
@@ -172,14 +160,15 @@ class CountedModel:
             self.model = meta_model(config).train()
         if attention:
             self.model.set_attn_implementation("eager" if attention == "eager" else "sdpa")
-        self.body = self.model if logits else self.model.get_decoder()
+        self.body, self.layers = self.model if logits else self.model.get_decoder(), layers_of(self.model)[1]
         with FakeTensorMode(allow_non_fake_inputs=True) as self.mode:
             for module in self.model.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
             ids = torch.zeros(rows, length, dtype=torch.long)
-            mask = torch.ones_like(ids) if padded else None
-        mask = torch.ones(rows, length, dtype=torch.bool) if mask is None else mask  # a real one, to be asked
+            mask = torch.ones_like(ids)
+        if not padded:
+            mask = torch.ones(rows, length, dtype=torch.bool)  # a real one, to be asked
         self.inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         self.layer, self.ends = functools.cache(self._layer), functools.cache(self._ends)
         self.output: Any = None  # of a layer
@@ -187,22 +176,15 @@ class CountedModel:
             self.calls = self._ends(frozenset(), layers_train=False, checkpointed=False)[1]
 
     def _layer(self, index: int, trained: frozenset[str], in_part: frozenset[str], *, grad: bool) -> Counted:
-        """The layer at an index. Its trained parameters go by their names in it; its input may require a gradient.
-
-        The weight of those `in_part` is put together at each use.
-        """
+        """A layer; trained parameters go by their names in it; the weight of those `in_part` is made at each use."""
         layer, x, args, kwargs = self.calls[index]
         with self.mode:
             x = torch.empty_like(x, requires_grad=grad)
             x = x.view_as(x)  # autocast would keep the copy of a leaf
-        shared = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        return self._count(layer, trained, (x, *args), kwargs, shared, in_part)
+        return self._count(layer, trained, (x, *args), kwargs, storages_of((args, kwargs)), in_part)
 
     def _ends(self, trained: frozenset[str], *, layers_train: bool, checkpointed: bool) -> tuple[Counted, list[Call]]:
-        """What is around the layers: embeddings, last norm, and the head if it is counted. Also how layers are called.
-
-        If a layer is checkpointed, transformers asks for the gradient of the embeddings.
-        """
+        """Embeddings, last norm, and the head if it is counted; and how layers are called."""
         calls: list[Call] = []
 
         def stand_in(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -214,9 +196,9 @@ class CountedModel:
             y = torch.empty_like(_hidden(self.output), requires_grad=x.requires_grad or layers_train)
             return (y, *self.output[1:]) if isinstance(self.output, tuple | list) else y
 
-        for layer in layers_of(self.model):
+        for layer in self.layers:
             layer.forward = functools.partial(stand_in, layer)
-        if checkpointed:
+        if checkpointed:  # as transformers does
             self.model.enable_input_require_grads()
         counted = self._count(self.body, trained, (), self.inputs)
         if checkpointed:
@@ -229,7 +211,7 @@ class CountedModel:
         trained: frozenset[str],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        shared: Iterable[UntypedStorage] = (),
+        shared: frozenset[UntypedStorage] = frozenset(),
         in_part: Collection[str] = (),
     ) -> Counted:
         owner = self.model if module is self.body else module
@@ -252,21 +234,20 @@ class CountedModel:
         own = (weight for name, weight in weights.items() if name not in made)
         kept = {tensor.untyped_storage() for tensor in (*own, *module.buffers())}
         saved = counter.saved - kept
-        shared = saved.intersection(shared)
         return Counted(
             forward=counter.forward,
             backward=counter.backward,
             recompute=counter.recompute,
-            saved=_size(saved - shared - counter.copies),
-            shared={storage: storage.nbytes() for storage in shared},
-            copies=_size(counter.copies),
-            saved_copies=_size(counter.copies & saved),
+            saved=size_of(saved - shared - counter.copies),
+            shared=shared & saved,
+            copies=size_of(counter.copies),
+            saved_copies=size_of(counter.copies & saved),
             output=out,
         )
 
     def _weights(self, module: nn.Module, trained: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
         """Parameters of a layer, or those outside the layers, in the dtypes of a run."""
-        trained, elsewhere = set(trained), set(layers_of(self.model).parameters()) if module is self.body else set()
+        trained, elsewhere = set(trained), set(self.layers.parameters()) if module is self.body else set()
         wide = trained.union(*(m.parameters() for m in module.modules() if isinstance(m, nn.Embedding)))
         return {
             name: nn.Parameter(
@@ -281,11 +262,6 @@ class CountedModel:
         """For each layer the first that costs the same if the same of it trains."""
         first: dict[Any, int] = {}
         return [first.setdefault(_kind(*call), index) for index, call in enumerate(self.calls)]
-
-    def head(self, trained: Iterable[str]) -> tuple[int, bool]:
-        """Elements of the product with the vocabulary, and whether it trains."""
-        weight = self.model.get_output_embeddings().weight
-        return weight.numel(), any(self.model.get_parameter(name) is weight for name in trained)
 
 
 def _kind(layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -305,5 +281,10 @@ def _hidden(out: Any) -> Tensor:
     return out if isinstance(out, Tensor) else out[0]
 
 
-def _size(storages: Iterable[UntypedStorage]) -> int:
+def storages_of(tree: Any) -> frozenset[UntypedStorage]:
+    """The storages of the tensors in nested containers."""
+    return frozenset(leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def size_of(storages: Iterable[UntypedStorage]) -> int:
     return sum(storage.nbytes() for storage in storages)

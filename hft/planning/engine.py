@@ -1,20 +1,16 @@
 """Where a run computes: processes, shards, precision, and the micro-batch of a device."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, TrainingArguments
 
 from hft.errors import HFTError
 from hft.machine import cpu_has_bfloat16, is_sharded, is_zero3, world_size
-from hft.planning.costs import BFLOAT16, FLOAT32, MIXED, Precision
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PretrainedConfig, TrainingArguments
-
-    from hft.runs.config import Config
+from hft.model.load import asked_dtype
+from hft.planning.counting import BFLOAT16, FLOAT32, MIXED, Precision
+from hft.runs.config import Config
 
 # Bytes of an optimizer's state per trained parameter, by the name that `optim` has for it.
 MOMENTS = {"adamw_torch": 8, "adamw_torch_fused": 8, "sgd": 0}
@@ -38,9 +34,7 @@ class Engine:
 
 
 def engine_of(config: Config, model_config: PretrainedConfig, gpus: int | None = None) -> Engine:
-    """The engine of this machine, or of so many GPUs; an optimizer whose state is not known counts as AdamW."""
-    import torch
-
+    """The engine of this machine or of so many GPUs. An optimizer whose state is not known counts as AdamW."""
     values = config.values
     if gpus:
         processes, shards = gpus, gpus if config.method.shardable else 1
@@ -53,48 +47,26 @@ def engine_of(config: Config, model_config: PretrainedConfig, gpus: int | None =
     # ZeRO-3 computes under autocast, from what one device would hold; FSDP2 gathers everything in bf16.
     zero3 = is_zero3() or values.get("deepspeed")
     precision = (BFLOAT16 if shards > 1 and not zero3 else MIXED) if half else FLOAT32
-    stored = asked_dtype(values) or getattr(model_config.get_text_config(), "dtype", None) or torch.bfloat16
+    text = model_config.get_text_config()
+    stored = asked_dtype(values.get("model_init_kwargs") or {}) or getattr(text, "dtype", None) or torch.bfloat16
     moments = MOMENTS.get(values.get("optim") or "adamw_torch", MOMENTS["adamw_torch"])
     return Engine(processes, shards, precision, max(precision.frozen.itemsize, stored.itemsize), on_gpu, moments)
 
 
-def asked_dtype(values: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype in `model_init_kwargs`, if it names one."""
-    import torch
+def micro_batch(config: Config, args: TrainingArguments, examples: int | None = None) -> tuple[dict[str, Any], int]:
+    """A device's micro-batch of so many examples as `costs_of` takes it, and its sequences without gradients.
 
-    named = (values.get("model_init_kwargs") or {}).get("dtype")
-    if named in (None, "auto") or isinstance(named, torch.dtype):
-        return None if named == "auto" else named
-    found = getattr(torch, str(named).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise HFTError(f"model_init_kwargs: torch has no dtype {named!r}; take float32, bfloat16 or auto")
-    return found
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """The sequences that a device computes at once, and how."""
-
-    rows: int  # sequences
-    length: int  # tokens of each
-    attention: str | None  # transformers' name of an implementation; None for the model's own
-    padded: bool  # whether attention needs a mask
-    forward_rows: int  # sequences that it computes without gradients, the reference's included
-
-
-def micro_batch(config: Config, args: TrainingArguments, examples: int | None = None) -> MicroBatch:
-    """The micro-batch of a run, as configured or of so many examples; refuses settings whose cost is not known."""
-    if args.max_length is None:
-        raise HFTError("FLOPs and activations are not known without max_length")
-    if getattr(args, "activation_offloading", False):
-        raise HFTError("FLOPs and activations with activation_offloading are not known")
-    if getattr(args, "kl_to_base", 0):
-        raise HFTError(
-            "FLOPs and activations with kl_to_base are not known: the base's forward pass, two sets of logits"
-        )
+    Refuses settings whose cost is not known.
+    """
     kwargs = args.activation_checkpointing_kwargs or {}
-    if named := [key for key in ("use_reentrant", "selective", "offload") if kwargs.get(key)]:
-        raise HFTError(f"FLOPs and activations with {named[0]} checkpointing are not known")
+    unknown = {
+        "without max_length": args.max_length is None,
+        "with activation_offloading": getattr(args, "activation_offloading", False),
+        "with kl_to_base": getattr(args, "kl_to_base", 0),
+    }
+    unknown |= {f"with {key} checkpointing": kwargs.get(key) for key in ("use_reentrant", "selective", "offload")}
+    if found := [name for name, is_set in unknown.items() if is_set]:
+        raise HFTError(f"FLOPs and activations {found[0]} are not known")
     objective = config.objective
     attention = (args.model_init_kwargs or {}).get("attn_implementation")
     flash = (attention or "").startswith("flash")
@@ -107,4 +79,5 @@ def micro_batch(config: Config, args: TrainingArguments, examples: int | None = 
     flat = (packed and not full) or (getattr(args, "padding_free", False) and not objective.pads)
     if flat and not flash:  # one row of them all, in which a mask keeps them apart
         rows, length = 1, rows * length
-    return MicroBatch(rows, length, attention, not flash and (flat or (rows > 1 and not full)), forward)
+    padded = not flash and (flat or (rows > 1 and not full))
+    return {"rows": rows, "length": length, "attention": attention, "padded": padded}, forward

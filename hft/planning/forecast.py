@@ -1,33 +1,30 @@
 """What a run would cost, on this machine or on others: memory, FLOPs, GPU-hours, beside other ways of training."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
+import torch
 from pydantic import Field, PositiveFloat, PositiveInt
+from tqdm import tqdm
 
 from hft.config import option, to_yaml
 from hft.errors import DoesNotFit, HFTError
 from hft.machine import device_bytes, indented, say
 from hft.objectives import OBJECTIVES
-from hft.planning.candidates import Candidate
-from hft.planning.columns import fitting_block, flops_block, hours_block, in_columns, memory_block
 from hft.planning.engine import MOMENTS, Engine, engine_of, micro_batch
-from hft.planning.fit import SPARE, fewest_layers
-from hft.planning.memory import GIB, Memory
+from hft.planning.fit import SPARE, Candidate
+from hft.planning.memory import GIB, LABELS, Memory
 from hft.runs.arguments import machine_settings, training_arguments
 from hft.runs.config import Config, load_config, read_command_line, resolve_config
 from hft.runs.plan import Batches, describe, load_model_config, load_rows, make_plan, plan_selection
 from hft.runs.result import CONFIG_NAME, RunResult
-
-if TYPE_CHECKING:
-    from hft.data import LoadedData
+from hft.text import aligned
 
 UNITS = {"tib": 2**40, "gib": 2**30, "mib": 2**20, "gb": 10**9, "mb": 10**6, "g": 2**30}
+Rows = list[list[str] | str]  # a title is a string
 
 
 @dataclass
@@ -53,8 +50,6 @@ class Machine:
 
     def available(self, engine: Engine) -> float | None:
         """Bytes of a device that a run may take; None for GPUs that are not here and whose memory was not given."""
-        import torch
-
         given = self.bytes_of_gpu()
         if given is None and self.gpus and not torch.cuda.is_available():
             return None
@@ -67,7 +62,8 @@ class Forecast:
 
     run: Candidate
     machine: Machine  # that it is made for
-    data: LoadedData | None  # the rows, if they are here
+    batches: Batches
+    data: Any  # the rows, if they are here
     candidates: list[Candidate]  # that it is compared with, in order; empty if FLOPs and activations are not known
     notes: list[str]  # what is worth knowing, one sentence each
 
@@ -78,37 +74,34 @@ class Forecast:
 
     def report(self) -> str:
         """The forecast as text: selection, batch, costs, schedule, notes."""
-        run = self.run
-        batches = Batches(run.config, run.args, run.engine.processes, self.data and len(self.data.train))
-        memory = "" if self.candidates else self.memory.table()
-        cost = self.compare(batches.tokens) if self.candidates else self.describe_state()
-        about = (run.config, run.selection, batches, run.settings, self.data, self.notes)
-        return describe(*about, memory=memory, cost=cost)
+        run, known = self.run, bool(self.candidates)
+        costs = {"memory": "" if known else self.memory.table(), "cost": self.compare() if known else self.fits()}
+        return describe(run.config, run.selection, self.batches, run.settings, self.data, self.notes, **costs)
 
-    def compare(self, tokens: int | None) -> str:
+    def compare(self) -> str:
         """Memory, FLOPs and GPU-hours in columns, and whether the run fits."""
         candidates, run, machine, engine = self.candidates, self.candidates[-2], self.machine, self.run.engine
-        available, batch = machine.available(engine), micro_batch(run.config, run.args)
-        blocks, conclusion = [memory_block(candidates), flops_block(candidates)], []
+        available, (batch, _) = machine.available(engine), micro_batch(run.config, run.args)
+        rows, conclusion = [*memory_rows(candidates), *flops_rows(candidates)], []
         if available:
-            blocks.append(fitting_block(candidates, available))
+            rows += fitting_rows(candidates, available)
             remedy = run.remedy(available)
             conclusion = [f"{run.name} {f'does not fit: {remedy}' if remedy else 'fits'}"]
-        if tokens and engine.on_gpu:
-            blocks.append(hours_block(candidates, tokens, machine.gpu_tflops, machine.mfu))
+        if (tokens := self.batches.tokens) and engine.on_gpu:
+            rows += hours_rows(candidates, tokens, machine.gpu_tflops, machine.mfu)
         return "\n".join(
             [
-                f"{engine}; {batch.rows} x {batch.length:,} tokens per device; {len(run.checkpointed)} of "
+                f"{engine}; {batch['rows']} x {batch['length']:,} tokens per device; {len(run.checkpointed)} of "
                 f"{run.layers} layers checkpointed",
-                in_columns([candidate.name for candidate in candidates], blocks),
-                f"the peak of {run.name} is {run.step.peak_at}",
+                aligned(rows),
+                f"the peak of {run.name} is {max(run.step.peaks, key=run.step.peaks.get)}",
                 f"{candidates[-1].name}: embeddings and head are frozen too; the cheapest half without activation "
                 "checkpointing",
                 *conclusion,
             ]
         )
 
-    def describe_state(self) -> str:
+    def fits(self) -> str:
         """Whether a device holds the state of a run whose activations are not known."""
         available, state = self.machine.available(self.run.engine), self.memory.state
         unused = "activations and FLOPs are not known, so mfu and gpu_tflops have no effect"
@@ -116,6 +109,50 @@ class Forecast:
             return unused
         fits = "does not fit: the state alone takes" if state > available else "the state takes"
         return f"{fits} {state / GIB:.1f} of the {available / GIB:.1f} GiB that a device can give\n{unused}"
+
+
+def memory_rows(candidates: list[Candidate]) -> Rows:
+    parts = [{LABELS.get(name, name): size for name, size in vars(each.memory).items()} for each in candidates]
+    unit, size = ("GiB", GIB) if max(each.memory.total for each in candidates) >= GIB else ("MiB", 2**20)
+    rows = _summed(parts, "peak, at most", size)
+    return [[f"{unit} per device:", *(each.name for each in candidates)], *rows]
+
+
+def flops_rows(candidates: list[Candidate]) -> Rows:
+    names, steps = ("forward", "backward", "recompute", "reference", "strategy"), [each.step for each in candidates]
+    parts = [{name: getattr(step, name) / step.tokens for name in names} for step in steps]
+    unit, size = ("GFLOPs", 1e9) if max(step.flops / step.tokens for step in steps) >= 1e8 else ("MFLOPs", 1e6)
+    return [f"{unit} per token:", *_summed(parts, "sum", size)]
+
+
+def _summed(parts: list[dict[str, float]], total: str, size: float) -> Rows:
+    totals = [sum(part.values()) for part in parts]
+    rows = {name: [part[name] for part in parts] for name in parts[0]} | {total: totals}
+    return [
+        *([f"  {name}", *(f"{value / size:.2f}" for value in values)] for name, values in rows.items() if any(values)),
+        ["  relative to fft", *(f"{value / totals[0]:.3f}" for value in totals)],
+    ]
+
+
+def fitting_rows(candidates: list[Candidate], available: float) -> Rows:
+    """Whether each fits as the recipe has it, the fewest layers that must be checkpointed, and its FLOPs with these."""
+    fewest, first = [each.fewest(available) for each in candidates], candidates[0].step.flops
+    best = [None if n is None else each.costs(range(n)).flops for each, n in zip(candidates, fewest, strict=True)]
+    return [
+        f"of {available / (1 - SPARE) / GIB:.3g} GiB, {SPARE:.0%} reserved:",
+        ["  fits", *("yes" if each.memory.total <= available else "no" for each in candidates)],
+        ["  fewest checkpointed layers", *("none fits" if n is None else str(n) for n in fewest)],
+        ["  FLOPs with these, vs. fft", *("-" if flops is None else f"{flops / first:.3f}" for flops in best)],
+    ]
+
+
+def hours_rows(candidates: list[Candidate], tokens: int, tflops: float, mfu: float) -> Rows:
+    """GPU-hours for so many tokens at a fraction `mfu` of a GPU's peak."""
+    rate = tflops * 1e12 * mfu
+    hours = [each.step.flops / each.step.tokens * tokens / rate / 3600 for each in candidates]
+    count = tqdm.format_sizeof(tokens).replace("G", "B")
+    cells = [f"{h:,.0f}" if h >= 100 else f"{h:.2g}" for h in hours]
+    return [f"{count} tokens at {mfu:.0%} of {tflops:g} TFLOP/s:", ["  GPU-hours", *cells]]
 
 
 def candidate_of(config: Config, gpus: int | None = None) -> tuple[Candidate, list[str]]:
@@ -139,10 +176,8 @@ def forecast(config: Config, machine: Machine | None = None) -> Forecast:
     if config.run.activation_checkpointing_layers == "auto":
         if (available := machine.available(run.engine)) is None:
             raise HFTError("activation_checkpointing_layers auto depends on the GPU's memory; add --gpu_memory")
-        try:
-            layers = fewest_layers(run, available)
-        except DoesNotFit:  # said beside the other candidates
-            layers = run.layers
+        fewest = run.fewest(available)
+        layers = run.layers if fewest is None else fewest
         run = replace(run, settings=run.settings | {"activation_checkpointing_layers": layers})
         args.activation_checkpointing = layers > 0
     if machine.gpus is None:
@@ -169,7 +204,8 @@ def forecast(config: Config, machine: Machine | None = None) -> Forecast:
             notes.append(f"texts are sampled before the first step, about {sampling:.3g} FLOPs beside the table's")
     except HFTError as error:
         notes.append(str(error))
-    return Forecast(run, machine, data, candidates, notes)
+    batches = Batches(config, args, run.engine.processes, data and len(data.train))
+    return Forecast(run, machine, batches, data, candidates, notes)
 
 
 def flops_to_fft(folder: Path) -> float | None:

@@ -1,17 +1,13 @@
 """What a run takes per device: weights, gradients, optimizer state, activations, before anything is loaded."""
 
-from __future__ import annotations
+from dataclasses import dataclass
 
-import math
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
-
+from hft.freezing import is_wide
 from hft.methods import Method
+from hft.parts import index_bytes
+from hft.planning.costs import StepCosts
 from hft.planning.engine import Engine
 from hft.selection import Selection
-
-if TYPE_CHECKING:
-    from hft.planning.costs import StepCosts
 
 GIB = 2**30
 # Names in a table of the parts that have another name there.
@@ -30,39 +26,30 @@ WORKING = ("gathered", "activations", "transient")
 class Memory:
     """Bytes per device by what they are for."""
 
-    # frozen parameters, and whole those that train in part, in the dtype they are held in; and which elements train
-    weights: float
+    weights: float  # frozen parameters, those that train in part whole; and which elements train
     master_weights: float  # fp32, of what trains
     gradients: float  # fp32
     moments: float  # AdamW's two, fp32; none of SGD
     reference: float = 0.0  # of a reference model, a copy of the trained half, or of everything if the model is sharded
     method: float = 0.0  # what the method keeps beside them, such as the starting weights
     buckets: float = 0.0  # DDP's copy of all gradients, from which it sends them
-    # what a sharded model holds whole at one time, about: two layers and what lies outside the layers in the dtype
-    # that it computes with, and the gradients of one layer, in that dtype and in fp32 to be reduced; of what trains in
-    # part also the gradient of one whole weight
-    gathered: float = 0.0
+    gathered: float = 0.0  # what a sharded model holds whole at one time, about (`gathered_bytes`)
     activations: float = 0.0  # what autograd holds between the forward and the backward pass of a micro-batch
     transient: float = 0.0  # the most that a micro-batch takes beside them at one time (`StepCosts.transient`)
 
     @property
     def total(self) -> float:
-        """All of it: the peak, where gradients are accumulated over micro-batches; less where they are not."""
-        return sum(self.parts().values())
+        """The peak where gradients are accumulated over micro-batches; without that it is lower."""
+        return sum(vars(self).values())
 
     @property
     def state(self) -> float:
         """What a device holds all the time."""
-        return sum(size for name, size in self.parts().items() if name not in WORKING)
-
-    def parts(self) -> dict[str, float]:
-        """Bytes by what they are for."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return sum(size for name, size in vars(self).items() if name not in WORKING)
 
     def table(self) -> str:
         """One line per part that takes anything, in GiB, and their sum."""
-        parts = {LABELS.get(name, name): size for name, size in self.parts().items() if size}
-        rows = [f"{name:20} {size / GIB:9.3f} GiB" for name, size in parts.items()]
+        rows = [f"{LABELS.get(name, name):20} {size / GIB:9.3f} GiB" for name, size in vars(self).items() if size]
         what = "per device, at most" if self.activations else "per device before activations"
         return "\n".join([*rows, f"{'sum':20} {self.total / GIB:9.3f} GiB {what}"])
 
@@ -75,18 +62,7 @@ def memory_of(
     reference: bool = False,
     costs: StepCosts | None = None,
 ) -> Memory:
-    """The memory of a run.
-
-    Args:
-        method: how parameters change.
-        selection: what trains.
-        engine: where it computes; by default on one GPU, in bf16.
-        reference: whether there is a reference model.
-        costs: of a micro-batch, where they are known.
-    """
-    from hft.freezing import is_wide
-    from hft.parts import index_bytes
-
+    """The memory of a run, by default on one GPU in bf16, with activations where the costs of a step are known."""
     engine = engine or Engine()
     held, moments, shards = selection.num_trained, engine.moments_bytes, engine.shards
     buckets = 4 * held if engine.processes > shards else 0
@@ -119,28 +95,22 @@ def memory_of(
 
 
 def planned_reference_bytes(selection: Selection, engine: Engine) -> float:
-    """A reference model beside what it shares with the policy.
-
-    On one device it copies what trains whole: matrices in the checkpoint's dtype, and in fp32 what is not a linear
-    layer. Of what trains in part it shares the base's values.
-    """
+    """A reference model beside what it shares with the policy; on one device it copies what trains whole."""
     anatomy, frozen = selection.anatomy, engine.frozen_bytes
     if engine.shards > 1:
         return anatomy.numel * frozen / engine.shards
-    blocks = {name: parts[0][0].block for name, parts in anatomy.parts_by_parameter.items()}
-    first = next(iter(anatomy.embeddings))
-    numels = {name: math.prod(shape) for name, shape in anatomy.shapes.items()}
-    numels |= anatomy.embeddings | anatomy.others
-
-    def is_linear(name: str) -> bool:
-        return blocks.get(name) in ("attention", "mlp") or (name in anatomy.embeddings and name != first)
-
+    linear = {name for name, parts in anatomy.parts_by_parameter.items() if parts[0][0].block in ("attention", "mlp")}
+    linear.update([*anatomy.embeddings][1:])
     copied = (name for name in selection.trained_parameters if name not in selection.frozen_masks)
-    return sum(numels[name] * (frozen if is_linear(name) else 4) for name in copied)
+    return sum(anatomy.numels[name] * (frozen if name in linear else 4) for name in copied)
 
 
 def gathered_bytes(selection: Selection, itemsize: int) -> float:
-    """Bytes that a sharded model holds whole at one time (`Memory.gathered`)."""
+    """Bytes that a sharded model holds whole at one time, about.
+
+    These are two layers and what lies outside the layers in the dtype that it computes with; the gradients of one
+    layer, in that dtype and in fp32 to be reduced; and of what trains in part the gradient of one whole weight.
+    """
     anatomy, masks, frozen = selection.anatomy, selection.frozen_masks, set(selection.frozen_parameters)
     layers: list[list[int]] = [[0, 0, 0] for _ in range(anatomy.num_layers)]
     for name, parts in anatomy.parts_by_parameter.items():

@@ -24,7 +24,6 @@ from hft.machine import cpu_has_bfloat16, is_zero3, world_size
 from hft.model.anatomy import meta_model
 from hft.runs.config import Config, find_template
 from hft.selection import Selection
-from hft.training.checkpointing import checkpointed_layers
 
 # Key, its values, modules of which one is needed, and what pip calls it; trackers and optimizers name theirs.
 NEEDED = (
@@ -92,11 +91,17 @@ def accumulation_steps(values: dict[str, Any], default: int, processes: int) -> 
 
 
 def checkpointed_of(config: Config, machine: dict[str, Any], args: TrainingArguments, selection: Selection) -> range:
-    """The indices of the layers that compute their activations again in the backward pass."""
+    """The indices of the layers whose activations are checkpointed."""
     count, first = selection.anatomy.num_layers, config.run.activation_checkpointing_layers
     first = machine.get("activation_checkpointing_layers", count) if first == "auto" else first
-    layers, adapter = checkpointed_layers(args, count, first), config.method.adapter
-    return range(0) if adapter and not adapter.keeps_checkpointing else layers
+    kwargs, adapter = args.activation_checkpointing_kwargs or {}, config.method.adapter
+    if first is not None and not 0 <= first <= count:
+        raise HFTError(f"activation_checkpointing_layers must lie in 0..{count}, the model's layers, got {first}")
+    if first is not None and "every_n_layers" in kwargs:
+        raise HFTError("activation_checkpointing_layers and every_n_layers both say which layers; give one of them")
+    if not args.activation_checkpointing or (adapter and not adapter.keeps_checkpointing):
+        return range(0)
+    return range(first) if first is not None else range(0, count, kwargs.get("every_n_layers", 1))
 
 
 def check_packages(values: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ from hft.runs.config import Config, find_template
 from hft.runs.folder import Start, check_output, find_start
 from hft.selection import Selection
 from hft.selection.importance import planned_selection
-from hft.training.engines import check_in_part
+from hft.training.engines import check_selection
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def make_plan(config: Config) -> RunPlan:
     check_arguments(args, model_config)
     notes += check_positions(model_config, args, getattr(method.adapter, "num_virtual_tokens", None) or 0)
     if not method.adapter:
-        check_in_part(args, model_config, selection)
+        check_selection(args, model_config, selection, save_only_trained=config.run.save_only_trained)
     if importlib.util.find_spec("hft.planning"):  # a fork may have removed it
         from hft.planning.fit import fit
 

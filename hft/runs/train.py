@@ -27,7 +27,7 @@ from hft.runs.scoring import with_scored_selection
 from hft.runs.stopping import saved_on_signal
 from hft.selection.masks import MASKS_NAME
 from hft.training.base import ManifestMixin
-from hft.training.checkpointing import CheckpointedLayers
+from hft.training.callbacks import CheckpointedLayers
 
 # Of an earlier run's model, beside the weights themselves.
 MODEL_FILES = (MASKS_NAME, MANIFEST_NAME, RESULTS_NAME, PICTURE_NAME, CARD_NAME, MODEL_CONFIG)

@@ -170,7 +170,7 @@ class Selection:
     def trained_parameters(self) -> list[str]:
         """Names of the parameters that train, wholly or in part, in model order, then those outside the layers."""
         frozen = set(self.frozen_parameters)
-        return [name for name in self.anatomy.parameters if name not in frozen]
+        return [name for name in self.anatomy.numels if name not in frozen]
 
     @property
     def freezes_embeddings(self) -> bool:
@@ -196,7 +196,7 @@ class Selection:
 
     @functools.cached_property
     def num_trained_in_layers(self) -> int:
-        return sum(self.num_trained_of(name) for name in self.trained_parameters if name in self.anatomy.in_layers)
+        return sum(self.num_trained_of(name) for name in self.trained_parameters if name in self.anatomy.shapes)
 
     @functools.cached_property
     def num_trained(self) -> int:

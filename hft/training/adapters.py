@@ -9,7 +9,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
-from hft.errors import HFTError
 from hft.freezing import upcast
 from hft.machine import is_main
 from hft.methods.adapter import Adapter, freeze_ranknum
@@ -18,8 +17,7 @@ from hft.model.weights import checksum, local_folder, weights_of
 from hft.record.checkpoints import is_checkpoint
 from hft.record.manifest import Manifest
 from hft.training.base import ManifestMixin
-from hft.training.callbacks import HoldToPlan
-from hft.training.checkpointing import CheckpointedLayers
+from hft.training.callbacks import CheckpointedLayers, HoldToPlan
 from hft.training.reference import has_reference
 
 STATE_NAME = "training_state.safetensors"  # in a checkpoint, beside PEFT's own files: everything that trains
@@ -28,13 +26,7 @@ STATE_NAME = "training_state.safetensors"  # in a checkpoint, beside PEFT's own 
 class AdapterTuning(ManifestMixin):
     """Mixin that makes a TRL trainer train an adapter; the model itself is frozen whole.
 
-    A reference is the base itself, with the adapter switched off.
-
-    Args:
-        model: path or Hub id of the base, loaded in the dtype its weights are stored in, or in 4 bits for QLoRA.
-        args: the trainer's own config.
-        adapter: which adapter, and its settings.
-        kwargs: whatever else the trainer takes.
+    `model` is the path or Hub id of the base, loaded in the dtype its weights are stored in, or in 4 bits for QLoRA.
     """
 
     def __init__(self, model: str, args: TrainingArguments, *, adapter: Adapter, **kwargs):
@@ -49,13 +41,14 @@ class AdapterTuning(ManifestMixin):
         base.requires_grad_(False)
         if adapter.upcasts_base:
             upcast(base, autocast=args.bf16 or args.fp16)
-        revision, names = (args.model_init_kwargs or {}).get("revision"), [name for name, _ in base.named_parameters()]
-        checksums = checksums_on_disk(local_folder(model, revision), names) if is_main() else {}
+        revision, checksums = (args.model_init_kwargs or {}).get("revision"), {}
+        if is_main():  # of the tensors as the base's files have them, whatever they become in memory
+            names = [name for name, _ in base.named_parameters()]
+            weights = weights_of(local_folder(model, revision), names)
+            checksums = {name: checksum(weights[name]) for name in tqdm(names, desc="hashing the base", leave=False)}
         self.manifest = Manifest.of(adapter.footprint(base.config), model, checksums, revision=revision)
 
         super().__init__(model=base, args=args, peft_config=adapter.peft_config(), **kwargs)
-        if self.is_deepspeed_enabled:
-            raise HFTError("DeepSpeed is not supported; adapters train on one device or under DDP")
         freeze_ranknum(self.model)
         upcast(self.model, autocast=args.bf16 or args.fp16)  # TRL gives QLoRA's adapters bf16
         config = self.model.peft_config[self.model.active_adapter]
@@ -97,7 +90,7 @@ class AdapterTuning(ManifestMixin):
         self.write_card(folder, self._tag_names)  # instead of PEFT's, which names the base by its path
 
     def restore(self, checkpoint: str) -> None:
-        """Restore everything that trained, bit for bit; PEFT's own files do not hold AdaLoRA's scores."""
+        """Restore what trained bit for bit; PEFT's own files do not hold AdaLoRA's scores."""
         saved = load_file(Path(checkpoint) / STATE_NAME)
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
@@ -106,7 +99,6 @@ class AdapterTuning(ManifestMixin):
         self.adapter.restore(self.model, saved)
 
     def _checksums(self) -> dict[str, str]:
-        """Checksums of every parameter as this process holds it."""
         parameters = list(self.model.named_parameters()) if is_main() else []
         return {name: checksum(p) for name, p in tqdm(parameters, desc="hashing the model in memory", leave=False)}
 
@@ -123,17 +115,7 @@ class RestoreAdapter(TrainerCallback):
 
 
 def keep_quantized_weights(model: nn.Module) -> None:
-    """Keep bitsandbytes (0.50) from repacking 4-bit weights in place when a model is evaluated on a CPU with bf16.
-
-    That rounds their scales for good, so that training after an evaluation would continue with another base, and it
-    fails on widths that are not multiples of 64.
-    """
+    """Keep bitsandbytes (0.50) from repacking 4-bit weights in an evaluation on a CPU, which rounds their scales."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def checksums_on_disk(folder: Path, names: list[str]) -> dict[str, str]:
-    """Checksums of the base's tensors as its files have them, whatever they become in memory."""
-    weights = weights_of(folder, names)
-    return {name: checksum(weights[name]) for name in tqdm(names, desc="hashing the base", leave=False)}

@@ -1,19 +1,17 @@
 """SFT that holds the model to its base: TRL's loss plus a KL term."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import kl_div, nll_loss
+from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
+from hft.config import option
 from hft.errors import HFTError
 from hft.machine import is_sharded
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 IGNORED = -100  # label of a token that is not trained on
 
@@ -22,9 +20,8 @@ IGNORED = -100  # label of a token that is not trained on
 class AnchoredSFTConfig(SFTConfig):
     """TRL's config of SFT with the weight of a KL term."""
 
-    kl_to_base: float = field(
-        default=0.0,
-        metadata={"help": "Weight of KL(base || model), per trained token, in the loss of SFT; 0: TRL's own loss."},
+    kl_to_base: float = option(
+        "Weight of KL(base || model), per trained token, in the loss of SFT; 0: TRL's own loss.", 0.0
     )
 
     def __post_init__(self):
@@ -47,11 +44,8 @@ class AnchoredSFTTrainer(SFTTrainer):
         sum over trained tokens of (-log p(token) + kl_to_base * KL(p0 || p)) / number of trained tokens.
 
     This is the forward KL over the whole vocabulary, in nats. Held-out losses are without it, and comparable with those
-    of other runs. With `kl_to_base` 0 the trainer is TRL's.
-
-    Args:
-        ref_model: the base; `half` makes one that shares the frozen half. None with an adapter, which is switched off.
-        kwargs: whatever else `SFTTrainer` takes.
+    of other runs. With `kl_to_base` 0 the trainer is TRL's. `ref_model` is the base; `half` makes one that shares the
+    frozen half, and with an adapter it is the model without it.
     """
 
     def __init__(self, *args: Any, ref_model: PreTrainedModel | None = None, **kwargs: Any):
@@ -70,17 +64,14 @@ class AnchoredSFTTrainer(SFTTrainer):
         labels = inputs["labels"][:, 1:]
         trained = labels != IGNORED
         now = model(**features).logits[:, :-1][trained].log_softmax(-1, dtype=torch.float32)
-        with torch.no_grad():
-            before = self._reference_logits(model, features)[:, :-1][trained].log_softmax(-1, dtype=torch.float32)
+        reference, without_adapter = self.ref_model, nullcontext()
+        if reference is None:
+            reference, without_adapter = model, self.accelerator.unwrap_model(model).disable_adapter()
+        with torch.no_grad(), without_adapter:
+            before = reference(**features).logits[:, :-1][trained].log_softmax(-1, dtype=torch.float32)
         divergence = kl_div(now, before, log_target=True, reduction="sum")
         total = nll_loss(now, labels[trained], reduction="sum") + self.args.kl_to_base * divergence
         loss = total / torch.as_tensor(trained.sum() if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # as in Trainer, since DDP averages the gradients
         return loss
-
-    def _reference_logits(self, model: PreTrainedModel, features: dict[str, Any]) -> torch.Tensor:
-        if self.ref_model is not None:
-            return self.ref_model(**features).logits
-        with self.accelerator.unwrap_model(model).disable_adapter():
-            return model(**features).logits

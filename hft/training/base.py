@@ -1,32 +1,34 @@
 """What every trainer here does with its manifest: check a checkpoint against it, write the card; and log memory."""
 
-from __future__ import annotations
-
+import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch.nn.utils import get_total_norm
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
-from hft.errors import HFTError
+from hft.errors import HFTError, shorten
 from hft.freezing import whole
 from hft.machine import peak_memory
 from hft.methods import check_parts, steps_elsewhere
+from hft.methods.callback import ScheduleCallback
+from hft.methods.part import MethodPart
 from hft.record.card import changed_arguments, write_card
 from hft.record.checkpoints import TRAINER_STATE, last_checkpoint
 from hft.record.manifest import MANIFEST_NAME, Manifest
-from hft.training.checkpointing import check_checkpointing
 from hft.training.reference import has_reference
 
-if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
-    from transformers import TrainerCallback, TrainingArguments
-
-    from hft.methods.callback import ScheduleCallback
-    from hft.methods.part import MethodPart
+# Of `activation_checkpointing_kwargs`: transformers' own keys, and torch's.
+CHECKPOINTING = ["every_n_layers", "offload", "preserve_rng_state"]
+CHECKPOINTING += [key for key in inspect.signature(checkpoint).parameters if key not in ("function", "args", "kwargs")]
 
 
 class ManifestMixin:
@@ -44,14 +46,19 @@ class ManifestMixin:
         check_parts(args, *parts, has_reference=has_reference(args))
         check_checkpointing(args, selective=isinstance(args, SFTConfig))
         check_batch(args)
-
-    def notes(self) -> list[str]:
-        """What is worth knowing about the trainer before it starts, one sentence each."""
-        return []
+        if getattr(args, "sync_ref_model", False):  # TRL would update it in place
+            raise HFTError("sync_ref_model would move the frozen half, which policy and reference share; leave it out")
 
     def manifest_so_far(self) -> Manifest:
-        """The manifest as it is now."""
-        return self.manifest
+        if self.schedule is None:
+            return self.manifest
+        return replace(self.manifest, schedule=self.manifest.schedule | self.schedule.record(self._steps_of_weights()))
+
+    def _steps_of_weights(self) -> int:
+        """Steps that the weights in the model have taken: those of the best checkpoint once it has been loaded."""
+        state = self.state
+        is_best = self.args.load_best_model_at_end and not self.is_in_train and state.best_model_checkpoint
+        return state.best_global_step if is_best else state.global_step
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train, from a checkpoint of this selection and base if one is given; `True` takes the last complete one."""
@@ -101,12 +108,9 @@ class ManifestMixin:
                 raise diverged(name, logs[key], self.state.global_step, self.args.output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, unless a trained weight is not finite: the last good checkpoint stays the last one.
-
-        A schedule-free optimizer's weights are saved as it evaluates them, whether or not there was an evaluation.
-        """
+        """Save the model, unless a trained weight is not finite: the last good checkpoint stays the last one."""
         if self.optimizer is not None:
-            self.optimizer.eval()
+            self.optimizer.eval()  # a schedule-free one has other weights to evaluate and to save
         norm = whole(get_total_norm([p.detach() for p in self.model.parameters() if p.requires_grad]))
         if not norm.isfinite():
             raise diverged("norm of the weights", norm.item(), self.state.global_step, self.args.output_dir)
@@ -121,11 +125,23 @@ class ManifestMixin:
             self.write_card(self.args.output_dir, [*self._tag_names, *more])
 
     def write_card(self, folder: str | Path, tags: Sequence[str]) -> None:
-        """Write the model card of a folder that this trainer saves."""
         settings = changed_arguments(self.args) if self.resolved_config is None else self.resolved_config
         saved = not self.is_in_train and (Path(folder) / MANIFEST_NAME).exists()
         manifest = Manifest.load(folder) if saved else self.manifest_so_far()
         write_card(folder, manifest, settings, tags, model_id=self.hub_model_id)
+
+
+def check_checkpointing(args: TrainingArguments, *, selective: bool) -> None:
+    """Refuse what would only fail in the first step; a `selective` trainer can save attention alone."""
+    given = args.activation_checkpointing_kwargs or {}
+    known = [*CHECKPOINTING, *(["selective"] if selective else [])]
+    if unknown := [key for key in given if key not in known]:
+        raise HFTError(f"activation_checkpointing_kwargs has no {unknown[0]!r}; it has {shorten(known, most=9)}")
+    every = given.get("every_n_layers", 1)
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise HFTError(f"every_n_layers must be an integer of at least 1, got {every!r}")
+    if given.get("offload") and not torch.accelerator.is_available():
+        raise HFTError("offload moves activations to the memory of the CPU, and there is no GPU here; leave it out")
 
 
 def check_batch(args: TrainingArguments) -> None:

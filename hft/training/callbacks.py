@@ -1,27 +1,23 @@
-"""Holds what the engine has made of a run against its plan."""
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+"""What holds a run to its plan, whatever the engine and TRL make of it."""
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hft.errors import HFTError
 from hft.freezing import check_frozen
 from hft.methods import steps_elsewhere
+from hft.model.anatomy import layers_of
 from hft.parts import checkpoint_name
 from hft.selection import Selection
-
-if TYPE_CHECKING:
-    from hft.training.base import ManifestMixin
+from hft.training.base import ManifestMixin
 
 
 class HoldToPlan(TrainerCallback):
     """Refuses to train otherwise than planned, once the engine has prepared everything: every engine has its own ways.
 
-    A selection says what requires a gradient, unless a schedule changes that. Dtypes are those on disk: what trains is
-    held in fp32 or wider, the rest at least as wide as it is stored. `acts`: whether anything acts around the step.
+    What trains is held in fp32 or wider, the rest at least as wide as on disk. Under a schedule there is no `selection`
+    that says what requires a gradient. `acts`: whether anything acts around the step.
     """
 
     def __init__(
@@ -62,3 +58,37 @@ class HoldToPlan(TrainerCallback):
                 f"{type(optimizer).__name__} keeps the weights that it moves to itself, where the method does not "
                 "reach them; set optim to adamw_torch"
             )
+
+
+class CheckpointedLayers(TrainerCallback):
+    """Keeps which layers are checkpointed: the first `count`, by default those that Trainer chose.
+
+    TRL (1.16) switches checkpointing off while a reference computes or a model generates, and on again in every layer,
+    without `offload`, and with keys that torch does not know, so that the next step would fail.
+    """
+
+    def __init__(self, count: int | None = None):
+        self.count = count
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.count is not None:
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model  # without PEFT's adapter
+            for index, layer in enumerate(layers_of(base)[1]):
+                layer.gradient_checkpointing = index < self.count
+        keep_checkpointing(model)
+
+
+def keep_checkpointing(model: nn.Module) -> None:
+    """Let switching checkpointing on restore what switching it off has switched off."""
+    switched_off: list[nn.Module] = []
+
+    def switch_off() -> None:
+        switched_off[:] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+        for module in switched_off:
+            module.gradient_checkpointing = False
+
+    def switch_on(*args, **kwargs) -> None:
+        for module in switched_off:
+            module.gradient_checkpointing = True
+
+    model.gradient_checkpointing_disable, model.gradient_checkpointing_enable = switch_off, switch_on

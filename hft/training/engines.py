@@ -1,24 +1,16 @@
 """What FSDP2 and ZeRO-3 ask of a trainer whose model is half frozen."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from types import MethodType
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from hft.errors import HFTError, shorten
 from hft.freezing import HALF_PRECISION, upcast
 from hft.machine import is_sharded, is_zero3
 from hft.record.manifest import Manifest
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
-
-    from hft.selection import Selection
-
+from hft.selection import Selection
 
 # Optimizers that look at single elements, or at blocks of them with one scale; bitsandbytes has the last four.
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
@@ -29,10 +21,9 @@ class EngineQuirks:
     """Mixin of a TRL trainer with a `schedule`, if any, and `resumed_from`."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Under FSDP2 keep log-probabilities, losses and the reduction of gradients in fp32, as under DDP.
+        """Under FSDP2 keep losses and the reduction of gradients in fp32, as under DDP.
 
-        accelerate's own policy is bf16 throughout: at |logp| above 512 sums move in steps of 4. One policy holds for
-        every wrapped module, so the last layer hands fp32 on to the head too.
+        accelerate's own policy is bf16 throughout: at |logp| above 512 sums move in steps of 4.
         """
         super().create_accelerator_and_postprocess()
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
@@ -49,10 +40,9 @@ class EngineQuirks:
         return contexts
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """Before FSDP2 loads the optimizer's state, let require a gradient what a schedule has left a state of.
+        """Before FSDP2 loads the optimizer's state, let only what has a state under a schedule require a gradient.
 
-        It expects a state for whatever requires a gradient. Trainer has just sharded the model, and loads the state
-        next; `ScheduleCallback` takes all parameters up again when the training begins.
+        `ScheduleCallback` takes all parameters up again when the training begins.
         """
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.resumed_from and self.schedule and self.is_fsdp_enabled:
@@ -63,17 +53,8 @@ class EngineQuirks:
         return scheduler
 
 
-def before_loading(args: TrainingArguments) -> None:
-    """Keep ZeRO-3 from partitioning, while it is loaded, what is to be frozen, upcast and checked whole."""
-    if is_zero3(args):
-        unset_hf_deepspeed_config()
-
-
 def upcast_for(model: PreTrainedModel, args: TrainingArguments) -> None:
-    """Give the trained half its fp32 master weights, unless accelerate does.
-
-    It upcasts the trained parameters of an FSDP2 model itself, but only if it computes in half precision.
-    """
+    """Give the trained half its fp32 master weights; accelerate does so under FSDP2 in half precision."""
     if is_zero3(args):
         upcast(model, autocast=True)
     elif not is_sharded(args) or not (args.bf16 or args.fp16):
@@ -81,31 +62,27 @@ def upcast_for(model: PreTrainedModel, args: TrainingArguments) -> None:
 
 
 def autocast_decoder(model: PreTrainedModel, args: TrainingArguments) -> None:
-    """Let the decoder compute under autocast also where a trainer calls it past the model's own forward.
-
-    accelerate wraps that alone. TRL's distillation (1.16) calls the decoder itself; with fp32 masters throughout that
-    computes in fp32, and where a part is frozen in half precision the dtypes would not multiply.
-    """
+    """Let the decoder compute under autocast where TRL's distillation (1.16) calls it past the model's forward."""
     mixed = any(parameter.dtype in HALF_PRECISION for parameter in model.parameters())
     if not mixed or not (args.bf16 or args.fp16) or is_sharded(args):
         return
-    contexts: list[torch.autocast] = []
-
-    def enter(module: nn.Module, inputs: Any) -> None:
-        contexts.append(torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16))
-        contexts[-1].__enter__()
-
-    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-        contexts.pop().__exit__(None, None, None)
-
-    model.base_model.register_forward_pre_hook(enter)
-    model.base_model.register_forward_hook(leave, always_call=True)
+    decoder, dtype = model.base_model, torch.bfloat16 if args.bf16 else torch.float16
+    # A bound method, since a copy of the model binds it to its own decoder.
+    decoder.forward = MethodType(torch.autocast(args.device.type, dtype)(decoder.forward.__func__), decoder)
 
 
-def check_in_part(args: TrainingArguments, model_config: PretrainedConfig, selection: Selection) -> None:
-    """Refuse what cannot hold parameters that train in part."""
+def check_selection(
+    args: TrainingArguments, model_config: PretrainedConfig, selection: Selection, *, save_only_trained: bool
+) -> None:
+    """Refuse what cannot hold parameters that train in part, and what ZeRO-3 cannot save."""
+    if save_only_trained and is_zero3(args):
+        raise HFTError("save_only_trained goes with FSDP2 and DDP, not with ZeRO-3; leave it out")
     if not (masks := selection.frozen_masks):
         return
+    if is_zero3(args):
+        raise HFTError(
+            "ZeRO-3 holds parameters flat and in parts, where masks of elements do not fit; launch with FSDP2"
+        )
     if getattr(args, "use_vllm", False):
         raise HFTError("vLLM takes whole weights, and some train in part; leave out use_vllm, or select whole tensors")
     if args.optim.value not in ELEMENTWISE:
@@ -116,16 +93,6 @@ def check_in_part(args: TrainingArguments, model_config: PretrainedConfig, selec
     tied = model_config.get_text_config().tie_word_embeddings and masks.keys() & selection.anatomy.embeddings
     if tied and is_sharded(args):
         raise HFTError("FSDP2 cannot shard tied embeddings that train in part; launch with --engine ddp")
-
-
-def check_zero3(args: TrainingArguments, selection: Selection, *, save_only_trained: bool) -> None:
-    """Refuse what only the other engines can do."""
-    if is_zero3(args) and selection.frozen_masks:
-        raise HFTError(
-            "ZeRO-3 holds parameters flat and in parts, where masks of elements do not fit; launch with FSDP2"
-        )
-    if is_zero3(args) and save_only_trained:
-        raise HFTError("save_only_trained goes with FSDP2 and DDP, not with ZeRO-3; leave it out")
 
 
 def check_engine(trainer: Trainer) -> None:

@@ -1,21 +1,21 @@
 """What half fine-tuning adds to a TRL trainer: freezing, fp32 master weights, manifests, exact saves."""
 
-from __future__ import annotations
-
 import copy
 import inspect
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import RewardTrainer
 
 from hft.errors import HFTError
 from hft.freezing import autocast_experts, freeze, whole
-from hft.machine import is_main, is_sharded
+from hft.machine import is_main, is_sharded, is_zero3
 from hft.methods.callback import ScheduleCallback
+from hft.methods.schedule import Schedule
+from hft.methods.update import Update
 from hft.model.anatomy import anatomy_of
 from hft.model.load import load_base
 from hft.model.weights import MODEL_CONFIG, checksum
@@ -25,24 +25,10 @@ from hft.record.manifest import Manifest
 from hft.selection import Selection, SelectionConfig, select
 from hft.selection.masks import frozen_values, save_masks
 from hft.training.base import ManifestMixin
-from hft.training.callbacks import HoldToPlan
-from hft.training.checkpointing import CheckpointedLayers
-from hft.training.engines import (
-    EngineQuirks,
-    autocast_decoder,
-    before_loading,
-    check_engine,
-    check_in_part,
-    check_zero3,
-    upcast_for,
-)
-from hft.training.reference import check_reference, note_on_reference, share_frozen, shared_reference
+from hft.training.callbacks import CheckpointedLayers, HoldToPlan
+from hft.training.engines import EngineQuirks, autocast_decoder, check_engine, check_selection, upcast_for
+from hft.training.reference import has_reference, reference_bytes, share_frozen, shared_reference
 from hft.training.saving import cast, check_stored_as_computed, state_keys
-
-if TYPE_CHECKING:
-    from hft.methods.schedule import Schedule
-    from hft.methods.strategy import Strategy
-    from hft.methods.update import Update
 
 
 class HalfFineTuning(EngineQuirks, ManifestMixin):
@@ -83,19 +69,19 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         if schedule:  # what it freezes at a step is an unused parameter to DDP
             args.ddp_find_unused_parameters = True
         source = model
-        before_loading(args)
+        if is_zero3(args):  # transformers would partition, while it loads, what is to be frozen and checked whole
+            unset_hf_deepspeed_config()
         model, self._stored_dtypes = loaded(model, args, rewards=isinstance(self, RewardTrainer))
         self._config_dtype = model.dtype
         if not isinstance(selection, Selection):
             selection = select(anatomy_of(model), selection or SelectionConfig())
         self.selection = selection
-        check_zero3(args, selection, save_only_trained=save_only_trained)
-        check_in_part(args, model.config, selection)
+        check_selection(args, model.config, selection, save_only_trained=save_only_trained)
         freeze(model, selection)
         self._record(model, args, update, schedule)
         if save_only_trained and selection.frozen_parameters:
             if isinstance(source, str):
-                check_stored_as_computed(source, self.manifest.revision, selection.anatomy.parameters)
+                check_stored_as_computed(source, self.manifest.revision, selection.anatomy.numels)
             self.manifest.only_trained = True
             # transformers' own list; on a resume Trainer takes these, and only these, as rightly missing.
             model._keys_to_ignore_on_save |= state_keys(model, selection.frozen_parameters)
@@ -128,17 +114,21 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
             # Reentrant checkpointing finds no gradient to pass on when nothing before the first layer has one.
             self.model.enable_input_require_grads()
 
-    @classmethod
-    def check(cls, args: TrainingArguments, *parts: Schedule | Update | Strategy | None) -> None:
-        """Refuse settings that cannot work, before anything is loaded; parts are a schedule, an update, a strategy."""
-        super().check(args, *parts)
-        check_reference(args)
-
     def notes(self) -> list[str]:
-        return note_on_reference(self)
+        """Which reference the trainer has and what it takes."""
+        if not has_reference(self.args):
+            return []
+        if self.ref_model is None:
+            return ["reference: its log-probabilities are computed beforehand, no model is kept"]
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return ["reference: a full copy, sharded by TRL"]
+        full = sum(parameter.nbytes for parameter in self.ref_model.parameters())
+        return [
+            f"reference: shares the frozen half with the policy; {reference_bytes(self) / 1e9:.2f} GB "
+            f"instead of {full / 1e9:.2f} GB"
+        ]
 
     def _record(self, model, args, update: Update | None, schedule: Schedule | None) -> None:
-        """Make the manifest, and the schedule's callback."""
         selection = self.selection
         if schedule:
             schedule.check(selection)
@@ -155,10 +145,7 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Save the model, each tensor cast to the dtype that it is to have on disk.
-
-        Not public in transformers, where nothing public lies between gathering the tensors and writing them.
-        """
+        """Save each tensor in the dtype it has on disk; nothing public lies between gathering and writing them."""
         state = self.model.state_dict() if state_dict is None else state_dict
         folder, dtypes = Path(output_dir or self.args.output_dir), self._stored_dtypes
         if is_checkpoint(folder, self.args.output_dir):  # what trains, wholly or in part, stays fp32 masters
@@ -171,9 +158,8 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model with its manifest, the frozen tensors bit for bit those of the base.
 
-        A `checkpoint-N` folder keeps the fp32 master weights of the trained half, so that a resumed run continues
-        exactly; anywhere else the trained half too is written in the dtypes of the base. With `save_only_trained` the
-        frozen tensors are compared in memory, and not written.
+        A `checkpoint-N` folder keeps the fp32 masters of the trained half, for an exact resume; anywhere else all is in
+        the dtypes of the base. With `save_only_trained` the frozen tensors are compared in memory, and not written.
         """
         folder = Path(output_dir or self.args.output_dir)
         is_final = not is_checkpoint(folder, self.args.output_dir)
@@ -195,26 +181,11 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         manifest.save(folder)
         save_masks(folder, self.selection.frozen_masks)
 
-    def manifest_so_far(self) -> Manifest:
-        """The manifest, with what the schedule has done so far."""
-        if self.schedule is None:
-            return self.manifest
-        return replace(self.manifest, schedule=self.manifest.schedule | self.schedule.record(self._steps_of_weights()))
-
-    def _steps_of_weights(self) -> int:
-        """Steps that the weights in the model have taken: those of the best checkpoint once it has been loaded."""
-        state = self.state
-        is_best = self.args.load_best_model_at_end and not self.is_in_train and state.best_model_checkpoint
-        return state.best_global_step if is_best else state.global_step
-
     def _checksums(self, model: PreTrainedModel, names: list[str]) -> dict[str, str]:
-        """Checksums of parameters, or of their frozen elements, in the dtypes they are stored in; of the first process.
-
-        Every process takes part, since FSDP2 gathers each parameter from all of them.
-        """
+        """Checksums of parameters or of their frozen elements as they are stored, in the first process."""
         parameters, masks, checksums = stored(model), self.selection.frozen_masks, {}
         for name in names:
-            value = whole(parameters[name].detach())
+            value = whole(parameters[name].detach())  # from all processes
             if is_main():
                 dtype = self._stored_dtypes.get(name, self._config_dtype)
                 checksums[name] = checksum(frozen_values(value, masks.get(name)).to(dtype))

@@ -176,7 +176,7 @@ FUSED_OR_STACKED = [family for family in FAMILIES if any(p.boxes for u in anatom
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_element_of_a_layer_belongs_to_exactly_one_unit(family):
     parameters = dict(meta_model(config_of(family)).named_parameters())
-    assert sorted(anatomy(family).parameters) == sorted(parameters)
+    assert sorted(anatomy(family).numels) == sorted(parameters)
     for name, parts in anatomy(family).parts_by_parameter.items():
         masks = [own(part) for _, part in parts]
         assert [int(mask.sum()) for mask in masks] == [part.numel for _, part in parts]
@@ -283,7 +283,7 @@ def test_stacked_experts_are_read_as_they_were_saved(family, tmp_path):
     """Files may hold one expert per tensor, under names of their own."""
     model = small(family)
     model.save_pretrained(tmp_path)
-    stored = weights_of(tmp_path, anatomy(family).parameters)
+    stored = weights_of(tmp_path, anatomy(family).numels)
     assert all(torch.equal(stored[name], parameter) for name, parameter in model.named_parameters())
 
 

@@ -16,13 +16,8 @@ from hft.freezing import autocast_experts, freeze, is_wide
 from hft.model.anatomy import anatomy_of, architecture_of, layers_of, meta_model
 from hft.model.load import read_config
 from hft.parts import parts_of, split
-from hft.planning.costs import (
-    BFLOAT16,
-    FLOAT32,
-    MIXED,
-    costs_of,
-    fewest_checkpointed_layers,
-)
+from hft.planning.costs import costs_of, fewest_checkpointed_layers
+from hft.planning.counting import BFLOAT16, FLOAT32, MIXED
 from hft.selection import Selection, SelectionConfig, select
 from hft.selection.policies import build_selection
 from tests.model.test_architectures import FAMILIES, config_of
@@ -103,7 +98,7 @@ def real_model(config, selection, precision, attention, checkpointed):
         parameter.data = parameter.data.to(precision.trained)
     if checkpointed:
         model.activation_checkpointing_enable({"use_reentrant": False})
-        for index, layer in enumerate(layers_of(model)):
+        for index, layer in enumerate(layers_of(model)[1]):
             layer.gradient_checkpointing = index in checkpointed
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     return model.train()

@@ -158,7 +158,7 @@ def test_layer_policy_spaces_other_fractions_evenly(llama2_7b):
 def test_bottom_policy_freezes_the_lower_layers_and_the_input_embeddings(llama2_7b, fraction, first):
     selection = select(llama2_7b, SelectionConfig(policy="bottom", fraction=fraction))
     assert {unit.name for unit in llama2_7b.units if unit.layer >= first} == selection.trained_units
-    outside = [name for name in selection.trained_parameters if name not in llama2_7b.in_layers]
+    outside = [name for name in selection.trained_parameters if name not in llama2_7b.shapes]
     assert outside == ["lm_head.weight", "model.norm.weight"]
     assert "embeddings and head train but model.embed_tokens.weight" in selection.summary()
 

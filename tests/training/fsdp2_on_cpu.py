@@ -1,9 +1,10 @@
 """accelerate's FSDP2 on CPU processes: torchrun fsdp2_on_cpu.py [--ddp] WORDS OF hft, or --runs FILE.
 
 accelerate shards on a CPU as on a GPU and only declines to choose FSDP2 there, so this chooses it. Everything else is
-what `accelerate launch` with hft/accelerate/fsdp2.yaml sets up; `--ddp` leaves it at DDP. With `--runs` the file's runs
-follow each other in one process: a JSON list of {"objective", "files", "flags"}, and of {"copy": [checkpoint, into]}.
-With "refused", a run is to end with an error that says this, under an engine that leaves all weights in bf16.
+what `accelerate launch` with hft/accelerate/fsdp2.yaml sets up; `--ddp` leaves it at DDP. The runs of a file follow
+each other in one process. It is a JSON list of {"objective", "files", "flags"}, of {"copy": [checkpoint, into]}, and at
+its end of {"words"} of hft. With "refused", a run is to end with an error that says this, under an engine that leaves
+all weights in bf16.
 """
 
 import json
@@ -77,6 +78,8 @@ def main(words: list[str]) -> int:
     if words[0] != "--runs":
         return hft_main(words)
     for run in json.loads(Path(words[1]).read_text()):
+        if "words" in run:  # the last one, since a command ends torch.distributed
+            return hft_main(run["words"])
         if "copy" in run:
             checkpoint, into = map(Path, run["copy"])
             if is_main():

@@ -48,7 +48,7 @@ TRAINERS = {
     trl.DistillationTrainer: (trl.DistillationConfig, {"max_completion_length": 4}),
     SDFTTrainer: (SDFTConfig, {"max_completion_length": 8, "num_generations": 2, "num_loss_tokens_to_skip": 0}),
 }
-WITH_REFERENCE = (trl.DPOTrainer, trl.KTOTrainer, trl.GRPOTrainer, trl.RLOOTrainer)
+WITH_REFERENCE = (trl.DPOTrainer, trl.KTOTrainer, trl.GRPOTrainer)
 EVERYTHING = SelectionConfig(policy="all")
 
 

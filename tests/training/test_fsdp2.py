@@ -20,6 +20,7 @@ SETTINGS = {"max_steps": 4, "save_steps": 2, "eval_strategy": "no", "eval_on_sta
 SETTINGS |= {"bf16": True, "global_batch_size": 8, "logging_steps": 1}
 # Runs that follow each other in one launch: objective, method, further settings.
 RUNS = {
+    "sft": ("sft", "hft", {}),
     "random-element": ("sft", "random-element", {}),
     "lisa": ("sft", "lisa", {"switch_every": 1}),
     # Evaluated between switches.
@@ -28,11 +29,9 @@ RUNS = {
     # Of the projected gradients the largest.
     "gem": ("sft", "gmt", {"policy": "category", "strategy": "gem", "strategy_data": "memory.jsonl"}),
     "experts": ("sft", "hft", {}),
-    "only-trained": ("sft", "hft", {"save_only_trained": True}),
 }
-
-
-RESUMED = ("lisa", "only-trained", "random-element", "experts")
+ONLY_TRAINED = ("sft", "hft", {"save_only_trained": True})  # on two processes only; what it saves are the bits of sft
+RESUMED = ("sft", "lisa", "only-trained", "random-element", "experts")
 
 
 def flags(processes: int) -> list[str]:
@@ -71,50 +70,33 @@ def launch(folder: Path, tiny: Path, data: Path, pairs: Path, rows: list[dict]) 
     base = folder / "mixtral"
     small("mixtral").to(torch.bfloat16).save_pretrained(base)
     AutoTokenizer.from_pretrained(tiny).save_pretrained(base)
-    datasets = {"sft": data, "dpo": pairs}
     # Five rows to remember, with answers that conflict with the data's; one process has one row more than the other.
     chats = [[message["content"] for message in row["messages"]] for row in rows[:5]]
     memory = [{"prompt": question, "completion": answer[::-1], "task": "0"} for question, answer in chats]
     memory = write_jsonl(folder / "memory.jsonl", memory)
 
-    for objective in ("sft", "dpo"):  # by the command line
-        torchrun(
-            2, SCRIPT, *command(objective, folder / "two" / objective, *flags(2), model=tiny, data=datasets[objective])
-        )
-        assert (
-            main(command(objective, folder / "one" / objective, *flags(1), model=tiny, data=datasets[objective])) == 0
-        )
-
-    def listed(processes: int) -> dict[str, dict]:
+    def listed(processes: int, names: dict[str, tuple[str, str, dict]]) -> dict[str, dict]:
         runs = {}
-        for name, (objective, method, more) in RUNS.items():
+        for name, (objective, method, more) in names.items():
             out = folder / ("two" if processes == 2 else "one") / name
             values = {"model_name_or_path": str(base if name == "experts" else tiny), "output_dir": str(out)}
-            values |= SETTINGS | more | {"dataset_name": str(datasets[objective])}
+            values |= SETTINGS | more | {"dataset_name": str(data)}
             values["per_device_train_batch_size"] = 8 // processes
             values |= {"strategy_data": str(memory)} if "strategy_data" in more else {}
             files = [f"recipes/tiny/{objective}.yaml", f"recipes/methods/{method}.yaml"]
             runs[name] = {"objective": objective, "files": files, "flags": values}
         return runs
 
-    for run in listed(1).values():
+    for run in listed(1, RUNS).values():
         assert hft.train(hft.make_plan(hft.load_config(run["objective"], *run["files"], **run["flags"]))).ok
-    values = SETTINGS | {"model_name_or_path": str(tiny), "dataset_name": str(data)}
-    values["per_device_train_batch_size"] = 4
-    files = ["recipes/tiny/sft.yaml", "recipes/methods/hft.yaml"]
-    refused = {"output_dir": str(folder / "two" / "refused")}
-    split = values | refused | {"accelerator_config": {"split_batches": True}}
-    runs = [
-        {"objective": "sft", "files": files, "flags": split, "refused": "would change which rows a step takes"},
-        {"objective": "sft", "files": files, "flags": values | refused, "refused": "should be held in torch.float32"},
-    ]
-    two = listed(2)
-    resumed = {"sft": {"objective": "sft", "files": files, "flags": values}} | {name: two[name] for name in RESUMED}
-    runs += two.values()
-    for name, run in resumed.items():
+    assert main(command("dpo", folder / "one" / "dpo", *flags(1), model=tiny, data=pairs)) == 0
+    two = listed(2, RUNS | {"only-trained": ONLY_TRAINED, "refused": RUNS["sft"]})
+    runs = [two.pop("refused") | {"refused": "should be held in torch.float32"}, *two.values()]
+    for name in RESUMED:
         out = str(folder / "two" / f"{name}-resumed")
         runs.append({"copy": [str(folder / "two" / name / "checkpoint-2"), out]})
-        runs.append(run | {"flags": run["flags"] | {"output_dir": out}})
+        runs.append(two[name] | {"flags": two[name]["flags"] | {"output_dir": out}})
+    runs.append({"words": command("dpo", folder / "two" / "dpo", *flags(2), model=tiny, data=pairs)})
     (folder / "runs.json").write_text(json.dumps(runs))
     torchrun(2, SCRIPT, "--runs", folder / "runs.json")
     runs = []
@@ -123,7 +105,7 @@ def launch(folder: Path, tiny: Path, data: Path, pairs: Path, rows: list[dict]) 
         out.mkdir(parents=True)
         (out / "checkpoint-2").symlink_to(folder / "two" / name / "checkpoint-2")
         again = {"output_dir": str(out), "per_device_train_batch_size": 2}
-        runs.append(resumed[name] | {"flags": resumed[name]["flags"] | again})
+        runs.append(two[name] | {"flags": two[name]["flags"] | again})
     (folder / "runs.json").write_text(json.dumps(runs))
     torchrun(4, SCRIPT, "--runs", folder / "runs.json")
 
@@ -138,7 +120,7 @@ def moved(folder: Path, other: Path, base: Path) -> float:
     return distance(ours, theirs) / distance(ours, {name: start[name] for name in ours})
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", *RUNS])
+@pytest.mark.parametrize("name", [*RUNS, "dpo"])
 def test_two_processes_of_fsdp2_compute_what_one_process_does(folder, tiny, name):
     one, two = folder / "one" / name, folder / "two" / name
     # Rounding may send a token to another expert.
@@ -154,7 +136,7 @@ def test_two_processes_of_fsdp2_compute_what_one_process_does(folder, tiny, name
         assert moved(one, two, tiny) < 0.1  # bf16 rounds otherwise, and AdamW's first steps are of one size
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", *RUNS])
+@pytest.mark.parametrize("name", [*RUNS, "dpo"])
 def test_every_frozen_bit_stays_under_fsdp2(folder, name):
     out = folder / "two" / name
     assert main(["verify", str(out)]) == 0
@@ -171,12 +153,9 @@ def test_a_fifth_of_each_gradient_reaches_the_moments_under_fsdp2(folder):
 
 
 def test_what_trained_is_put_back_into_the_base_under_fsdp2(folder, tmp_path):
-    assert (
-        main(
-            ["merge", "--method", "delta", "--models", str(folder / "two/only-trained"), "--out", str(tmp_path / "new")]
-        )
-        == 0
-    )
+    run = str(folder / "two" / "only-trained")
+    assert main(["verify", run]) == 0
+    assert main(["merge", "--method", "delta", "--models", run, "--out", str(tmp_path / "new")]) == 0
     ours, theirs = tensors(tmp_path / "new"), tensors(folder / "two" / "sft")
     assert ours.keys() == theirs.keys()
     assert all(identical(ours[name], theirs[name]) for name in theirs)
@@ -192,7 +171,7 @@ def test_dpo_starts_at_the_reference_in_fp32(folder):
     assert first["logps/chosen"] == pytest.approx(theirs["logps/chosen"], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["sft", *RESUMED])
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_ends_at_the_same_bits(folder, name):
     straight, resumed = (tensors(folder / "two" / out / "checkpoint-4") for out in (name, f"{name}-resumed"))
     assert all(identical(straight[key], resumed[key]) for key in straight)

@@ -108,11 +108,9 @@ def test_verify_without_the_base_takes_the_checksums(finished, tmp_path, capsys)
     assert main(["verify", str(tmp_path)]) == 2
 
 
-@pytest.mark.parametrize("autocast", ["false", "true"])
-def test_with_nothing_frozen_the_losses_are_trls(tmp_path, tiny, data, sft, autocast):
-    if autocast == "true" and not cpu_has_bfloat16():
-        pytest.skip("bf16 autocast is slow on this processor")
-    assert sft(tmp_path / "ours", "--bf16", autocast, "--max_steps", "6", "--save_steps", "6", method="fft") == 0
+def test_with_nothing_frozen_the_losses_are_trls(tmp_path, tiny, data, sft):
+    """In bf16 where the processor has it; in fp32 tests/training/test_any_trainer.py says the same of every trainer."""
+    assert sft(tmp_path / "ours", "--max_steps", "6", "--save_steps", "6", method="fft") == 0
     theirs = SFTTrainer(
         model=str(tiny),
         args=SFTConfig(
@@ -128,7 +126,7 @@ def test_with_nothing_frozen_the_losses_are_trls(tmp_path, tiny, data, sft, auto
             gradient_checkpointing=False,
             logging_steps=1,
             use_cpu=True,
-            bf16=autocast == "true",
+            bf16=cpu_has_bfloat16(),
             report_to="none",
         ),
         train_dataset=load_split(str(data), "train"),
@@ -174,10 +172,8 @@ def test_a_base_in_bin_files_is_half_fine_tuned_too(tmp_path, tiny, sft):
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
-@pytest.mark.parametrize(
-    "method", ["hft", "hft-layer", "hft-model", "fft", "hft-ratio", "hft-freeze-io", "freeze-qk", "freeze-ov"]
-)
-def test_the_other_methods_train_and_verify(tmp_path, sft, method):
+@pytest.mark.parametrize("method", ["hft", "hft-layer", "freeze-ov"])
+def test_a_method_learns(tmp_path, sft, method):
     assert sft(tmp_path / "out", "--max_steps", "20", "--save_steps", "20", method=method) == 0
     logged = losses(tmp_path / "out" / "checkpoint-20")
     assert sum(logged[-4:]) < sum(logged[:4]) - 0.8
