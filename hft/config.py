@@ -80,7 +80,7 @@ class RunConfig:
     activation_checkpointing_layers: int | Literal["auto"] | None = option(
         "Checkpoint the first so many layers, whatever activation_checkpointing says; auto: as few as fit into the GPU."
     )
-    save_only_trained: bool = option("Save only the tensors that train; see hft merge --method delta.", False)
+    save_only_trained: bool = option("Save only what trains, also of a tensor; see hft merge --method delta.", False)
     method: str | None = option("Name of the method, for the run's name.")
     schedule: str | None = option("Change what trains during the run: lisa, badam, ... or FILE.py:CLASS.")
     update: str | None = option("Change weights around each step: mixout, l2sp, mofo, gmt or FILE.py:CLASS.")

@@ -124,13 +124,17 @@ def _join(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metada
 
 
 def _take_apart(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *others: Any) -> None:
-    """Take the weights of a state dict apart; the base keeps its values where elements train."""
+    """Take the weights of a state dict apart; the base keeps its values where elements train.
+
+    Of a weight whose trained elements alone were saved, flat, it keeps all.
+    """
     for tensor, part in parts_of(module, recurse=False).items():
         if prefix + tensor in state:
             key = f"{prefix}parametrizations.{tensor}."
-            weight = state.pop(prefix + tensor)
-            state[key + TRAINED] = part[0].take(weight)
-            state[key + BASE] = part[0].put(weight.to(part.original0), part[0].take(part.original0))
+            weight, base = state.pop(prefix + tensor), part.original0
+            is_whole = weight.shape == base.shape
+            state[key + TRAINED] = part[0].take(weight) if is_whole else weight.view(part[0].compact)
+            state[key + BASE] = part[0].put(weight.to(base), part[0].take(base)) if is_whole else base
 
 
 def joined(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

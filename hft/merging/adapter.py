@@ -26,9 +26,9 @@ def merge_adapter(config: MergeConfig) -> Callable[[Path], str]:
     if found.is_prompt_learning:
         raise HFTError(f"{adapter} is {found.peft_type.value}: learned prompts are not weights and cannot be merged")
     base = open_base(adapter, config.base, found.base_model_name_or_path, found.revision)
-    check_out(Path(config.out), [base])
+    check_out(Path(config.out), [base.folder])
     if proven := (local_folder(adapter) / MANIFEST_NAME).exists():
-        check_verified(adapter, local_folder(adapter), base)
+        check_verified(adapter, local_folder(adapter), str(base.folder))
     unproven = f"\nNOTE: nothing but --base says that {adapter} was trained on {base.name}"
     known = vocabulary(base.folder)
     new = {token: index for token, index in vocabulary(local_folder(adapter)).items() if token not in known}

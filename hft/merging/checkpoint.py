@@ -122,11 +122,12 @@ def why_not_base(tuned: Checkpoint, base: Checkpoint) -> str | None:
     return None
 
 
-def check_verified(run: str, folder: Path, base: Checkpoint) -> None:
-    """Refuse a base that is not the one that a run's manifest was written for."""
-    if not (found := verify_folder(folder, str(base.folder))).ok:
+def check_verified(run: str, folder: Path, base: str | None) -> None:
+    """Refuse a base, by default the one that a run's manifest names, that the manifest was not written for."""
+    if not (found := verify_folder(folder, base)).ok:
         wrong = [*found.broken, *found.lost, *found.unlisted][0]
-        raise HFTError(f"{base.name} is not the base of {run}, or one of the two is damaged: {wrong} differs")
+        name = base or found.against
+        raise HFTError(f"{name} is not the base of {run}, or one of the two is damaged: {wrong} differs")
 
 
 def arithmetic_settings(config: PretrainedConfig) -> dict[str, Any]:
@@ -165,14 +166,14 @@ def check_alike(first: Checkpoint, *others: Checkpoint) -> None:
         check_same_ids(tokens, vocabulary(other.folder), (first.name, other.name))
 
 
-def check_out(out: Path, inputs: Sequence[Checkpoint]) -> None:
+def check_out(out: Path, inputs: Sequence[Path]) -> None:
     """Refuse to write into or around an input, into the current folder, or into one that is not empty."""
     if out.resolve() == Path.cwd():
         raise HFTError(f"out {out} is the current folder; name another, which will be made")
-    for checkpoint in inputs:
-        ours, theirs = out.resolve(), checkpoint.folder.resolve()
+    for folder in inputs:
+        ours, theirs = out.resolve(), folder.resolve()
         if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
-            raise HFTError(f"out {out} is, holds or lies in the input {checkpoint.name}; choose another folder")
+            raise HFTError(f"out {out} is, holds or lies in the input {folder}; choose another folder")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise HFTError(f"out {out} exists and is not an empty folder; choose another, or remove it")
 

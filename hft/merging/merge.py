@@ -42,7 +42,7 @@ def merge(config: MergeConfig) -> Callable[[Path], str]:
     models = [Checkpoint.open(name) for name in config.models]
     base = Checkpoint.open(config.base) if OPERATORS[config.method].base else None
     inputs = [*models, *([base] if base else [])]
-    check_out(Path(config.out), inputs)
+    check_out(Path(config.out), [model.folder for model in inputs])
     check_alike(*inputs)
     for model in models if base else ():
         if sentence := why_not_base(model, base):

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     if not (config.tuned and config.base and config.out):
         raise HFTError("tuned, base and out are needed: give --tuned T --base B --out O, or a recipe with --config")
     out, tuned, base = Path(config.out), Checkpoint.open(config.tuned), Checkpoint.open(config.base)
-    check_out(out, [tuned, base])
+    check_out(out, [tuned.folder, base.folder])
     check_alike(tuned, base)
     check_base(config.base)
     if sentence := why_not_base(tuned, base):

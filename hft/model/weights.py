@@ -152,7 +152,7 @@ def check_whole(folder: Path, name: str | Path) -> None:
     """Refuse what a run with `save_only_trained` has saved."""
     if (folder / MODEL_CONFIG).exists():
         raise HFTError(
-            f"{name} holds only the tensors that trained; `hft merge --method delta --models {name} --base BASE --out "
+            f"{name} holds only what trained; `hft merge --method delta --models {name} --base BASE --out "
             "NEW` makes the whole model"
         )
 

@@ -44,7 +44,7 @@ class Manifest:
         update: how the trained weights moved (`Update.record()`).
         strategy: what each step did beside its rows (`Strategy.record()`).
         moved: parameters that changed in memory, of those that are not in the folder: none but an adapter's own.
-        only_trained: whether the folder holds only the tensors that train, wholly or in part (`save_only_trained`).
+        only_trained: whether the folder holds only what trains, also of a tensor (`save_only_trained`).
         compact: whether the optimizer's state in a checkpoint is that of trained elements, not of whole tensors.
         tuned: of a Half-Reset, the model that was reset: its tensors are the trained ones, unchanged.
         schedule: how the trained units changed within the round, if they did: `config`, and once it has started

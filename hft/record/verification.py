@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -133,6 +133,8 @@ def _why_broken(name: str, digest: str, out: Tensors, base: Tensors | None, mask
     expected = frozen_values(base[name], mask)
     if digest and checksum(expected) != digest:
         return "the base's tensor is not the one that the manifest was written for"
+    if mask is not None:  # a checkpoint holds fp32 masters, whose frozen elements are the base's, exactly
+        expected = expected.to(torch.promote_types(expected.dtype, tensor.dtype))
     if _same(tensor, expected):
         return None
     if (tensor.dtype, tensor.shape) != (expected.dtype, expected.shape):
@@ -164,21 +166,43 @@ def verify_folder(out: str | Path, base: str | None = None) -> Verification:
         base_weights, against = None, ""
     if manifest.is_adapter:
         return verify_adapter(out, manifest, base_weights)
-    masks, weights = masks_of(out, manifest), Weights(out) if manifest.only_trained else weights_of(out, listed)
-    left_out = {}  # to the base, by save_only_trained
-    if manifest.only_trained:
-        left_out = {name: digest for name, digest in frozen.items() if name not in masks and name not in weights}
-    saved = {name: digest for name, digest in frozen.items() if name not in left_out}
+    masks = masks_of(out, manifest)
+    weights = OnBase(out, manifest, base_weights) if manifest.only_trained else weights_of(out, listed)
     changing = () if manifest.tuned else manifest.trained_parameters
-    found = verify_tensors(weights, saved, changing, base_weights, masks=masks, against=against)
-    if left_out:  # that they had not moved in memory was found when the folder was written
-        in_base = verify_tensors(base_weights, left_out, (), None)
-        found.identical += [name for name in in_base.identical if name not in manifest.moved]
-        found.broken |= in_base.broken | dict.fromkeys(manifest.moved, "changed in memory while the others trained")
+    found = verify_tensors(weights, frozen, changing, base_weights, masks=masks, against=against)
+    found.broken |= dict.fromkeys(manifest.moved, "changed in memory while the others trained")
+    found.identical = [name for name in found.identical if name not in found.broken]
     note_unlisted(found, out, manifest, weights, base_weights or {})
     if manifest.tuned:
         note_strayed(found, manifest, weights, {name: ~mask for name, mask in masks.items()})
     return found
+
+
+class OnBase(Mapping):
+    """The whole tensors of a folder that holds only what trained; what is frozen is the base's."""
+
+    def __init__(self, folder: Path, manifest: Manifest, base: Tensors) -> None:
+        self.saved, self.base, self.masks = Weights(folder), base, masks_of(folder, manifest)
+        frozen = manifest.frozen_checksums.keys()
+        self.names = (self.saved.keys() | (frozen - self.masks.keys())) - (frozen - base.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self.saved[name] if name in self.saved else self.base[name]
+        if name not in self.masks or tensor.shape == self.base[name].shape:
+            return tensor
+        try:
+            return self.base[name].to(tensor.dtype).masked_scatter(~self.masks[name].tensor(), tensor)
+        except RuntimeError as error:
+            raise HFTError(f"{name} has another shape in this base; give that of the run with --base") from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names  # without reading it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def verify_adapter(out: Path, manifest: Manifest, base: Tensors) -> Verification:

@@ -172,8 +172,8 @@ def make_plan(config: Config) -> RunPlan:
             machine["activation_checkpointing_layers"] = layers
             args.activation_checkpointing = args.gradient_checkpointing = layers > 0  # transformers is renaming it
     checkpointed_of(config, machine, args, selection)  # refuses a number that the model does not have
-    if config.run.save_only_trained and not selection.frozen_parameters:
-        notes.append("save_only_trained saves the whole model: no tensor is frozen as a whole")
+    if config.run.save_only_trained and not (selection.frozen_parameters or selection.frozen_masks):
+        notes.append("save_only_trained saves the whole model: nothing is frozen")
     tokenizer = load_tokenizer(config)
     check_saving(base, model_config, tokenizer, config.revision)
     check_output(config)

@@ -12,9 +12,9 @@ from hft.machine import is_sharded, is_zero3
 from hft.record.manifest import Manifest
 from hft.selection import Selection
 
-# Optimizers that look at single elements, or at blocks of them with one scale; bitsandbytes has the last four.
+# Optimizers that look at single elements; bitsandbytes has the last two, whose 8-bit ones scale blocks of elements.
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
-ELEMENTWISE += ("paged_adamw_32bit", "lion_32bit", "adamw_bnb_8bit", "paged_adamw_8bit")
+ELEMENTWISE += ("paged_adamw_32bit", "lion_32bit")
 
 
 class EngineQuirks:
@@ -87,8 +87,8 @@ def check_selection(
         raise HFTError("vLLM takes whole weights, and some train in part; leave out use_vllm, or select whole tensors")
     if args.optim.value not in ELEMENTWISE:
         raise HFTError(
-            f"{min(masks)} trains in part, and {args.optim.value} looks at whole matrices; set optim to one of "
-            f"{shorten(ELEMENTWISE, most=len(ELEMENTWISE))}, or select whole tensors"
+            f"{min(masks)} trains in part, and {args.optim.value} looks at more than single elements; set optim to one "
+            f"of {shorten(ELEMENTWISE, most=len(ELEMENTWISE))}, or select whole tensors"
         )
     tied = model_config.get_text_config().tie_word_embeddings and masks.keys() & selection.anatomy.embeddings
     if tied and is_sharded(args):

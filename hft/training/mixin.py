@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer import TRAINING_ARGS_NAME
 from trl import RewardTrainer
 
 from hft.errors import HFTError
@@ -18,7 +19,7 @@ from hft.methods.schedule import Schedule
 from hft.methods.update import Update
 from hft.model.anatomy import anatomy_of
 from hft.model.load import load_base
-from hft.model.weights import MODEL_CONFIG, checksum
+from hft.model.weights import MODEL_CONFIG, Weights, checksum
 from hft.parts import join, joined, split, stored
 from hft.record.checkpoints import is_checkpoint
 from hft.record.manifest import Manifest
@@ -28,7 +29,7 @@ from hft.training.base import ManifestMixin
 from hft.training.callbacks import CheckpointedLayers, HoldToPlan
 from hft.training.engines import EngineQuirks, autocast_decoder, check_engine, check_selection, upcast_for
 from hft.training.reference import has_reference, reference_bytes, share_frozen, shared_reference
-from hft.training.saving import cast, check_stored_as_computed, state_keys
+from hft.training.saving import cast, state_keys
 
 
 class HalfFineTuning(EngineQuirks, ManifestMixin):
@@ -44,8 +45,8 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         selection: which units train, or the config to make it from; by default the paper's HFT.
         update: changes to the trained weights around the optimizer's step; by default none.
         schedule: which units train when; by default those of the selection in every step.
-        save_only_trained: leave the wholly frozen tensors out of what is saved, checkpoints included; `hft merge
-            --method delta` takes them from the base.
+        save_only_trained: leave out of what is saved, checkpoints included, what is frozen, also inside tensors; `hft
+            merge --method delta` takes it from the base.
         kwargs: whatever else the trainer takes, by name.
 
     Raises:
@@ -68,7 +69,6 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         self.check(args, update, schedule)
         if schedule:  # what it freezes at a step is an unused parameter to DDP
             args.ddp_find_unused_parameters = True
-        source = model
         if is_zero3(args):  # transformers would partition, while it loads, what is to be frozen and checked whole
             unset_hf_deepspeed_config()
         model, self._stored_dtypes = loaded(model, args, rewards=isinstance(self, RewardTrainer))
@@ -79,9 +79,7 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         check_selection(args, model.config, selection, save_only_trained=save_only_trained)
         freeze(model, selection)
         self._record(model, args, update, schedule)
-        if save_only_trained and selection.frozen_parameters:
-            if isinstance(source, str):
-                check_stored_as_computed(source, self.manifest.revision, selection.anatomy.numels)
+        if save_only_trained and (selection.frozen_parameters or selection.frozen_masks):
             self.manifest.only_trained = True
             # transformers' own list; on a resume Trainer takes these, and only these, as rightly missing.
             model._keys_to_ignore_on_save |= state_keys(model, selection.frozen_parameters)
@@ -145,26 +143,35 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Save each tensor in the dtype it has on disk; nothing public lies between gathering and writing them."""
-        state = self.model.state_dict() if state_dict is None else state_dict
+        """Save each tensor in the dtype it has on disk; nothing public lies between gathering and writing them.
+
+        Trainer would save experts under the names of the base's files, and find none of them on a resume.
+        """
+        if not self.args.should_save:
+            return
+        state = joined(self.model, self.model.state_dict() if state_dict is None else state_dict)
         folder, dtypes = Path(output_dir or self.args.output_dir), self._stored_dtypes
-        if is_checkpoint(folder, self.args.output_dir):  # what trains, wholly or in part, stays fp32 masters
+        if resumable := is_checkpoint(folder, self.args.output_dir):  # what trains, also in part, stays fp32 masters
             frozen = self.manifest.frozen_checksums.keys() - self.manifest.masks.keys()
             dtypes = {name: dtype for name, dtype in dtypes.items() if name in frozen}
-        if self.args.should_save:
-            state = cast(joined(self.model, state), self.model, dtypes)
-        super()._save(str(folder), state)
+        if self.manifest.only_trained:
+            state |= {name: frozen_values(state[name], ~mask) for name, mask in self.selection.frozen_masks.items()}
+        state, like_base = cast(state, self.model, dtypes), not (resumable or self.manifest.only_trained)
+        self.model.save_pretrained(folder, state_dict=state, save_original_format=like_base)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model with its manifest, the frozen tensors bit for bit those of the base.
 
         A `checkpoint-N` folder keeps the fp32 masters of the trained half, for an exact resume; anywhere else all is in
-        the dtypes of the base. With `save_only_trained` the frozen tensors are compared in memory, and not written.
+        the dtypes of the base. With `save_only_trained` what is frozen is compared in memory, and not written.
         """
         folder = Path(output_dir or self.args.output_dir)
         is_final = not is_checkpoint(folder, self.args.output_dir)
         if self.manifest.only_trained and is_final:
-            now = self._checksums(self.model, self.selection.frozen_parameters)
+            now = self._checksums(self.model, [*self.selection.frozen_parameters, *self.selection.frozen_masks])
             self.manifest.moved = [name for name in now if now[name] != self.manifest.frozen_checksums[name]]
         super().save_model(str(folder), _internal_call)
         if not self.args.should_save:
@@ -180,6 +187,16 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
             (folder / "config.json").replace(folder / MODEL_CONFIG)
         manifest.save(folder)
         save_masks(folder, self.selection.frozen_masks)
+
+    def check_resumable(self, checkpoint: str) -> None:
+        super().check_resumable(checkpoint)
+        saved = Weights(checkpoint)
+        missing = [name for name in self.selection.trained_parameters if name not in saved]
+        if missing and not is_sharded(self.args):
+            raise HFTError(
+                f"cannot resume from {checkpoint}: an earlier version of hft saved {missing[0]} there under another "
+                "name, which Trainer does not find; give another --output_dir, or --resume_from_checkpoint none"
+            )
 
     def _checksums(self, model: PreTrainedModel, names: list[str]) -> dict[str, str]:
         """Checksums of parameters or of their frozen elements as they are stored, in the first process."""

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hft.errors import HFTError
-from hft.model.weights import Weights, local_folder
 from hft.parts import checkpoint_name
 
 if TYPE_CHECKING:
@@ -28,16 +26,6 @@ def cast(
             wanted = dtypes.get(name, tensor.dtype)
             made[name] = tensor if tensor.dtype == wanted else tensor.to(wanted).cpu()
     return {key: made[keys.get(key, key)] for key in state}
-
-
-def check_stored_as_computed(base: str, revision: str | None, names: Iterable[str]) -> None:
-    """Refuse to save a part of a model whose files name its tensors otherwise than transformers computes with them."""
-    stored = Weights(local_folder(base, revision))
-    if missing := [name for name in names if name not in stored]:
-        raise HFTError(
-            f"{base} does not store {missing[0]} under that name (as mixtures of experts and GPT-NeoX do not), so what "
-            "trained could not be put back into it; leave out save_only_trained"
-        )
 
 
 def state_keys(model: PreTrainedModel, names: Iterable[str]) -> set[str]:

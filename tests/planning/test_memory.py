@@ -85,6 +85,7 @@ def test_tensors_that_train_in_part_take_what_their_plan_says(
     small(family).to(torch.bfloat16).save_pretrained(base)
     AutoTokenizer.from_pretrained(tiny).save_pretrained(base)
     keys = {"bf16": True, "model_name_or_path": str(base), "max_length": 64, "per_device_train_batch_size": 2}
+    keys |= {"global_batch_size": 2, "max_steps": 1}
     plan = plan_of(objective, tmp_path / "out", tiny, pairs if objective == "dpo" else data, method, **keys)
     trainer, gradients = make_trainer(plan), Gradients()
     trainer.add_callback(gradients)

@@ -1,5 +1,8 @@
 """Frozen elements of a partly frozen parameter stay as they are, bit for bit, whatever the optimizer does."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -14,7 +17,7 @@ from hft.record.manifest import Manifest
 from hft.record.verification import verify_tensors
 from hft.selection import Mask, SelectionConfig, select
 from hft.selection.masks import Masks
-from tests.conftest import error_of, identical, losses, tensors
+from tests.conftest import command, error_of, identical, losses, tensors
 from tests.model.test_architectures import config_of, small
 
 
@@ -28,13 +31,19 @@ def test_a_packed_mask_unpacks_to_itself_at_a_bit_a_scalar(shape):
     assert packed.digest() != Mask.of(~mask).digest()
 
 
-def test_random_elements_train_and_the_others_do_not(tmp_path, tiny, sft, capsys):
-    out = tmp_path / "out"
-    assert sft(out, "--weight_decay", "0.1", method="random-element") == 0
-    printed = capsys.readouterr().out
-    assert "28 tensors train in part" in printed
-    assert "28 of 28 tensors bit-identical" in printed
-    base, ours, masks = tensors(tiny), tensors(out / "checkpoint-4"), Masks(out)
+@pytest.fixture(scope="module")
+def elements(tmp_path_factory, tiny, data):
+    """A run of four steps in which a random half of each matrix's elements trained."""
+    out = tmp_path_factory.mktemp("elements") / "out"
+    assert main(command("sft", out, "--weight_decay", "0.1", method="random-element", model=tiny, data=data)) == 0
+    return out
+
+
+def test_random_elements_train_and_the_others_do_not(elements, tiny, capsys):
+    for out in (elements, elements / "checkpoint-4"):
+        assert main(["verify", str(out)]) == 0
+        assert "28 of 28 tensors bit-identical" in capsys.readouterr().out
+    base, ours, masks = tensors(tiny), tensors(out), Masks(out)
     assert masks.keys() == {name for name in base if "proj" in name}
     for name, mask in masks.items():
         frozen = mask.tensor()
@@ -44,9 +53,8 @@ def test_random_elements_train_and_the_others_do_not(tmp_path, tiny, sft, capsys
     assert Manifest.load(out).trainable_fraction["layers"] == pytest.approx(0.5, abs=2e-3)  # the norms train whole
 
 
-def test_verify_finds_a_frozen_scalar_that_moved_and_a_mask_that_was_changed(tmp_path, sft, capsys):
-    out = tmp_path / "out"
-    assert sft(out, method="random-element") == 0
+def test_verify_finds_a_frozen_scalar_that_moved_and_a_mask_that_was_changed(elements, tmp_path, sft, capsys):
+    out = shutil.copytree(elements, tmp_path / "out")
     name, mask = next(iter(Masks(out).items()))
     for where, status in ((mask.tensor(), 1), (~mask.tensor(), 0)):
         content = tensors(out)
@@ -68,19 +76,25 @@ def test_verify_finds_a_frozen_scalar_that_moved_and_a_mask_that_was_changed(tmp
     assert "is not the one that the manifest was written with" in error_of(capsys)
 
 
-def test_partly_frozen_runs_resume_exactly_and_refuse_other_masks(tmp_path, sft, capsys):
-    straight, cut = tmp_path / "straight", tmp_path / "cut"
-    flags = ["--lr_scheduler_type", "constant", "--save_steps", "10"]
-    assert sft(cut, *flags, "--max_steps", "10", method="random-element") == 0
-    (cut / "results.json").unlink()
-    capsys.readouterr()
-    assert sft(cut, "--selection_seed", "1", method="random-element") == 2
+def test_partly_frozen_runs_resume_exactly_and_refuse_other_masks_and_states(elements, tmp_path, sft, capsys):
+    out, flags = tmp_path / "out", ["--weight_decay", "0.1"]
+    manifest = shutil.copytree(elements / "checkpoint-2", out / "checkpoint-2") / "hft_manifest.json"
+    assert sft(out, *flags, "--selection_seed", "1", method="random-element") == 2
     assert "other settings (selection_seed 0 there, 1 here)" in error_of(capsys)
-    assert sft(straight, *flags, "--max_steps", "20", method="random-element") == 0
-    assert sft(cut, *flags, "--max_steps", "20", method="random-element") == 0
-    ours, theirs = tensors(cut), tensors(straight)
+    content = manifest.read_text()
+    manifest.write_text(json.dumps(json.loads(content) | {"compact": False}))
+    assert sft(out, *flags, method="random-element") == 2
+    assert "kept there the optimizer's state of whole tensors" in error_of(capsys)
+    manifest.write_text(content)
+    path, held = manifest.with_name("model.safetensors"), tensors(manifest.parent)
+    save_file({f"{name}.old" if "norm" in name else name: held[name] for name in held}, path)
+    assert sft(out, *flags, method="random-element") == 2
+    assert "model.layers.0.input_layernorm.weight there under another name" in error_of(capsys)
+    save_file(held, path)
+    assert sft(out, *flags, method="random-element") == 0
+    ours, theirs = tensors(out), tensors(elements)
     assert all(identical(ours[name], theirs[name]) for name in theirs)
-    assert losses(cut / "checkpoint-20") == losses(straight / "checkpoint-20")
+    assert losses(out / "checkpoint-4") == losses(elements / "checkpoint-4")
 
 
 def test_a_random_draw_of_scalars_is_the_same_on_any_machine():
