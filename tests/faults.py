@@ -171,13 +171,14 @@ class Moments:
         from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
         from transformers import Trainer
 
-        import hft.runs.train as runs
+        from hft.record import verification
 
         sys.addaudithook(self.audit)
         torch.save = self.writes(torch.save)
         safetensors.torch.serialize_file = self.writes(safetensors.torch.serialize_file)
         Trainer.training_step = self.before(Trainer.training_step, self.step_of)
         Trainer.evaluate = self.before(Trainer.evaluate, lambda trainer, *_: f"evaluate {trainer.state.global_step}")
-        runs.verify_folder = self.before(runs.verify_folder, lambda folder: f"verify {self.name_of(folder)}")
+        verified = verification.verify_folder
+        verification.verify_folder = self.before(verified, lambda folder: f"verify {self.name_of(folder)}")
         register_optimizer_step_pre_hook(lambda *_: self.at(f"optimizer {self.step}"))
         register_optimizer_step_post_hook(lambda *_: self.at(f"moved {self.step}"))
