@@ -205,7 +205,7 @@ def fake(folder: Path, table, row, number: int) -> dict[str, float]:
             rounds = ["start", *table.tasks]
             matrix = Matrix(table.tasks, ["accuracy"] * 8, rounds, [[1.0] * 8, *rows], counts=[9] * 8, about=about)
             matrix.save(folder)
-            matrix.scores_of_sequence("trace", f"org/{row.base}", "sha", None).save(folder)
+            matrix.totals(Scores("trace", f"org/{row.base}", "sha", "bfloat16"), None).save(folder)
         if row.label == "OP":
             return {str(t + 1): statistics.fmean(20.0 * t + task for task in range(t + 1)) for t in range(8)}
         if row.label == "BWT":

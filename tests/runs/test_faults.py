@@ -65,6 +65,7 @@ def test_a_read_only_file_system_is_named(tmp_path, monkeypatch, sft, capsys):
 @pytest.mark.parametrize("command", ["eval", "continual", "cpi", "diff"])
 @pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_ends_every_command_in_a_sentence(capsys, monkeypatch, command, number, status):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     module, _, function = COMMANDS[command][0].partition(":")
     monkeypatch.setattr(f"{module}.{function}", lambda words: signal.raise_signal(signal.Signals[number]))
     assert main([command, *(["--num_processes", "1"] if command != "diff" else [])]) == status
