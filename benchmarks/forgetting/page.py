@@ -31,7 +31,7 @@ COLUMNS = {
     "pairs.kl": ("KL on the pairs", "nats/token"),
 }
 OLD = ("rule.right", "people.right", "facts.right")
-# What learning an amount means, in words.
+# What learning an amount means, as a phrase.
 LEARNING = {
     "new.right": "answer {} of the new rows right",
     "new.loss": "have a loss of {} on the new rows",
@@ -154,7 +154,7 @@ def sentence(arm: str, pair: tuple[Rates, Rates], learned: str) -> str:
     its, seeds = curves(pair, learned, "kept")
     overall = estimate(equal_learning, *its) if its else Estimate(*[float("nan")] * 3)
     if not np.isfinite(overall.low):
-        return f"{arm} and fft cannot be compared at equal learning: there is no amount that both surely learned."
+        return f"{arm} and fft cannot be compared at equal learning: no amount was surely learned by both."
     found = at_the_most(*its, STEP[COLUMNS[learned][1]])
     told = verdict(found[1] if found else overall)
     says = f"{arm} is not told apart from fft" if told == "not told apart" else f"{arm} {told} than fft"
