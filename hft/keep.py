@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from hft.config import Keys, fill, option, read_arguments, to_yaml
 from hft.errors import HFTError
-from hft.evaluation.evaluate import check_installed, evaluate, resolved, spec_of
+from hft.evaluation.evaluate import check_installed, evaluate, resolved
+from hft.evaluation.rows import spec_of
 from hft.evaluation.subject import subject_of
 from hft.evaluation.suites import SUITES, Settings
 from hft.machine import indented, say

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 from hft.errors import HFTError
-from hft.evaluation.local import as_dataset
+from hft.evaluation.rows import as_dataset
 from hft.evaluation.suites import Benchmark
 from hft.methods.strategy import Row
 

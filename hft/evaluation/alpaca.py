@@ -9,7 +9,7 @@ from pathlib import Path
 from hft.errors import HFTError, reason
 from hft.evaluation.evaluate import resolved, unscored
 from hft.evaluation.generate import answers_to
-from hft.evaluation.local import read_rows
+from hft.evaluation.rows import read_rows
 from hft.evaluation.subject import load_tokenizer, subject_of
 from hft.evaluation.suites import Settings
 from hft.machine import is_main, say

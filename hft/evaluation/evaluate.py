@@ -15,17 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from hft import __version__
 from hft.errors import HFTError, reason
-from hft.evaluation.drawn import DRAWING_SEED, draw_examples, draw_rows
-from hft.evaluation.find import LM_EVAL, find_task
-from hft.evaluation.local import TASK_FOLDER, local_spec, on_rows
 from hft.evaluation.results import check_finite, count_truncated, read_results
-from hft.evaluation.rows import answer_rows, general_texts, held_out_rows, text_rows
+from hft.evaluation.rows import DRAWING_SEED, TASK_FOLDER, Spec, answer_rows, draw_examples, draw_rows, on_rows, spec_of
 from hft.evaluation.subject import Subject, load_tokenizer, subject_of
-from hft.evaluation.suites import PROTOCOLS, SUITES, Benchmark, Settings
+from hft.evaluation.suites import LM_EVAL, PROTOCOLS, SUITES, Benchmark, Settings, find_task
 from hft.machine import is_main, say
 from hft.record.identity import digest
 from hft.record.scores import Scores, save_rows
-from hft.runs.result import RESULTS_NAME
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -33,7 +29,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
     from transformers import PreTrainedTokenizerBase
 
-Spec = str | dict[str, Any]  # what lm-eval runs: the name of a task or group, or the config of one
 SEED = 1234  # lm-eval's default
 SCORED_WITH = ("lm_eval", "torch", "transformers", "datasets")
 # Settings that decide which benchmarks are run and how fast, not what comes out.
@@ -182,34 +177,6 @@ def _has_chat_format(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
     text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True)
     return text.removeprefix(tokenizer.bos_token or "") != "?"
-
-
-def spec_of(benchmark: Benchmark, subject: Subject, settings: Settings) -> Spec | None:
-    """What lm-eval runs, on our rows where they are not the task's; None if there are none."""
-    if benchmark.task in ("hft_drift", "hft_task", "hft_kl"):
-        rows = _rows_of_quick(benchmark.name, subject, settings)
-        return rows and on_rows({benchmark.task: {"test": rows}})
-    if settings.data is None:
-        return benchmark.task
-    spec = local_spec(benchmark, Path(settings.data))
-    if spec is None:
-        say(f"{benchmark.name} is skipped: {settings.data} has no rows of it")
-    return spec
-
-
-def _rows_of_quick(name: str, subject: Subject, settings: Settings) -> list[dict[str, Any]] | None:
-    if name == "drift":
-        return text_rows(general_texts(), load_tokenizer(subject.tokenizer))
-    run = Path(settings.task_data or subject.name)
-    if not (run / RESULTS_NAME).exists():
-        say(f"{name} is skipped: {run} is not a finished run with held-out rows; name one with --task_data")
-    elif name == "kl" and subject.base is None:
-        say(f"{name} is skipped: {subject.name} says no base; name it with --base")
-    elif settings.backend != "hf":
-        say(f"{name} is skipped: it scores token ids, which needs --backend hf")
-    else:
-        return answer_rows(held_out_rows(run), load_tokenizer(run))
-    return None
 
 
 @contextmanager

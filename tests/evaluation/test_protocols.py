@@ -15,8 +15,8 @@ from datasets import Dataset, DatasetDict
 from lm_eval.api.model import LM
 from transformers import AutoTokenizer
 
-from hft.evaluation.drawn import draw_rows
 from hft.evaluation.evaluate import Settings, evaluate
+from hft.evaluation.rows import draw_rows
 from tests.conftest import ROOT, write_jsonl
 
 ORIGINALS = {path.stem: json.loads(path.read_text()) for path in sorted(Path(__file__).parent.glob("originals/*.json"))}
