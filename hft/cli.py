@@ -37,7 +37,7 @@ COMMANDS = OBJECTIVE_COMMANDS | {
     "generate": ("hft.evaluation.generate:main", "answers of runs and their bases to the same prompts, side by side"),
     "compare": ("hft.reporting.compare:main", "what tells scored models apart on the same rows, and what does not"),
     "paper": ("hft.reporting.paper_command:paper", "print the paper's tables, their commands, and your scores"),
-    "report": ("hft.reporting.command:report", "compare runs: one HTML page, and Markdown with figures"),
+    "report": ("hft.reporting.sections:report", "compare runs: one HTML page, and Markdown with figures"),
     "push": ("hft.runs.push:main", "upload a finished run to the Hub once verify has passed"),
     "recipes": ("hft.catalog:main", "list the recipes and methods that come with hft, or copy one"),
     "schema": ("hft.schema:main", "print a JSON schema of recipes, for editors"),

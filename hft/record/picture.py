@@ -36,7 +36,9 @@ def plot_selection(selection: Selection, title: str = "", words: tuple[str, str]
     rows = range(len(first), len(first) + len(kinds) + 1)
     axes.pcolormesh(range(num_layers + 1), rows, table, **look)
     for row, name in [*enumerate(first), *enumerate(last, rows[-1])]:
-        axes.pcolormesh([0, num_layers], [row, row + 1], [[fraction_of(selection, name)]], **look)
+        mask = selection.frozen_masks.get(name)
+        fraction = float(name in selection.trained_parameters) if mask is None else 1 - mask.count() / mask.numel
+        axes.pcolormesh([0, num_layers], [row, row + 1], [[fraction]], **look)
     ticks = range(0, num_layers, every(num_layers))
     axes.set_xticks([tick + 0.5 for tick in ticks], [str(tick) for tick in ticks])
     axes.set_xlabel("layer")
@@ -76,11 +78,6 @@ def ends_of(anatomy: Anatomy) -> tuple[list[str], list[str]]:
 def label(name: str) -> str:
     """The module of a parameter, without those that it is in."""
     return name.split(".")[-2]
-
-
-def fraction_of(selection: Selection, name: str) -> float:
-    mask = selection.frozen_masks.get(name)
-    return float(name in selection.trained_parameters) if mask is None else 1 - mask.count() / mask.numel
 
 
 def every(num_layers: int) -> int:

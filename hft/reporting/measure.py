@@ -61,7 +61,6 @@ def conditions_of(scores: Scores, but: Collection[str] = ()) -> dict[str, Any]:
 
 
 def conditions_that_differ(first: Scores, other: Scores, but: Collection[str] = ()) -> list[str]:
-    """The conditions under which two scores were measured and that are not the same."""
     one, two = conditions_of(first, but), conditions_of(other, but)
     differ = sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))
     return [key if key in BY_DIGEST else f"{key} {one.get(key)} and {two.get(key)}" for key in differ]

@@ -141,11 +141,6 @@ def find_rows(table: PaperTable, model: str | None = None) -> list[PaperRow]:
     raise HFTError(f"table {table.name} has no rows of {model!r}, only of {', '.join(table.models)}")
 
 
-def rows_of_run(run: str) -> list[tuple[PaperTable, PaperRow]]:
-    """All rows of a run and of what is inside it, with their tables; `run` is the name of its folder."""
-    return [(table, row) for table in tables().values() for row in table.rows if (row.run or "").split("/")[0] == run]
-
-
 def papers_number(folder: Path, base: str, scores: Mapping[str, SuiteScores], keys: Sequence[Key]) -> float | None:
     """What the paper has for some scores of a run, by the names of its folder and of its pretrained model."""
     parts = parts_of(keys, scores)
@@ -153,10 +148,11 @@ def papers_number(folder: Path, base: str, scores: Mapping[str, SuiteScores], ke
         return None
     inside = f"{SEED_IN_NAME.sub('', folder.parent.name)}/{folder.name}"
     for name in (folder.name, SEED_IN_NAME.sub("", folder.name), inside):
-        for table, row in rows_of_run(name.split("/")[0]):
-            columns = [column for column in table.columns if table.keys(column) == tuple(keys)]
-            if columns and (row.run, row.base) == (name, base):
-                return row.values[table.columns.index(columns[0])]
+        for table in tables().values():
+            columns = [number for number, column in enumerate(table.columns) if table.keys(column) == tuple(keys)]
+            for row in table.rows if columns else ():
+                if (row.run, row.base) == (name, base):
+                    return row.values[columns[0]]
     return None
 
 

@@ -1,31 +1,70 @@
-"""What a report says: one section per way of comparing runs."""
+"""`hft report`: what it says, one section per way of comparing runs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import argparse
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from tqdm import tqdm
 
 from hft.config import read_yaml
+from hft.errors import HFTError
+from hft.machine import say
 from hft.planning.forecast import flops_to_fft
 from hft.record.scores import answers_of, scores_of
 from hft.reporting import figures
-from hft.reporting.collect import Collection, Group, LoadedRun, baseline_of, pretrained
+from hft.reporting.collect import Collection, Group, LoadedRun, baseline_of, collect, pretrained
 from hft.reporting.columns import DRIFT, FACTS, GENERAL, KL, KNOWLEDGE, MEASURES, TASK_LOSS, columns_of
 from hft.reporting.compare import Comparison, compare
 from hft.reporting.frontier import Estimate, curves_of, equal_learning, estimate, hypervolume
 from hft.reporting.measure import Column, mean_of, parts_of, summarize, unlike
-from hft.reporting.page import Cell, Drawing, Row, Section, Table
+from hft.reporting.page import Cell, Drawing, Row, Section, Table, write_report
 from hft.reporting.paper import papers_number
 
 FRONTIERS = ((TASK_LOSS, DRIFT), (TASK_LOSS, FACTS), (KL, DRIFT), (KL, FACTS), (GENERAL, KNOWLEDGE))
 ANSWERS = ("reference", "base_answer", "answer")  # keys of a row, in the order of their columns
 DRAWN_BLOCKS = ("attention", "mlp", "experts")  # Figure 4
 Parts = Iterator[Table | Drawing]  # of a section; those without rows or without a figure do not appear
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Compare runs, as one HTML page and as Markdown."""
+    parser = argparse.ArgumentParser(prog="hft report", description="Compare runs, as HTML and as Markdown.")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, reset, merge or scored model")
+    parser.add_argument("--out", default="report", help="folder for report.html, report.md and figures (%(default)s)")
+    parser.add_argument("--report_to", choices=("none", "wandb"), default="none", help="log the page (%(default)s)")
+    options = parser.parse_args(arguments)
+    out = Path(options.out)
+    if out.is_dir() and any(out.iterdir()) and not (out / "report.html").exists():
+        raise HFTError(f"{out} holds other files than a report; name another folder with --out")
+
+    found = collect(options.runs)
+    sections = make_sections(found)
+    counts = [(sum(len(group.runs) for group in found.groups), f"runs of {', '.join(found.models)}")]
+    counts += [(len(found.extras["matrix.json"]), "sequences of tasks")]
+    paths = write_report(", ".join(f"{count} {what}" for count, what in counts if count), sections, out)
+    if options.report_to != "none":
+        tables = [table for section in sections for table in section.tables]
+        say(log_report(out, {name: value for table in tables for name, value in table.numbers.items()}))
+    say(*paths)
+    return 0
+
+
+def log_report(out: Path, numbers: dict[str, float]) -> str:
+    """Log a report's page to wandb, numbers as its summary and the folder as an artifact, and say where."""
+    import wandb
+
+    from hft.runs.tracking import finish, open_run, upload
+
+    run, where = open_run(name=out.resolve().name, job_type="report")
+    run.log({"report": wandb.Html((out / "report.html").read_text(encoding="utf-8"), inject=False)})
+    run.summary.update(numbers)
+    upload(out, kind="report")
+    finish()
+    return where
 
 
 def make_sections(found: Collection) -> list[Section]:
@@ -209,15 +248,12 @@ def sequences(found: Collection) -> Parts:
         yield Drawing(f"{name}: scores by round", figures.heatmap(matrix))
         yield Drawing(f"{name}: each task over the rounds", figures.task_curves(matrix))
         if matrix["op"]:
-            rows.append([name, *(last_cell(matrix, key) for key in ("op", "bwt"))])
+            folder, row = matrix["folder"], [name]
+            for key in ("op", "bwt"):
+                paper = papers_number(folder, pretrained(folder), scores_of(folder), (("trace", key, key),))
+                row.append(Cell(f"{matrix[key][-1]:.1f}", {} if paper is None else {f"paper {paper:.1f}": ""}))
+            rows.append(row)
     yield Table("After the last round, in %", ["", "OP", "BWT"], rows)
-
-
-def last_cell(matrix: Mapping[str, Any], key: str) -> Cell:
-    """OP or BWT after the last round, and the paper's if the sequence is one of the paper's and whole."""
-    folder = matrix["folder"]
-    paper = papers_number(folder, pretrained(folder), scores_of(folder), (("trace", key, key),))
-    return Cell(f"{matrix[key][-1]:.1f}", {} if paper is None else {f"paper {paper:.1f}": ""})
 
 
 def answers(found: Collection) -> Parts:

@@ -15,7 +15,7 @@ from hft.evaluation.suites import PROTOCOLS, SUITES
 from hft.record.scores import Score, Scores
 from hft.reporting.collect import collect
 from hft.reporting.columns import columns_of as scored_columns
-from hft.reporting.paper import find_table, measure_row, read_bases, rows_of_run, tables
+from hft.reporting.paper import find_table, measure_row, read_bases, tables
 from hft.reporting.sections import scores as score_tables
 from hft.reporting.sections import sequences
 from tests.conftest import error_of
@@ -332,7 +332,7 @@ def test_scores_that_cannot_be_read_are_an_error(runs):
     (runs / "llama2-7b-sft-fft/scores/knowledge/nq_open.json").write_text("{")
     table = find_table("2")
     with pytest.raises(HFTError, match=r"nq_open\.json holds no valid scores"):
-        measure_row(table, rows_of_run("llama2-7b-sft-fft")[1][1], runs)
+        measure_row(table, next(row for row in table.rows if row.run == "llama2-7b-sft-fft"), runs)
 
 
 def test_the_readme_of_the_recipes_is_up_to_date(tmp_path):
