@@ -4,8 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hft.reporting.paper import PaperRow, PaperTable, read_runs, rows_of_run
-from hft.reporting.paper_command import numbers, one_after_another
+from hft.reporting.paper import PaperRow, PaperTable, numbers, one_after_another, read_runs, tables
 from hft.text import markdown
 
 # Between these lines of the file stands what is made here.
@@ -22,11 +21,12 @@ def update(path: Path) -> None:
 def all_runs() -> str:
     """For each model a Markdown table of its runs: commands, the paper's numbers, and in which tables."""
     runs, parts = read_runs(), []
+    all_rows = [(t, row) for name, t in tables().items() if not name.startswith("figure") for row in t.rows if row.run]
     for model in dict.fromkeys(model for model, _ in runs.values()):
         rows = [["command", "the paper", "tables"]]
         for run, (owner, commands) in runs.items():
             if owner == model:
-                found = [(table, row) for table, row in rows_of_run(run) if not table.name.startswith("figure")]
+                found = [(table, row) for table, row in all_rows if row.run.split("/")[0] == run]
                 names = dict.fromkeys(table.name for table, _ in found)
                 rows.append([one_after_another(commands), "; ".join(headlines(found)), ", ".join(names)])
         parts.append(f"### {model}\n\n{markdown(rows)}")

@@ -1,7 +1,5 @@
 """`hft keep`: how far to go from a base to what was tuned from it, by a budget for what may be lost on the way."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -87,7 +85,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def limits_of(budget: Sequence[str]) -> dict[str, float]:
-    """The most that may be lost, by name."""
     try:
         most = {name: float(number) for name, _, number in (word.partition("=") for word in budget)}
     except ValueError:

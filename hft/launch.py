@@ -81,7 +81,7 @@ def default_engine(words: Sequence[str], gpus: int) -> str:
 
 
 def check(processes: int, engine: str, gpus: int, options: argparse.Namespace) -> None:
-    """Refuse what a launcher would run into a minute later, or hang on."""
+    """Refuse what a launcher would fail at a minute later, or wait for forever."""
     here, left = divmod(processes, options.num_machines)
     if here < 1 or left:
         raise HFTError(f"--num_processes {processes} must be a multiple of --num_machines {options.num_machines}")

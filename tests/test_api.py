@@ -146,7 +146,7 @@ def test_importing_hft_loads_no_torch():
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        ("hft.reporting.paper_command", {"torch", "transformers", "trl", "datasets", "matplotlib", "jinja2"}),
+        ("hft.reporting.paper", {"torch", "transformers", "trl", "datasets", "matplotlib", "jinja2"}),
         ("hft.record.verification", {"trl", "datasets", "matplotlib", "peft"}),
         ("hft.merging.reset, hft.merging.merge, hft.merging.diff", {"trl", "datasets", "matplotlib"}),
     ],

@@ -1,7 +1,5 @@
 """AlpacaEval 2: a model's answers in alpaca-eval's form, and what its judge said of them."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

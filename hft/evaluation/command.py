@@ -77,7 +77,6 @@ def _score(model: str, suite: str, settings: Settings) -> None:
 
 
 def scores_text(scores: Scores) -> str:
-    """The scores in columns."""
     rows = []
     for one in scores.scores:
         error = "" if one.stderr is None else f"+- {one.stderr:.3f}"

@@ -1,26 +1,20 @@
 """lm-eval's engines, and what they decode, render and measure differently here."""
 
-from __future__ import annotations
-
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from lm_eval.api import registry
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from torch.nn.functional import kl_div
 from tqdm import tqdm
 
 from hft.errors import HFTError, reason
+from hft.evaluation.subject import Subject
+from hft.evaluation.suites import Settings
 from hft.model.load import plain_generation
-
-if TYPE_CHECKING:
-    from lm_eval.api.model import LM
-
-    from hft.evaluation.subject import Subject
-    from hft.evaluation.suites import Settings
 
 
 class Reader(HFLM):

@@ -104,7 +104,6 @@ def answers_to(
 
 
 def _questions(asked: GenerateCommand, run: str) -> tuple[list[Chat], list[str | None]]:
-    """What to ask, and the reference answers where they are known."""
     if asked.prompt:
         return [[{"role": "user", "content": prompt}] for prompt in asked.prompt], [None] * len(asked.prompt)
     if not Path(run, RESULTS_NAME).exists():

@@ -53,7 +53,6 @@ def subject_of(model: str, base: str | None = None) -> Subject:
 
 
 def _identity(name: str, folder: Path) -> dict[str, str]:
-    """The digests of a model's files, or the commit on the Hub."""
     return digests_of(folder) if Path(name).is_dir() else {"commit": folder.name}
 
 

@@ -79,7 +79,7 @@ def find_task(word: str) -> Benchmark:
     path, colon, metric = word.partition(":")
     if path.endswith((".yaml", ".yml")):
         if not Path(path).is_file():
-            raise HFTError(f"there is no task file {path}")
+            raise HFTError(f"task file {path} does not exist")
         name = Path(path).stem + colon + metric
         groups = re.findall(r"^group: *(\S+)", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
         folders = (str(Path(path).parent.resolve()),) if groups else ()  # where lm-eval finds its members

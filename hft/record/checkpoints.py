@@ -22,11 +22,6 @@ def is_checkpoint(folder: Path, out: str | Path) -> bool:
     return folder.parent == Path(out) and CHECKPOINT.fullmatch(folder.name) is not None
 
 
-def zero3_parts(checkpoint: str | Path) -> list[Path]:
-    """The optimizer states in a checkpoint of ZeRO-3, one of each process that saved it."""
-    return list(Path(checkpoint).glob("global_step*/*optim_states.pt"))
-
-
 def last_checkpoint(folder: str | Path) -> str | None:
     """The last complete checkpoint in a folder, or None; one without the trainer's state, the last file, is cut off."""
     for checkpoint in reversed(checkpoints(folder)):

@@ -76,12 +76,10 @@ def ends_of(anatomy: Anatomy) -> tuple[list[str], list[str]]:
 
 
 def label(name: str) -> str:
-    """The module of a parameter, without those that it is in."""
     return name.split(".")[-2]
 
 
 def every(num_layers: int) -> int:
-    """At how many layers there is a label."""
     return 1 if num_layers <= 8 else 4 if num_layers <= 40 else 8
 
 

@@ -1,7 +1,5 @@
 """`hft verify`: proof that what a manifest calls frozen is bit-identical to the base, and all parameters are listed."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence

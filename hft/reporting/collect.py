@@ -169,7 +169,7 @@ def read_run(folder: Path) -> LoadedRun | None:
 
 
 def run_config(folder: Path) -> dict[str, Any]:
-    """The config of a run, or what the runs of a sequence have in common; empty if there is none."""
+    """The config of a run, or what the runs of a sequence have in common; empty without one."""
     from hft.runs.config import read_saved_config  # torch, which `hft paper` does without
 
     found = (folder / name for name in (CONFIG_NAME, SEQUENCE_CONFIG) if (folder / name).exists())

@@ -1,7 +1,5 @@
 """`hft compare`: what tells models apart that answered the same rows, and what does not."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from hft.machine import say
 from hft.reporting.collect import Group, LoadedRun, collect
 from hft.reporting.columns import columns_of
 from hft.reporting.measure import CHOOSE_ROWS, Column, Key, conditions_that_differ, parts_of
-from hft.reporting.paired import Difference, difference
+from hft.reporting.statistics import Curve, Difference, difference
 from hft.text import aligned
 
 
@@ -86,12 +84,37 @@ def values_of(runs: Sequence[LoadedRun], key: Key) -> tuple[np.ndarray, int] | s
     return shared.to_numpy().T, len(values)
 
 
+def curves_of(groups: Sequence[Group], x: Column, y: Column) -> dict[str, Curve] | str:
+    """The curve of each arm, in what it has more than the base on the same rows; a sentence if that cannot be said.
+
+    The columns are of one score each. None is drawn unless there are two arms, one of them with two learning rates. Of
+    groups with more seeds than others the first are taken.
+    """
+    placed = [group for group in groups if group.first.learning_rate and group.measure(x) and group.measure(y)]
+    arms = [group.arm for group in placed]
+    if len(set(arms)) in (0, 1, len(arms)):
+        return {}
+    base = next((group.first for group in groups if group.first.method == "base" and group.measure(x)), None)
+    if base is None:
+        return "the base is what frontiers are measured from: score it too, and give it to the report"
+    seeds = min(len(group.runs) for group in placed)
+    runs = [run for group in placed for run in sorted(group.runs, key=lambda run: str(run.order))[:seeds]]
+    cubes = []
+    for column in (x, y):
+        found = values_of([base, *runs], column.keys[0])
+        if found is None or isinstance(found, str):
+            return found or {}
+        more = (found[0][1:] - found[0][0]) * (1 if column.higher_is_better else -1)
+        cubes.append(more.reshape(len(placed), seeds, -1))
+    return {arm: Curve(*(cube[[one == arm for one in arms]] for cube in cubes)) for arm in dict.fromkeys(arms)}
+
+
 def main(arguments: Sequence[str]) -> int:
     """Compare scored models with the first one; runs that differ only in their seeds count as one."""
     parser = argparse.ArgumentParser(
         prog="hft compare",
         description="Compare models that answered the same rows with the first one: paired differences with their 95% "
-        "intervals over rows and seeds. Runs that differ only in their seeds are one group, unless there is no other. "
+        "intervals over rows and seeds. Runs that differ only in their seeds are one group, unless all do. "
         "gained/lost are rows that went up and down, of right and wrong answers; p is then McNemar's, otherwise that "
         "of a paired t-test.",
     )
@@ -106,7 +129,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def said(columns: Iterable[Column], first: Group, other: Group, names: Sequence[str]) -> list[str]:
-    """A table of two groups, whose names are given, with a sentence per column."""
     found = [(column, compare(first, other, column)) for column in columns]
     numbers = [one for _, one in found if isinstance(one, Comparison)]
     reasons = [f"{column.name}: no difference, {one}" for column, one in found if isinstance(one, str)]

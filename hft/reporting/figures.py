@@ -1,18 +1,17 @@
 """Figures of a report, by matplotlib, as SVG on white."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import pi
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -23,9 +22,6 @@ from hft.objectives import OBJECTIVES, find_objective
 from hft.record.palette import COLORS, DASHES, FAINT, INK, MARKERS, OWN, TRAINED, style_of
 from hft.reporting.collect import Group, LoadedRun, rate_text
 from hft.reporting.measure import Column, Measured
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 WIDTH = 4.6  # inches, so that 9 points are readable on a phone
 # For matplotlib's `rc_context`.

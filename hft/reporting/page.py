@@ -1,23 +1,18 @@
 """A report as one HTML page and as Markdown with its figures."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from hft.reporting.figures import to_svg
 from hft.text import escaped
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,31 @@
-"""The tables of the HFT paper and of CPI-FT as data, from `paper/*.yaml`, and what our runs scored in them."""
+"""`hft paper`: the tables of the HFT paper and of CPI-FT, from `paper/*.yaml`, with what our runs scored in them."""
 
+import argparse
 import functools
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
 from hft.config import read_yaml
 from hft.errors import HFTError, did_you_mean
 from hft.evaluation.suites import PROTOCOLS
+from hft.machine import say
 from hft.record.scores import Scores, SuiteScores, scores_of
 from hft.reporting.collect import EXTRAS, SEED_IN_NAME, pretrained, read_json
 from hft.reporting.measure import Key, Measured, measure, parts_of, summarize
+from hft.text import aligned, markdown
 
 DATA = Path(__file__).with_name("paper")
 MATRIX = "matrix.json"  # of a sequence of tasks
 ROUNDS = tuple(map(str, range(1, 9)))  # of TRACE
+read_once = functools.cache(read_yaml)
+
+# Of each row what we measured, by column.
+Ours = Sequence[dict[str, Measured]]
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ def row_of(entry: dict[str, Any]) -> PaperRow:
     run = entry.get("run")
     model, commands = read_runs()[run] if run else (entry["model"], ())
     cached = re.fullmatch(r"models--.+--(.+)", run or "")  # a model of the Hub as it is
-    base = cached[1] if cached else read_bases().get(model, "")
+    base = cached[1] if cached else read_once(DATA / "bases.yaml").get(model, "")
     folder = f"{run}/{entry['inside']}" if "inside" in entry else run
     return PaperRow(entry["row"], model, base, tuple(entry["values"]), folder, commands, entry.get("note"))
 
@@ -123,22 +131,11 @@ def read_runs() -> dict[str, tuple[str, tuple[str, ...]]]:
     return {run: (model, (made,) if isinstance(made, str) else tuple(made)) for model, run, made in pairs}
 
 
-@functools.cache
-def read_bases() -> dict[str, str]:
-    return read_yaml(DATA / "bases.yaml")
-
-
 def find_table(name: str) -> PaperTable:
     if name in tables():
         return tables()[name]
     hint = did_you_mean(name.lower().removeprefix("table").strip(" -"), tables(), ";")
     raise HFTError(f"unknown table {name!r}{hint} `hft paper` lists all")
-
-
-def find_rows(table: PaperTable, model: str | None = None) -> list[PaperRow]:
-    if rows := [row for row in table.rows if model in (None, row.model)]:
-        return rows
-    raise HFTError(f"table {table.name} has no rows of {model!r}, only of {', '.join(table.models)}")
 
 
 def papers_number(folder: Path, base: str, scores: Mapping[str, SuiteScores], keys: Sequence[Key]) -> float | None:
@@ -204,3 +201,92 @@ def folders_of(table: PaperTable, row: PaperRow, runs: Path) -> list[Path]:
     seeds = [other for other in near if not SEED_IN_NAME.sub("", other.removeprefix(name))]
     taken = {other.run for other in table.rows}
     return [runs / row.run, *(runs / seed / inside for seed in seeds if str(Path(seed, inside)) not in taken)]
+
+
+def paper(arguments: Sequence[str]) -> int:
+    description = "Print a table of the paper: commands, the paper's numbers, and what your runs scored."
+    parser = argparse.ArgumentParser(prog="hft paper", description=description)
+    parser.add_argument("table", metavar="TABLE", nargs="?", help="such as 5, figure-1 or cpi-1; without it, a list")
+    parser.add_argument("--model", help="only the rows of this model, such as llama2-7b")
+    parser.add_argument("--runs", default="runs", help="the folder with your runs (default: runs)")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    options = parser.parse_args(arguments)
+    if not options.table:
+        print(aligned([(name, f"{table.title} [{', '.join(table.models)}]") for name, table in tables().items()], 2))
+        return 0
+    table = find_table(options.table)
+    rows = [row for row in table.rows if options.model in (None, row.model)]
+    if not rows:
+        raise HFTError(f"table {table.name} has no rows of {options.model!r}, only of {', '.join(table.models)}")
+    ours, reasons = zip(*(measure_row(table, row, options.runs) for row in rows), strict=True)
+    print(as_markdown(table, rows, ours) if options.markdown else as_text(table, rows, ours))
+    say(*dict.fromkeys(why for said in reasons for why in said))
+    return 0
+
+
+def as_text(table: PaperTable, rows: Sequence[PaperRow], ours: Ours) -> str:
+    """Some rows of a table in aligned columns below their commands: the paper's numbers, and ours if there are any."""
+    lines: list[Sequence[str] | str] = [table.heading, "", ["", *table.columns]]
+    usual = usual_conditions(ours)
+    for commands, group in groupby(zip(rows, ours, strict=True), key=lambda pair: pair[0].commands):
+        lines += ["", *(commands or ["no command of ours:"])]
+        for row, mine in group:
+            lines += [[f"  {name}", *cells] for name, cells in numbers(table, row, mine, usual).items()]
+            lines += [f"    note: {row.note}"] if row.note else []
+    return "\n".join([aligned(lines), "", *(textwrap.fill(note, 120) for note in remarks(table, ours))]).rstrip()
+
+
+def as_markdown(table: PaperTable, rows: Sequence[PaperRow], ours: Ours) -> str:
+    lines, usual = [["", "command", *table.columns]], usual_conditions(ours)
+    for row, mine in zip(rows, ours, strict=True):
+        commands = [one_after_another(row.commands), ""]
+        lines += [[name, commands.pop(0), *cells] for name, cells in numbers(table, row, mine, usual).items()]
+    notes = [f"{row.label}: {row.note}" for row in rows if row.note] + remarks(table, ours)
+    return "\n".join([f"**{table.heading}**", "", markdown(lines), "", *(f"- {note}" for note in notes)]).rstrip()
+
+
+def one_after_another(commands: Sequence[str]) -> str:
+    return ", then ".join(f"`{command}`" for command in commands)
+
+
+def numbers(
+    table: PaperTable, row: PaperRow, mine: dict[str, Measured], usual: Mapping[str, Any]
+) -> dict[str, list[str]]:
+    """The lines of a row: the paper's numbers, and ours if there are any, marked unless under the usual conditions."""
+    digits = table.digits
+    lines = {row.label: ["-" if v is None else f"{v:.{d}f}" for v, d in zip(row.values, digits, strict=True)]}
+    if mine:
+        counts = sorted({one.n for one in mine.values()})
+        several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+        pairs = [(mine.get(column), d) for column, d in zip(table.columns, digits, strict=True)]
+        cells = lines[f"ours, n = {several}"] = []
+        for one, d in pairs:
+            spread = "" if one is None or one.spread is None else f"±{one.spread:.{d}f}"
+            cells.append(f"{one.value:.{d}f}{spread}{'*' if unusual(one, usual) else ''}" if one else "")
+    return lines
+
+
+def usual_conditions(ours: Ours) -> Mapping[str, Any]:
+    """Those of most of our numbers that are by the benchmark's own settings."""
+    found = [one.conditions for mine in ours for one in mine.values() if not one.shortened]
+    return max(found, key=found.count, default={})
+
+
+def unusual(one: Measured, usual: Mapping[str, Any]) -> list[str]:
+    differ = [key for key in one.conditions.keys() & usual.keys() if one.conditions[key] != usual[key]]
+    return sorted({*one.shortened, *(f"{key} {one.conditions[key]}" for key in differ)})
+
+
+def remarks(table: PaperTable, ours: Ours) -> list[str]:
+    if any(ours):
+        mine = ["ours: mean ± standard deviation over n runs that differ in their seed; ± standard error where n = 1"]
+        usual = usual_conditions(ours)
+        if others := sorted({what for row in ours for one in row.values() for what in unusual(one, usual)}):
+            mine.append(f"* scored under other conditions than the benchmark's or most of ours: {', '.join(others)}")
+    else:
+        code = {suite for suite, _, metric in table.scores.values() if metric.startswith("pass@")}
+        suites = dict.fromkeys(suite for suite, *_ in table.scores.values() if suite != "trace")  # scored as it runs
+        flags = [f"--suite {suite}{' --allow_code' if suite in code else ''}" for suite in suites]
+        score = " and ".join(f"`hft eval RUN {flag}`" for flag in flags)
+        mine = [f"None of these runs is scored yet; to score one: {score}."] if score else []
+    return [*table.notes, *mine]

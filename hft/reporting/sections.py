@@ -18,11 +18,11 @@ from hft.record.scores import answers_of, scores_of
 from hft.reporting import figures
 from hft.reporting.collect import Collection, Group, LoadedRun, baseline_of, collect, pretrained
 from hft.reporting.columns import DRIFT, FACTS, GENERAL, KL, KNOWLEDGE, MEASURES, TASK_LOSS, columns_of
-from hft.reporting.compare import Comparison, compare
-from hft.reporting.frontier import Estimate, curves_of, equal_learning, estimate, hypervolume
+from hft.reporting.compare import Comparison, compare, curves_of
 from hft.reporting.measure import Column, mean_of, parts_of, summarize, unlike
 from hft.reporting.page import Cell, Drawing, Row, Section, Table, write_report
 from hft.reporting.paper import papers_number
+from hft.reporting.statistics import Estimate, equal_learning, estimate, hypervolume
 
 FRONTIERS = ((TASK_LOSS, DRIFT), (TASK_LOSS, FACTS), (KL, DRIFT), (KL, FACTS), (GENERAL, KNOWLEDGE))
 ANSWERS = ("reference", "base_answer", "answer")  # keys of a row, in the order of their columns
@@ -141,7 +141,6 @@ def scores(found: Collection) -> Parts:
 
 
 def heading(column: Column, groups: Sequence[Group]) -> Cell:
-    """Of a column: metric and unit, direction, and rows."""
     lines = [column.unit, *([] if column.higher_is_better else ["lower is better"])]
     if len(column.keys) == 1:
         lines[0] = f"{column.keys[0][2]}, {column.unit}"

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from hft.errors import HFTError
 from hft.machine import is_sharded, is_zero3
-from hft.record.checkpoints import checkpoints, last_checkpoint, zero3_parts
+from hft.record.checkpoints import checkpoints, last_checkpoint
 from hft.record.identity import check_same_run, differences
 from hft.record.manifest import MANIFEST_NAME, Manifest
 from hft.record.verification import check_base
@@ -94,7 +94,7 @@ def replaced(out: Path, resumed: str | None) -> list[Path]:
 
 def check_complete(checkpoint: Path, args: TrainingArguments) -> None:
     """Refuse a checkpoint without states, or with another engine's: Trainer would silently start them again."""
-    parts = zero3_parts(checkpoint)
+    parts = list(checkpoint.glob("global_step*/*optim_states.pt"))  # of ZeRO-3, one of each process that saved it
     states = {
         "ddp": (checkpoint / "optimizer.pt").exists(),
         "fsdp2": any((checkpoint / name).exists() for name in ("optimizer.bin", "optimizer_0")),

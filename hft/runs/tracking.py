@@ -52,18 +52,10 @@ class WandbRun(WandbCallback):
 
 @contextmanager
 def tracked(trainer: ManifestMixin, plan: RunPlan) -> Iterator[None]:
-    """A wandb run around a training run; it ends as failed if the training raises."""
-    say(start(trainer, plan), "")
-    try:
-        yield
-    except BaseException:
-        finish(exit_code=1)
-        raise
-    finish()
+    """A wandb run around a training run, new or resumed; it ends as failed if the training raises.
 
-
-def start(trainer: ManifestMixin, plan: RunPlan) -> str:
-    """Start a wandb run, or resume it: by model and objective a group, by method a job type; wandb's variables win."""
+    By model and objective it has a group, by method a job type; wandb's variables win.
+    """
     record, config, checkpoint, known = plan.out / WANDB_NAME, plan.config, plan.start.resume_from, {}
     if checkpoint and record.exists() and Path(checkpoint).resolve().parent == plan.out.resolve():
         known = json.loads(record.read_text()) | {"resume": "allow"}
@@ -81,7 +73,13 @@ def start(trainer: ManifestMixin, plan: RunPlan) -> str:
         log_picture("selection", plan.out)
     trainer.remove_callback(WandbCallback)
     trainer.add_callback(WandbRun())
-    return where
+    say(where, "")
+    try:
+        yield
+    except BaseException:
+        finish(exit_code=1)
+        raise
+    finish()
 
 
 def open_run(**settings: Any) -> tuple[wandb.Run, str]:

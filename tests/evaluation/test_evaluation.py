@@ -302,7 +302,7 @@ def test_another_backend_gets_the_model_and_its_own_arguments(tiny, rows_of_ours
             "suite quick has no gsm8k, only facts, drift, task, kl; without --suite ",
         ),
         (["TINY", "--tasks", "arc_eazy"], "lm-eval has no task 'arc_eazy', did you mean 'arc_easy'?"),
-        (["TINY", "--tasks", "mine.yaml"], "there is no task file mine.yaml"),
+        (["TINY", "--tasks", "mine.yaml"], "task file mine.yaml does not exist"),
         (
             ["TINY", "--suite", "knowledge", "--tasks", "triviaqa", "--data", "BAD"],
             "triviaqa.jsonl is not JSON Lines: line 2: ",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hft.cli import main
+from hft.config import read_yaml
 from hft.continual.matrix import Matrix
 from hft.errors import HFTError
 from hft.evaluation.alpaca import ALPACA, COLUMNS, TASK
@@ -15,7 +16,7 @@ from hft.evaluation.suites import PROTOCOLS, SUITES
 from hft.record.scores import Score, Scores
 from hft.reporting.collect import collect
 from hft.reporting.columns import columns_of as scored_columns
-from hft.reporting.paper import find_table, measure_row, read_bases, tables
+from hft.reporting.paper import DATA, find_table, measure_row, tables
 from hft.reporting.sections import scores as score_tables
 from hft.reporting.sections import sequences
 from tests.conftest import error_of
@@ -298,7 +299,7 @@ def test_a_mean_is_over_like_scores_only(tmp_path, capsys):
 
 
 def test_the_bases_are_those_of_the_recipes():
-    for model, base in read_bases().items():
+    for model, base in read_yaml(DATA / "bases.yaml").items():
         found = {
             re.search(r"^model_name_or_path: *(\S+)", p.read_text(), re.M)[1]
             for p in Path("recipes", model).glob("*.yaml")

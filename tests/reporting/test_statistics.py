@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hft.reporting import frontier
-from hft.reporting.frontier import Curve, equal_learning, estimate, hypervolume
-from hft.reporting.paired import difference
+from hft.reporting import statistics
+from hft.reporting.statistics import Curve, difference, equal_learning, estimate, hypervolume
 
 
 def test_one_seed_is_the_paired_t_test():
@@ -79,7 +78,7 @@ def test_area_and_equal_learning_by_hand():
 
 
 def test_the_interval_at_equal_learning_covers_the_truth(monkeypatch):
-    monkeypatch.setattr(frontier, "DRAWS", 300)
+    monkeypatch.setattr(statistics, "DRAWS", 300)
     generator = np.random.default_rng(3)
 
     def curve(shift):

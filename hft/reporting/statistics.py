@@ -1,19 +1,76 @@
-"""What methods keep beside what they learn: frontiers over learning rates, and keeping at equal learning."""
-
-from __future__ import annotations
+"""Differences on the same rows with their noise over rows and seeds, and what is kept beside what is learned."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
-from hft.reporting.collect import Group
-from hft.reporting.compare import values_of
-from hft.reporting.measure import Column
-from hft.reporting.paired import CONFIDENCE
+CONFIDENCE, POWER = 0.95, 0.8
+DRAWS = 1000  # of an interval over resampled rows and seeds
 
-DRAWS = 1000
+
+@dataclass(frozen=True)
+class Difference:
+    """How much more one model, or group of models that differ in seed, has than another, on the same rows."""
+
+    before: float  # means, in the metric's unit
+    after: float
+    se: float  # of their difference, over rows and seeds
+    df: float  # of the t distribution that the interval is made from
+    rows: int
+    seeds: tuple[int, int]
+    p: float  # of a difference at least as large if there were none
+    gained: int | None = None  # rows that went up; None unless each has one of two values, such as right or wrong
+    lost: int | None = None
+
+    @property
+    def mean(self) -> float:
+        return self.after - self.before
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """At 95% confidence."""
+        return stats.t.interval(CONFIDENCE, self.df, self.mean, self.se) if self.se else (self.mean, self.mean)
+
+    @property
+    def detectable(self) -> float:
+        """The difference that these rows and seeds show in 80% of experiments."""
+        return (stats.t.ppf((1 + CONFIDENCE) / 2, self.df) + stats.t.ppf(POWER, self.df)) * self.se
+
+    @property
+    def told_apart(self) -> bool:
+        return self.p < 1 - CONFIDENCE
+
+
+def difference(before: Sequence[np.ndarray], after: Sequence[np.ndarray], *, matched: bool = False) -> Difference:
+    """Compare two groups of models on the rows of a task, or on the mean of several tasks.
+
+    The variance is that of the mean over rows plus that of the mean over seeds, so that neither more rows nor more
+    seeds alone makes a difference sure. It counts their interaction twice, on the safe side; what the pigeonhole
+    bootstrap (Owen 2007, arXiv 0712.1111) resamples has the same variance. The degrees of freedom are Satterthwaite's.
+    With one seed per group this is the paired t-test, and for right and wrong answers `p` is McNemar's exact test.
+
+    Args:
+        before, after: for each task the values, of shape (seeds, rows). Rows of tasks are independent, seeds shared.
+        matched: seed i of one group saw the same batches as seed i of the other, so that seeds are paired too.
+    """
+    by_row = [new.mean(0) - old.mean(0) for old, new in zip(before, after, strict=True)]
+    models = [np.mean([task.mean(1) for task in group], axis=0) for group in (before, after)]
+    per_seed = [models[1] - models[0]] if matched else models
+    parts = [(row.var(ddof=1) / len(row) / len(by_row) ** 2, len(row) - 1) for row in by_row]
+    parts += [(values.var(ddof=1) / len(values), len(values) - 1) for values in per_seed if len(values) > 1]
+    variance = sum(part for part, _ in parts)
+    df = variance**2 / sum(part**2 / degrees for part, degrees in parts) if variance else parts[0][1]
+    means, se = [model.mean() for model in models], variance**0.5
+    seeds = len(models[0]), len(models[1])
+    p = 2 * stats.t.sf(abs(means[1] - means[0]) / se, df) if se else float(means[1] == means[0])
+    gained = lost = None
+    if len(by_row) == 1 and seeds == (1, 1) and len(np.unique([before[0], after[0]])) <= 2:
+        gained, lost = int((by_row[0] > 0).sum()), int((by_row[0] < 0).sum())
+        p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    return Difference(*means, se, df, sum(map(len, by_row)), seeds, p, gained, lost)
 
 
 @dataclass(frozen=True)
@@ -45,31 +102,6 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
-
-
-def curves_of(groups: Sequence[Group], x: Column, y: Column) -> dict[str, Curve] | str:
-    """The curve of each arm, in what it has more than the base on the same rows; a sentence if that cannot be said.
-
-    The columns are of one score each. None is drawn unless there are two arms, one of them with two learning rates. Of
-    groups with more seeds than others the first are taken.
-    """
-    placed = [group for group in groups if group.first.learning_rate and group.measure(x) and group.measure(y)]
-    arms = [group.arm for group in placed]
-    if len(set(arms)) in (0, 1, len(arms)):
-        return {}
-    base = next((group.first for group in groups if group.first.method == "base" and group.measure(x)), None)
-    if base is None:
-        return "the base is what frontiers are measured from: score it too, and give it to the report"
-    seeds = min(len(group.runs) for group in placed)
-    runs = [run for group in placed for run in sorted(group.runs, key=lambda run: str(run.order))[:seeds]]
-    cubes = []
-    for column in (x, y):
-        found = values_of([base, *runs], column.keys[0])
-        if found is None or isinstance(found, str):
-            return found or {}
-        more = (found[0][1:] - found[0][0]) * (1 if column.higher_is_better else -1)
-        cubes.append(more.reshape(len(placed), seeds, -1))
-    return {arm: Curve(*(cube[[one == arm for one in arms]] for cube in cubes)) for arm in dict.fromkeys(arms)}
 
 
 def frontier(points: np.ndarray) -> np.ndarray:
@@ -105,7 +137,7 @@ def estimate(statistic: Callable[..., float], *curves: Curve, seed: int = 0) -> 
     """A statistic of the points of some curves, with its interval over seeds and rows, resampled alike for all curves.
 
     Draws in which it is not defined, such as curves without a common amount learned, do not count; if they are more
-    than one in twenty, there is no interval.
+    than one in twenty, the interval is nan.
     """
     generator = np.random.default_rng(seed)
     weights = [_weights(generator, size) for size in (*curves[0].learned.shape[1:], curves[0].kept.shape[2])]
