@@ -13,7 +13,6 @@ from hft.evaluation.evaluate import evaluate, suites_of
 from hft.evaluation.subject import folder_of, subject_of
 from hft.evaluation.suites import SUITES, Settings
 from hft.machine import is_main, leave_process_group, say
-from hft.record.scores import Scores
 from hft.runs.result import RESULTS_NAME, RunResult
 from hft.text import aligned
 
@@ -64,7 +63,11 @@ def _score(model: str, suite: str, settings: Settings) -> None:
     scores = score_alpaca(model, settings, out) if suite == ALPACA else evaluate(model, suite, settings, out)
     if not scores.scores:
         return
-    say("", scores_text(scores), "", f"saved in {out}/scores/{suite}")
+    rows = []
+    for one in scores.scores:
+        error = "" if one.stderr is None else f"+- {one.stderr:.3f}"
+        rows.append((f"  {one.task}", one.metric, f"{one.value:.3f}", error, one.unit, f"n = {one.n:,}"))
+    say("", aligned([f"{scores.model}, {suite}, {scores.dtype}", *rows], left=2), "", f"saved in {out}/scores/{suite}")
     if not is_main() or not (out / RESULTS_NAME).exists():
         return
     result = RunResult.load(out)
@@ -74,11 +77,3 @@ def _score(model: str, suite: str, settings: Settings) -> None:
 
         named = {f"{suite}/{score.task}/{score.metric}": score.value for score in scores.scores}
         log_scores(result.wandb, named)
-
-
-def scores_text(scores: Scores) -> str:
-    rows = []
-    for one in scores.scores:
-        error = "" if one.stderr is None else f"+- {one.stderr:.3f}"
-        rows.append((f"  {one.task}", one.metric, f"{one.value:.3f}", error, one.unit, f"n = {one.n:,}"))
-    return aligned([f"{scores.model}, {scores.suite}, {scores.dtype}", *rows], left=2)

@@ -204,10 +204,7 @@ def draw_rows(sizes: Mapping[str, int], rows: int, random: Random) -> dict[str, 
 
 
 def draw_examples(tasks: Mapping[str, Any], tokenizer: Any, random: Random) -> None:
-    """Draw one example for each language, after the rows, and cut all passages.
-
-    A passage that is cut starts with the tokenizer's BOS token, as in the original.
-    """
+    """Draw one example for each language, after the rows, and cut all passages; those start with the BOS token then."""
 
     def cut(row: dict) -> dict:
         ids = tokenizer.encode(row["context"])

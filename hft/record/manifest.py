@@ -26,57 +26,36 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets")
 
 @dataclass
 class Manifest:
-    """One round's selection and what it takes to check it.
+    """One round's selection and what it takes to check it."""
 
-    Attributes:
-        base: the model that the round started from, an absolute path or a Hub id.
-        selection: the config that the selection was made from, with seed and round; or the adapter's settings.
-        trained_units: names of the units that train, in model order.
-        frozen_units: names of the others.
-        trained_parameters: names, those outside the layers included.
-        frozen_checksums: SHA-256 of each frozen parameter, by name (`hft.model.weights.checksum`). A partly frozen one
-            is among the trained parameters too; its checksum is that of its frozen elements.
-        trainable_fraction: that of the layers and of the whole model.
-        counts: by block, how many of its units train and how many there are.
-        earlier: base, selection and frozen units of the rounds that led to the base, oldest first.
-        revision: the Hub revision of the base, if one was asked for.
-        masks: SHA-256 of the mask of each partly frozen parameter; the masks are in `hft_masks.safetensors`.
-        update: how the trained weights moved (`Update.record()`).
-        strategy: what each step did beside its rows (`Strategy.record()`).
-        moved: parameters that changed in memory, of those that are not in the folder: none but an adapter's own.
-        only_trained: whether the folder holds only what trains, also of a tensor (`save_only_trained`).
-        compact: whether the optimizer's state in a checkpoint is that of trained elements, not of whole tensors.
-        tuned: of a Half-Reset, the model that was reset: its tensors are the trained ones, unchanged.
-        schedule: how the trained units changed within the round, if they did: `config`, and once it has started
-            `steps`, `fractions` and `history`. Units that trained at any step count as trained; those that never did
-            count as frozen once the round is over (`finished`).
-        data: what identifies the data files (`hft.data.fingerprint`).
-        tokens: SHA-256 of the tokens that it trains on (`hft.data.tokens_digest`); empty if unknown.
-        processes: how many trained, each with a random state in a checkpoint; 0 if unknown.
-        versions: the packages that made it.
-    """
-
-    base: str
-    selection: dict[str, Any]
-    trained_units: list[str]
-    frozen_units: list[str]
-    trained_parameters: list[str]
+    base: str  # the model that the round started from, an absolute path or a Hub id
+    selection: dict[str, Any]  # the config that it was made from, with seed and round; or the adapter's settings
+    trained_units: list[str]  # names, in model order
+    frozen_units: list[str]  # names of the others
+    trained_parameters: list[str]  # names, those outside the layers included
+    # SHA-256 of each frozen parameter, by name (`hft.model.weights.checksum`). A partly frozen one is among the trained
+    # parameters too; its checksum is that of its frozen elements.
     frozen_checksums: dict[str, str]
-    trainable_fraction: dict[str, float]
-    counts: dict[str, list[int]] = field(default_factory=dict)
+    trainable_fraction: dict[str, float]  # of the layers and of the whole model
+    counts: dict[str, list[int]] = field(default_factory=dict)  # by block, how many of its units train, and of how many
+    # Base, selection and frozen units of the rounds that led to the base, oldest first.
     earlier: list[dict] = field(default_factory=list)
-    revision: str | None = None
-    masks: dict[str, str] = field(default_factory=dict)
-    update: dict = field(default_factory=lambda: {"update": "plain"})
-    strategy: dict = field(default_factory=dict)
+    revision: str | None = None  # the Hub revision of the base, if one was asked for
+    masks: dict[str, str] = field(default_factory=dict)  # SHA-256 of each partly frozen parameter's mask (`MASKS_NAME`)
+    update: dict = field(default_factory=lambda: {"update": "plain"})  # how weights moved (`Update.record()`)
+    strategy: dict = field(default_factory=dict)  # what each step did beside its rows (`Strategy.record()`)
+    # Parameters that changed in memory, of those that are not in the folder: none but an adapter's own.
     moved: list[str] = field(default_factory=list)
-    only_trained: bool = False
-    compact: bool = False
-    tuned: str | None = None
+    only_trained: bool = False  # the folder holds only what trains, also of a tensor (`save_only_trained`)
+    compact: bool = False  # a checkpoint's optimizer state is that of trained elements, not of whole tensors
+    tuned: str | None = None  # of a Half-Reset, the model that was reset: its tensors are the trained ones, unchanged
+    # How the trained units changed within the round, if they did: `config`, and once it has started `steps`,
+    # `fractions` and `history`. Units that trained at any step count as trained; those that never did count as frozen
+    # once the round is over (`finished`).
     schedule: dict = field(default_factory=dict)
-    data: dict = field(default_factory=dict)
-    tokens: str = ""
-    processes: int = 0
+    data: dict = field(default_factory=dict)  # what identifies the data files (`hft.data.fingerprint`)
+    tokens: str = ""  # SHA-256 of the tokens that it trains on (`hft.data.tokens_digest`); empty if unknown
+    processes: int = 0  # how many trained, each with a random state in a checkpoint; 0 if unknown
     versions: dict[str, str] = field(
         default_factory=lambda: (
             {"python": platform.python_version(), "hft": __version__} | {name: version(name) for name in PACKAGES}

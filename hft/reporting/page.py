@@ -71,5 +71,4 @@ def write_report(title: str, sections: Sequence[Section], out: Path) -> list[Pat
 
 
 def slug(words: str) -> str:
-    """Words as part of an id or of a file's name."""
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")

@@ -169,7 +169,7 @@ def score_cell(group: Group, baseline: Group | None, column: Column) -> Cell:
 
 
 def difference_note(found: Comparison | str | None, digits: int) -> dict[str, str]:
-    """The difference to full fine-tuning, in color if the rows tell the two apart; or why there is none."""
+    """The difference to full fine-tuning, in color if the rows tell the two apart; or why it cannot be computed."""
     if not isinstance(found, Comparison):
         return {f"not compared with fft: {found}": ""} if found else {}
     rows = f" on {found.difference.rows:,} rows" if found.difference.rows < found.scored else ""

@@ -75,15 +75,10 @@ def difference(before: Sequence[np.ndarray], after: Sequence[np.ndarray], *, mat
 
 @dataclass(frozen=True)
 class Curve:
-    """One method over its learning rates; more is better on both axes. All curves share their rows and seeds.
+    """One method over its learning rates; more is better on both axes. All curves share their rows and seeds."""
 
-    Args:
-        learned: of shape (rates, seeds, rows).
-        kept: of shape (rates, seeds, rows), on rows of its own.
-    """
-
-    learned: np.ndarray
-    kept: np.ndarray
+    learned: np.ndarray  # of shape (rates, seeds, rows)
+    kept: np.ndarray  # of shape (rates, seeds, rows), the rows of another task
 
     def points(self, seeds: np.ndarray, learned_rows: np.ndarray, kept_rows: np.ndarray) -> np.ndarray:
         """Learned and kept per rate, of shape (draws, rates, 2), with weights of shape (draws, seeds or rows)."""
