@@ -141,7 +141,7 @@ PUSH = [
 
 def test_what_is_pushed_has_the_card_of_this_run_with_what_verify_found(finished, tmp_path, sft, uploads):
     out = shutil.copytree(finished, tmp_path / "out")
-    save_scores(out)  # of the run that is trained anew
+    save_scores(out)  # of the run before, which is trained again
     assert sft(out, *PUSH, "--resume_from_checkpoint", "none") == 0
     [(repository, text)] = uploads
     assert repository == "me/mine"
