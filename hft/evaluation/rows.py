@@ -43,7 +43,7 @@ TYPES = {  # of files.yaml
 CHARACTERS = 1000  # of each text: 200 to 300 tokens
 TEXTS_PER_TOPIC = 3
 HELD_OUT_ROWS = 64
-# open-instruct's (commit f342459): it cuts the passages of TyDiQA.
+# open-instruct's (commit f342459), which draws rows and cuts the passages of TyDiQA.
 DRAWING_SEED = 42
 CONTEXT_TOKENS = 512
 
@@ -204,7 +204,7 @@ def draw_rows(sizes: Mapping[str, int], rows: int, random: Random) -> dict[str, 
 
 
 def draw_examples(tasks: Mapping[str, Any], tokenizer: Any, random: Random) -> None:
-    """Draw one example for each language, after the rows, and cut all passages; those start with the BOS token then."""
+    """Draw one example per language, after the rows, and cut long passages, which gain a BOS token as there."""
 
     def cut(row: dict) -> dict:
         ids = tokenizer.encode(row["context"])

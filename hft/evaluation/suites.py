@@ -1,4 +1,4 @@
-"""What is scored, and how: the benchmarks of each suite, and the settings that they run under."""
+"""What is scored, and how: the benchmarks of each suite, lm-eval's other tasks, and the settings they run under."""
 
 import functools
 import re
@@ -15,8 +15,8 @@ from hft.errors import HFTError, did_you_mean
 PROTOCOLS = {"quick": "hft", "general": "open-instruct", "knowledge": "lm-eval", "recent": "opencompass"}
 # Metrics that are not percentages; of these, less is better.
 METRIC_UNITS = {"loss": "nats/token", "kl": "nats/token", "choice_loss": "nats/question"}
-LM_EVAL = "lm_eval"  # the suite that their scores are saved under
-# What a file defines: a name after `task`, `group` or `tag`, or a list of tags. lm-eval itself parses all 14,000 files.
+LM_EVAL = "lm_eval"  # the suite under which scores of tasks in no other suite are saved
+# What lm-eval's files define: a name after `task`, `group` or `tag`, or tags. It would parse all 14,000 files itself.
 NAMES = re.compile(r"^(?:task|group|tag):[ \t]*([\"'\w.\-]+)[ \t]*$|^tag:[ \t]*((?:\n[ \t]*- .+)+)", re.MULTILINE)
 
 
