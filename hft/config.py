@@ -116,7 +116,7 @@ class Keys:
         return found
 
     def convert(self, key: str, value: Any) -> Any:
-        """A value from YAML, or the words of a flag, as the type of its key."""
+        """A value from YAML, or of a flag, as the type of its key."""
         if key in self.types:
             return convert(key, value, self.types[key])
         known = [name for name, words in WORDS.items() if key in words.split()]
@@ -146,6 +146,13 @@ def convert(key: str, value: Any, annotation: Any) -> Any:
     return converted.value if isinstance(converted, Enum) else converted
 
 
+def check_types(config: Any) -> None:
+    """Check the values of a dataclass as those of a command are checked."""
+    keys = Keys((type(config),))
+    for key, value in vars(config).items():
+        keys.convert(key, value)
+
+
 def _alternatives(annotation: Any) -> Iterable[Any]:
     """The alternatives of a union: `list[str] | Literal["a"] | None` gives list, "a" and NoneType."""
     if get_origin(annotation) is Annotated:
@@ -157,7 +164,7 @@ def _alternatives(annotation: Any) -> Iterable[Any]:
 
 def _type_names(annotation: Any) -> str:
     names = {"str": "text", "NoneType": "null", "bool": "true or false", "int": "an integer", "float": "a number"}
-    names |= {"list": "a list", "dict": "a mapping", "Any": "anything"}
+    names |= {"list": "a list", "dict": "a mapping", "Any": "anything", "ByteSize": "a size such as 80GiB"}
     kinds = [kind for kind in dict.fromkeys(_alternatives(annotation)) if kind is not NoneType]
     if enums := [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]:
         kinds = [member.value for member in enums[0]]

@@ -11,8 +11,7 @@ from hft.config import Keys, RunConfig, read_arguments, read_yaml, to_yaml
 from hft.errors import HFTError
 from hft.methods import all_classes
 from hft.objectives import OBJECTIVES, find_objective
-from hft.planning.engine import Engine
-from hft.planning.memory import memory_of
+from hft.planning.memory import Engine, memory_of
 from hft.runs.arguments import accumulation_steps, machine_settings, training_arguments
 from hft.runs.config import is_neutral, load_config, parse_config
 from hft.runs.plan import load_model_config, plan_selection
@@ -103,7 +102,10 @@ def test_a_wrong_file_is_one_line_and_status_2(tmp_path, capsys, text, message):
         (["--config", "recipes/tiny/sft.yml"], "no such file or recipe, did you mean 'sft.yaml'?"),
         (["--max_steps", "x"], "max_steps: expected an integer, got 'x'"),
         (["--max_steps", "1", "2"], "max_steps: expected an integer, got ['1', '2']"),
-        (["--config", "recipes/tiny/sft.yaml", "--fraction", "1.5"], "fraction must lie in 0..1, got 1.5"),
+        (
+            ["--config", "recipes/tiny/sft.yaml", "--fraction", "1.5"],
+            "fraction: expected a number less than or equal to 1, got '1.5'",
+        ),
         (["--update", "mufo"], "update: unknown update 'mufo', did you mean 'mofo'?"),
         (["--max_steps", "1"], "model_name_or_path and dataset_name are needed"),
     ],

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from hft.config import RunConfig
 from hft.cpi.config import CPIPlan
 from hft.data import fingerprint, load_data, sft_rows
-from hft.data.messages import chat
+from hft.data.rows import chat
 from hft.errors import HFTError
 from hft.jsonl import read_jsonl, write_jsonl
 from hft.machine import broadcast, is_main, say

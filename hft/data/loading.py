@@ -8,15 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
-from datasets import (
-    Dataset,
-    concatenate_datasets,
-    get_dataset_split_names,
-    interleave_datasets,
-    load_dataset,
-    load_dataset_builder,
-)
+from datasets import Dataset
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
@@ -58,7 +52,7 @@ def load_split(name: str, split: str, config: str | None = None, revision: str |
     if path.exists():  # datasets would take rows that it has cached for other bytes of the same time and size
         more["cache_dir"] = str(HF_DATASETS_CACHE / f"hft-{__version__}" / digest(fingerprint(name)))
     with _loading(name):
-        dataset = load_dataset(**more, split=split)
+        dataset = datasets.load_dataset(**more, split=split)
     if len(dataset) == 0:
         raise HFTError(f"dataset {name}, split {split}, is empty")
     return dataset
@@ -69,7 +63,7 @@ def fingerprint(name: str, config: str | None = None, revision: str | None = Non
     path = _local_path(name)
     with _loading(name):
         if not path.exists():
-            commit = load_dataset_builder(name, config, revision=revision).hash
+            commit = datasets.load_dataset_builder(name, config, revision=revision).hash
             return {"id": name, "config": config, "revision": commit}
         files = {path.name: path}
         if path.is_dir():
@@ -105,7 +99,7 @@ def load_data(run: RunConfig, read_rows: ReadRows, *, evaluate: bool) -> LoadedD
     splits, path = ["train"], _local_path(name)
     if not path.is_file():
         with _loading(name):
-            splits = get_dataset_split_names(str(path) if path.is_dir() else name, config, revision=revision)
+            splits = datasets.get_dataset_split_names(str(path) if path.is_dir() else name, config, revision=revision)
     others = [split for split in splits if split not in _splits(run.dataset_train_split)]
     if wanted is None or (wanted == "test" and not others):
         train, test = _hold_out(name, train, run.eval_rows)
@@ -133,12 +127,12 @@ def mixture(parts: list[LoadedData], weights: list[float] | None) -> LoadedData:
         raise HFTError(f"{names} hold rows in different forms; give all the same one")
     trains = [part.train.add_column("part", [index] * len(part.train)) for index, part in enumerate(parts)]
     odds = weights and [weight / sum(weights) for weight in weights]
-    train = interleave_datasets(trains, odds, seed=0) if odds else concatenate_datasets(trains)
+    train = datasets.interleave_datasets(trains, odds, seed=0) if odds else datasets.concatenate_datasets(trains)
     notes, drawn = [], Counter(train["part"][:])
     for index, part in enumerate(parts):
         notes += [f"dataset {part.name}: {drawn[index]:,} of {len(part.train):,} training rows", *part.notes]
     tests = [part.test for part in parts if part.test is not None]
-    name, test = " + ".join(part.name for part in parts), concatenate_datasets(tests) if tests else None
+    name, test = " + ".join(part.name for part in parts), datasets.concatenate_datasets(tests) if tests else None
     identity = {"datasets": [part.fingerprint for part in parts], "weights": weights}
     return LoadedData(name, train.remove_columns("part"), test, notes, identity)
 

@@ -1,7 +1,8 @@
-"""Check rows as TRL prepared them: what it dropped, what trains nothing, whose tokens are trained."""
+"""Rows as TRL renders and prepares them: what it refuses or drops, what trains nothing, whose tokens are trained."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
@@ -11,8 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from hft.data.loading import LoadedData
-from hft.data.templates import conversations, render_row, template_arguments
-from hft.errors import HFTError
+from hft.errors import HFTError, reason
 
 PAIR = ["prompt_ids", "chosen_ids", "rejected_ids"]
 TOKENS = ["input_ids", "completion_ids", *PAIR]
@@ -187,3 +187,43 @@ def _untrained_turns(
         )
     starts = sum(now and not before for now, before in zip(masks[0], [0, *masks[0]], strict=False))
     return sum(message["role"] == "assistant" for message in messages) - starts
+
+
+def conversations(row: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The conversations that TRL renders for a row of `sft_rows` or `preference_rows`."""
+    if "messages" in row:
+        return [row["messages"]]
+    if "text" in row or isinstance(row["prompt"], str):  # TRL renders no text
+        return []
+    return [row["prompt"] + row[key] for key in ("completion", "chosen", "rejected") if key in row]
+
+
+def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row gives to the chat template besides its conversation."""
+    return {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+
+
+def render_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, without: str | None = None) -> list[str]:
+    """The text of a row's conversations; `without` a column, or a key of messages."""
+    arguments = template_arguments({column: value for column, value in row.items() if column != without})
+    chats = [[{k: v for k, v in message.items() if k != without} for message in chat] for chat in conversations(row)]
+    return [tokenizer.apply_chat_template(chat, tokenize=False, **arguments) for chat in chats]
+
+
+@contextmanager
+def refusals(loaded: LoadedData, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Around a trainer's constructor: what TRL refuses there, and a template that fails on a row, is an `HFTError`."""
+    try:
+        yield
+    except HFTError:
+        raise
+    except (TemplateError, ValueError, TypeError, LookupError, RuntimeError) as error:
+        for row in (row for dataset in filter(None, (loaded.train, loaded.test)) for row in dataset):
+            try:
+                render_row(row, tokenizer)
+            except (TemplateError, ValueError, TypeError, LookupError) as wrong:
+                where = f"dataset {loaded.name}, row {row['row']} (the first is 0)"
+                raise HFTError(f"{where}: the chat template fails: {reason(wrong)}") from wrong
+        if isinstance(error, ValueError) or "assistant_only_loss" in str(error):
+            raise HFTError(reason(error)) from error
+        raise

@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic wants it below Python 3.12
 
 from hft.config import read_yaml
-from hft.data.templates import template_arguments
+from hft.data.prepared import template_arguments
 from hft.errors import HFTError
 from hft.evaluation.subject import Subject, load_tokenizer
 from hft.evaluation.suites import Benchmark, Settings

@@ -22,8 +22,7 @@ from transformers import PretrainedConfig
 
 from hft.errors import HFTError, shorten
 from hft.model.anatomy import anatomy_of, meta_model
-from hft.model.load import read_config
-from hft.model.vocabulary import check_same_ids, vocabulary
+from hft.model.load import check_same_ids, read_config, vocabulary
 from hft.model.weights import DTYPES, SAFE_INDEX, Weights, as_bytes, downloaded, is_weights
 from hft.record.manifest import MANIFEST_NAME, Manifest, rounds_so_far
 from hft.record.verification import verify_folder

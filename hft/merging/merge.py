@@ -10,10 +10,9 @@ from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge,
 from hft.config import Keys, fill, read_arguments, to_yaml
 from hft.errors import HFTError
 from hft.machine import say
-from hft.merging.adapter import merge_adapter
 from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, why_not_base, write_model
 from hft.merging.config import OPERATORS, MergeConfig, check_config
-from hft.merging.delta import merge_delta
+from hft.merging.onto_base import merge_adapter, merge_delta
 from hft.merging.operators import MagnitudePruner, between, generator_of, slerp_factors, weighted_sum
 from hft.model.anatomy import anatomy_of, meta_model
 from hft.record.identity import companions_of

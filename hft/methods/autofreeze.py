@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch import nn
 
 from hft.config import Percent, option
@@ -25,7 +26,7 @@ class AutoFreeze(Schedule):
     name: ClassVar[str] = "autofreeze"
     known_before_run: ClassVar[bool] = False
 
-    intervals: int = option("Parts of the run, of equal length; layers freeze between.", 10)
+    intervals: PositiveInt = option("Parts of the run, of equal length; layers freeze between.", 10)
     percentile: Percent = option(
         "Layers before the first whose norm changes by more than this percentile freeze.", 50.0
     )

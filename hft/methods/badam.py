@@ -6,6 +6,8 @@ A layer is a block, and embeddings, final norm and head together are one, unless
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from pydantic import PositiveInt
+
 from hft.config import option
 from hft.methods.schedule import Schedule, layer_sizes, outside_layers, units_of_layers
 from hft.selection import Selection
@@ -17,7 +19,7 @@ class BAdam(Schedule):
     name: ClassVar[str] = "badam"
     clears_state: ClassVar[bool] = True
 
-    switch_every: int = option("Steps after which the next layer trains.", 50)
+    switch_every: PositiveInt = option("Steps after which the next layer trains.", 50)
     block_order: Literal["random", "ascending", "descending"] = option(
         "Order of the layers; random draws it per pass.", "random"
     )

@@ -7,6 +7,8 @@ not say which. Embeddings, head and final norm train throughout, as under HFT.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pydantic import PositiveInt
+
 from hft.config import option
 from hft.methods.schedule import Schedule, outside_layers
 from hft.model.anatomy import Unit
@@ -18,7 +20,7 @@ from hft.selection.policies import sample_names
 class Dynamic(Schedule):
     name: ClassVar[str] = "dynamic"
 
-    intervals: int = option("Parts of the run, of equal length; units freeze in between.", 10)
+    intervals: PositiveInt = option("Parts of the run, of equal length; units freeze in between.", 10)
     schedule_seed: int = option("Seed of the draw, apart from the training seed.", 0)
 
     def trained_at(self, selection: Selection, step: int, steps: int) -> frozenset[str]:

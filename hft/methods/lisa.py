@@ -6,6 +6,8 @@ Embeddings, final norm and head always train.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from pydantic import PositiveInt
+
 from hft.config import option
 from hft.errors import HFTError
 from hft.methods.schedule import Schedule, layer_sizes, outside_layers, units_of_layers
@@ -17,7 +19,7 @@ from hft.selection.policies import sample_names
 class Lisa(Schedule):
     name: ClassVar[str] = "lisa"
 
-    switch_every: int = option("Steps after which other layers train.", 20)
+    switch_every: PositiveInt = option("Steps after which other layers train.", 20)
     active_layers: int = option("Layers that train at a time.", 2)
     optimizer_state: Literal["reset", "keep", "offload"] = option(
         "What becomes of the optimizer state of a layer that freezes: reset deletes it, keep keeps it, "

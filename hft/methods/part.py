@@ -15,19 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class MethodPart:
-    """A part of a method. The fields of a subclass are its keys in a config.
+    """A part of a method. The fields of a subclass are its keys in a config."""
 
-    Attributes:
-        kind: the key that names it: `schedule`, `update`, `adapter` or `strategy`.
-        name: the value of that key.
-        shardable: whether it runs on the shards of FSDP2.
-        acts_around_step: whether it reads or changes gradients or weights around `optimizer.step()`.
-    """
-
-    kind: ClassVar[str]
-    name: ClassVar[str]
-    shardable: ClassVar[bool] = True
-    acts_around_step: ClassVar[bool] = True
+    kind: ClassVar[str]  # the key that names it: `schedule`, `update`, `adapter` or `strategy`
+    name: ClassVar[str]  # the value of that key
+    shardable: ClassVar[bool] = True  # whether it runs on the shards of FSDP2
+    acts_around_step: ClassVar[bool] = True  # whether it acts on gradients or weights around `optimizer.step()`
 
     @classmethod
     def description(cls) -> str:

@@ -39,11 +39,6 @@ class Schedule(MethodPart):
     clears_state: ClassVar[bool] = False
     optimizer_state: ClassVar[str] = "reset"
 
-    def __post_init__(self):
-        for key in ("switch_every", "intervals"):
-            if getattr(self, key, 1) < 1:
-                raise HFTError(f"{key} must be at least 1, got {getattr(self, key)}")
-
     def interval_at(self, steps: int, step: int) -> int:
         """The number of the interval that a step lies in, both counted from 0; units switch between intervals."""
         return step // self.switch_every if hasattr(self, "switch_every") else step * self.intervals // steps

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from pydantic import PositiveInt
 from safetensors.torch import load_file
 from torch import nn
 
@@ -34,7 +35,7 @@ class SmartFRZ(Schedule):
     name: ClassVar[str] = "smartfrz"
     known_before_run: ClassVar[bool] = False
 
-    intervals: int = option("Parts of the run, of equal length; layers freeze between.", 10)
+    intervals: PositiveInt = option("Parts of the run, of equal length; layers freeze between.", 10)
 
     def decide(
         self, selection: Selection, step: int, steps: int, model: nn.Module, measured: dict[str, Any]

@@ -14,8 +14,7 @@ from hft.machine import device_bytes
 from hft.methods import Method
 from hft.methods.strategy import ExtraRows
 from hft.planning.costs import StepCosts, costs_of, fewest_checkpointed_layers
-from hft.planning.engine import MOMENTS, Engine, engine_of, micro_batch
-from hft.planning.memory import GIB, Memory, memory_of
+from hft.planning.memory import GIB, MOMENTS, Engine, Memory, engine_of, memory_of, micro_batch
 from hft.runs.arguments import checkpointed_of
 from hft.runs.config import Config
 from hft.selection import Selection, SelectionConfig

@@ -1,29 +1,26 @@
 """What a run would cost, on this machine or on others: memory, FLOPs, GPU-hours, beside other ways of training."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import ByteSize, Field, PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from hft.config import option, to_yaml
 from hft.errors import DoesNotFit, HFTError
 from hft.machine import device_bytes, indented, say
 from hft.objectives import OBJECTIVES
-from hft.planning.engine import MOMENTS, Engine, engine_of, micro_batch
 from hft.planning.fit import SPARE, Candidate
-from hft.planning.memory import GIB, LABELS, Memory
+from hft.planning.memory import GIB, LABELS, MOMENTS, Engine, Memory, engine_of, micro_batch
 from hft.runs.arguments import machine_settings, training_arguments
 from hft.runs.config import Config, load_config, read_command_line, resolve_config
 from hft.runs.plan import Batches, describe, load_model_config, load_rows, make_plan, plan_selection
 from hft.runs.result import CONFIG_NAME, RunResult
 from hft.text import aligned
 
-UNITS = {"tib": 2**40, "gib": 2**30, "mib": 2**20, "gb": 10**9, "mb": 10**6, "g": 2**30}
 Rows = list[list[str] | str]  # a title is a string
 
 
@@ -32,28 +29,17 @@ class Machine:
     """The GPUs that a forecast is made for; by default this machine. The fields are keys of `hft plan`."""
 
     gpus: PositiveInt | None = option("Number of GPUs that the run would have.")
-    gpu_memory: str | None = option("Memory of each, such as 80GiB or 24GB; by default that of the ones here.")
+    gpu_memory: Annotated[ByteSize, Field(ge=2**20)] | None = option(
+        "Memory of each, such as 80GiB or 24GB; by default that of the ones here."
+    )
     mfu: Annotated[float, Field(gt=0, le=1)] = option("Fraction of the GPU's peak that the run reaches.", 0.4)
     gpu_tflops: PositiveFloat = option("The GPU's peak in TFLOP/s, in dense bf16: A100 312, H100 989.", 312.0)
 
-    def __post_init__(self):
-        self.bytes_of_gpu()
-
-    def bytes_of_gpu(self) -> float | None:
-        if self.gpu_memory is None:
-            return None
-        found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-z]*)\s*", self.gpu_memory.lower())
-        size = float(found[1]) * UNITS.get(found[2] or "gib", 0) if found else 0
-        if not size:
-            raise HFTError(f"gpu_memory: expected a size such as 80GiB or 24GB, got {self.gpu_memory!r}")
-        return size
-
     def available(self, engine: Engine) -> float | None:
         """Bytes of a device that a run may take; None for GPUs that are not here and whose memory was not given."""
-        given = self.bytes_of_gpu()
-        if given is None and self.gpus and not torch.cuda.is_available():
+        if self.gpu_memory is None and self.gpus and not torch.cuda.is_available():
             return None
-        return (given or device_bytes(use_cpu=not engine.on_gpu)) * (1 - SPARE)
+        return (self.gpu_memory or device_bytes(use_cpu=not engine.on_gpu)) * (1 - SPARE)
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,10 @@ from hft.data import LoadedData, load_data
 from hft.errors import HFTError, read_text, reason
 from hft.machine import broadcast, indented, is_main, world_size
 from hft.model.anatomy import meta_model
-from hft.model.load import read_config
-from hft.model.vocabulary import ids_beyond
+from hft.model.load import ids_beyond, read_config
 from hft.model.weights import check_is_there
 from hft.record.identity import identity_of
-from hft.runs.arguments import (
-    check_arguments,
-    check_packages,
-    check_positions,
-    check_saving,
-    checkpointed_of,
-    machine_settings,
-    training_arguments,
-)
+from hft.runs import arguments
 from hft.runs.config import Config, find_template
 from hft.runs.folder import Start, check_output, find_start
 from hft.selection import Selection
@@ -69,7 +60,7 @@ class RunPlan:
     @property
     def checkpointed(self) -> range:
         """The indices of the layers that compute their activations again in the backward pass."""
-        return checkpointed_of(self.config, self.machine, self.args, self.selection)
+        return arguments.checkpointed_of(self.config, self.machine, self.args, self.selection)
 
     @property
     def batches(self) -> Batches:
@@ -131,7 +122,7 @@ def describe(
         length = f"{steps:,} steps" + (f", at most {batches.tokens:,} tokens" if batches.tokens else "")
     if data:
         length = f"{len(data.train):,} training {unit}, {length}; {len(data.test or ()):,} {unit} to evaluate on"
-    checkpointed = len(checkpointed_of(config, machine, args, selection))
+    checkpointed = len(arguments.checkpointed_of(config, machine, args, selection))
     plan = f"""\
 global batch {batches.global_batch} = {args.per_device_train_batch_size} {unit} x {batches.processes} \
 process{"es" if batches.processes > 1 else ""} x {args.gradient_accumulation_steps} accumulation steps
@@ -156,13 +147,13 @@ def make_plan(config: Config) -> RunPlan:
         HFTError: the run cannot be made as asked.
     """
     method, base = config.method, config.run.model_name_or_path
-    check_packages(config.values)
+    arguments.check_packages(config.values)
     model_config = load_model_config(config)
     selection = plan_selection(config, model_config)
-    machine = machine_settings(config.values)
-    args, notes = training_arguments(config, machine)
-    check_arguments(args, model_config)
-    notes += check_positions(model_config, args, getattr(method.adapter, "num_virtual_tokens", None) or 0)
+    machine = arguments.machine_settings(config.values)
+    args, notes = arguments.training_arguments(config, machine)
+    arguments.check_arguments(args, model_config)
+    notes += arguments.check_positions(model_config, args, getattr(method.adapter, "num_virtual_tokens", None) or 0)
     if not method.adapter:
         check_selection(args, model_config, selection, save_only_trained=config.run.save_only_trained)
     if importlib.util.find_spec("hft.planning"):  # a fork may have removed it
@@ -171,11 +162,11 @@ def make_plan(config: Config) -> RunPlan:
         if (layers := fit(config, model_config, selection, args)) is not None:
             machine["activation_checkpointing_layers"] = layers
             args.activation_checkpointing = args.gradient_checkpointing = layers > 0  # transformers is renaming it
-    checkpointed_of(config, machine, args, selection)  # refuses a number that the model does not have
+    arguments.checkpointed_of(config, machine, args, selection)  # refuses a number that the model does not have
     if config.run.save_only_trained and not (selection.frozen_parameters or selection.frozen_masks):
         notes.append("save_only_trained saves the whole model: nothing is frozen")
     tokenizer = load_tokenizer(config)
-    check_saving(base, model_config, tokenizer, config.revision)
+    arguments.check_saving(base, model_config, tokenizer, config.revision)
     check_output(config)
     data = load_rows(config, args)
     if data.is_text and getattr(args, "assistant_only_loss", False):

@@ -7,11 +7,16 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from hft.config import option
+from hft.data import fingerprint, load_split
 from hft.errors import HFTError
 from hft.machine import broadcast, indented, is_main, reset_peak_memory, say
+from hft.model.anatomy import anatomy_of
+from hft.model.load import load_base
 from hft.model.weights import local_folder, weights_fingerprint
 from hft.objectives import OBJECTIVES
 from hft.record.identity import companions_of
@@ -20,12 +25,10 @@ from hft.runs.arguments import machine_settings, training_arguments
 from hft.runs.config import Config, comparable, read_command_line, resolve_config
 from hft.runs.plan import RunPlan, check_template, load_model_config, load_tokenizer, plan_selection
 from hft.selection import select
+from hft.selection.importance import save_scored, select_by_importance, token_ids
 from hft.selection.masks import MASKS_NAME
 from hft.selection.selection import READ_TEXT
 from hft.selection.stored import IMPORTANCE_NAME, SCORED, load_scores
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 
 @dataclass
@@ -67,11 +70,6 @@ def with_scored_selection(plan: RunPlan) -> RunPlan:
 
 def score_base(config: Config, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Score a run's base and write what is frozen of it into a folder; one that was made from the same stays."""
-    from hft.data import load_split
-    from hft.model.anatomy import anatomy_of
-    from hft.model.load import load_base
-    from hft.selection.importance import save_scored, select_by_importance, token_ids
-
     chosen = config.method.selection
     reads_text = chosen.score in READ_TEXT
     rows = load_split(chosen.importance_data, "train") if reads_text else []
@@ -96,8 +94,6 @@ def score_base(config: Config, args: TrainingArguments, tokenizer: PreTrainedTok
 
 def sources(config: Config, args: TrainingArguments) -> dict[str, Any]:
     """What the scores of a run's base depend on."""
-    from hft.data import fingerprint
-
     chosen, folder = config.method.selection, local_folder(config.run.model_name_or_path, config.revision)
     found = {"base": config.base, "weights": weights_fingerprint(folder), "max_length": args.max_length}
     found["selection"] = {key: value for key, value in asdict(chosen).items() if key in SCORED}

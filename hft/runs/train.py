@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hft.config import to_yaml
-from hft.data.prepared import check_prepared, tokens_digest
-from hft.data.templates import refusals
+from hft.data.prepared import check_prepared, refusals, tokens_digest
 from hft.errors import HFTError, reason
 from hft.machine import broadcast, indented, is_main, leave_process_group, say
 from hft.model.weights import MODEL_CONFIG

@@ -3,11 +3,12 @@
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import PositiveInt
 
-from hft.config import option
+from hft.config import Fraction, check_types, option
 from hft.errors import HFTError, did_you_mean
 from hft.model.anatomy import BLOCKS, Anatomy, Unit
 from hft.selection.masks import Mask
@@ -23,8 +24,6 @@ POLICIES = {
     "importance": "what matters least to the base, by its weights or on a sample of text, trains",
     "core": "all but the elements that moved furthest on given tasks train (CPI-FT)",
 }
-GRANULARITIES = ("unit", "column", "element")
-SCORES = ("magnitude", "wanda", "fisher", "snr")
 READ_TEXT = ("wanda", "fisher")
 
 
@@ -33,11 +32,13 @@ class SelectionConfig:
     """Which units train in a round, as a method YAML or the command line gives it."""
 
     policy: str = option("; ".join([*map(": ".join, POLICIES.items()), "FILE.py:FUNCTION: your own."]), "category")
-    fraction: float = option("Fraction of each block's units, of layers or all units that trains (reset: stays).", 0.5)
-    attention_fraction: float | None = option("Fraction of attention units, where it differs (category policy).")
-    mlp_fraction: float | None = option("Fraction of MLP units, where it differs (category policy).")
-    experts_fraction: float | None = option("Fraction of expert matrices, where it differs (category policy).")
-    norm_fraction: float | None = option("Fraction of norms, where it differs (category policy).")
+    fraction: Fraction = option(
+        "Fraction of each block's units, of layers or all units that trains (reset: stays).", 0.5
+    )
+    attention_fraction: Fraction | None = option("Fraction of attention units, where it differs (category policy).")
+    mlp_fraction: Fraction | None = option("Fraction of MLP units, where it differs (category policy).")
+    experts_fraction: Fraction | None = option("Fraction of expert matrices, where it differs (category policy).")
+    norm_fraction: Fraction | None = option("Fraction of norms, where it differs (category policy).")
     freeze: list[str] | None = option(
         "Names, kinds or layers of units to freeze, with * and ?, e.g. q_proj k_proj, or 0-15: only these (explicit "
         "policy), or these before others (category policy)."
@@ -52,10 +53,10 @@ class SelectionConfig:
         "Folder that `hft importance` wrote, or a file of Spectrum's (snr_results_*.json); by default the "
         "run scores its base first (importance policy)."
     )
-    granularity: str | None = option(f"What importance freezes as a whole: {', '.join(GRANULARITIES)}.")
-    score: str | None = option(
-        f"What importance scores by: {', '.join(SCORES)} (Spectrum: of the matrices of each type those with the "
-        "highest signal-to-noise ratio train, and nothing else in the layers)."
+    granularity: Literal["unit", "column", "element"] | None = option("What importance freezes as a whole.")
+    score: Literal["magnitude", "wanda", "fisher", "snr"] | None = option(
+        "What importance scores by (snr, Spectrum: of the matrices of each type those with the highest "
+        "signal-to-noise ratio train, and nothing else in the layers)."
     )
     invert: bool = option("The other way around (importance policy).", False)
     importance_data: str | None = option(f"Text that {' and '.join(READ_TEXT)} score on; given as dataset_name is.")
@@ -64,16 +65,13 @@ class SelectionConfig:
     train_core: bool | None = option("Train only the elements of the cores, and freeze all others (core policy).")
     policy_options: dict[str, Any] | None = option("Arguments of your own policy, by name.")
     selection_seed: int = option("Seed of the selection, apart from the training seed.", 0)
-    round: int = option("Number of this run in a sequence; each draws another half.", 1)
+    round: PositiveInt = option("Number of this run in a sequence; each draws another half.", 1)
 
     def __post_init__(self):
+        check_types(self)
         if self.policy not in POLICIES and ":" not in self.policy:
             hint = did_you_mean(self.policy, POLICIES, f", there are {', '.join(POLICIES)}, or FILE.py:FUNCTION")
             raise HFTError(f"unknown policy {self.policy!r}{hint}")
-        for name in ("fraction", *FRACTIONS.values()):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise HFTError(f"{name} must lie in 0..1, got {value}")
         for policy, names in OWN_KEYS.items():
             for name in names:
                 value = getattr(self, name)
@@ -86,20 +84,13 @@ class SelectionConfig:
             raise HFTError("train names all that trains; remove freeze and freeze_embeddings, or train")
         if self.policy_options and ":" not in self.policy:
             raise HFTError("policy_options are for a policy of your own, policy: FILE.py:FUNCTION")
-        if self.policy == "importance":
-            self._check_importance()
-        if self.policy in ("all", "explicit", "core") and self.fraction != 0.5:
-            raise HFTError(f"fraction means nothing to the {self.policy} policy; remove it")
-        if self.round < 1:
-            raise HFTError(f"round counts from 1, got {self.round}")
-
-    def _check_importance(self) -> None:
-        for name, known in {"granularity": GRANULARITIES, "score": SCORES}.items():
-            missing = (None,) if self.importance else ()  # a folder says how it was made
-            if getattr(self, name) not in (*known, *missing):
-                raise HFTError(f"the importance policy needs a {name}: {', '.join(known)}")
+        # A folder of scores says how it was made.
+        if self.policy == "importance" and not (self.importance or (self.granularity and self.score)):
+            raise HFTError("the importance policy needs a granularity and a score; give --granularity and --score")
         if self.score == "snr" and self.granularity not in (None, "unit"):
             raise HFTError("snr scores whole matrices; give --granularity unit")
+        if self.policy in ("all", "explicit", "core") and self.fraction != 0.5:
+            raise HFTError(f"fraction means nothing to the {self.policy} policy; remove it")
 
 
 FRACTIONS = {block: f"{block}_fraction" for block in BLOCKS if block != "router"}
@@ -171,10 +162,6 @@ class Selection:
         """Names of the parameters that train, wholly or in part, in model order, then those outside the layers."""
         frozen = set(self.frozen_parameters)
         return [name for name in self.anatomy.numels if name not in frozen]
-
-    @property
-    def freezes_embeddings(self) -> bool:
-        return next(iter(self.anatomy.embeddings)) in self.frozen_parameters
 
     @functools.cached_property
     def frozen_masks(self) -> dict[str, Mask]:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
@@ -37,7 +36,9 @@ class AdapterTuning(ManifestMixin):
             args.gradient_checkpointing = args.activation_checkpointing = False  # transformers is renaming it
 
         base, _ = load_base(model, args, **adapter.load_kwargs(args))
-        keep_quantized_weights(base)
+        for module in base.modules():  # bitsandbytes (0.50) would repack 4-bit weights on a CPU, and round their scales
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         base.requires_grad_(False)
         if adapter.upcasts_base:
             upcast(base, autocast=args.bf16 or args.fp16)
@@ -89,33 +90,25 @@ class AdapterTuning(ManifestMixin):
         self.manifest.save(folder)
         self.write_card(folder, self._tag_names)  # instead of PEFT's, which names the base by its path
 
-    def restore(self, checkpoint: str) -> None:
-        """Restore what trained bit for bit; PEFT's own files do not hold AdaLoRA's scores."""
-        saved = load_file(Path(checkpoint) / STATE_NAME)
-        parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name in [name for name in saved if name in parameters]:
-                parameters[name].copy_(saved.pop(name))
-        self.adapter.restore(self.model, saved)
-
     def _checksums(self) -> dict[str, str]:
         parameters = list(self.model.named_parameters()) if is_main() else []
         return {name: checksum(p) for name, p in tqdm(parameters, desc="hashing the model in memory", leave=False)}
 
 
 class RestoreAdapter(TrainerCallback):
-    """Restores a checkpoint's state before the first step."""
+    """Restores what trained before the first step, bit for bit; PEFT's own files do not hold AdaLoRA's scores."""
 
     def __init__(self, trainer: AdapterTuning):
         self.trainer = trainer
 
+    @torch.no_grad()
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.trainer.resumed_from:
-            self.trainer.restore(self.trainer.resumed_from)
-
-
-def keep_quantized_weights(model: nn.Module) -> None:
-    """Keep bitsandbytes (0.50) from repacking 4-bit weights in an evaluation on a CPU, which rounds their scales."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        trainer = self.trainer
+        if trainer.resumed_from:
+            saved, parameters = (
+                load_file(Path(trainer.resumed_from) / STATE_NAME),
+                dict(trainer.model.named_parameters()),
+            )
+            for name in saved.keys() & parameters.keys():
+                parameters[name].copy_(saved.pop(name))
+            trainer.adapter.restore(trainer.model, saved)

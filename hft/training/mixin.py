@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hft.methods.update import Update
 from hft.model.anatomy import anatomy_of
 from hft.model.load import load_base
 from hft.model.weights import MODEL_CONFIG, Weights, checksum
-from hft.parts import join, joined, split, stored
+from hft.parts import checkpoint_name, join, joined, split, stored
 from hft.record.checkpoints import is_checkpoint
 from hft.record.manifest import Manifest
 from hft.selection import Selection, SelectionConfig, select
@@ -29,7 +30,6 @@ from hft.training.base import ManifestMixin
 from hft.training.callbacks import CheckpointedLayers, HoldToPlan
 from hft.training.engines import EngineQuirks, autocast_decoder, check_engine, check_selection, upcast_for
 from hft.training.reference import has_reference, reference_bytes, share_frozen, shared_reference
-from hft.training.saving import cast, state_keys
 
 
 class HalfFineTuning(EngineQuirks, ManifestMixin):
@@ -108,7 +108,8 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         for callback in [hold, CheckpointedLayers(), *self.act_last]:
             self.add_callback(callback)
         check_engine(self)
-        if selection.freezes_embeddings and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        freezes_input = next(iter(selection.anatomy.embeddings)) in selection.frozen_parameters
+        if freezes_input and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             # Reentrant checkpointing finds no gradient to pass on when nothing before the first layer has one.
             self.model.enable_input_require_grads()
 
@@ -232,3 +233,25 @@ def check_arguments(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
         raise HFTError("peft_config and half fine-tuning exclude each other: adapters freeze the whole base")
     if (kwargs.get("optimizers") or (None, None))[0] is not None:
         raise HFTError("give optimizer settings, not a built optimizer: it must be built after the freezing")
+
+
+def cast(
+    state: dict[str, torch.Tensor], model: PreTrainedModel, dtypes: dict[str, torch.dtype]
+) -> dict[str, torch.Tensor]:
+    """A state dict whose parameters have the dtypes given by name; tied ones stay one tensor under several keys."""
+    names = {id(parameter): checkpoint_name(name) for name, parameter in model.named_parameters()}
+    keys = {checkpoint_name(key): names[id(p)] for key, p in model.named_parameters(remove_duplicate=False)}
+    made: dict[str, torch.Tensor] = {}
+    for key, tensor in state.items():
+        name = keys.get(key, key)
+        if name not in made:
+            wanted = dtypes.get(name, tensor.dtype)
+            made[name] = tensor if tensor.dtype == wanted else tensor.to(wanted).cpu()
+    return {key: made[keys.get(key, key)] for key in state}
+
+
+def state_keys(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """The keys of some parameters in a model's state dict, where tied ones have one each."""
+    parameters = dict(model.named_parameters())
+    meant = {id(parameters[name]) for name in names}
+    return {key for key, p in model.named_parameters(remove_duplicate=False) if id(p) in meant}

@@ -25,8 +25,7 @@ from hft.demo.tasks import write_tasks
 from hft.errors import HFTError
 from hft.evaluation.evaluate import evaluate
 from hft.evaluation.suites import Settings
-from hft.planning.engine import engine_of
-from hft.planning.memory import memory_of
+from hft.planning.memory import engine_of, memory_of
 from hft.record.manifest import Manifest
 from hft.record.scores import scores_of
 from hft.reporting.paper import read_runs

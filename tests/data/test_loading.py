@@ -214,9 +214,9 @@ def test_a_revision_of_a_hub_dataset_is_asked_for_everywhere(monkeypatch):
         return lambda *names, revision=None, **more: asked.append(revision) or value
 
     builder = type("Builder", (), {"hash": "abc"})
-    monkeypatch.setattr("hft.data.loading.load_dataset", answer(rows))
-    monkeypatch.setattr("hft.data.loading.get_dataset_split_names", answer(["train"]))
-    monkeypatch.setattr("hft.data.loading.load_dataset_builder", answer(builder))
+    monkeypatch.setattr("datasets.load_dataset", answer(rows))
+    monkeypatch.setattr("datasets.get_dataset_split_names", answer(["train"]))
+    monkeypatch.setattr("datasets.load_dataset_builder", answer(builder))
     run = RunConfig(dataset_name="owner/name", dataset_revision="v2", eval_rows=1)
     loaded = load_data(run, sft_rows, evaluate=True)
     assert asked == ["v2", "abc", "abc"]

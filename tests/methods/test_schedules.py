@@ -339,7 +339,7 @@ def test_what_never_trained_counts_as_frozen_at_the_end(tmp_path, tiny, sft):
             "intervals is a key of schedule autofreeze, dynamic, smartfrz; remove it, or give that",
         ),
         (["--percentile", "3"], "percentile is a key of schedule autofreeze; remove it"),
-        (["--switch_every", "0"], "switch_every must be at least 1, got 0"),
+        (["--switch_every", "0"], "switch_every: expected a number greater than 0, got '0'"),
         (["--schedule", "none"], "is a key of schedule badam, lisa; remove it"),
         (["--optimizer_state", "lose"], "optimizer_state: expected 'reset', 'keep' or 'offload', got 'lose'"),
         (["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], "set use_reentrant: false"),

@@ -260,8 +260,8 @@ def test_all_trains_everything_and_embeddings_can_be_frozen(llama2_7b):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fraction": 1.5}, "fraction must lie in 0..1, got 1.5"),
-        ({"mlp_fraction": -0.1}, "mlp_fraction must lie in 0..1"),
+        ({"fraction": 1.5}, "fraction: expected a number less than or equal to 1, got 1.5"),
+        ({"mlp_fraction": -0.1}, "mlp_fraction: expected a number greater than or equal to 0"),
         ({"policy": "layer", "mlp_fraction": 0.5}, "belongs to the category policy"),
         ({"policy": "explicit"}, "the explicit policy needs `freeze` or `train`"),
         ({"train": ["q_proj"]}, "train belongs to the explicit policy"),
@@ -272,7 +272,7 @@ def test_all_trains_everything_and_embeddings_can_be_frozen(llama2_7b):
         ({"score": "wanda"}, "score belongs to the importance policy"),
         ({"policy": "model", "mlp_fraction": 0.0}, "belongs to the category policy"),
         ({"policy_options": {"a": 1}}, "a policy of your own"),
-        ({"round": 0}, "round counts from 1"),
+        ({"round": 0}, "round: expected a number greater than 0, got 0"),
     ],
 )
 def test_a_config_that_cannot_be_met_is_refused(settings, message):

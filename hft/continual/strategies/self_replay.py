@@ -13,10 +13,11 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from accelerate.utils import gather_object
+from pydantic import Field, PositiveInt
 from torch.nn.functional import kl_div
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback
@@ -44,15 +45,11 @@ class SelfReplay(Strategy):
     acts_on_steps: ClassVar[bool] = True
     shardable: ClassVar[bool] = False
 
-    replay_texts: int = option("Texts that the model writes before a round (ours).", 512)
-    replay_tokens: int = option("Longest of these texts, in tokens (ours).", 128)
-    replay_batch: int = option("Texts that each step looks at (ours).", 32)
+    replay_texts: PositiveInt = option("Texts that the model writes before a round (ours).", 512)
+    replay_tokens: Annotated[int, Field(ge=2)] = option("Longest of these texts, in tokens (ours).", 128)
+    replay_batch: PositiveInt = option("Texts that each step looks at (ours).", 32)
     kl_weight: float = option("Weight of the KL term (ours).", 1.0)
     replay_seed: int = option("Seed of the texts.", 0)
-
-    def __post_init__(self):
-        if min(self.replay_texts, self.replay_tokens - 1, self.replay_batch) < 1:
-            raise HFTError("self-replay needs at least one text of two tokens, and one per step")
 
     def callbacks(self, trainer: Trainer) -> list[TrainerCallback]:
         return [*super().callbacks(trainer), HoldToOwnText(trainer, reference_of(trainer), self)]
