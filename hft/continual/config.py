@@ -122,7 +122,11 @@ def parse_sequence(arguments: Sequence[str]) -> tuple[SequencePlan, Machine]:
     config = resolve_config("sft", replace(rest, flags=rest.flags | placeholders))
     check_shared(config.values)
 
-    name = merged.get("run_name") or _name(config, settings, given)
+    # A sequence is named after its folder if one is given, else after recipe, method, strategy and flags.
+    method = f"{config.run.method or 'hft'}-{settings.strategy.rpartition('/')[2].replace(':', '_')}"
+    naming = {"method": method, "model_name_or_path": config.run.model_name_or_path}
+    flags = {key: value for key, value in given.flags.items() if key not in UNNAMED}
+    name = merged.get("run_name") or run_name("trace", naming, flags, given)
     out, strategy, dropped = merged.get("output_dir", f"runs/{name}"), config.method.strategy, PER_RUN
     if not (strategy.acts_on_steps or strategy.carry_moments):
         dropped = dropped | {"strategy", *(f.name for f in fields(strategy))}
@@ -136,12 +140,3 @@ def parse_sequence(arguments: Sequence[str]) -> tuple[SequencePlan, Machine]:
         raise HFTError("gpus is for a plan: add --dry_run true")
     first_round = config.values.get("round", 1)
     return SequencePlan(settings, strategy, common, keys, Path(out), first_round, config.run.dry_run), machine
-
-
-def _name(config: Config, settings: SequenceConfig, given: Given) -> str:
-    """The name of a sequence: that of its folder if one is given, else recipe, method, strategy and flags."""
-    strategy = settings.strategy.rpartition("/")[2].replace(":", "_")
-    values = {"method": f"{config.run.method or 'hft'}-{strategy}"}
-    values["model_name_or_path"] = config.run.model_name_or_path
-    flags = {key: value for key, value in given.flags.items() if key not in UNNAMED}
-    return run_name("trace", values, flags, given)

@@ -21,6 +21,8 @@ from hft.cpi.probe import start_of
 from hft.cpi.runs import in_main_process, train_sft, write_sample
 from hft.errors import HFTError
 from hft.machine import indented, say
+from hft.merging.checkpoint import Checkpoint
+from hft.model.anatomy import anatomy_of, meta_model
 from hft.model.weights import weight_files
 from hft.record.manifest import write_json
 from hft.selection.masks import MASKS_NAME, Masks
@@ -37,7 +39,12 @@ def group_tasks(plan: CPIPlan) -> list[list[str]]:
     tasks, config = sorted(plan.tasks), plan.config
     plan.out.mkdir(parents=True, exist_ok=True)
     similarity, found = compare_cores(plan, tasks) if config.needs_cores else (None, {})
-    groups = in_order(groups_of(plan, tasks, similarity), config.order, config.draw_seed)
+    groups = groups_of(plan, tasks, similarity)
+    if config.order is not None:
+        groups.sort(key=lambda names: min(map(config.order.index, names)))
+    else:
+        by_name = {"+".join(names): names for names in groups}
+        groups = [by_name[name] for name in sample_names(by_name, len(groups), "order of groups", config.draw_seed)]
     about = {"tasks": tasks, "grouping": config.grouping, "tau": config.tau}
     write_json(plan.out / GROUPS_NAME, about | found | {"groups": groups})
     lines = [f"{number}. {', '.join(names)}" for number, names in enumerate(groups, 1)]
@@ -62,8 +69,6 @@ def run_names(groups: Sequence[Sequence[str]]) -> list[str]:
 
 def compare_cores(plan: CPIPlan, tasks: Sequence[str]) -> tuple[torch.Tensor, dict[str, Any]]:
     """Print and draw the cores' similarity; returns it, and what `groups.json` holds of them."""
-    from hft.merging.checkpoint import Checkpoint
-    from hft.model.anatomy import anatomy_of, meta_model
     from hft.reporting.figures import heatmap
 
     percent = plan.config.percent
@@ -128,14 +133,6 @@ def connected(tasks: Sequence[str], similarity: torch.Tensor, tau: float) -> lis
 
     graph = networkx.from_numpy_array((similarity >= tau).numpy())
     return [sorted(tasks[index] for index in component) for component in networkx.connected_components(graph)]
-
-
-def in_order(groups: list[list[str]], order: Sequence[str] | None, seed: int) -> list[list[str]]:
-    """The groups in the order in which they train: by where an order of tasks first names one of theirs, or drawn."""
-    if order is not None:
-        return sorted(groups, key=lambda names: min(map(order.index, names)))
-    by_name = {"+".join(names): names for names in groups}
-    return [by_name[name] for name in sample_names(by_name, len(groups), "order of groups", seed)]
 
 
 def train_from_fused(plan: CPIPlan) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import PretrainedConfig
 from hft.errors import HFTError, shorten
 from hft.model.anatomy import anatomy_of, meta_model
 from hft.model.load import check_same_ids, read_config, vocabulary
-from hft.model.weights import DTYPES, SAFE_INDEX, Weights, as_bytes, downloaded, is_weights
+from hft.model.weights import DTYPES, SAFE_INDEX, WEIGHTS, Weights, as_bytes, downloaded
 from hft.record.manifest import MANIFEST_NAME, Manifest, rounds_so_far
 from hft.record.verification import verify_folder
 from hft.runs.config import check_is_a_model
@@ -63,7 +64,8 @@ class Checkpoint:
         check_is_a_model(str(name), folder)
         config = read_config(name, folder)
         model, weights = meta_model(config), Weights(folder)
-        parameters, stored = dict(model.named_parameters()), weights.specs()
+        parameters = dict(model.named_parameters())
+        stored = {name: tensor.to("meta") for name, tensor in weights.items()}
         if missing := [key for key in parameters if key not in stored]:
             if others := stored.keys() - model.state_dict().keys():
                 raise HFTError(
@@ -248,7 +250,8 @@ def copy_companions(source: Path, target: Path, but: Sequence[str] = ()) -> None
     """Copy what a model folder holds beside its weights, but not the files of the run that made it."""
     for path in source.iterdir():
         of_run = path.name in (*RUN_FILES, "adapter_config.json", *but) or path.name.startswith(".")
-        if path.is_file() and not is_weights(path) and not of_run:
+        is_weights = any(fnmatch(path.name, pattern) for pattern in WEIGHTS)
+        if path.is_file() and not (of_run or is_weights):
             shutil.copyfile(path, target / path.name)
         elif path.is_dir() and path.name == "additional_chat_templates":
             shutil.copytree(path, target / path.name, dirs_exist_ok=True)

@@ -5,12 +5,12 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from hft.errors import HFTError, neighbor, reason
 from hft.model.anatomy import architecture_of, meta_model
@@ -38,27 +38,19 @@ class Weights(dict[str, torch.Tensor]):
         super().__init__()
         for path in weight_files(Path(folder)):
             try:
-                self |= mapped_tensors(path)
+                if path.suffix == ".safetensors":
+                    self |= load_file(path)
+                else:
+                    mmap = zipfile.is_zipfile(path)  # the format of torch before 1.6 can only be read whole
+                    content = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+                    self |= {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
             except (SafetensorError, OSError, RuntimeError, EOFError, UnpicklingError) as error:
                 raise HFTError(
                     f"{path} is not a complete weights file ({reason(error)}); fetch or save it again"
                 ) from error
 
-    def specs(self) -> dict[str, torch.Tensor]:
-        """Every tensor on the `meta` device: its shape and dtype on disk, without its values."""
-        return {name: tensor.to("meta") for name, tensor in self.items()}
-
     def dtypes(self) -> dict[str, torch.dtype]:
         return {name: tensor.dtype for name, tensor in self.items()}
-
-
-def mapped_tensors(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    mmap = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, which can only be read whole
-    content = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
-    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
 
 
 def weights_of(folder: str | Path, names: Iterable[str]) -> Mapping[str, torch.Tensor]:
@@ -122,11 +114,6 @@ def weight_files(folder: Path) -> list[Path]:
                 raise HFTError(f"{folder / index} is not a valid index of weights; fetch or save it again") from error
             return [folder / name for name in sorted(shards)]
     raise HFTError(f"{folder} holds no weights: neither {SAFE_FILE} nor {TORCH_FILE}, whole or in shards")
-
-
-def is_weights(path: Path) -> bool:
-    """Whether a file holds weights, or says which files do."""
-    return any(fnmatch(path.name, pattern) for pattern in WEIGHTS)
 
 
 def local_folder(model: str | Path, revision: str | None = None) -> Path:

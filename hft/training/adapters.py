@@ -105,10 +105,8 @@ class RestoreAdapter(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
         if trainer.resumed_from:
-            saved, parameters = (
-                load_file(Path(trainer.resumed_from) / STATE_NAME),
-                dict(trainer.model.named_parameters()),
-            )
+            saved = load_file(Path(trainer.resumed_from) / STATE_NAME)
+            parameters = dict(trainer.model.named_parameters())
             for name in saved.keys() & parameters.keys():
                 parameters[name].copy_(saved.pop(name))
             trainer.adapter.restore(trainer.model, saved)

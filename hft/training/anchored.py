@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import NonNegativeFloat
 from torch.nn.functional import kl_div, nll_loss
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
@@ -20,14 +21,12 @@ IGNORED = -100  # label of a token that is not trained on
 class AnchoredSFTConfig(SFTConfig):
     """TRL's config of SFT with the weight of a KL term."""
 
-    kl_to_base: float = option(
+    kl_to_base: NonNegativeFloat = option(
         "Weight of KL(base || model), per trained token, in the loss of SFT; 0: TRL's own loss.", 0.0
     )
 
     def __post_init__(self):
         super().__post_init__()
-        if self.kl_to_base < 0:
-            raise HFTError(f"kl_to_base must be at least 0, got {self.kl_to_base}")
         others = {
             f"loss_type {self.loss_type}": self.loss_type != "nll",
             "label smoothing": self.label_smoothing_factor,

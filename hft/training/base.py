@@ -145,7 +145,7 @@ def check_checkpointing(args: TrainingArguments, *, selective: bool) -> None:
 
 
 def check_batch(args: TrainingArguments) -> None:
-    """Refuse what would change how many rows a step takes, or leave a process without any at an epoch's end."""
+    """Refuse what would change how many rows there are per step, or leave a process without any at an epoch's end."""
     config = args.accelerator_config
     changes = {
         "accelerator_config's split_batches": config.split_batches,
@@ -156,7 +156,7 @@ def check_batch(args: TrainingArguments) -> None:
     }
     if found := [name for name, is_set in changes.items() if is_set]:
         raise HFTError(
-            f"{found[0]} would change which rows a step takes; leave it out, and set per_device_train_batch_size and "
+            f"{found[0]} would change the rows per step; remove it, and set per_device_train_batch_size and "
             "gradient_accumulation_steps or the global batch"
         )
 

@@ -75,20 +75,15 @@ class CheckpointedLayers(TrainerCallback):
             base = model.get_base_model() if hasattr(model, "get_base_model") else model  # without PEFT's adapter
             for index, layer in enumerate(layers_of(base)[1]):
                 layer.gradient_checkpointing = index < self.count
-        keep_checkpointing(model)
+        switched_off: list[nn.Module] = []
 
+        def switch_off() -> None:
+            switched_off[:] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+            for module in switched_off:
+                module.gradient_checkpointing = False
 
-def keep_checkpointing(model: nn.Module) -> None:
-    """Let switching checkpointing on restore what switching it off has switched off."""
-    switched_off: list[nn.Module] = []
+        def switch_on(*args, **kwargs) -> None:
+            for module in switched_off:
+                module.gradient_checkpointing = True
 
-    def switch_off() -> None:
-        switched_off[:] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-        for module in switched_off:
-            module.gradient_checkpointing = False
-
-    def switch_on(*args, **kwargs) -> None:
-        for module in switched_off:
-            module.gradient_checkpointing = True
-
-    model.gradient_checkpointing_disable, model.gradient_checkpointing_enable = switch_off, switch_on
+        model.gradient_checkpointing_disable, model.gradient_checkpointing_enable = switch_off, switch_on

@@ -14,11 +14,11 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hft.cli import main
+from hft.continual.command import PlannedRun, plan_runs
 from hft.continual.config import SequencePlan, parse_sequence
 from hft.continual.data import SequenceData, read_task, shortened
 from hft.continual.matrix import Matrix
 from hft.continual.metrics import SUITE, benchmark_of
-from hft.continual.planning import PlannedRun, plan_runs
 from hft.continual.strategies import gem as gem_strategy
 from hft.continual.strategies.self_replay import SelfReplay, sample_texts
 from hft.demo.tasks import write_tasks

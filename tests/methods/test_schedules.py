@@ -1,4 +1,4 @@
-"""Methods that change which units train while a run goes on."""
+"""Methods that change which units train during a run."""
 
 import json
 import os

@@ -89,7 +89,7 @@ def test_another_batch_than_planned_is_refused_before_the_first_step(build):
     ids=str,
 )
 def test_what_would_change_the_batch_is_refused(tmp_path, settings):
-    with pytest.raises(HFTError, match="would change which rows a step takes"):
+    with pytest.raises(HFTError, match="would change the rows per step"):
         half(trl.SFTTrainer).check(arguments(tmp_path, **settings))
 
 
