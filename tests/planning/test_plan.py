@@ -13,7 +13,7 @@ from tests.conftest import error_of
 LLAMA = ["--config", "recipes/llama2-7b/sft.yaml", "recipes/methods/hft.yaml", "--max_steps", "100"]
 
 
-SIZES = ("much", "1,000GiB", "-80GiB", "80 elephants")
+SIZES = ("much", "-80GiB", "80 elephants")
 
 
 def plan(capsys, *words):
@@ -125,6 +125,7 @@ def test_wrong_values_are_refused(capsys):
         (["--gpus", "0"], "gpus: expected a number greater than 0, got '0'"),
         *((["--gpu_memory", size], "gpu_memory: expected a size such as 80GiB") for size in SIZES),
         (["--gpu_memory", "80"], "gpu_memory: expected a number greater than or equal to 1048576, got '80'"),
+        (["--gpu_memory", "1,000GiB"], "gpu_memory: expected a number greater than or equal to 1048576"),
         (["--mfu", "40"], "mfu: expected a number less than or equal to 1, got '40'"),
         (["--model_init_kwargs", '{"dtype": "load"}'], "torch has no dtype 'load'"),
         (["--model_init_kwargs", "float32"], "model_init_kwargs: expected a mapping, got 'float32'"),
