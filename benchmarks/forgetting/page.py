@@ -12,8 +12,7 @@ from run import Cell, load
 from scipy.stats import f as fisher
 
 from hft.record.palette import COLORS, FAINT, INK, MARKERS, OWN
-from hft.reporting import frontier
-from hft.reporting.frontier import Curve, Estimate, equal_learning, estimate, hypervolume
+from hft.reporting.statistics import Curve, Estimate, equal_learning, estimate, frontier, hypervolume
 
 # Measures of a cell's rows: key, name, unit.
 COLUMNS = {
@@ -95,7 +94,7 @@ def curves(pair: tuple[Rates, ...], learned: str, kept: str) -> tuple[list[Curve
 
 def kept_at(points: np.ndarray, level: float) -> float:
     """What a frontier keeps where it has learned an amount; nan where it has not."""
-    learned, kept = frontier.frontier(points).T
+    learned, kept = frontier(points).T
     return float(np.interp(level, learned, kept)) if learned[0] <= level <= learned[-1] else float("nan")
 
 
