@@ -158,7 +158,7 @@ def check_alike(first: Checkpoint, *others: Checkpoint) -> None:
             if settings[key] != theirs[key]:
                 raise HFTError(f"{both} {key} is {settings[key]} in the first and {theirs[key]} in the second")
         for which, (one, two) in {"first": (first, other), "second": (other, first)}.items():
-            if names := [key for key in one.specs if key not in two.specs and not key.endswith(COMPUTED)]:
+            if names := sorted(key for key in one.specs.keys() - two.specs.keys() if not key.endswith(COMPUTED)):
                 raise HFTError(f"{both} only the {which} has {shorten(names, most=3)}")
         for key in first.parameters:
             a, b = first.specs[key].shape, other.specs[key].shape

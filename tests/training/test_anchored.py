@@ -117,6 +117,6 @@ def test_the_command_trains_any_method_with_it_in_a_folder_of_its_own(tmp_path, 
     assert sft(tmp_path / "out", "--kl_to_base", "0.5", "--max_steps", "2") == 0
     assert "shares the frozen half" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "results.json").read_text())["objective"] == "sft"
-    for flags, reason in ((["0.5", "--loss_type", "dft"], "loss_type dft"), (["-1"], "at least 0")):
+    for flags, reason in ((["0.5", "--loss_type", "dft"], "loss_type dft"), (["-1"], "greater than or equal to 0")):
         assert sft(tmp_path / "refused", "--kl_to_base", *flags) == 2
         assert reason in error_of(capsys)
