@@ -546,7 +546,7 @@ def test_models_that_do_not_fit_are_refused_with_the_first_difference(tmp_path, 
     refused(other("vocab", vocab_size=2049), "vocab_size is 2048 in the first and 2049 in the second")
     rope = {"rope_type": "default", "rope_theta": 1e6}
     refused(other("rope", rope_parameters=rope), "rope_parameters is {'rope_theta': 10000.0, 'rope_type': 'default'}")
-    refused(other("deep", num_hidden_layers=5), "only the second has model.layers.4.self_attn.q_proj.weight")
+    refused(other("deep", num_hidden_layers=5), "only the second has model.layers.4.input_layernorm.weight")
     refused(other("wide", intermediate_size=360), "has shape [352, 128] in the first and [360, 128] in the second")
     qwen = AutoConfig.for_model("qwen2", vocab_size=2048, hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
     AutoModelForCausalLM.from_config(qwen).save_pretrained(tmp_path / "qwen")
