@@ -114,9 +114,11 @@ def _imported(target: str) -> Callable[..., int]:
     """The function that `module:function` names, imported without looking for garbage among what stays anyway."""
     if target.partition(":")[0] not in sys.modules:
         gc.disable()
-        pkgutil.resolve_name(target)
-        gc.freeze()
-        gc.enable()
+        try:
+            pkgutil.resolve_name(target)
+        finally:
+            gc.freeze()
+            gc.enable()
     return pkgutil.resolve_name(target)
 
 
