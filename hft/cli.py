@@ -1,5 +1,6 @@
 """The `hft` command: one table of commands, each imported when it is called."""
 
+import contextlib
 import functools
 import gc
 import logging
@@ -142,4 +143,6 @@ def print_error(error: HFTError | str) -> None:
         if isinstance(error, Stopped):  # as the first process, which says so
             return
         time.sleep(3)  # until the launcher ends this process, unless only this one has failed
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()  # the error comes last in a log of both
     print(f"hft: {error}", file=sys.stderr, flush=True)

@@ -90,6 +90,7 @@ except hft.HFTError as error:
     assert "freeze the model first, then wrap it" in str(error)
 else:
     raise AssertionError("parts of a wrapped model")
+dist.destroy_process_group()
 """
 
 

@@ -1,6 +1,7 @@
 """A run that is killed anywhere and started again by the same command ends with the bits of an undisturbed one."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -172,11 +173,10 @@ def test_two_processes_stop_after_the_same_step(tmp_path, straight, tiny, data):
 def test_sigterm_to_the_launcher_saves_a_checkpoint(tmp_path, tiny, data):
     out = tmp_path / "out"
     line = [*words("sft", out, tiny, data, 2), "--max_steps", "1000", "--num_processes", "2"]
-    run = subprocess.Popen([sys.executable, "-m", "hft", *line], stderr=subprocess.PIPE, text=True)
-    for printed in run.stderr:
-        if "1/1000" in printed:
-            run.send_signal(signal.SIGTERM)
-            break
-    *_, last = run.stderr
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": os.environ | {"PYTHONUNBUFFERED": "1"}}
+    run = subprocess.Popen([sys.executable, "-m", "hft", *line, "--logging_steps", "1"], text=True, **pipes)
+    next(printed for printed in run.stdout if "'loss'" in printed)
+    run.send_signal(signal.SIGTERM)
+    *_, last = run.stdout
     assert run.wait() == 143
     assert f"resume from {last_checkpoint(out)}" in last
