@@ -24,7 +24,7 @@ FLOORS = [
     {"keep"},
     {"continual", "cpi"},
     {"launch", "schema"},
-    {"cli"},
+    {"cli", "completion"},
 ]
 
 
