@@ -36,7 +36,7 @@ COMMANDS = OBJECTIVE_COMMANDS | {
     "diff": ("hft.merging.diff:main", "how far models have moved from where they started, by layer and block"),
     "eval": ("hft.evaluation.command:main", "score models with lm-evaluation-harness"),
     "generate": ("hft.evaluation.generate:main", "answers of runs and their bases to the same prompts, side by side"),
-    "compare": ("hft.reporting.compare:main", "what tells scored models apart on the same rows, and what does not"),
+    "compare": ("hft.reporting.compare:main", "how scored models differ on the same rows, with 95% intervals"),
     "paper": ("hft.reporting.paper:paper", "print the paper's tables, their commands, and your scores"),
     "report": ("hft.reporting.sections:report", "compare runs: one HTML page, and Markdown with figures"),
     "push": ("hft.runs.push:main", "upload a finished run to the Hub once verify has passed"),
