@@ -114,9 +114,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="hft compare",
         description="Compare models that answered the same rows with the first one: paired differences with their 95% "
-        "intervals over rows and seeds. Runs that differ only in their seeds are one group, unless all do. "
-        "gained/lost are rows that went up and down, of right and wrong answers; p is then McNemar's, otherwise that "
-        "of a paired t-test.",
+        "intervals over rows and seeds. Runs that differ only in their seeds are one group, unless that leaves "
+        "only one. For right and wrong answers gained/lost counts the rows that improved and worsened, and p is "
+        "McNemar's; otherwise p is that of a paired t-test.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run, merge or model that hft eval scored")
     first, *others = groups_of(parser.parse_args(arguments).runs)

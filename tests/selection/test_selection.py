@@ -245,7 +245,7 @@ def test_table_23_freezes_the_same_two_of_attention_in_every_layer(request, meth
 
 
 def test_naming_more_than_the_fraction_leaves_frozen_is_refused(llama2_7b):
-    with pytest.raises(HFTError, match="more is named there than its fraction leaves frozen; lower the fraction"):
+    with pytest.raises(HFTError, match="it lists more units than the fraction leaves frozen; lower the fraction"):
         select(llama2_7b, SelectionConfig(freeze=["q_proj", "k_proj", "v_proj"]))
 
 
