@@ -136,7 +136,7 @@ def shown(found: Estimate, digits: int = 1, plus: str = "+") -> str:
 
 def verdict(found: Estimate) -> str:
     if not np.isfinite(found.low) or found.low <= 0 <= found.high:
-        return "no significant difference"
+        return "not significant"
     return "keeps more" if found.value > 0 else "keeps less"
 
 
@@ -156,7 +156,7 @@ def sentence(arm: str, pair: tuple[Rates, Rates], learned: str) -> str:
         return f"{arm} and fft cannot be compared at equal learning: there is no amount that both surely learned."
     found = at_the_most(*its, STEP[COLUMNS[learned][1]])
     told = verdict(found[1] if found else overall)
-    differs = told != "no significant difference"
+    differs = told != "not significant"
     says = f"{arm} {told} than fft" if differs else f"{arm} and fft do not differ significantly"
     if not found:
         return (

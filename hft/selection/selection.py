@@ -117,8 +117,8 @@ class Selection:
 
     Attributes:
         trained_units: names of the units that train, wholly or in part.
-        trained_masks: of parameters that train in part by the policy's choice, which elements do; also of embeddings,
-            head and final norm. Parameters that several units share need no entry here.
+        trained_masks: for parameters that the policy trains in part, which elements train; also for embeddings, head
+            and final norm. Parameters that several units share need no entry.
         frozen_outside: parameters outside the layers that the policy freezes whole.
     """
 
@@ -212,7 +212,7 @@ class Selection:
         }
 
     def summary(self) -> str:
-        """A few lines for people: the policy, what trains of each block, and the two fractions."""
+        """A few lines of text: the policy, how many units of each block train, and the two fractions."""
         c = self.config
         counts = ", ".join(f"{block} {trained}/{total}" for block, (trained, total) in self.counts().items())
         ends, held = "train", self.anatomy.embeddings.keys() & self.frozen_parameters

@@ -45,8 +45,8 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         selection: which units train, or the config to make it from; by default the paper's HFT.
         update: changes to the trained weights around the optimizer's step; by default none.
         schedule: which units train when; by default those of the selection in every step.
-        save_only_trained: leave out of what is saved, checkpoints included, what is frozen, also inside tensors; `hft
-            merge --method delta` takes it from the base.
+        save_only_trained: save models and checkpoints without frozen tensors and elements; `hft merge --method delta`
+            adds them back from the base.
         kwargs: whatever else the trainer takes, by name.
 
     Raises:
