@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -57,6 +58,11 @@ def option(help: str, default: Any = None, **more: Any) -> Any:
     """A dataclass's field with the help that `--help` prints."""
     kind = {"default_factory": default.copy} if isinstance(default, list | dict) else {"default": default}
     return field(**kind, metadata={"help": help}, **more)
+
+
+def help_of(key: dataclasses.Field) -> str:
+    """The help of a key; TRL and transformers write theirs for argparse, which wants percent signs twice."""
+    return key.metadata.get("help", "").replace("%%", "%")
 
 
 @dataclass
@@ -323,7 +329,7 @@ def print_help(prog: str, description: str, groups: Mapping[str, Iterable[type]]
         for f in (f for cls in keys.classes for f in fields(cls) if f.init and f.name not in shown):
             shown.add(f.name)
             default = getattr(f.default, "value", f.default)
-            text = f.metadata.get("help", "") + ("" if default in (None, MISSING) else f" (default: {default})")
+            text = help_of(f) + ("" if default in (None, MISSING) else f" (default: {default})")
             print(f"  --{f.name}  {_type_names(keys.types[f.name])}")
             print(textwrap.fill(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6))
 
