@@ -324,7 +324,7 @@ def test_what_a_policy_returns_is_checked(tmp_path, sft, capsys):
         "['a']": "must return units of the anatomy",
         "anatomy.units, {'w': torch.ones(1).bool()}": "chose w, which the model does not have",
         f"anatomy.units, {{'{name}': torch.ones(352, 128)}}": f"must give a bool tensor for {name}",
-        f"anatomy.units, {{'{name}': torch.ones(1, 5).bool()}}": "a mask of shape (1, 5); each dimension",
+        f"anatomy.units, {{'{name}': torch.ones(1, 5).bool()}}": "a mask of shape (1, 5) for",
     }.items():
         file.write_text(head + returned)
         assert sft(tmp_path / "out", "--policy", f"{file}:choose") == 2
