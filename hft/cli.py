@@ -42,7 +42,7 @@ COMMANDS = OBJECTIVE_COMMANDS | {
     "push": ("hft.runs.push:main", "upload a finished run to the Hub once verify has passed"),
     "recipes": ("hft.catalog:main", "list the recipes and methods that come with hft, or copy one"),
     "schema": ("hft.schema:main", "print a JSON schema of recipes, for editors"),
-    "completion": ("hft.completion:main", "print what completes hft in bash, zsh or tcsh"),
+    "completion": ("hft.completion:main", "print a completion script for bash, zsh or tcsh"),
     "fetch": ("hft.demo.command:fetch", "make smollm2-135m or tiny, by default in models/MODEL"),
     "demo": ("hft.demo.command:demo", "write the demo data, by default to data/"),
     "cpi": ("hft.cpi.command:main", "CPI-FT: freeze what earlier tasks need: [STAGE] --config RECIPE [ARM]"),
