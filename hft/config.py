@@ -73,9 +73,7 @@ class RunConfig:
     architecture: str | None = option("A folder with the base's config.json, to plan a run without the Hub.")
     chat_template_path: str | None = option("A .jinja file, or hft's own tulu.jinja or smollm2.jinja.")
     dataset_name: str | list[str] | None = option("A file, a folder with one file per split, or a Hub id; or several.")
-    dataset_weights: list[float] | None = option(
-        "Sampling weights of several datasets; sampling ends when one runs out of rows."
-    )
+    dataset_weights: list[float] | None = option("Sampling weights of several datasets, until one runs out of rows.")
     prompt: str | None = option("SFT: Jinja template of the user's turn, over the columns of a row.")
     completion: str | None = option("SFT: the same for the assistant's turn.")
     dataset_config: str | None = option("Configuration of a Hub dataset.")
@@ -89,9 +87,7 @@ class RunConfig:
         "How many layers to checkpoint, from the first, whatever activation_checkpointing says; auto: as few as fit "
         "into the GPU."
     )
-    save_only_trained: bool = option(
-        "Save only what trains, also inside a tensor; see hft merge --method delta.", False
-    )
+    save_only_trained: bool = option("Save only what trains, also in tensors; see hft merge --method delta.", False)
     method: str | None = option("Name of the method, for the run's name.")
     schedule: str | None = option("Change what trains during the run: lisa, badam, ... or FILE.py:CLASS.")
     update: str | None = option("Change weights around each step: mixout, l2sp, mofo, gmt or FILE.py:CLASS.")
