@@ -167,8 +167,8 @@ def sft(bench: Bench, checkpointing: bool = False, methods: Sequence[str] = METH
     same = all(a.losses[0] == b.losses[0] for a, b in zip(ours, theirs, strict=True))
     return (
         f"{table(found, planned)}\n\n{against_bound(ours, found['fft'])}\n\n"
-        f"HFT's step takes {spread(overhead, 3)} of that of TRL with the same parameters frozen by hand; the loss of "
-        f"the first step is {'the same' if same else 'NOT the same'}."
+        f"Relative to TRL with the same parameters frozen by hand, HFT's step takes {spread(overhead, 3)}; the "
+        f"first step's loss is {'the same' if same else 'NOT the same'}."
     )
 
 
@@ -187,10 +187,10 @@ def equal(bench: Bench) -> str:
         half: bench.arm(bench.trainer, "hft"),
     }
     found = bench.run(arms)
-    fits = "" if min(none, most) <= budget else " That is more than the budget even so."
+    fits = "" if min(none, most) <= budget else " and still exceeds the budget"
     return (
-        f"The budget is what HFT takes without checkpointing, {budget / 1e9:.2f} GB. FFT takes {none / 1e9:.2f} GB "
-        f"with no layer checkpointed and {most / 1e9:.2f} GB with all {layers}, so it checkpoints {count}.{fits}\n\n"
+        f"The budget is HFT's memory without checkpointing, {budget / 1e9:.2f} GB. FFT takes {none / 1e9:.2f} GB "
+        f"with no layer checkpointed and {most / 1e9:.2f} GB with all {layers}, so it checkpoints {count}{fits}.\n\n"
         f"{table(found)}\n\n{against_bound(found[half], found[fft])}"
     )
 
@@ -202,9 +202,9 @@ def against_bound(half: list[Measured], full: list[Measured]) -> str:
     bound = half[0].flops / full[0].flops
     close = statistics.median(passes) <= 1.05 * bound
     return (
-        f"HFT's step takes {spread(ratios, 3)} of FFT's, its forward and backward pass {spread(passes, 3)}; the bound "
-        f"by FLOPs is {bound:.3f}. The step is {statistics.median(ratios) / bound:.3f} times the bound, the passes "
-        f"{statistics.median(passes) / bound:.3f} times, {'within' if close else 'NOT within'} 5% of it."
+        f"Relative to FFT, HFT's step takes {spread(ratios, 3)}, its forward and backward pass {spread(passes, 3)}; "
+        f"the FLOP bound is {bound:.3f}. The step is {statistics.median(ratios) / bound:.3f}x the bound, the passes "
+        f"{statistics.median(passes) / bound:.3f}x, {'within' if close else 'NOT within'} 5% of it."
     )
 
 
@@ -250,12 +250,12 @@ def passes_of(measured: Measured) -> float:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Median (least-most)."""
+    """Median (minimum-maximum)."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 TIMES = ("forward", "backward", "optimizer")
-HEAD = ("", "step, s", "forward", "backward", "optimizer", "tokens/s", "step, of the first row's", "passes", "bound")
+HEAD = ("", "step, s", "forward", "backward", "optimizer", "tokens/s", "step vs. first row", "passes", "bound")
 HEAD += ("peak memory, GB", "weights, MB", "gradients", "optimizer state", "reference", "together", "planned")
 
 
@@ -375,8 +375,8 @@ def main() -> None:
             model = make_model(name, folder / name)
             write_rows(folder / part, rows * (options.steps + 1), options.length)
             bench = Bench(model, folder / part, rows, options.length, options.steps, options.rounds)
-            shape = f"{rows} rows of {options.length} tokens a step; {options.rounds} rounds of {options.steps} steps, "
-            shape += f"n = {options.rounds * options.steps}."
+            shape = f"{rows} rows of {options.length} tokens per step; {options.rounds} rounds of {options.steps} "
+            shape += f"steps, n = {options.rounds * options.steps}."
             text += f"## {PARTS[part]}: {Path(name).name}\n\n{shape}\n\n{RUN[part](bench)}\n\n"
             out.write_text(text + not_run(options.parts))
     print(f"{text}{not_run(options.parts)}\n{out}")

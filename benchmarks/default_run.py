@@ -59,7 +59,7 @@ def compare(options: argparse.Namespace) -> str:
                 trainer.train()
             seconds[name].append(clock.seconds)
             print(f"round {number + 1}, {name}: {clock.seconds:.2f} s", flush=True)
-    lines = ["| | s per 1,000 tokens | of the first row's |", "| --- | --- | --- |"]
+    lines = ["| | s per 1,000 tokens | relative to the first row |", "| --- | --- | --- |"]
     for name, found in seconds.items():
         ratios = [ours / first for ours, first in zip(found, seconds[options.arms[0]], strict=True)]
         lines.append(f"| {name} | {spread(found, 2)} | {spread(ratios, 3)} |")

@@ -46,7 +46,7 @@ def state_bytes(path: Path) -> int:
 HEAD = (
     "method",
     "s per step",
-    "of FFT",
+    "relative to FFT",
     "optimizer state, MB",
     "trains, % of layers",
     "of model",

@@ -60,8 +60,9 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, **_):
-    """Long keys in tables may break after an underscore."""
-    return re.sub(r"<td>.*?</td>", lambda cell: re.sub("_(?=[a-z])(?![^<]*>)", "_<wbr>", cell[0]), html)
+    """Long keys in tables may break after an underscore; a flag does not break after its first hyphens."""
+    html = re.sub(r"<td>.*?</td>", lambda cell: re.sub("_(?=[a-z])(?![^<]*>)", "_<wbr>", cell[0]), html)
+    return re.sub(r"(?<=<code>)[^<]+", lambda code: re.sub(r"--\w", r'<span class="flag">\g<0></span>', code[0]), html)
 
 
 def exists(path):

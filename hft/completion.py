@@ -1,4 +1,4 @@
-"""`hft completion SHELL`: a script that completes hft's commands, flags and values, made by shtab from their help."""
+"""`hft completion SHELL`: a completion script for hft's commands, flags and values, made by shtab from their help."""
 
 import argparse
 import io
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str]) -> int:
     """Print the script."""
     import shtab
 
-    parser = argparse.ArgumentParser(prog="hft completion", description="Print what completes hft in a shell.")
+    parser = argparse.ArgumentParser(prog="hft completion", description="Print a completion script for a shell.")
     parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     shell = parser.parse_args(arguments).shell
     every = argparse.ArgumentParser(prog="hft")

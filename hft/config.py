@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -59,6 +60,11 @@ def option(help: str, default: Any = None, **more: Any) -> Any:
     return field(**kind, metadata={"help": help}, **more)
 
 
+def help_of(key: dataclasses.Field) -> str:
+    """The help of a key; TRL and transformers write theirs for argparse, which wants percent signs twice."""
+    return key.metadata.get("help", "").replace("%%", "%")
+
+
 @dataclass
 class RunConfig:
     """What a run needs beyond TRL's config and the method's keys: model, data, batch and names."""
@@ -67,20 +73,21 @@ class RunConfig:
     architecture: str | None = option("A folder with the base's config.json, to plan a run without the Hub.")
     chat_template_path: str | None = option("A .jinja file, or hft's own tulu.jinja or smollm2.jinja.")
     dataset_name: str | list[str] | None = option("A file, a folder with one file per split, or a Hub id; or several.")
-    dataset_weights: list[float] | None = option("How often each of several is drawn from, until one has no more rows.")
-    prompt: str | None = option("SFT: jinja2 template of the user's turn, over the columns of a row.")
-    completion: str | None = option("SFT: the same of the assistant's turn.")
+    dataset_weights: list[float] | None = option("Sampling weights of several datasets, until one runs out of rows.")
+    prompt: str | None = option("SFT: Jinja template of the user's turn, over the columns of a row.")
+    completion: str | None = option("SFT: the same for the assistant's turn.")
     dataset_config: str | None = option("Configuration of a Hub dataset.")
     dataset_revision: str | None = option("Branch, tag or commit of a Hub dataset; by default its main branch.")
     dataset_train_split: str = option("Split to train on.", "train")
     dataset_test_split: str | None = option("Split to evaluate on; none: hold rows out of the training split.", "test")
     tokenizer_pad_token: str | None = option("Token to pad with, from the vocabulary, if the tokenizer has none.")
     global_batch_size: int | None = option("Rows per step over all devices; gradient accumulation follows from it.")
-    eval_rows: int | None = option("Rows to evaluate on: the first of the test split, or as many held out.")
+    eval_rows: int | None = option("Rows to evaluate on: the first ones of the test split, or held-out training rows.")
     activation_checkpointing_layers: int | Literal["auto"] | None = option(
-        "Checkpoint the first so many layers, whatever activation_checkpointing says; auto: as few as fit into the GPU."
+        "How many layers to checkpoint, from the first, whatever activation_checkpointing says; auto: as few as fit "
+        "into the GPU."
     )
-    save_only_trained: bool = option("Save only what trains, also of a tensor; see hft merge --method delta.", False)
+    save_only_trained: bool = option("Save only what trains, also in tensors; see hft merge --method delta.", False)
     method: str | None = option("Name of the method, for the run's name.")
     schedule: str | None = option("Change what trains during the run: lisa, badam, ... or FILE.py:CLASS.")
     update: str | None = option("Change weights around each step: mixout, l2sp, mofo, gmt or FILE.py:CLASS.")
@@ -318,7 +325,7 @@ def print_help(prog: str, description: str, groups: Mapping[str, Iterable[type]]
         for f in (f for cls in keys.classes for f in fields(cls) if f.init and f.name not in shown):
             shown.add(f.name)
             default = getattr(f.default, "value", f.default)
-            text = f.metadata.get("help", "") + ("" if default in (None, MISSING) else f" (default: {default})")
+            text = help_of(f) + ("" if default in (None, MISSING) else f" (default: {default})")
             print(f"  --{f.name}  {_type_names(keys.types[f.name])}")
             print(textwrap.fill(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6))
 

@@ -39,7 +39,7 @@ class KeepConfig:
     """What `hft keep` takes."""
 
     budget: list[str] = option(
-        "Most that may be lost against the base: drift=0.05, kl=0.1 (nats/token), facts=2 (points).", []
+        "Largest loss allowed relative to the base: drift=0.05, kl=0.1 (nats/token), facts=2 (points).", []
     )
     out: str | None = option("Folder for the result.")
     base: str | None = option("What the model was tuned from; default: by manifest.")

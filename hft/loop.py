@@ -46,7 +46,7 @@ def select(model: PreTrainedModel | Anatomy, config: SelectionConfig | None = No
         settings: fields of `SelectionConfig` that replace the config's, such as `selection_seed=1` or `round=2`.
 
     Raises:
-        HFTError: the model holds modules that are not recognized, or the settings do not go together.
+        HFTError: the model has unknown modules, or the settings contradict each other.
     """
     if not isinstance(model, Anatomy):
         model = unwrapped(model)
@@ -55,12 +55,12 @@ def select(model: PreTrainedModel | Anatomy, config: SelectionConfig | None = No
 
 
 def freeze(model: PreTrainedModel, selection: Selection) -> Frozen:
-    """Set `requires_grad` of every parameter by a selection. Call it before the optimizer is built.
+    """Set every parameter's `requires_grad` by a selection. Call it before the optimizer is built.
 
-    A parameter that trains in part becomes two, of which only the trained elements require a gradient (`hft.parts`);
-    state dicts hold it whole, as before. Gradients of frozen parameters are cleared. Give the optimizer only parameters
-    that require a gradient, or one that skips those without, as torch's do. Give a model in half precision fp32 master
-    weights as usual: at 2e-5 most updates round away in bf16.
+    A parameter that trains in part becomes two (`hft.parts`): the base's values, and the trained elements, which alone
+    require a gradient. State dicts still contain the whole parameter. Gradients of frozen parameters are cleared. Pass
+    the optimizer only parameters that require a gradient; torch's optimizers also skip the others by themselves. A
+    model in half precision needs fp32 master weights as usual: in bf16 most updates at 2e-5 round to zero.
 
     Returns:
         What `verify` needs afterwards.
@@ -87,17 +87,17 @@ def freeze(model: PreTrainedModel, selection: Selection) -> Frozen:
 
 
 def verify(out: str | Path | nn.Module | Mapping[str, torch.Tensor], base: str | Frozen | None = None) -> Verification:
-    """Prove that what was frozen is bit-identical to what it was.
+    """Check that everything frozen is bit-identical to the base.
 
     Args:
-        out: the folder of a run or checkpoint that hft made; or a model, or its full state dict, that `freeze` froze.
+        out: the folder of a run or checkpoint of hft; or a model that `freeze` froze, or its full state dict.
         base: for a folder, its base, if it has moved since; for a model, what `freeze` returned.
 
     Returns:
-        The finding: `.ok` and `.report()`. A parameter that was added or untied since `freeze` is unlisted.
+        The result: `.ok` and `.report()`. A parameter that was added or untied after `freeze` counts as unlisted.
 
     Raises:
-        HFTError: a folder cannot be read, or a model comes without what `freeze` returned.
+        HFTError: a folder cannot be read, or a model is given without the return value of `freeze`.
     """
     if isinstance(out, str | Path):
         return verification.verify_folder(out, base)

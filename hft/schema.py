@@ -11,7 +11,7 @@ from typing import Annotated, Any, Union
 from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypeAliasType, TypedDict  # pydantic wants these below Python 3.12
 
-from hft.config import ALIASES, Keys, RunConfig
+from hft.config import ALIASES, Keys, RunConfig, help_of
 from hft.continual.config import SequenceConfig
 from hft.cpi.config import CPIConfig, Task
 from hft.evaluation.evaluate import Settings
@@ -46,7 +46,7 @@ def mapping(name: str, *classes: type, **types: Any) -> Any:
     found: dict[str, Any] = {}
     for keys, f in ((Keys((cls,)), f) for cls in classes for f in fields(cls) if f.init):
         kind = types.get(f.name, keys.types[f.name])
-        found.setdefault(f.name, described(f.name, kind, f.metadata.get("help", "")))
+        found.setdefault(f.name, described(f.name, kind, help_of(f)))
     found |= {old: found[new] for old, new in ALIASES.items() if new in found}
     return with_config(ConfigDict(extra="forbid", arbitrary_types_allowed=True))(TypedDict(name, found, total=False))
 

@@ -143,7 +143,7 @@ def test_every_recipe_and_every_method_make_a_config(tmp_path, recipe, method, t
         with pytest.raises(HFTError, match="cannot train against a reference"):
             training_arguments(config, machine_settings(config.values))
         return
-    # The recipes for GPUs cannot set bf16 where there is none.
+    # Recipes for GPUs cannot set bf16 without a GPU.
     args, _ = training_arguments(config, machine_settings(config.values))
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == config.run.global_batch_size
     assert args.activation_checkpointing is given.get("activation_checkpointing", True)

@@ -34,7 +34,7 @@ OLD = ("rule.right", "people.right", "facts.right")
 LEARNING = {
     "new.right": "answer {} of the new rows right",
     "new.loss": "have a loss of {} on the new rows",
-    "pairs.right": "make the right answer the likelier one in {} of the held-out pairs",
+    "pairs.right": "prefer the right answer in {} of the held-out pairs",
 }
 KEPT = ("kept", "%")
 STEP = {"%": 5, "nats/token": 0.05}  # between the amounts learned at which two arms may be compared
@@ -136,7 +136,7 @@ def shown(found: Estimate, digits: int = 1, plus: str = "+") -> str:
 
 def verdict(found: Estimate) -> str:
     if not np.isfinite(found.low) or found.low <= 0 <= found.high:
-        return "not told apart"
+        return "not significant"
     return "keeps more" if found.value > 0 else "keeps less"
 
 
@@ -153,21 +153,22 @@ def sentence(arm: str, pair: tuple[Rates, Rates], learned: str) -> str:
     its, seeds = curves(pair, learned, "kept")
     overall = estimate(equal_learning, *its) if its else Estimate(*[float("nan")] * 3)
     if not np.isfinite(overall.low):
-        return f"{arm} and fft cannot be compared at equal learning: no amount was surely learned by both."
+        return f"{arm} and fft cannot be compared at equal learning: there is no amount that both surely learned."
     found = at_the_most(*its, STEP[COLUMNS[learned][1]])
     told = verdict(found[1] if found else overall)
-    says = f"{arm} is not told apart from fft" if told == "not told apart" else f"{arm} {told} than fft"
+    differs = told != "not significant"
+    says = f"{arm} {told} than fft" if differs else f"{arm} and fft do not differ significantly"
     if not found:
         return (
-            f"At equal learning {says}: over the amounts that both learn, the difference in what is kept is "
+            f"At equal learning {says}: averaged over the amounts that both learn, the difference in kept questions is "
             f"{shown(overall)} points (95% interval, {of_seeds(seeds)})."
         )
     level, more = found
     where = LEARNING[learned].format(amount(level, learned))
     return (
-        f"At equal learning {says}: where both {where}, the difference in what is kept is {shown(more)} points "
-        f"(95% interval, {of_seeds(seeds)}). Over all amounts that both learn it is {shown(overall)}."
-        + (" Two learning rates make a rough line." if min(len(whole(rates)[0]) for rates in pair) < 3 else "")
+        f"At equal learning {says}: where both {where}, the difference in kept questions is {shown(more)} points "
+        f"(95% interval, {of_seeds(seeds)}). Averaged over all amounts that both learn, it is {shown(overall)}."
+        + (" Two learning rates give only a rough curve." if min(len(whole(rates)[0]) for rates in pair) < 3 else "")
     )
 
 
@@ -202,16 +203,21 @@ def rates_section(arms: dict[str, Rates], learned: str) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     title = ["", "## Does hft act like fft at a lower rate?", ""]
     if not compared:
-        return [*title, "These rates do not say: at none of them is it sure that fft learns as much.", "", *lines]
+        return [
+            *title,
+            "These learning rates cannot tell: at none of them does fft surely learn as much.",
+            "",
+            *lines,
+        ]
     factor, more = average(compared, 0), average(compared, 1)
-    lower = "a lower" if factor.high < 1 else "a higher" if factor.low > 1 else "not measurably another"
+    lower = "a lower" if factor.high < 1 else "a higher" if factor.low > 1 else "not a measurably different"
     rates_in_words = f"{len(compared)} rates" if len(compared) > 1 else "one rate"
     told = {"keeps more": "hft keeps more", "keeps less": "hft keeps less"}.get(verdict(more), "neither keeps more")
     return [
         *title,
-        f"hft learns as much as fft at c times its learning rate: on average over {rates_in_words} "
-        f"c = {shown(factor, 2, '')}, {lower} rate. Where they learn as much, {told}: {shown(more)} points "
-        f"({of_seeds(seeds)}). Between its rates fft is interpolated over the log of the rate.",
+        f"hft learns as much as fft does at c times hft's learning rate. On average over {rates_in_words} "
+        f"c = {shown(factor, 2, '')}, {lower} rate. Where they learn the same amount, {told}: {shown(more)} points "
+        f"({of_seeds(seeds)}). Between its learning rates fft is interpolated linearly in the log of the rate.",
         "",
         *lines,
     ]
@@ -225,7 +231,7 @@ def arms_section(arms: dict[str, Rates], learned: str, reference: np.ndarray) ->
 
     unit = COLUMNS[learned][1]
     heads = ["arm", "seeds", "learns most at", "kept at equal learning, points", f"kept where both learn, {unit}"]
-    heads += ["hypervolume", "more than fft", "two seeds of it differ by", "verdict"]
+    heads += ["hypervolume", "minus fft's", "difference of two seeds", "verdict"]
     lines, alike = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"], []
     for arm, rates in arms.items():
         [own], seeds = curves((rates,), learned, "kept")
@@ -247,7 +253,7 @@ def arms_section(arms: dict[str, Rates], learned: str, reference: np.ndarray) ->
         lines.append(f"| {' | '.join(map(str, cells))} |")
     if alike:
         said = (
-            "Two seeds of the arm differ as much in hypervolume as the arm and fft do, so one run of each could not say"
+            "For these arms two seeds differ as much in hypervolume as the arm and fft do, so one run each cannot say"
         )
         lines += ["", f"{said} which is better: {', '.join(alike)}."]
     return lines
@@ -295,7 +301,7 @@ def seeds_section(arms: dict[str, Rates], learned: str) -> list[str]:
         return []
     said = (
         f"At {', '.join(alike)} two runs of one method that differ only in the seed differ as much in what they keep "
-        "as the two methods do: one run of each cannot tell the methods apart."
+        "as the two methods do: one run of each cannot tell which is better."
         if alike
         else "At every rate the methods differ more in what they keep than two seeds of one method do."
     )
@@ -329,7 +335,7 @@ def halves_section(out: Path, content: dict[str, Any], learned: str, keys: list[
             ratio = f"{found:.2f} [{low:.2f}, {high:.2f}]"
             if key == "kept":
                 word = "more" if low > 1 else "less" if high < 1 else "not measurably more or less"
-                said = f" Which half trains moves what is kept {word} than the order of the rows does."
+                said = f" The choice of half changes the share of questions kept {word} than the order of rows does."
         lines.append(f"| {', '.join(COLUMNS.get(key, KEPT))} | {spread[0]:.2g} | {spread[1]:.2g} | {ratio} |")
     its = content["halves"]
     return [
@@ -470,11 +476,11 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path,
         "",
         f"![What is kept against what is learned]({path.stem}.png)",
         "",
-        f"Learned: {COLUMNS[learned][0]}, of {len(start['rows'][learned])} held-out rows. Kept: old questions that are "
-        f"still answered right, of {', '.join(f'{n} {kind}' for kind, n in kinds.items())}; the start model answers "
-        f"{values(start, 'kept').mean():.1f}%. Differences are between models that answered the same rows, with the "
-        "same seeds. Brackets are 95% bootstrap intervals over rows and seeds, which are too narrow with two or three "
-        "seeds. Each difference is tested alone.",
+        f"Learned: {COLUMNS[learned][0]}, of {len(start['rows'][learned])} held-out rows. Kept: old questions that "
+        f"are still answered right, out of {', '.join(f'{n} {kind}' for kind, n in kinds.items())}; the start "
+        f"model answers {values(start, 'kept').mean():.1f}%. Differences are between models that answered the same "
+        "rows, with the same seeds. Brackets are 95% bootstrap intervals over rows and seeds; with two or three seeds "
+        "they are too narrow. Differences are not corrected for multiple comparisons.",
     ]
     if {"fft", "hft"} <= arms.keys():
         lines += rates_section(arms, learned)
@@ -482,11 +488,12 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path,
         at = f"{amount(reference[0], learned)} learned, 0% kept"
         lines += [
             "",
-            "## Each arm beside fft",
+            "## Each arm compared with fft",
             "",
-            "At equal learning: how much more the arm keeps than fft, averaged over the amounts that both learn "
-            "(straight lines between the points of each frontier); then at the highest amount that both learn, which "
-            f"the verdict is about. Hypervolume: the area that the arm's points dominate above {at}, divided by 100.",
+            "Kept at equal learning: how much more the arm keeps than fft, averaged over the amounts that both learn "
+            "(with straight lines between the points of each frontier). The next column is at the highest amount that "
+            "both learn; the verdict is about that. Hypervolume: the area that the arm's points dominate above "
+            f"{at}, divided by 100.",
             "",
             *arms_section(arms | ways, learned, reference),
             "",
@@ -513,7 +520,7 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path,
     commits = sorted({file["commit"] for file in files})
     versions = ", ".join(f"{name} {number}" for name, number in files[0]["versions"].items())
     lines.append(
-        f"{len(files)} of {sum(cell.seed == cell.selection for cell in todo)} cells, and those of the halves. "
+        f"{len(files)} of {sum(cell.seed == cell.selection for cell in todo)} cells, plus those of the halves. "
         f"Arms not run: {', '.join(missing) or 'none'}. Commit {', '.join(commits)}. {versions}."
     )
     path.write_text("\n".join(lines) + "\n")

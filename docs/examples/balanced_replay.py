@@ -12,7 +12,7 @@ from hft.methods.strategy import Row, Strategy
 
 @dataclass
 class BalancedReplay(Strategy):
-    replay_seed: int = option("Seed of their choice.", 0)
+    replay_seed: int = option("Seed for choosing them.", 0)
 
     def training_rows(self, tasks: Sequence[list[Row]], alignment: list[Row]) -> list[Row]:
         earlier = [row for rows in tasks[:-1] for row in rows]

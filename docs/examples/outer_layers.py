@@ -1,4 +1,4 @@
-"""A policy of one's own: the first and the last layers train whole, of those between only the norms."""
+"""A policy of your own: the first and last layers train whole; of the layers between, only the norms train."""
 
 from collections.abc import Iterable
 

@@ -29,7 +29,7 @@ class SequenceConfig:
 
     trace_dir: str | None = option("TRACE's folder, or one like it: TASK/train.json and TASK/test.json, or .jsonl.")
     tasks: list[str] = option("The tasks, in the order in which they are learned.", list(TRACE))
-    epochs: dict[str, float] | None = option("Epochs of each task; num_train_epochs where a task has none.")
+    epochs: dict[str, float] | None = option("Epochs per task; num_train_epochs for all others.")
     metrics: dict[str, str] | None = option("Metric of each task outside TRACE, as {TASK: accuracy}.")
     strategy: str = option("Continual-learning strategy: a name, or FILE.py:CLASS of your own.", "seqft")
     alignment: str | None = option("Folder in trace_dir with general instructions that replay trains on too.")
@@ -38,7 +38,7 @@ class SequenceConfig:
     score_start: bool = option("Score the base before the first round.", True)
     score_unseen: bool = option("Score the tasks that are still to come, too.", False)
     test_rows: PositiveInt | None = option("Test rows of each task; by default all.")
-    score_batch_size: int = option("Prompts that are answered at once.", 16)
+    score_batch_size: int = option("Prompts per batch.", 16)
 
     def __post_init__(self):
         if twice := [task for task in self.tasks if self.tasks.count(task) > 1]:

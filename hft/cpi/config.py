@@ -17,7 +17,7 @@ from hft.runs.config import check_is_a_model, check_shared, name_of
 # Keys of a single run that the stages set themselves.
 SET_BY_STAGES = ("prompt", "completion", "schedule", "update", "adapter", "run_name", "resume_from_checkpoint")
 STAGES = ("probe", "group", "fuse", "train", "score")
-HELP = f"Core parameter isolation (CPI-FT). The first word may be one stage, {', '.join(STAGES)}; by default all run."
+HELP = f"Core parameter isolation (CPI-FT). Name one stage of {', '.join(STAGES)}, or all run."
 CORE_NAME = "core.json"  # in the folder of a core, beside its masks
 
 
@@ -53,26 +53,26 @@ class Task:
 class CPIConfig:
     """What `hft cpi` does in its stages; all other keys are those of `hft sft` and hold for every run."""
 
-    tasks: dict[str, dict[str, Any]] | None = option("Tasks by name: dataset_name and what else `Task` has.")
+    tasks: dict[str, dict[str, Any]] | None = option("Tasks by name, each with dataset_name and other keys of `Task`.")
     percent: Percent = option("p: size of a core in percent of all elements of the model.", 1.0)
     probe: dict[str, Any] | None = option("Keys of `hft sft` that differ in the probes, e.g. {max_steps: 100}.")
     grouping: Literal["similarity", "together", "random", "given"] = option(
         "similarity: tasks whose cores overlap; together: one group; random: three; given: by the group of each task.",
         "similarity",
     )
-    tau: float = option("Jaccard similarity of cores from which tasks are joined.", 0.1)
+    tau: float = option("Smallest Jaccard similarity of cores at which tasks are joined.", 0.1)
     order: list[str] | None = option("Tasks in the order in which their groups train; by default draw_seed draws it.")
     draw_seed: int = option("Seed of the order of the groups, of random groups and cores, and of the sample.", 0)
     fusion: bool = option("Fuse the probes before the groups train; without it: DPI.", True)
     freeze: Literal["cores", "random-cores", "all-but-own-cores", "half", "nothing"] = option(
-        "What does not train in a group: cores of earlier groups; as many random elements (in the fusion "
-        "too); all but its own cores (LoTA); HFT's random half, another per group; or nothing.",
+        "What does not train in a group: cores of earlier groups; as many random elements (in the fusion too); all but "
+        "its own cores (LoTA); HFT's random half, a new one per group; or nothing.",
         "cores",
     )
     sample_rows: PositiveInt | None = option("Rows of each task that the groups train on; by default all.")
     train: dict[str, Any] | None = option("Keys of `hft sft` that differ in the training of the groups.")
     eval: dict[str, Any] | None = option("Flags of `hft eval` for the tasks' benchmarks, e.g. {limit: 200}.")
-    probe_dir: str | None = option("Folder of stage 1, which other settings of the later stages share.")
+    probe_dir: str | None = option("Folder of stage 1, shared by runs with other settings of the later stages.")
 
     @property
     def needs_cores(self) -> bool:

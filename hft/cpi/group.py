@@ -59,7 +59,7 @@ def load_groups(plan: CPIPlan) -> list[list[str]]:
         raise HFTError(f"{path} not found: run `hft cpi group` first")
     groups = json.loads(path.read_text())["groups"]
     if sorted(name for names in groups for name in names) != sorted(plan.tasks):
-        raise HFTError(f"{path} is of other tasks; run `hft cpi group` again")
+        raise HFTError(f"{path} was made for other tasks; run `hft cpi group` again")
     return groups
 
 

@@ -67,7 +67,7 @@ def train_sft(out: Path, values: Mapping[str, Any], *inputs: Path) -> None:
     plan = make_plan(load_config("sft", **values, output_dir=str(out), run_name=name))
     started = out / "stage.json"
     if started.exists() and not is_current(started, {}, *inputs):
-        raise HFTError(f"{out} was trained from other rows or another model than are there now; remove it")
+        raise HFTError(f"{out} was trained from rows or a model that have changed since; remove it")
     if is_main():
         write_record(started, {}, *inputs)
     say(f"hft sft --config {out / CONFIG_NAME}", "", *([] if plan.start.is_finished else [plan.report()]))

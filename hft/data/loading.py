@@ -124,7 +124,7 @@ def mixture(parts: list[LoadedData], weights: list[float] | None) -> LoadedData:
     columns = [{*part.train.column_names} & {"messages", "prompt", "text"} for part in parts]
     if columns.count(columns[0]) < len(parts) or len({part.is_text for part in parts}) > 1:
         names = " and ".join(part.name for part in parts)
-        raise HFTError(f"{names} hold rows in different forms; give all the same one")
+        raise HFTError(f"{names} hold rows in different forms; convert all to the same form")
     trains = [part.train.add_column("part", [index] * len(part.train)) for index, part in enumerate(parts)]
     odds = weights and [weight / sum(weights) for weight in weights]
     train = datasets.interleave_datasets(trains, odds, seed=0) if odds else datasets.concatenate_datasets(trains)

@@ -69,7 +69,7 @@ def _rows_of_quick(name: str, subject: Subject, settings: Settings) -> list[dict
     if not (run / RESULTS_NAME).exists():
         say(f"{name} is skipped: {run} is not a finished run with held-out rows; name one with --task_data")
     elif name == "kl" and subject.base is None:
-        say(f"{name} is skipped: {subject.name} says no base; name it with --base")
+        say(f"{name} is skipped: {subject.name} does not name its base; name it with --base")
     elif settings.backend != "hf":
         say(f"{name} is skipped: it scores token ids, which needs --backend hf")
     else:

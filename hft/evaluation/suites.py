@@ -25,10 +25,10 @@ class Settings:
     """How a suite is run; the flags of `hft eval`."""
 
     limit: int | None = option("Rows of each task; default: all.")
-    paper_subsets: bool = option("GSM8K 200, BBH 40 a task, TyDiQA 100 a language.", False)
+    paper_subsets: bool = option("GSM8K 200 rows, BBH 40 per task, TyDiQA 100 per language.", False)
     tasks: list[str] = option("Benchmarks, lm-eval's tasks (NAME:METRIC) or YAML files.", [])
-    max_gen_toks: int | None = option("Most tokens of an answer; default: the task's.")
-    chat: bool | None = option("Use the chat template; default: if any, not in quick.")
+    max_gen_toks: int | None = option("Maximum tokens per answer; default: the task's.")
+    chat: bool | None = option("Use the chat template; default: if there is one, except in quick.")
     dtype: Literal["bfloat16", "float16", "float32", "auto"] | None = option(
         "Of the model; default: bfloat16 on GPUs, else float32."
     )
@@ -37,7 +37,7 @@ class Settings:
     backend_args: dict[str, Any] = option("Further engine arguments, as JSON.", {})
     base: str | None = option("What the models were tuned from; default: by manifest.")
     task_data: str | None = option("A run with held-out rows, for models without any.")
-    data: str | None = option("Folder of JSON Lines files to score on, not the Hub.")
+    data: str | None = option("Folder of JSON Lines files to score on, instead of the Hub.")
     allow_code: bool = option("Run generated code (HumanEval, MBPP).", False)
     log_samples: bool = option("Keep each row's outcome, in scores/.", True)
 

@@ -69,13 +69,13 @@ class Checkpoint:
         if missing := [key for key in parameters if key not in stored]:
             if others := stored.keys() - model.state_dict().keys():
                 raise HFTError(
-                    f"{name} stores {min(others)} where transformers computes with {missing[0]}; only models stored as "
-                    "they are computed can be combined (not mixtures of experts, GPT-NeoX)"
+                    f"{name} stores {min(others)}, but transformers computes with {missing[0]}; only models that need "
+                    "no such conversion can be combined (not mixtures of experts, GPT-NeoX)"
                 )
             raise HFTError(f"{name} lacks {shorten(missing, most=3)}, which its config has")
         for key, parameter in parameters.items():
             if (shape := stored[key].shape) != parameter.shape:
-                raise HFTError(f"in {name} {key} has shape {list(shape)}, by its config {list(parameter.shape)}")
+                raise HFTError(f"{key} of {name} has shape {list(shape)}, but by its config {list(parameter.shape)}")
         owners = {id(parameter): key for key, parameter in parameters.items()}
         every = model.named_parameters(remove_duplicate=False)
         tied = {key: owners[id(parameter)] for key, parameter in every if key not in parameters}

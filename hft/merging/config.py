@@ -17,10 +17,10 @@ class MergeConfig:
     """How `hft merge` merges what."""
 
     method: Literal["average", "ties", "dare", "dare-ties", "slerp", "wise-ft", "adapter", "delta"] | None = option(
-        "average: the mean of the weights; ties: the largest deltas, by the sign that wins; dare: random "
-        "deltas, rescaled; dare-ties: those, by the sign that wins; slerp: on the arc between two models; wise-ft: "
-        "on the line from base to model; adapter: an adapter of PEFT's added to its base; delta: what a run saved "
-        "with save_only_trained, put back into its base."
+        "average: the mean of the weights; ties: the largest deltas that agree with the majority sign; dare: random "
+        "deltas, rescaled; dare-ties: those of dare that agree with the majority sign; slerp: a point on the arc "
+        "between two models; wise-ft: a point on the line from base to model; adapter: a PEFT adapter added to its "
+        "base; delta: what a run saved with save_only_trained, put back into its base."
     )
     models: list[str] | None = option("Models to merge: folders or Hub ids.")
     base: str | None = option("The model that they were all tuned from.")
@@ -29,15 +29,13 @@ class MergeConfig:
         "One per model, by default equal; average divides by their sum, dare does not."
     )
     density: Fraction = option("Fraction of each model's deltas to keep (ties).", 0.2)
-    trim: Literal["tensor", "global"] = option(
-        "Take that fraction of each tensor, or of the whole model (ties).", "tensor"
-    )
-    drop: Annotated[float, Field(ge=0, lt=1)] = option("Probability to drop a delta (dare, dare-ties).", 0.9)
-    seed: int = option("Seed of what is dropped (dare, dare-ties).", 0)
+    trim: Literal["tensor", "global"] = option("Apply density to each tensor, or to the whole model (ties).", "tensor")
+    drop: Annotated[float, Field(ge=0, lt=1)] = option("Probability of dropping a delta (dare, dare-ties).", 0.9)
+    seed: int = option("Seed for dropping deltas (dare, dare-ties).", 0)
     scale: float = option("Factor of the merged deltas: TIES' lambda.", 1.0)
-    t: Fraction = option("From the first model, 0, to the second, 1 (slerp).", 0.5)
+    t: Fraction = option("Position between the first model (0) and the second (1) (slerp).", 0.5)
     alpha: Fraction | dict[str, Fraction] = option(
-        "From the base, 0, to the model, 1 (wise-ft); or one for each of attention, mlp, norm and outside.", 0.5
+        "Position between base (0) and model (1) (wise-ft); or one for each of attention, mlp, norm and outside.", 0.5
     )
     max_shard_size: str = option("Largest size of a file.", "5GB")
 

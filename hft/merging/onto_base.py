@@ -95,7 +95,7 @@ def merge_delta(config: MergeConfig) -> Callable[[Path], str]:
         try:
             model.save_pretrained(new, state_dict=state, max_shard_size=config.max_shard_size)
         except ValueError as error:
-            raise HFTError(f"cannot write {config.out}: {reason(error)}; is max_shard_size as 5GB is?") from error
+            raise HFTError(f"cannot write {config.out}: {reason(error)}; max_shard_size must look like 5GB") from error
         copy_companions(folder, new, but=(MODEL_CONFIG,))
         shutil.copyfile(folder / MODEL_CONFIG, new / "config.json")
         replace(manifest, only_trained=False, moved=[]).save(new)

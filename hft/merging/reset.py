@@ -28,7 +28,7 @@ class ResetConfig:
     tuned: str | None = option("The fine-tuned model: a folder or a Hub id.")
     base: str | None = option("The model that it was tuned from.")
     out: str | None = option("Folder for the result.")
-    method: str | None = option("Has no effect, so that a method's file can be given.")
+    method: str | None = option("No effect; accepted so that a method's file can be given.")
     max_shard_size: str = option("Largest size of a file.", "5GB")
 
 

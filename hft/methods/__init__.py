@@ -60,8 +60,8 @@ def check_parts(args: TrainingArguments, *parts: MethodPart | None, has_referenc
             raise HFTError(f"{part.kind} {part.name} does not run under {engine}; launch it with --engine {other}")
         if part.acts_around_step and steps_elsewhere(args):
             raise HFTError(
-                f"{part.kind} {part.name} acts on gradients and weights around the optimizer's step, which "
-                f"{args.optim.value} does not take there; set optim to adamw_torch"
+                f"{part.kind} {part.name} acts on gradients and weights around the optimizer's step, but "
+                f"{args.optim.value} has no such separate step; set optim to adamw_torch"
             )
         part.check_args(args, has_reference=has_reference)
 
@@ -77,7 +77,7 @@ def method_of(config: Mapping[str, Any]) -> Method:
     others = [*(f.name for f in fields(SelectionConfig)), "schedule", "update"]
     if adapter and (given := [name for name in others if config.get(name) not in UNSET]):
         raise HFTError(
-            f"{given[0]} is about weights of the model, and adapter {adapter.name!r} freezes all of them; remove one"
+            f"{given[0]} acts on the model's weights, and adapter {adapter.name!r} freezes all of them; remove one"
         )
     if strategy and strategy.takes_adapter != bool(adapter):
         wanted = "needs an adapter, such as lora" if strategy.takes_adapter else "does not work with an adapter"

@@ -25,11 +25,11 @@ NOT_PEFTS = ("learning_rate_factor",)
 
 @dataclass
 class Adapter(MethodPart):
-    """An adapter of PEFT's. A key that is not given has PEFT's default.
+    """A PEFT adapter. Keys that are not given have PEFT's defaults.
 
     Attributes:
         peft_class: name of PEFT's config class.
-        peft_names: PEFT's names for keys that it calls otherwise, or None for what it does not have.
+        peft_names: PEFT's name of a key where it differs, or None where PEFT has none.
         learns_prompt: whether it puts a learned prompt before each row.
         keeps_checkpointing: whether it works with activation checkpointing.
         upcasts_base: whether the base may be upcast before the adapter is made.
@@ -78,7 +78,7 @@ class Adapter(MethodPart):
         return {}
 
     def extra_loss(self, model: PeftModel) -> torch.Tensor | None:
-        """What is added to the loss in training."""
+        """A term that is added to the training loss."""
         return None
 
     def callbacks(self, model: PeftModel) -> list[TrainerCallback]:

@@ -26,9 +26,10 @@ class AutoFreeze(Schedule):
     name: ClassVar[str] = "autofreeze"
     known_before_run: ClassVar[bool] = False
 
-    intervals: PositiveInt = option("Parts of the run, of equal length; layers freeze between.", 10)
+    intervals: PositiveInt = option("Number of equal parts of the run; layers freeze between them.", 10)
     percentile: Percent = option(
-        "Layers before the first whose norm changes by more than this percentile freeze.", 50.0
+        "Percentile of the layers' changes in gradient norm; layers before the first to reach it freeze.",
+        50.0,
     )
 
     def decide(

@@ -21,9 +21,9 @@ class BAdam(Schedule):
 
     switch_every: PositiveInt = option("Steps after which the next layer trains.", 50)
     block_order: Literal["random", "ascending", "descending"] = option(
-        "Order of the layers; random draws it per pass.", "random"
+        "Order of the layers; random: a new order per pass.", "random"
     )
-    schedule_seed: int = option("Seed of the draw, apart from the training seed.", 0)
+    schedule_seed: int = option("Seed of the draw, independent of the training seed.", 0)
 
     def trained_at(self, selection: Selection, step: int, steps: int) -> frozenset[str]:
         blocks = selection.anatomy.num_layers + (not selection.config.freeze_embeddings)

@@ -21,7 +21,7 @@ class Dynamic(Schedule):
     name: ClassVar[str] = "dynamic"
 
     intervals: PositiveInt = option("Parts of the run, of equal length; units freeze in between.", 10)
-    schedule_seed: int = option("Seed of the draw, apart from the training seed.", 0)
+    schedule_seed: int = option("Seed of the draw, independent of the training seed.", 0)
 
     def trained_at(self, selection: Selection, step: int, steps: int) -> frozenset[str]:
         groups: dict[tuple[str, ...], list[Unit]] = {}  # of units that share parameters, which freeze together

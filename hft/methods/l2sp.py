@@ -23,7 +23,9 @@ from hft.selection import Selection
 class L2SP(Update):
     name: ClassVar[str] = "l2sp"
 
-    l2sp_strength: PositiveFloat = option("Each step takes learning rate x this of the way to the start.", MISSING)
+    l2sp_strength: PositiveFloat = option(
+        "Fraction of the way back to the start per step, as a multiple of the learning rate.", MISSING
+    )
 
     def callbacks(self, model: nn.Module, anatomy: Anatomy) -> list[TrainerCallback]:
         return [Pull(copies(model), self.l2sp_strength)]

@@ -26,7 +26,7 @@ class Lisa(Schedule):
         "offload keeps it in host memory.",
         "reset",
     )
-    schedule_seed: int = option("Seed of the draw, apart from the training seed.", 0)
+    schedule_seed: int = option("Seed of the draw, independent of the training seed.", 0)
 
     def check(self, selection: Selection) -> None:
         super().check(selection)

@@ -28,7 +28,7 @@ class Mixout(Update):
     acts_around_step: ClassVar[bool] = False
     replicated: ClassVar[bool] = True  # FSDP2 gathers a layer's weights for its forward pass, not ours
 
-    mixout_p: Annotated[float, Field(gt=0, lt=1)] = option("Probability that an input column is put back.", MISSING)
+    mixout_p: Annotated[float, Field(gt=0, lt=1)] = option("Probability that an input column is the base's.", MISSING)
 
     def callbacks(self, model: nn.Module, anatomy: Anatomy) -> list[TrainerCallback]:
         matrices = matrices_of(model, anatomy).keys()

@@ -31,7 +31,7 @@ class MethodPart:
         """Raise an `HFTError` for settings of the trainer, or a reference, that would silently change the method."""
 
     def memory(self, selection: Selection) -> int:
-        """Bytes beside weights, gradients and optimizer state."""
+        """Bytes in addition to weights, gradients and optimizer state."""
         return 0
 
     def given(self, but: Collection[str] = ()) -> dict[str, Any]:

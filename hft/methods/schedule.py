@@ -23,15 +23,15 @@ Phase = tuple[int, frozenset[str]]
 
 @dataclass
 class Schedule(MethodPart):
-    """A rule by which the units that train change within a run.
+    """A rule that changes within a run which units train.
 
-    A subclass defines `trained_at`. One that decides by what it measures sets `known_before_run = False`, defines
+    A subclass defines `trained_at`. If it decides from measurements, it sets `known_before_run = False`, defines
     `decide` instead, and may measure in `on_gradients`.
 
     Attributes:
         known_before_run: whether every step is known before the run.
         clears_state: whether the optimizer state of all parameters is deleted at each switch.
-        optimizer_state: what becomes of the optimizer state of a parameter that freezes: reset, keep or offload.
+        optimizer_state: what happens to the optimizer state of a parameter that freezes: reset, keep or offload.
     """
 
     kind: ClassVar[str] = "schedule"
@@ -50,7 +50,7 @@ class Schedule(MethodPart):
     def decide(
         self, selection: Selection, step: int, steps: int, model: nn.Module, measured: dict[str, Any]
     ) -> frozenset[str]:
-        """What trains at a step, from the model and what was measured, which a checkpoint keeps."""
+        """What trains at a step, given the model and the measurements, which checkpoints save."""
         return self.trained_at(selection, step, steps)
 
     def on_gradients(self, selection: Selection, model: nn.Module, measured: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ class SmartFRZ(Schedule):
     name: ClassVar[str] = "smartfrz"
     known_before_run: ClassVar[bool] = False
 
-    intervals: PositiveInt = option("Parts of the run, of equal length; layers freeze between.", 10)
+    intervals: PositiveInt = option("Number of equal parts of the run; layers freeze between them.", 10)
 
     def decide(
         self, selection: Selection, step: int, steps: int, model: nn.Module, measured: dict[str, Any]

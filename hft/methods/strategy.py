@@ -31,11 +31,11 @@ class ExtraRows:
 class Strategy(MethodPart):
     """Sequential fine-tuning, and the base class of all other continual-learning strategies.
 
-    `hft continual` asks for rows before each round. What the rows of a round cannot express, the run itself does: a
-    strategy that `acts_on_steps` is a key of the run, and its `callbacks` see every step.
+    `hft continual` asks for rows before each round. A strategy that does more than choose rows sets `acts_on_steps`: it
+    becomes a key of the run, and its `callbacks` see every step.
 
     Attributes:
-        acts_on_steps: whether a run needs it, beside its rows.
+        acts_on_steps: whether it acts within a run, in addition to choosing rows.
         takes_adapter: whether it carries an adapter from task to task.
         takes_alignment: whether it trains on rows of general instructions, if there are any.
     """
@@ -69,7 +69,7 @@ class Strategy(MethodPart):
         return []
 
     def extra_rows(self) -> ExtraRows:
-        """The rows that it computes beside those of the run; by default none."""
+        """The rows that it computes in addition to the run's own; by default none."""
         return ExtraRows()
 
     def callbacks(self, trainer: Trainer) -> list[TrainerCallback]:

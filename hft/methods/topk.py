@@ -20,7 +20,7 @@ class TopK(Update):
     """Only a fraction of the entries of each tensor moves in a step."""
 
     top_fraction: Annotated[float, Field(gt=0, le=1)] = option(
-        "Fraction of the entries of each tensor, of those that train, that move in a step.", MISSING
+        "Fraction of each tensor's trained entries that move in a step.", MISSING
     )
 
     def before_step(self, parameter: nn.Parameter) -> torch.Tensor | None:

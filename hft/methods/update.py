@@ -22,14 +22,14 @@ class Update(MethodPart):
     """A change to the trained weights around `optimizer.step()`. A subclass defines `callbacks`.
 
     Attributes:
-        replicated: whether what it keeps is whole on every device of FSDP2, not sharded.
+        replicated: whether its state is replicated on every device under FSDP2, not sharded.
     """
 
     kind: ClassVar[str] = "update"
     replicated: ClassVar[bool] = False
 
     def callbacks(self, model: nn.Module, anatomy: Anatomy) -> list[TrainerCallback]:
-        """The trainer's callbacks, from the frozen model with the base's weights in the dtype they were loaded in."""
+        """The trainer's callbacks. The model is frozen and has the base's weights, in the dtype they were loaded in."""
         raise NotImplementedError(f"{type(self).__name__} must define callbacks")
 
     def check(self, model: nn.Module, selection: Selection) -> None:

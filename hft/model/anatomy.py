@@ -77,8 +77,8 @@ class Unit:
             experts, followed by the expert and the role, e.g. `model.layers.3.mlp.experts.7.gate_proj`.
         layer: index of its layer, from 0.
         block: one of `BLOCKS`.
-        kind: its role under Llama's name, e.g. `q_proj`, whatever the model calls it; of a norm its own name.
-        parts: what of which parameters it is made of.
+        kind: its role by Llama's name, e.g. `q_proj`, in every family; for a norm, its own name.
+        parts: the parameters, or ranges of them, that it consists of.
     """
 
     name: str
@@ -103,10 +103,11 @@ class Anatomy:
     Attributes:
         units: every unit, layer by layer.
         num_layers: how many layers there are.
-        embeddings: elements of each embedding, of learned positions too, and of the head; a tied one counts once.
-        others: elements of the other parameters outside the layers: the final norm, and heads such as a reward
-            model's `score`; they train.
-        towers: elements of each parameter of a vision or audio tower and what joins it to the text; they never train.
+        embeddings: number of elements of each embedding, including learned positions, and of the head; tied ones count
+            once.
+        others: number of elements of the other parameters outside the layers, which train: the final norm, and heads
+            such as a reward model's `score`.
+        towers: number of elements of each parameter of a vision or audio tower and its projector; they never train.
     """
 
     units: tuple[Unit, ...]

@@ -28,9 +28,9 @@ Rows = list[list[str] | str]  # a title is a string
 class Machine:
     """The GPUs that a forecast is made for; by default this machine. The fields are keys of `hft plan`."""
 
-    gpus: PositiveInt | None = option("Number of GPUs that the run would have.")
+    gpus: PositiveInt | None = option("Number of GPUs to plan for.")
     gpu_memory: Annotated[ByteSize, Field(ge=2**20)] | None = option(
-        "Memory of each, such as 80GiB or 24GB; by default that of the ones here."
+        "Memory per GPU, such as 80GiB or 24GB; by default that of this machine's GPUs."
     )
     mfu: Annotated[float, Field(gt=0, le=1)] = option("Fraction of the GPU's peak that the run reaches.", 0.4)
     gpu_tflops: PositiveFloat = option("The GPU's peak in TFLOP/s, in dense bf16: A100 312, H100 989.", 312.0)

@@ -26,7 +26,7 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets")
 
 @dataclass
 class Manifest:
-    """One round's selection and what it takes to check it."""
+    """One round's selection, with the checksums that verify needs."""
 
     base: str  # the model that the round started from, an absolute path or a Hub id
     selection: dict[str, Any]  # the config that it was made from, with seed and round; or the adapter's settings
@@ -98,7 +98,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
-        """Read the manifest of a checkpoint or output folder; without a valid one it is an `HFTError`."""
+        """Read the manifest of a checkpoint or output folder; raises an `HFTError` if there is no valid one."""
         path = Path(folder) / MANIFEST_NAME
         try:
             return cls(**json.loads(path.read_text()))

@@ -191,7 +191,7 @@ class OnBase(Mapping):
         try:
             return self.base[name].to(tensor.dtype).masked_scatter(~self.masks[name].tensor(), tensor)
         except RuntimeError as error:
-            raise HFTError(f"{name} has another shape in this base; give that of the run with --base") from error
+            raise HFTError(f"{name} has a different shape in this base; give the run's own base with --base") from error
 
     def __contains__(self, name: object) -> bool:
         return name in self.names  # without reading it

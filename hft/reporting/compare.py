@@ -1,4 +1,4 @@
-"""`hft compare`: what tells models apart that answered the same rows, and what does not."""
+"""`hft compare`: differences between models that answered the same rows, with intervals."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -27,7 +27,7 @@ class Comparison:
 
     @property
     def better(self) -> bool | None:
-        """Whether the second group is better; None if the groups are not told apart."""
+        """Whether the second group is better; None if the difference is not significant."""
         found = self.difference
         return (found.mean > 0) == self.column.higher_is_better if found.told_apart else None
 
@@ -35,8 +35,8 @@ class Comparison:
         found, unit = self.difference, "points" if self.column.unit == "%" else self.column.unit
         interval = "95% interval {:+.3g} to {:+.3g}".format(*found.interval)
         if self.better is None:
-            power = f"; this n would show {found.detectable:.2g} {unit} in 80% of experiments" if found.se else ""
-            return f"{self.column.name}: not told apart ({interval}){power}"
+            power = f"; with 80% power this n detects {found.detectable:.2g} {unit}" if found.se else ""
+            return f"{self.column.name}: no significant difference ({interval}){power}"
         word = "better" if self.better else "worse"
         return f"{self.column.name}: {after} is {word} than {before} by {abs(found.mean):.3g} {unit} ({interval})"
 
@@ -114,9 +114,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="hft compare",
         description="Compare models that answered the same rows with the first one: paired differences with their 95% "
-        "intervals over rows and seeds. Runs that differ only in their seeds are one group, unless all do. "
-        "gained/lost are rows that went up and down, of right and wrong answers; p is then McNemar's, otherwise that "
-        "of a paired t-test.",
+        "intervals over rows and seeds. Runs that differ only in their seeds are one group, unless that leaves "
+        "only one. For right and wrong answers gained/lost counts the rows that improved and worsened, and p is "
+        "McNemar's; otherwise p is that of a paired t-test.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run, merge or model that hft eval scored")
     first, *others = groups_of(parser.parse_args(arguments).runs)

@@ -39,7 +39,7 @@ def report(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     out = Path(options.out)
     if out.is_dir() and any(out.iterdir()) and not (out / "report.html").exists():
-        raise HFTError(f"{out} holds other files than a report; name another folder with --out")
+        raise HFTError(f"{out} holds files other than a report; name another folder with --out")
 
     found = collect(options.runs)
     sections = make_sections(found)

@@ -67,7 +67,7 @@ def training_arguments(
     if args.n_gpu > 1:  # Trainer would wrap the model in DataParallel and multiply the batch
         raise HFTError("several GPUs are visible to one process: add --num_processes, or set CUDA_VISIBLE_DEVICES=0")
     if config.method.adapter and config.run.save_only_trained:
-        raise HFTError("an adapter's folder holds only what trained anyway; leave out save_only_trained")
+        raise HFTError("an adapter's folder holds only what trained anyway; remove save_only_trained")
     trainer_class(config).check(args, *config.method.parts)
     return args, notes
 

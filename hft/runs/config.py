@@ -41,7 +41,7 @@ class Config:
 
     Attributes:
         objective: what it trains on.
-        values: every key that was given or has a default of ours, typed; what `config.yaml` holds.
+        values: every key that was given or has a default of hft's, typed; the content of `config.yaml`.
         run: model, data, batch and names.
         method: how parameters change.
     """
@@ -58,7 +58,7 @@ class Config:
 
     @property
     def base(self) -> str:
-        """The base as it is told apart from others: an absolute path, or a Hub id with its revision."""
+        """What identifies the base: an absolute path, or a Hub id with its revision."""
         name = absolute_or_hub_id(self.run.model_name_or_path)
         return f"{name}@{self.revision}" if self.revision and not Path(name).is_dir() else name
 
@@ -190,7 +190,9 @@ def check_shared(values: Mapping[str, Any]) -> None:
     if named := [key for key in ("push_to_hub", "hub_model_id") if values.get(key)]:
         raise HFTError(f"{named[0]} would push every run; remove it, and push the one that you want")
     if (start := values.get("resume_from_checkpoint")) not in (None, "auto", "none", "true", "false"):
-        raise HFTError(f"resume_from_checkpoint {start} is of one run; by default each resumes from its own checkpoint")
+        raise HFTError(
+            f"resume_from_checkpoint {start} is one run's; remove it, and each resumes from its own checkpoint"
+        )
 
 
 def find_template(name: str) -> str:

@@ -31,13 +31,13 @@ class RunResult:
         steps: optimizer steps taken.
         first_loss: training loss, first logged.
         last_loss: training loss, last logged.
-        held_out: by metric, its value before training, if it was measured, and of the saved weights.
+        held_out: by metric, its value before training, if measured, and with the saved weights.
         tokens_per_second: over the whole run.
-        peak_memory_gb: of what `peak_memory_of` says, in the first process.
+        peak_memory_gb: in the first process; `peak_memory_of` says whether of the GPU or the process.
         trainable_fraction: of the layers and of the whole model.
         versions: packages.
         machine: settings that the machine decided.
-        verify: by finding of `hft verify`, how many tensors it concerns.
+        verify: number of tensors per finding of `hft verify`.
         ok: whether verify passed.
         wandb: id, project and entity of its wandb run, if it has one.
         schedule_fractions: trainable fraction of the layers first, last and on average, under a schedule.
@@ -91,7 +91,7 @@ class RunResult:
 
     @classmethod
     def load(cls, folder: str | Path) -> RunResult:
-        """Read what a run's folder holds, also from an earlier version.
+        """Read the result in a run's folder, also of an earlier version.
 
         Raises:
             HFTError: the folder has none, or an invalid one.

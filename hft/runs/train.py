@@ -57,7 +57,7 @@ def train(plan: RunPlan) -> RunResult:
         The result, the same in every process.
 
     Raises:
-        HFTError: something that only the weights or the prepared rows show, or a loss of NaN or infinity.
+        HFTError: a mistake that only the weights or the prepared rows reveal, or a NaN or infinite loss.
         Stopped: SIGTERM or Ctrl-C; a checkpoint is saved.
     """
     out, args = plan.out, plan.args

@@ -113,7 +113,7 @@ class Masks(Mapping):
     def __init__(self, folder: str | Path):
         path = Path(folder) / MASKS_NAME
         if not path.exists():
-            raise HFTError(f"{path} is missing: it says which elements of the tensors are meant")
+            raise HFTError(f"{path} is missing: it marks the elements that train or are frozen")
         try:
             self._file = safe_open(path, framework="pt")
         except SafetensorError as error:

@@ -69,8 +69,8 @@ def _checked(anatomy: Anatomy, config: SelectionConfig, name: str, mask: object)
     shape = anatomy.shapes.get(name)
     if not (broadcasts(mask.shape, shape) if shape else mask.numel == anatomy.numels[name]):
         raise HFTError(
-            f"policy {config.policy} gives {name}, of shape {shape or (anatomy.numels[name],)}, a mask of shape "
-            f"{mask.shape}; each dimension must be as long or 1"
+            f"policy {config.policy} gives a mask of shape {mask.shape} for {name}, whose shape is "
+            f"{shape or (anatomy.numels[name],)}; each dimension of a mask must be equal or 1"
         )
     return mask
 
@@ -156,7 +156,7 @@ def category(anatomy: Anatomy, config: SelectionConfig, importance: Mapping[str,
     if left := next((unit for unit in trained if unit.name in frozen_first), None):
         is_router = left.block == "router"
         hint = "freeze_router freezes routers" if is_router else "lower the fraction, or take the explicit policy"
-        raise HFTError(f"freeze names {left.name}, but more is named there than its fraction leaves frozen; {hint}")
+        raise HFTError(f"freeze lists {left.name}, but it lists more units than the fraction leaves frozen; {hint}")
     return trained
 
 

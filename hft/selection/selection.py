@@ -33,11 +33,11 @@ class SelectionConfig:
 
     policy: str = option("; ".join([*map(": ".join, POLICIES.items()), "FILE.py:FUNCTION: your own."]), "category")
     fraction: Fraction = option(
-        "Fraction of each block's units, of layers or all units that trains (reset: stays).", 0.5
+        "Fraction that trains of each block's units, of layers or of all units (reset: that stays tuned).", 0.5
     )
-    attention_fraction: Fraction | None = option("Fraction of attention units, where it differs (category policy).")
-    mlp_fraction: Fraction | None = option("Fraction of MLP units, where it differs (category policy).")
-    experts_fraction: Fraction | None = option("Fraction of expert matrices, where it differs (category policy).")
+    attention_fraction: Fraction | None = option("Fraction of attention units, if different (category policy).")
+    mlp_fraction: Fraction | None = option("Fraction of MLP units, if different (category policy).")
+    experts_fraction: Fraction | None = option("Fraction of expert matrices, if different (category policy).")
     norm_fraction: Fraction | None = option("Fraction of norms, where it differs (category policy).")
     freeze: list[str] | None = option(
         "Names, kinds or layers of units to freeze, with * and ?, e.g. q_proj k_proj, or 0-15: only these (explicit "
@@ -48,7 +48,7 @@ class SelectionConfig:
         "included (explicit policy)."
     )
     freeze_embeddings: bool = option("Freeze the embeddings and the head too (Tables 6 and 7).", False)
-    freeze_router: bool = option("Freeze the routers of a mixture of experts; else all of them train.", False)
+    freeze_router: bool = option("Freeze the routers of a mixture of experts; otherwise all of them train.", False)
     importance: str | None = option(
         "Folder that `hft importance` wrote, or a file of Spectrum's (snr_results_*.json); by default the "
         "run scores its base first (importance policy)."
@@ -60,11 +60,11 @@ class SelectionConfig:
     )
     invert: bool = option("The other way around (importance policy).", False)
     importance_data: str | None = option(f"Text that {' and '.join(READ_TEXT)} score on; given as dataset_name is.")
-    importance_rows: int | None = option("Rows of it that are used.")
-    cores: list[str] | None = option("Folders that `hft cpi probe` made, whose cores to freeze (core policy).")
+    importance_rows: int | None = option("Rows of it to use.")
+    cores: list[str] | None = option("Folders that `hft cpi probe` wrote; their cores are frozen (core policy).")
     train_core: bool | None = option("Train only the elements of the cores, and freeze all others (core policy).")
     policy_options: dict[str, Any] | None = option("Arguments of your own policy, by name.")
-    selection_seed: int = option("Seed of the selection, apart from the training seed.", 0)
+    selection_seed: int = option("Seed of the selection, independent of the training seed.", 0)
     round: PositiveInt = option("Number of this run in a sequence; each draws another half.", 1)
 
     def __post_init__(self):
@@ -117,8 +117,8 @@ class Selection:
 
     Attributes:
         trained_units: names of the units that train, wholly or in part.
-        trained_masks: of parameters that train in part by the policy's choice, which elements do; also of embeddings,
-            head and final norm. Parameters that several units share need no entry here.
+        trained_masks: for parameters that the policy trains in part, which elements train; also for embeddings, head
+            and final norm. Parameters that several units share need no entry.
         frozen_outside: parameters outside the layers that the policy freezes whole.
     """
 
@@ -212,7 +212,7 @@ class Selection:
         }
 
     def summary(self) -> str:
-        """A few lines for people: the policy, what trains of each block, and the two fractions."""
+        """A few lines of text: the policy, how many units of each block train, and the two fractions."""
         c = self.config
         counts = ", ".join(f"{block} {trained}/{total}" for block, (trained, total) in self.counts().items())
         ends, held = "train", self.anatomy.embeddings.keys() & self.frozen_parameters

@@ -68,7 +68,7 @@ def importance(anatomy: Anatomy, config: SelectionConfig) -> Choice:
         return top_of_each_type(anatomy, config, read_snr(source))
     masks = Masks(source)
     if wrong := [n for n, shape in anatomy.shapes.items() if not broadcasts(masks.shapes.get(n, ()), shape)]:
-        raise HFTError(f"importance {source} is of another model: it has no {wrong[0]} of that size")
+        raise HFTError(f"importance {source} was made for another model: it has no {wrong[0]} of that size")
     frozen = {name: mask for name, mask in masks.items() if mask.count()}
     whole = {name for name, mask in frozen.items() if mask.count() == mask.numel}
     units = [unit for unit in anatomy.units if not whole.issuperset(unit.parameters)]
@@ -84,7 +84,7 @@ def core(anatomy: Anatomy, config: SelectionConfig) -> Choice:
     for folder in config.cores:
         core = Masks(folder)
         if wrong := [n for n, size in anatomy.numels.items() if math.prod(core.shapes.get(n, (0,))) != size]:
-            raise HFTError(f"core {folder} is of another model: it has no {wrong[0]} of that size")
+            raise HFTError(f"core {folder} was made for another model: it has no {wrong[0]} of that size")
         named = ((name, mask) for name, mask in core.items() if name not in anatomy.towers)
         union |= {name: union[name] | mask if name in union else mask for name, mask in named}
     holding = {name for name, mask in union.items() if mask.count()}
@@ -117,7 +117,7 @@ def top_of_each_type(anatomy: Anatomy, config: SelectionConfig, ratios: Mapping[
     for kind, names in _by_type(ratios).items():
         # Each of the embeddings, the head and the final norm is a type.
         if kind not in names and set(names) != set(modules.get(kind, ())):
-            raise HFTError(f"importance {config.importance} is of another model: it has other layers with {kind}")
+            raise HFTError(f"importance {config.importance} was made for another model: its layers with {kind} differ")
         names.sort(key=ratios.get, reverse=not config.invert)
         trained.update(names[: math.floor(len(names) * Fraction(str(config.fraction)))])
     units = [unit for unit in anatomy.units if trained.intersection(_modules_of_unit(unit))]

@@ -12,7 +12,7 @@ __all__ = ["HFTDPOTrainer", "HFTSFTTrainer", "HalfFineTuning", "half", "with_ada
 
 @functools.cache
 def half(trainer: type) -> type:
-    """A subclass of a trainer that half fine-tunes: of any of TRL's trainers, or of your own subclass of one.
+    """A subclass of a trainer that half fine-tunes. The trainer may be any TRL trainer or your own subclass.
 
     It takes the trainer's own arguments, by name, and those of `HalfFineTuning`:
 

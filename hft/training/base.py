@@ -47,7 +47,7 @@ class ManifestMixin:
         check_checkpointing(args, selective=isinstance(args, SFTConfig))
         check_batch(args)
         if getattr(args, "sync_ref_model", False):  # TRL would update it in place
-            raise HFTError("sync_ref_model would move the frozen half, which policy and reference share; leave it out")
+            raise HFTError("sync_ref_model would move the frozen half, which policy and reference share; remove it")
 
     def manifest_so_far(self) -> Manifest:
         if self.schedule is None:
@@ -141,7 +141,7 @@ def check_checkpointing(args: TrainingArguments, *, selective: bool) -> None:
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise HFTError(f"every_n_layers must be an integer of at least 1, got {every!r}")
     if given.get("offload") and not torch.accelerator.is_available():
-        raise HFTError("offload moves activations to the memory of the CPU, and there is no GPU here; leave it out")
+        raise HFTError("offload moves activations from GPU to CPU memory, and there is no GPU here; remove it")
 
 
 def check_batch(args: TrainingArguments) -> None:

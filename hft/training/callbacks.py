@@ -43,7 +43,9 @@ class HoldToPlan(TrainerCallback):
             self.check_optimizer(args, model, getattr(optimizer, "optimizer", optimizer))
         rows = None if self.own_loader else train_dataloader.total_batch_size * args.gradient_accumulation_steps
         if rows not in (None, self.rows):
-            raise HFTError(f"a step would take {rows} rows, planned are {self.rows}; did something change the batch?")
+            raise HFTError(
+                f"a step would take {rows} rows, but {self.rows} are planned; did something change the batch?"
+            )
 
     def on_epoch_end(self, args, state, control, optimizer=None, **kwargs):
         optimizer.eval()  # if it is schedule-free, before the best checkpoint is loaded over its weights
@@ -52,11 +54,11 @@ class HoldToPlan(TrainerCallback):
         held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         missing = [name for name, p in model.named_parameters() if p.requires_grad and p not in held]
         if missing and (self.acts or not steps_elsewhere(args)):
-            raise HFTError(f"{missing[0]} should train and the optimizer does not hold it; give it all that train")
+            raise HFTError(f"{missing[0]} should train, but the optimizer lacks it; give it all trained parameters")
         if self.acts and callable(getattr(optimizer, "eval", None)):
             raise HFTError(
-                f"{type(optimizer).__name__} keeps the weights that it moves to itself, where the method does not "
-                "reach them; set optim to adamw_torch"
+                f"{type(optimizer).__name__} keeps its own copy of the weights, which the method cannot reach; "
+                "set optim to adamw_torch"
             )
 
 

@@ -76,19 +76,17 @@ def check_selection(
 ) -> None:
     """Refuse what cannot hold parameters that train in part, and what ZeRO-3 cannot save."""
     if save_only_trained and is_zero3(args):
-        raise HFTError("save_only_trained goes with FSDP2 and DDP, not with ZeRO-3; leave it out")
+        raise HFTError("save_only_trained works with FSDP2 and DDP, not with ZeRO-3; remove it")
     if not (masks := selection.frozen_masks):
         return
     if is_zero3(args):
-        raise HFTError(
-            "ZeRO-3 holds parameters flat and in parts, where masks of elements do not fit; launch with FSDP2"
-        )
+        raise HFTError("ZeRO-3 flattens and splits parameters, so it cannot apply elementwise masks; launch with FSDP2")
     if getattr(args, "use_vllm", False):
-        raise HFTError("vLLM takes whole weights, and some train in part; leave out use_vllm, or select whole tensors")
+        raise HFTError("vLLM needs whole weights, and some train in part; remove use_vllm, or select whole tensors")
     if args.optim.value not in ELEMENTWISE:
         raise HFTError(
-            f"{min(masks)} trains in part, and {args.optim.value} looks at more than single elements; set optim to one "
-            f"of {shorten(ELEMENTWISE, most=len(ELEMENTWISE))}, or select whole tensors"
+            f"{min(masks)} trains in part, and {args.optim.value} is not elementwise; set optim to one of "
+            f"{shorten(ELEMENTWISE, most=len(ELEMENTWISE))}, or select whole tensors"
         )
     tied = model_config.get_text_config().tie_word_embeddings and masks.keys() & selection.anatomy.embeddings
     if tied and is_sharded(args):
@@ -103,7 +101,7 @@ def check_engine(trainer: Trainer) -> None:
         if plugin.fsdp_version != 2:
             raise HFTError("FSDP1 cannot mix frozen and trained parameters in a layer; set fsdp_version: 2")
         if plugin.activation_checkpointing:
-            raise HFTError("FSDP's activation checkpointing is in no plan; set the trainer's activation_checkpointing")
+            raise HFTError("hft does not plan FSDP's checkpointing; set the trainer's activation_checkpointing")
         if "FULL" not in str(plugin.state_dict_type):
             raise HFTError("no model would be written; set fsdp_state_dict_type: FULL_STATE_DICT")
     if not trainer.is_deepspeed_enabled:
@@ -111,10 +109,10 @@ def check_engine(trainer: Trainer) -> None:
     config, advice = engine.deepspeed_plugin.deepspeed_config, "launch with hft's own config, --engine zero3"
     zero = config.get("zero_optimization", {})
     if zero.get("stage") != 3:
-        raise HFTError(f"of DeepSpeed only ZeRO-3 is supported, which shards the frozen half too; {advice}")
+        raise HFTError(f"only ZeRO-3 of DeepSpeed is supported, because it shards the frozen half too; {advice}")
     if any(config.get(key, {}).get("enabled") for key in ("bf16", "fp16")):
         raise HFTError(f"DeepSpeed's bf16 and fp16 would convert the frozen half to another dtype; {advice}")
     if not config.get("torch_autocast", {}).get("enabled"):
-        raise HFTError(f"without torch_autocast fp32 master weights and the frozen half do not multiply; {advice}")
+        raise HFTError(f"without torch_autocast the dtypes of master weights and frozen half do not match; {advice}")
     if not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise HFTError(f"without stage3_gather_16bit_weights_on_model_save no model would be written; {advice}")

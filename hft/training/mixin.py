@@ -45,8 +45,8 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         selection: which units train, or the config to make it from; by default the paper's HFT.
         update: changes to the trained weights around the optimizer's step; by default none.
         schedule: which units train when; by default those of the selection in every step.
-        save_only_trained: leave out of what is saved, checkpoints included, what is frozen, also inside tensors; `hft
-            merge --method delta` takes it from the base.
+        save_only_trained: save models and checkpoints without frozen tensors and elements; `hft merge --method delta`
+            adds them back from the base.
         kwargs: whatever else the trainer takes, by name.
 
     Raises:
@@ -221,16 +221,16 @@ def loaded(
         join(model)  # what an earlier run has split
         stored = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     if getattr(model.config, "quantization_config", None) is not None:
-        raise HFTError("the model is quantized; half fine-tuning trains the weights themselves, give the original")
+        raise HFTError("the model is quantized, but half fine-tuning trains its weights; give the original model")
     return model, stored
 
 
 def check_arguments(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
     """Refuse arguments of a trainer that would escape the selection."""
     if not isinstance(args, TrainingArguments):
-        raise HFTError("give the trainer's config as args, and what else the trainer takes by name")
+        raise HFTError("give the trainer's config as args, and its other arguments by name")
     if kwargs.get("peft_config") is not None:
-        raise HFTError("peft_config and half fine-tuning exclude each other: adapters freeze the whole base")
+        raise HFTError("remove peft_config: adapters freeze the whole base, half fine-tuning trains half of it")
     if (kwargs.get("optimizers") or (None, None))[0] is not None:
         raise HFTError("give optimizer settings, not a built optimizer: it must be built after the freezing")
 

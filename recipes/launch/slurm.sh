@@ -4,8 +4,8 @@
 #   sbatch recipes/launch/slurm.sh
 #   sbatch --nodes 4 recipes/launch/slurm.sh sft --config recipes/llama2-13b/sft.yaml recipes/methods/hft.yaml
 #
-# The words after the script are those of `hft`, such as `--engine zero3`. The folder must be on a file system that all
-# nodes see. Submitted again, a run that was killed resumes.
+# Arguments after the script are passed to `hft`, such as `--engine zero3`. The folder must be on a file system that all
+# nodes see. Submit the job again to resume a run that was killed.
 #SBATCH --job-name=hft
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -22,7 +22,7 @@ if [ $# -eq 0 ]; then
 fi
 read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
-# One `hft` on each node, which starts a process per GPU; the node's number is known only there.
+# One `hft` per node starts a process per GPU; only the node knows its own rank.
 srun bash -c '
     .venv/bin/hft "$@" --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --main_process_ip "$0"
 ' "$head" "$@"

@@ -347,7 +347,10 @@ def test_the_documents_own_strategy_chooses_rows(tmp_path, tiny, tasks):
         (["--strategy", "agem", "--memory_batch", "0"], "memory_batch: expected a number greater than 0, got '0'"),
         (["--config", "lora", "--strategy", "seqft"], "strategy seqft does not work with an adapter"),
         (["--push_to_hub", "true"], "push_to_hub would push every run"),
-        (["--resume_from_checkpoint", "runs/x/checkpoint-2"], "is of one run; by default each resumes from its own"),
+        (
+            ["--resume_from_checkpoint", "runs/x/checkpoint-2"],
+            "is one run's; remove it, and each resumes",
+        ),
         (["--gpus", "8"], "gpus is for a plan: add --dry_run true"),
         (["--strategy", "gem", "--fp16", "true"], "gem compares gradients, which fp16 scales"),
     ],

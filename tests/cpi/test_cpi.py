@@ -456,7 +456,7 @@ def test_cores_of_another_model_are_refused(tmp_path, models, cores, tiny, data,
     with pytest.raises(HFTError, match="is not a core of a model like"):
         fused(models, {"a": tmp_path / "core"}, tmp_path / "fused")
     assert sft(tmp_path / "out", "--policy", "core", "--cores", str(tmp_path / "core"), method="fft") == 2
-    assert "is of another model: it has no lm_head.weight of that size" in error_of(capsys)
+    assert "was made for another model: it has no lm_head.weight of that size" in error_of(capsys)
     assert sft(tmp_path / "out", "--policy", "core", "--cores", str(tmp_path), method="fft") == 2
     assert f"{MASKS_NAME} is missing" in error_of(capsys)
 

@@ -154,7 +154,7 @@ def test_an_answer_ends_where_its_originals_does(suite, benchmark, chat, base, a
         ("general", "truthfulqa", " Yes.", [99.99546]),
         ("recent", "mmlu", "C", [100]),
         ("recent", "mmlu", "The answer is (C) because A is wrong.", [100]),
-        ("recent", "mmlu", "**Answer:** C. r", [0]),  # bold is no cue, and the first capital is the A of "Answer"
+        ("recent", "mmlu", "**Answer:** C. r", [0]),  # bold is not a cue; the first capital is the A of "Answer"
         ("recent", "mmlu", "answer: b\nThe correct answer is C", [100]),
         ("recent", "mmlu", "Both A and C, but it must be B", [0]),
         ("recent", "mmlu", "r", [0]),

@@ -724,8 +724,8 @@ def test_models_stored_expert_by_expert_are_refused(tmp_path, capsys):
     words = ["merge", "--method", "average", "--models", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out"]
     assert main(list(map(str, words))) == 2
     message = error_of(capsys)
-    assert "where transformers computes with model.layers.0.mlp." in message
-    assert "only models stored as they are computed can be combined" in message
+    assert "but transformers computes with model.layers.0.mlp." in message
+    assert "only models that need no such conversion can be combined" in message
 
 
 def test_another_base_of_the_same_shapes_is_refused(tmp_path, finished, tiny, tuned, capsys):

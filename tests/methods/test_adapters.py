@@ -266,11 +266,11 @@ def test_the_learning_rate_is_a_multiple_of_the_recipes_unless_a_flag_gives_it(t
         (
             ["--fraction", "0.5"],
             "lora",
-            "fraction is about weights of the model, and adapter 'lora' freezes all",
+            "fraction acts on the model's weights, and adapter 'lora' freezes all",
         ),
-        (["--round", "2"], "osf", "round is about weights of the model"),
-        (["--update", "gmt", "--top_fraction", "0.1"], "lora", "update is about weights of the model"),
-        (["--schedule", "lisa"], "lora", "schedule is about weights of the model"),
+        (["--round", "2"], "osf", "round acts on the model's weights"),
+        (["--update", "gmt", "--top_fraction", "0.1"], "lora", "update acts on the model's weights"),
+        (["--schedule", "lisa"], "lora", "schedule acts on the model's weights"),
         (
             ["--rank", "8"],
             "hft",

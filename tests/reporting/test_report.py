@@ -306,7 +306,7 @@ def test_what_is_no_run_and_where_nothing_can_be_written_is_told(runs, tmp_path,
     assert main(["report", str(runs["tiny"]), "--out", str(tmp_path / "file")]) == 2
     assert "give another path" in error_of(capsys)
     assert main(["report", str(runs["fft"]), "--out", str(runs["fft"])]) == 2
-    assert "holds other files than a report; name another folder with --out" in error_of(capsys)
+    assert "holds files other than a report; name another folder with --out" in error_of(capsys)
 
 
 class Page(HTMLParser):

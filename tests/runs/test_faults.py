@@ -1,4 +1,4 @@
-"""A loss that is not finite, an output that cannot be written, wandb out of reach: a sentence, and nothing is lost."""
+"""A NaN loss, an output that cannot be written, a wandb outage: one sentence each, and nothing is lost."""
 
 import json
 import os

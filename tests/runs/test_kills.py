@@ -39,7 +39,7 @@ def left(out: Path) -> dict[str, object]:
 
 
 def same(out: Path, straight: Path, *more: str) -> None:
-    """Compare what two runs left behind; `more` are checkpoints that only the first one has."""
+    """Compare the files that two runs wrote; `more` are checkpoints that only the first one has."""
     ours = {name: content for name, content in left(out).items() if not name.startswith(more)}
     theirs = left(straight)
     assert ours.keys() == theirs.keys()

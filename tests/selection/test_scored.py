@@ -105,7 +105,7 @@ def test_a_folder_of_another_base_or_other_settings_is_refused(tmp_path, tiny, d
 
     model = AutoModelForCausalLM.from_pretrained(tiny)
     model.config.num_hidden_layers = 5
-    with pytest.raises(HFTError, match=r"is of another model: it has no model.layers.4.self_attn.q_proj.weight"):
+    with pytest.raises(HFTError, match=r"was made for another model: it has no model.layers.4.self_attn.q_proj.weight"):
         hft.select(type(model)(model.config), policy="importance", importance=str(folder))
     model.config.num_hidden_layers, model.config.intermediate_size = 4, 64
     with pytest.raises(HFTError, match=r"it has no model.layers.0.mlp.down_proj.weight of that size"):
@@ -174,7 +174,7 @@ def test_a_file_of_spectrums_trains_what_its_script_unfreezes(tmp_path, tiny, fr
     selection = hft.select(model, policy="importance", importance=str(file), fraction=fraction)
     assert {*selection.trained_parameters} == {f"{name}.weight" for name in expected} | ENDS
     assert selection.config.score == "snr"
-    with pytest.raises(HFTError, match=r"is of another model: it has other layers with self_attn.q_proj"):
+    with pytest.raises(HFTError, match=r"was made for another model: its layers with self_attn.q_proj differ"):
         hft.select(other, policy="importance", importance=str(file))
     with pytest.raises(HFTError, match="was made with score snr, and wanda is asked for"):
         hft.select(model, policy="importance", importance=str(file), score="wanda")

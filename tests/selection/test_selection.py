@@ -245,7 +245,7 @@ def test_table_23_freezes_the_same_two_of_attention_in_every_layer(request, meth
 
 
 def test_naming_more_than_the_fraction_leaves_frozen_is_refused(llama2_7b):
-    with pytest.raises(HFTError, match="more is named there than its fraction leaves frozen; lower the fraction"):
+    with pytest.raises(HFTError, match="it lists more units than the fraction leaves frozen; lower the fraction"):
         select(llama2_7b, SelectionConfig(freeze=["q_proj", "k_proj", "v_proj"]))
 
 
@@ -324,7 +324,7 @@ def test_what_a_policy_returns_is_checked(tmp_path, sft, capsys):
         "['a']": "must return units of the anatomy",
         "anatomy.units, {'w': torch.ones(1).bool()}": "chose w, which the model does not have",
         f"anatomy.units, {{'{name}': torch.ones(352, 128)}}": f"must give a bool tensor for {name}",
-        f"anatomy.units, {{'{name}': torch.ones(1, 5).bool()}}": "a mask of shape (1, 5); each dimension",
+        f"anatomy.units, {{'{name}': torch.ones(1, 5).bool()}}": "a mask of shape (1, 5) for",
     }.items():
         file.write_text(head + returned)
         assert sft(tmp_path / "out", "--policy", f"{file}:choose") == 2

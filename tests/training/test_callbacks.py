@@ -73,7 +73,7 @@ def test_an_engine_that_leaves_no_fp32_masters_is_refused(build):
 def test_another_batch_than_planned_is_refused_before_the_first_step(build):
     trainer = build()
     trainer.args.gradient_accumulation_steps = 3
-    with pytest.raises(HFTError, match="a step would take 6 rows, planned are 2"):
+    with pytest.raises(HFTError, match="a step would take 6 rows, but 2 are planned"):
         trainer.train()
 
 
@@ -101,9 +101,9 @@ def test_the_key_decides_the_precision_and_not_the_launcher(build, monkeypatch, 
 
 
 def test_an_optimizer_that_does_not_hold_what_trains_is_refused(build):
-    with pytest.raises(HFTError, match=r"should train and the optimizer does not hold it"):
+    with pytest.raises(HFTError, match=r"should train, but the optimizer lacks it"):
         build(StepsElsewhere).train()
-    with pytest.raises(HFTError, match=r"Averaging keeps the weights that it moves to itself"):
+    with pytest.raises(HFTError, match=r"Averaging keeps its own copy of the weights"):
         build(update=GMT(top_fraction=0.5), optimizer_cls_and_kwargs=(Averaging, {"lr": 0.1})).train()
 
 

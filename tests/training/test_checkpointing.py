@@ -129,7 +129,7 @@ def test_dpo_checkpoints_the_same_layers_in_every_step(tmp_path, tiny, pairs, ho
         (["--activation_checkpointing_kwargs", '{"every_n": 2}'], "has no 'every_n'; it has every_n_layers"),
         pytest.param(
             ["--activation_checkpointing_kwargs", '{"offload": true}'],
-            "there is no GPU here; leave it out",
+            "there is no GPU here; remove it",
             marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU"),
         ),
     ],

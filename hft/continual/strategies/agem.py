@@ -25,7 +25,7 @@ class AGEM(GEM):
     name: ClassVar[str] = "agem"
 
     gem_margin: ClassVar[float] = 0.0
-    memory_batch: PositiveInt = option("Remembered rows that each step looks at (32 is ours).", 32)
+    memory_batch: PositiveInt = option("Remembered rows per step (32 is our value).", 32)
 
     def constraints(self, tasks: list[list[TokenizedRow]], step: int) -> list[list[TokenizedRow]]:
         rows = [row for task in tasks for row in task]

@@ -41,9 +41,9 @@ class GEM(Strategy):
     name: ClassVar[str] = "gem"
     acts_on_steps: ClassVar[bool] = True
 
-    memory_rows: PositiveInt = option("Rows that are remembered of each task (32 is ours).", 32)
-    memory_seed: int = option("Seed of their choice.", 0)
-    gem_margin: NonNegativeFloat = option("Lower bound of the dual variables, GEM's own 0.5.", 0.5)
+    memory_rows: PositiveInt = option("Rows to remember per task (32 is our value).", 32)
+    memory_seed: int = option("Seed for choosing them.", 0)
+    gem_margin: NonNegativeFloat = option("Lower bound of the dual variables; 0.5 as in GEM's code.", 0.5)
 
     def remembered_rows(self, tasks: Sequence[list[Row]]) -> list[Row]:
         chosen = []

@@ -45,10 +45,10 @@ class SelfReplay(Strategy):
     acts_on_steps: ClassVar[bool] = True
     shardable: ClassVar[bool] = False
 
-    replay_texts: PositiveInt = option("Texts that the model writes before a round (ours).", 512)
-    replay_tokens: Annotated[int, Field(ge=2)] = option("Longest of these texts, in tokens (ours).", 128)
-    replay_batch: PositiveInt = option("Texts that each step looks at (ours).", 32)
-    kl_weight: float = option("Weight of the KL term (ours).", 1.0)
+    replay_texts: PositiveInt = option("Texts that the model generates before a round (our value).", 512)
+    replay_tokens: Annotated[int, Field(ge=2)] = option("Longest of these texts, in tokens (our value).", 128)
+    replay_batch: PositiveInt = option("Texts per step (our value).", 32)
+    kl_weight: float = option("Weight of the KL term (our value).", 1.0)
     replay_seed: int = option("Seed of the texts.", 0)
 
     def callbacks(self, trainer: Trainer) -> list[TrainerCallback]:
