@@ -61,7 +61,8 @@ def conditions_of(scores: Scores, but: Collection[str] = ()) -> dict[str, Any]:
 
 
 def conditions_that_differ(first: Scores, other: Scores, but: Collection[str] = ()) -> list[str]:
-    one, two = conditions_of(first, but), conditions_of(other, but)
+    alone = first.versions.keys() ^ other.versions.keys()  # packages that only one model needs, such as peft
+    one, two = (conditions_of(scores, {*but, *alone}) for scores in (first, other))
     differ = sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))
     return [key if key in BY_DIGEST else f"{key} {one.get(key)} and {two.get(key)}" for key in differ]
 

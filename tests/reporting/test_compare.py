@@ -30,6 +30,7 @@ def scored(folder: Path, values: dict[str, np.ndarray], *, rows: bool = True, ke
         score = Score(task, metric, some.mean(), 0.1, len(some), "nats/token" if loss else "%", not loss)
         about = Scores(suite, "x/tiny", folder.name, "float32", {"limit": None}, {task: "a"}, {}, [score])
         about.settings |= {"chat": True} if key == "chat" else {}
+        about.versions |= {"peft": "0.18"} if key == "peft" else {}
         if rows:
             ids = [f"{task}{number}" for number in range(len(some))]
             save_rows(pd.DataFrame({"row": ids, "task": task, metric: some, "answer": None}), about.path(folder, task))
@@ -111,6 +112,8 @@ def test_what_cannot_be_compared_is_said(tmp_path, values, capsys):
     chat = scored(tmp_path / "chat", {"drift": values["moved"]}, key="chat", method="fft")
     out = compared(base, chat, capsys=capsys)
     assert out.strip() == "drift: no difference, scored under other conditions (chat None and True)"
+    adapter = scored(tmp_path / "adapter", {"drift": values["moved"]}, key="peft", method="lora")
+    assert "drift: lora is worse than base" in compared(base, adapter, capsys=capsys)
     without = scored(tmp_path / "without", both, rows=False, method="fft")
     out = compared(base, without, capsys=capsys)
     assert "drift: no difference, the rows of without were not kept; score it again with --log_samples true" in out
