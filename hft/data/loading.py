@@ -11,13 +11,14 @@ from typing import Any
 import datasets
 import pyarrow as pa
 from datasets import Dataset
-from datasets.config import HF_DATASETS_CACHE
+from datasets.config import DATASET_STATE_JSON_FILENAME, HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from hft import __version__
 from hft.config import RunConfig
 from hft.data.rows import are_text, rendered
 from hft.errors import HFTError, neighbor, reason
+from hft.jsonl import read_jsonl
 from hft.record.identity import digest, file_digest
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -44,11 +45,7 @@ class LoadedData:
 def load_split(name: str, split: str, config: str | None = None, revision: str | None = None) -> Dataset:
     """One split of a dataset, or a slice like `train[:1%]`, as it is stored; all of a file is the `train` split."""
     path = _local_path(name)
-    more: dict[str, Any] = {"path": name, "name": config, "revision": revision}
-    if path.is_file():
-        more = {"path": FORMATS[path.suffix], "data_files": str(path)}
-    elif path.is_dir():
-        more["path"] = str(path)
+    more: dict[str, Any] = _one_split(path) or {"path": name, "name": config, "revision": revision}
     if path.exists():  # datasets would take rows that it has cached for other bytes of the same time and size
         more["cache_dir"] = str(HF_DATASETS_CACHE / f"hft-{__version__}" / digest(fingerprint(name)))
     with _loading(name):
@@ -96,10 +93,10 @@ def load_data(run: RunConfig, read_rows: ReadRows, *, evaluate: bool) -> LoadedD
     identity |= {"form": "text"} if are_text(train) else {}
     if not evaluate:
         return LoadedData(name, train, None, notes, identity)
-    splits, path = ["train"], _local_path(name)
-    if not path.is_file():
+    splits = ["train"]
+    if not _one_split(_local_path(name)):
         with _loading(name):
-            splits = datasets.get_dataset_split_names(str(path) if path.is_dir() else name, config, revision=revision)
+            splits = datasets.get_dataset_split_names(name, config, revision=revision)
     others = [split for split in splits if split not in _splits(run.dataset_train_split)]
     if wanted is None or (wanted == "test" and not others):
         train, test = _hold_out(name, train, run.eval_rows)
@@ -143,7 +140,7 @@ def _hold_out(name: str, train: Dataset, count: int | None) -> tuple[Dataset, Da
             f"dataset {name} has no split to evaluate on: hold rows out with --eval_rows 64, or pass --eval_strategy no"
         )
     if count >= len(train):
-        raise HFTError(f"cannot hold {count} rows out of the {len(train)} of {name}; lower --eval_rows")
+        raise HFTError(f"cannot hold {count} rows out of the {len(train)} usable ones of {name}; lower --eval_rows")
     sources = train["row"][:]
     if len(set(sources)) == len(train):
         halves = train.train_test_split(test_size=count, seed=0)
@@ -162,7 +159,7 @@ def _splits(expression: str) -> list[str]:
 
 def _local_path(name: str) -> Path:
     """The path that a dataset's name may be, checked where it can only be a path."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if (path.suffix in FORMATS or name.startswith((".", "/", "~", "data/"))) and not path.exists():
         hint = "; make the demo data with `hft demo data`" if name.startswith("data/") else ""
         raise HFTError(f"dataset {name} does not exist{neighbor(path) or hint}")
@@ -173,11 +170,21 @@ def _local_path(name: str) -> Path:
     return path
 
 
+def _one_split(path: Path) -> dict[str, str] | None:
+    """What loads a file, or what `Dataset.save_to_disk` wrote, as the split `train`; None for anything else."""
+    if path.is_file():
+        return {"path": FORMATS[path.suffix], "data_files": str(path)}
+    saved = (path / DATASET_STATE_JSON_FILENAME).is_file()
+    return {"path": "arrow", "data_files": str(path / "*.arrow")} if saved else None
+
+
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
     """Around what reads a dataset: what goes wrong there as one sentence."""
     try:
         yield
     except (DatasetsError, DatasetGenerationError, OSError, ValueError, TypeError, LookupError, pa.ArrowException) as e:
+        if name.endswith(".jsonl"):
+            read_jsonl(name)  # names the line
         cause = e.__cause__ if isinstance(e, DatasetGenerationError) and e.__cause__ else e
         raise HFTError(f"cannot load dataset {name}: {reason(cause)}") from e

@@ -41,7 +41,7 @@ def sft_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
     hint = "; it looks like preferences, which are for DPO" if {"chosen", "rejected"} <= columns else ""
     raise HFTError(
         f"dataset {name} has columns {', '.join(sorted(columns))}; needed are messages, or prompt and completion, as "
-        f"columns or as keys with templates over the columns{hint}"
+        f"columns or as keys with templates over the columns, such as --prompt '{{{{ question }}}}'{hint}"
     )
 
 
@@ -85,6 +85,8 @@ def rendered(dataset: Dataset, prompt: str | None, completion: str | None) -> Da
         named = find_undeclared_variables(environment.parse(prompt + completion))
     except TemplateError as error:
         raise HFTError(f"{misfit}: {reason(error)}") from error
+    if not named or {prompt, completion} & {*columns}:
+        raise HFTError(f"{misfit}: a column is written in braces, such as '{{{{ {columns[0]} }}}}'")
 
     def render(row: dict[str, Any], number: int) -> dict[str, list[dict[str, str]]]:
         try:
@@ -146,7 +148,7 @@ def _preference(row: dict[str, Any]) -> Converted:
         if not pair["prompt"]:
             raise HFTError("chosen and rejected have no prompt in common")
     elif row.get("prompt") is None:
-        raise HFTError(f"chosen = {row['chosen']!r:.60} needs a prompt, in front of it or in another column")
+        raise HFTError("chosen needs a prompt, in front of it as messages or in another column")
     else:
         pair["prompt"] = chat(row["prompt"], "prompt", "user")
     fault = ""

@@ -113,10 +113,11 @@ def test_several_datasets_are_one_and_each_is_counted(tmp_path):
 
 def test_a_file_in_another_encoding_is_refused_by_name(tmp_path):
     row = '{"prompt": "é", "completion": "a"}\n'
-    for encoding, message in {"latin-1": "is not UTF-8; save it as UTF-8", "utf-16": "cannot load dataset"}.items():
-        (tmp_path / f"{encoding}.jsonl").write_bytes(row.encode(encoding))
-        with pytest.raises(HFTError, match=f"{encoding}.jsonl.*{message}|{message}.*{encoding}.jsonl"):
-            load_data(RunConfig(dataset_name=str(tmp_path / f"{encoding}.jsonl")), sft_rows, evaluate=False)
+    for encoding in ("latin-1", "utf-16"):
+        file = tmp_path / f"{encoding}.jsonl"
+        file.write_bytes(row.encode(encoding))
+        with pytest.raises(HFTError, match=rf"{encoding}.jsonl is not UTF-8; save it as UTF-8"):
+            load_data(RunConfig(dataset_name=str(file)), sft_rows, evaluate=False)
 
 
 def test_a_missing_or_empty_dataset_is_told_in_a_sentence(tmp_path):
@@ -127,8 +128,11 @@ def test_a_missing_or_empty_dataset_is_told_in_a_sentence(tmp_path):
     with pytest.raises(HFTError, match="cannot load dataset some/where"):
         load_split("some/where", "train")
     (tmp_path / "broken.jsonl").write_text('{"messages": [')
-    with pytest.raises(HFTError, match="cannot load dataset"):
+    with pytest.raises(HFTError, match="is not JSON Lines: line 1"):
         load_split(str(tmp_path / "broken.jsonl"), "train")
+    (tmp_path / "comma.jsonl").write_text('{"text": "a"}\n{"text": "b"},\n')
+    with pytest.raises(HFTError, match=r"comma\.jsonl is not JSON Lines: line 2: Extra data"):
+        load_split(str(tmp_path / "comma.jsonl"), "train")
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(HFTError, match=r"not \.txt"):
         load_split(str(tmp_path / "a.txt"), "train")
@@ -221,6 +225,18 @@ def test_a_revision_of_a_hub_dataset_is_asked_for_everywhere(monkeypatch):
     loaded = load_data(run, sft_rows, evaluate=True)
     assert asked == ["v2", "abc", "abc"]
     assert loaded.fingerprint["revision"] == "abc"
+
+
+def test_what_datasets_saved_is_loaded(tmp_path):
+    rows = Dataset.from_list([{"messages": [USER, ASSISTANT]}] * 8)
+    rows.save_to_disk(tmp_path / "one")
+    rows.train_test_split(2, seed=0).save_to_disk(tmp_path / "both")
+    held, given = "3 rows held out of train", "2 of 2 rows of split test"
+    for name, counts, note in (("one", (5, 3), held), ("both", (6, 2), given)):
+        found = load_data(RunConfig(dataset_name=str(tmp_path / name), eval_rows=3), sft_rows, evaluate=True)
+        assert (len(found.train), len(found.test)) == counts
+        assert found.notes == [f"evaluation: {note}"]
+        assert found.train[0]["messages"] == [USER, ASSISTANT]
 
 
 def test_a_file_of_the_same_time_and_size_is_read_again(tmp_path):

@@ -131,9 +131,14 @@ def test_templates_that_do_not_fit_are_refused(tmp_path):
         load_data(hft.load_config("sft", recipe["sft"], model_name_or_path="a/b", **both).run, sft_rows, evaluate=False)
     with pytest.raises(HFTError, match=r"row 1 .*: a column is null"):
         sft_rows(rows_of({"instruction": "q", "output": "a"}, {"instruction": "q", "output": None}), "x")
+    for prompt, completion in (("question", "answer"), ("{question}", "{answer}"), ("question", "{{ answer }}")):
+        templates = both | {"prompt": prompt, "completion": completion}
+        run = hft.load_config("sft", recipe["sft"], model_name_or_path="a/b", **templates).run
+        with pytest.raises(HFTError, match=r"in braces, such as '\{\{ question \}\}'"):
+            load_data(run, sft_rows, evaluate=False)
     with pytest.raises(HFTError, match="belong together; give both"):
         hft.load_config("sft", recipe["sft"], model_name_or_path="a/b", prompt="q")
-    run = hft.load_config("dpo", recipe["dpo"], model_name_or_path="a/b", **both | {"prompt": "q"}).run
+    run = hft.load_config("dpo", recipe["dpo"], model_name_or_path="a/b", **both | {"prompt": "{{ question }}"}).run
     with pytest.raises(HFTError, match="it looks like demonstrations, which are for SFT"):
         load_data(run, preference_rows, evaluate=False)
 

@@ -224,8 +224,8 @@ def test_the_common_layouts_come_down_to_one(row):
     [
         ({"messages": [USER, GOOD]}, "has columns messages; needed are chosen and rejected .* demonstrations"),
         ({"question": "q", "better": "a"}, "has columns better, question; needed are chosen and rejected"),
-        ({"chosen": "a", "rejected": "b"}, "row 0 .* chosen = 'a' needs a prompt"),
-        ({"chosen": [GOOD], "rejected": [BAD]}, "row 0 .* needs a prompt, in front of it or in another column"),
+        ({"chosen": "a", "rejected": "b"}, "row 0 .* chosen needs a prompt, in front of it as messages"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "row 0 .* needs a prompt, .* or in another column"),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [GOOD]}, "no pair to learn from: 1 with equal answers"),
         ({"prompt": "q", "chosen": "a", "rejected": " "}, "no pair to learn from: 1 with an empty answer"),
     ],
