@@ -37,20 +37,28 @@ WORDS = {
     "dataset_name": "dataset datasets data data_path train_file",
     "global_batch_size": "batch_size train_batch_size",
     "num_train_epochs": "epochs num_epochs",
+    "dataset_weights": "interleave_probs",
+    "assistant_only_loss": "train_on_inputs train_on_prompt roles_to_train mask_history",
+    "packing": "sample_packing",
     "max_length": "max_seq_length max_seq_len seq_len sequence_len cutoff_len",
     "learning_rate": "lr",
     "per_device_train_batch_size": "micro_batch_size",
     "eval_strategy": "evaluation_strategy",
-    "eval_rows": "val_set_size",
-    "rank": "lora_r",
-    "target_modules": "lora_target_modules",
+    "eval_rows": "val_set_size val_size",
+    "beta": "rl_beta pref_beta",
+    "rank": "lora_r lora_rank",
+    "target_modules": "lora_target_modules lora_target lora_target_linear",
+    "policy: explicit": "unfrozen_parameters freeze_trainable_layers",
+    "schedule: badam": "use_badam",
+    "schedule: lisa": "lisa_n_layers lisa_step_interval",
+    "--engine fsdp2": "accelerate_config",
     "warmup_steps: 0.03": "warmup_ratio",  # below 1 a fraction of all steps
     "train_sampling_strategy: group_by_length": "group_by_length",
     "adapter: lora": "use_peft",
     "adapter: qlora": "load_in_4bit load_in_8bit",
     "model_init_kwargs: {dtype: float32}": "dtype torch_dtype",
     "model_init_kwargs: {revision: main}": "model_revision revision",
-    "model_init_kwargs: {attn_implementation: sdpa}": "attn_implementation",
+    "model_init_kwargs: {attn_implementation: sdpa}": "attn_implementation flash_attn flash_attention",
 }
 
 
@@ -133,7 +141,7 @@ class Keys:
 
 def convert(key: str, value: Any, annotation: Any) -> Any:
     """A value from YAML or the command line as a type; `key` is for the message."""
-    kinds = set(_alternatives(annotation))
+    kinds, value = set(_alternatives(annotation)), _expanded(value)
     if isinstance(value, str) and dict in kinds and value.lstrip().startswith("{"):
         value = _parsed(value, key)
     try:
@@ -151,6 +159,13 @@ def convert(key: str, value: Any, annotation: Any) -> Any:
         got = json.dumps(value) if isinstance(value, bool | NoneType) else repr(value)
         raise HFTError(f"{key}: expected {expected}, got {got}") from error
     return converted.value if isinstance(converted, Enum) else converted
+
+
+def _expanded(value: Any) -> Any:
+    """A path below ~ as a shell gives it; neither YAML nor `--key=~/x` passes one."""
+    if isinstance(value, list):
+        return [_expanded(one) for one in value]
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def check_types(config: Any) -> None:

@@ -1,3 +1,4 @@
+import re
 import subprocess
 from dataclasses import fields
 from pathlib import Path
@@ -61,6 +62,18 @@ def test_yaml_values_become_the_type_of_their_key(tmp_path):
     assert resolve("--config", write(tmp_path / "b.yaml", to_yaml(values)))[0] == values
 
 
+def test_a_path_below_home_is_one_in_files_and_after_an_equals_sign_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = write(tmp_path / "a.yaml", "dataset_name: [~/a.jsonl, b/~.jsonl]\noutput_dir: ~/out\nprompt: ~")
+    values, _ = resolve("--config", file, "--model_name_or_path=~/base")
+    assert values == {
+        "dataset_name": [f"{tmp_path}/a.jsonl", "b/~.jsonl"],
+        "output_dir": f"{tmp_path}/out",
+        "prompt": None,
+        "model_name_or_path": f"{tmp_path}/base",
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -106,6 +119,7 @@ def test_a_wrong_file_is_one_line_and_status_2(tmp_path, capsys, text, message):
             ["--config", "recipes/tiny/sft.yaml", "--fraction", "1.5"],
             "fraction: expected a number less than or equal to 1, got '1.5'",
         ),
+        (["--sample_packing", "true"], "unknown key 'sample_packing', did you mean 'packing'?"),
         (["--update", "mufo"], "update: unknown update 'mufo', did you mean 'mofo'?"),
         (["--max_steps", "1"], "model_name_or_path and dataset_name are needed"),
     ],
@@ -117,6 +131,29 @@ def test_a_wrong_flag_is_one_line_and_status_2(capsys, words, message, tiny):
     err = capsys.readouterr().err.strip()
     assert message in err
     assert err.count("\n") == 0
+
+
+def test_keys_of_other_tools_are_answered_with_ours():
+    """Those of docs/coming-from.md, in the rows of whose table the last cell has ours."""
+    page = Path("docs/coming-from.md").read_text()
+    # Commands, a file, and keys whose answer stands in another row or is a method.
+    other = {
+        "trl",
+        "rl",
+        "stage",
+        "beta",
+        "dataset_info",
+        "datasets",
+        "disable_gradient_checkpointing",
+        "finetuning_type",
+    }
+    table = page.partition("## Keys")[2].partition("Three")[0]
+    for theirs, ours in re.findall(r"^\| [^|]* (\|.*)\|([^|]*)\|$", table, re.MULTILINE):
+        for key in {*re.findall(r"`([a-z_0-9]+)", theirs)} - other - KEYS.types.keys():
+            with pytest.raises(HFTError) as caught:
+                KEYS.convert(key, "x")
+            hint = str(caught.value).partition("did you mean ")[2]
+            assert any(one in hint for one in re.findall(r"[a-z_]+", ours)), f"{caught.value}; ours are {ours}"
 
 
 @pytest.mark.parametrize(
@@ -278,7 +315,7 @@ def test_accumulation_follows_from_the_global_batch():
     for wrong in ({"global_batch_size": 36}, {"global_batch_size": 4}):
         with pytest.raises(HFTError, match="is not a multiple of 4 rows per device x 2 processes"):
             accumulation_steps(values | wrong, 8, 2)
-    with pytest.raises(HFTError, match="give only one"):
+    with pytest.raises(HFTError, match="to give it, set that to none"):
         accumulation_steps(values | {"gradient_accumulation_steps": 2}, 8, 2)
 
 

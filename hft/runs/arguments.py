@@ -77,7 +77,7 @@ def accumulation_steps(values: dict[str, Any], default: int, processes: int) -> 
     if (total := values.get("global_batch_size")) is None:
         return {}
     if "gradient_accumulation_steps" in values:
-        raise HFTError("gradient_accumulation_steps is derived from global_batch_size; give only one of them")
+        raise HFTError("gradient_accumulation_steps follows from global_batch_size; to give it, set that to none")
     per_device = values.get("per_device_train_batch_size", default)
     if per_device < 1 or total < 1:
         raise HFTError(f"batch sizes must be at least 1, got {per_device} rows per device, {total} in all")
