@@ -113,7 +113,7 @@ def scoring_tokens(lm: HFLM, base: HFLM | None) -> LM:
     @torch.no_grad()
     def loglikelihood(requests: list[Instance]) -> list[tuple[float, bool]]:
         what = "KL to the base" if base else "loss of answers"
-        return [(measure(request), False) for request in tqdm(requests, desc=what, disable=lm.rank != 0)]
+        return [(measure(request), False) for request in tqdm(requests, desc=what, disable=lm.rank != 0 or None)]
 
     scoring = copy(lm)
     scoring.loglikelihood = loglikelihood
