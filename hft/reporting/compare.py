@@ -91,12 +91,13 @@ def curves_of(groups: Sequence[Group], x: Column, y: Column) -> dict[str, Curve]
     groups with more seeds than others the first are taken.
     """
     placed = [group for group in groups if group.first.learning_rate and group.measure(x) and group.measure(y)]
+    base = next((group.first for group in groups if group.first.method == "base" and group.measure(x)), None)
+    if placed and base is None:
+        run = placed[0].first.folder
+        return f"the base shows what was forgotten: score it with `hft eval BASE --task_data {run}`, and report it too"
     arms = [group.arm for group in placed]
     if len(set(arms)) in (0, 1, len(arms)):
         return {}
-    base = next((group.first for group in groups if group.first.method == "base" and group.measure(x)), None)
-    if base is None:
-        return "the base is what frontiers are measured from: score it too, and give it to the report"
     seeds = min(len(group.runs) for group in placed)
     runs = [run for group in placed for run in sorted(group.runs, key=lambda run: str(run.order))[:seeds]]
     cubes = []
