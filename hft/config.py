@@ -33,17 +33,16 @@ SECRETS = ("hub_token", "token", "use_auth_token", "api_key")
 ALIASES = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
 # Keys by other tools' words for them, with a value where that differs too.
 WORDS = {
-    "model_name_or_path": "model model_name model_path base_model",
+    "model_name_or_path": "model base_model",
     "dataset_name": "dataset datasets data data_path train_file",
-    "global_batch_size": "batch_size train_batch_size",
-    "num_train_epochs": "epochs num_epochs",
+    "global_batch_size": "train_batch_size",
+    "num_train_epochs": "epochs",
     "dataset_weights": "interleave_probs",
     "assistant_only_loss": "train_on_inputs train_on_prompt roles_to_train mask_history",
     "packing": "sample_packing",
-    "max_length": "max_seq_length max_seq_len seq_len sequence_len cutoff_len",
+    "max_length": "seq_len sequence_len cutoff_len",
     "learning_rate": "lr",
     "per_device_train_batch_size": "micro_batch_size",
-    "eval_strategy": "evaluation_strategy",
     "eval_rows": "val_set_size val_size",
     "beta": "rl_beta pref_beta",
     "rank": "lora_r lora_rank",

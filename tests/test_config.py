@@ -1,4 +1,3 @@
-import re
 import subprocess
 from dataclasses import fields
 from pathlib import Path
@@ -131,29 +130,6 @@ def test_a_wrong_flag_is_one_line_and_status_2(capsys, words, message, tiny):
     err = capsys.readouterr().err.strip()
     assert message in err
     assert err.count("\n") == 0
-
-
-def test_keys_of_other_tools_are_answered_with_ours():
-    """Those of docs/coming-from.md, in the rows of whose table the last cell has ours."""
-    page = Path("docs/coming-from.md").read_text()
-    # Commands, a file, and keys whose answer stands in another row or is a method.
-    other = {
-        "trl",
-        "rl",
-        "stage",
-        "beta",
-        "dataset_info",
-        "datasets",
-        "disable_gradient_checkpointing",
-        "finetuning_type",
-    }
-    table = page.partition("## Keys")[2].partition("Three")[0]
-    for theirs, ours in re.findall(r"^\| [^|]* (\|.*)\|([^|]*)\|$", table, re.MULTILINE):
-        for key in {*re.findall(r"`([a-z_0-9]+)", theirs)} - other - KEYS.types.keys():
-            with pytest.raises(HFTError) as caught:
-                KEYS.convert(key, "x")
-            hint = str(caught.value).partition("did you mean ")[2]
-            assert any(one in hint for one in re.findall(r"[a-z_]+", ours)), f"{caught.value}; ours are {ours}"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from transformers import AutoConfig
 import hft
 from hft.catalog import METHODS, find_recipe, names
 from hft.cli import COMMANDS, main
-from hft.config import WORDS, RunConfig
+from hft.config import Keys, RunConfig
+from hft.errors import HFTError
 from hft.methods import all_classes
 from hft.model.anatomy import meta_model
 from hft.runs.config import load_config
@@ -163,8 +164,16 @@ def test_keys_of_other_tools_stand_beside_ours():
     theirs = {f.name for cls in configs for f in fields(cls)} | {"accelerate_config"}
     ours = {f.name for cls in (*configs[:2], RunConfig, hft.SelectionConfig, *all_classes()) for f in fields(cls)}
     ours |= {"engine", "auto"} | set(names())
+    keys = Keys((RunConfig, hft.SelectionConfig, trl.SFTConfig))
+    # Commands, a file, what names a method, and what another row answers.
+    elsewhere = {"trl", "rl", "stage", "beta", "dataset_info", "datasets", "finetuning_type"}
+    elsewhere |= {"disable_gradient_checkpointing"}
     for _, *others, mine in rows:
         for cell, known in ((others[0], theirs), (mine, ours)):
             for key in re.findall(r"`-{0,2}(\w+)`", cell):
                 assert key in known, f"{key}: {cell}"
-    assert "sequence_len" in WORDS["max_length"].split()
+        for key in set(re.findall(r"`([a-z_0-9]+)", " ".join(others))) - keys.types.keys() - elsewhere:
+            with pytest.raises(HFTError, match="did you mean") as caught:
+                keys.convert(key, "x")
+            hint = str(caught.value).partition("did you mean")[2]
+            assert any(one in hint for one in re.findall(r"[a-z_]+", mine)), f"{caught.value}; ours are {mine}"
