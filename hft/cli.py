@@ -58,7 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0; 1 if verify found a difference; 2 for a mistake that the user can correct; 143 or 130 for
         what SIGTERM or Ctrl-C has stopped.
     """
-    _quiet_libraries()
+    # TRL pings a server whenever a trainer is made; huggingface_hub reads this when it is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.stderr.isatty():  # progress bars are for terminals; tqdm reads this when it is imported
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    # On many processors it warns of a kernel that it lacks, whether or not anything is quantized.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # TRL's own default uses this key, which transformers is renaming.
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
+
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if threading.current_thread() is threading.main_thread():  # a run that trains answers SIGTERM and Ctrl-C itself
         signal.signal(signal.SIGTERM, functools.partial(_interrupt, os.getpid()))
@@ -96,22 +104,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed = HFTError(sentence)
     print_error(failed)
     return failed.status if world_size() == 1 else _end_at_once(failed.status)
-
-
-def _quiet_libraries() -> None:
-    """Keep other libraries from calling home, and from saying what is not so or nothing new."""
-    # TRL pings a server whenever a trainer is made; huggingface_hub reads this when it is imported.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if not sys.stderr.isatty():  # progress bars are for terminals; tqdm reads this when it is imported
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    # On many processors it warns of a kernel that it lacks, whether or not anything is quantized.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # TRL's own default uses this key, which transformers is renaming.
-    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
-
-    # TRL says that it ignores these, and hft has loaded the model with them.
-    for name in OBJECTIVES:
-        logging.getLogger(f"trl.trainer.{name}_trainer").addFilter(lambda record: "model_init_kwargs" not in record.msg)
 
 
 def _run(command: str, words: Sequence[str]) -> int:

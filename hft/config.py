@@ -47,9 +47,8 @@ WORDS = {
     "beta": "rl_beta pref_beta",
     "rank": "lora_r lora_rank",
     "target_modules": "lora_target_modules lora_target lora_target_linear",
+    "schedule": "use_badam lisa_n_layers lisa_step_interval",
     "policy: explicit": "unfrozen_parameters freeze_trainable_layers",
-    "schedule: badam": "use_badam",
-    "schedule: lisa": "lisa_n_layers lisa_step_interval",
     "--engine fsdp2": "accelerate_config",
     "warmup_steps: 0.03": "warmup_ratio",  # below 1 a fraction of all steps
     "train_sampling_strategy: group_by_length": "group_by_length",
@@ -131,6 +130,8 @@ class Keys:
 
     def convert(self, key: str, value: Any) -> Any:
         """A value from YAML, or of a flag, as the type of its key."""
+        if key in ("model_name_or_path", "output_dir") and str(value).startswith("~/"):
+            value = str(Path(value).expanduser())  # which a shell does not do in YAML and after `--key=`
         if key in self.types:
             return convert(key, value, self.types[key])
         known = [name for name, words in WORDS.items() if key in words.split()]
@@ -140,7 +141,7 @@ class Keys:
 
 def convert(key: str, value: Any, annotation: Any) -> Any:
     """A value from YAML or the command line as a type; `key` is for the message."""
-    kinds, value = set(_alternatives(annotation)), _expanded(value)
+    kinds = set(_alternatives(annotation))
     if isinstance(value, str) and dict in kinds and value.lstrip().startswith("{"):
         value = _parsed(value, key)
     try:
@@ -158,13 +159,6 @@ def convert(key: str, value: Any, annotation: Any) -> Any:
         got = json.dumps(value) if isinstance(value, bool | NoneType) else repr(value)
         raise HFTError(f"{key}: expected {expected}, got {got}") from error
     return converted.value if isinstance(converted, Enum) else converted
-
-
-def _expanded(value: Any) -> Any:
-    """A path below ~ as a shell gives it; neither YAML nor `--key=~/x` passes one."""
-    if isinstance(value, list):
-        return [_expanded(one) for one in value]
-    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def check_types(config: Any) -> None:

@@ -61,16 +61,11 @@ def test_yaml_values_become_the_type_of_their_key(tmp_path):
     assert resolve("--config", write(tmp_path / "b.yaml", to_yaml(values)))[0] == values
 
 
-def test_a_path_below_home_is_one_in_files_and_after_an_equals_sign_too(tmp_path, monkeypatch):
+def test_a_folder_below_home_is_one_in_files_and_after_an_equals_sign_too(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    file = write(tmp_path / "a.yaml", "dataset_name: [~/a.jsonl, b/~.jsonl]\noutput_dir: ~/out\nprompt: ~")
+    file = write(tmp_path / "a.yaml", "output_dir: ~/out\nprompt: ~")
     values, _ = resolve("--config", file, "--model_name_or_path=~/base")
-    assert values == {
-        "dataset_name": [f"{tmp_path}/a.jsonl", "b/~.jsonl"],
-        "output_dir": f"{tmp_path}/out",
-        "prompt": None,
-        "model_name_or_path": f"{tmp_path}/base",
-    }
+    assert values == {"output_dir": f"{tmp_path}/out", "prompt": None, "model_name_or_path": f"{tmp_path}/base"}
 
 
 @pytest.mark.parametrize(

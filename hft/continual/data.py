@@ -28,7 +28,7 @@ class SequenceData:
 
     def __init__(self, plan: SequencePlan):
         settings = plan.settings
-        folder = Path(settings.trace_dir or "")
+        folder = Path(settings.trace_dir or "").expanduser()
         if not settings.trace_dir or not folder.is_dir():
             raise HFTError(f"trace_dir {settings.trace_dir} does not exist; it holds TASK/train.json and test.json")
         self.train = {task: read_task(folder, task, "train") for task in settings.tasks}

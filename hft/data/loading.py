@@ -45,7 +45,9 @@ class LoadedData:
 def load_split(name: str, split: str, config: str | None = None, revision: str | None = None) -> Dataset:
     """One split of a dataset, or a slice like `train[:1%]`, as it is stored; all of a file is the `train` split."""
     path = _local_path(name)
-    more: dict[str, Any] = _one_split(path) or {"path": name, "name": config, "revision": revision}
+    more = _source(name)
+    if "data_files" not in more:
+        more |= {"name": config, "revision": revision}
     if path.exists():  # datasets would take rows that it has cached for other bytes of the same time and size
         more["cache_dir"] = str(HF_DATASETS_CACHE / f"hft-{__version__}" / digest(fingerprint(name)))
     with _loading(name):
@@ -93,10 +95,10 @@ def load_data(run: RunConfig, read_rows: ReadRows, *, evaluate: bool) -> LoadedD
     identity |= {"form": "text"} if are_text(train) else {}
     if not evaluate:
         return LoadedData(name, train, None, notes, identity)
-    splits = ["train"]
-    if not _one_split(_local_path(name)):
+    splits, source = ["train"], _source(name)
+    if "data_files" not in source:
         with _loading(name):
-            splits = datasets.get_dataset_split_names(name, config, revision=revision)
+            splits = datasets.get_dataset_split_names(source["path"], config, revision=revision)
     others = [split for split in splits if split not in _splits(run.dataset_train_split)]
     if wanted is None or (wanted == "test" and not others):
         train, test = _hold_out(name, train, run.eval_rows)
@@ -159,7 +161,7 @@ def _splits(expression: str) -> list[str]:
 
 def _local_path(name: str) -> Path:
     """The path that a dataset's name may be, checked where it can only be a path."""
-    path = Path(name)
+    path = Path(name).expanduser()
     if (path.suffix in FORMATS or name.startswith((".", "/", "~", "data/"))) and not path.exists():
         hint = "; make the demo data with `hft demo data`" if name.startswith("data/") else ""
         raise HFTError(f"dataset {name} does not exist{neighbor(path) or hint}")
@@ -170,12 +172,14 @@ def _local_path(name: str) -> Path:
     return path
 
 
-def _one_split(path: Path) -> dict[str, str] | None:
-    """What loads a file, or what `Dataset.save_to_disk` wrote, as the split `train`; None for anything else."""
+def _source(name: str) -> dict[str, Any]:
+    """What `load_dataset` takes; with `data_files` it is one split, a file or what `Dataset.save_to_disk` wrote."""
+    path = _local_path(name)
     if path.is_file():
         return {"path": FORMATS[path.suffix], "data_files": str(path)}
-    saved = (path / DATASET_STATE_JSON_FILENAME).is_file()
-    return {"path": "arrow", "data_files": str(path / "*.arrow")} if saved else None
+    if (path / DATASET_STATE_JSON_FILENAME).is_file():
+        return {"path": "arrow", "data_files": str(path / "*.arrow")}
+    return {"path": str(path) if path.is_dir() else name}
 
 
 @contextmanager
@@ -185,6 +189,6 @@ def _loading(name: str) -> Iterator[None]:
         yield
     except (DatasetsError, DatasetGenerationError, OSError, ValueError, TypeError, LookupError, pa.ArrowException) as e:
         if name.endswith(".jsonl"):
-            read_jsonl(name)  # names the line
+            read_jsonl(Path(name).expanduser())  # names the line
         cause = e.__cause__ if isinstance(e, DatasetGenerationError) and e.__cause__ else e
         raise HFTError(f"cannot load dataset {name}: {reason(cause)}") from e

@@ -148,8 +148,7 @@ def _mask_notes(
 ) -> list[str]:
     """Check the assistant mask of rows, as TRL makes it; returns a note if some of the assistant's turns do not train.
 
-    Template or tokenizer's offsets can be wrong. So rows, of a large dataset a sample spread evenly over it, are
-    tokenized twice, the second time with every other text doubled: the trained tokens must be the same.
+    The template or offsets can be wrong: with every other text doubled the same tokens must train, of some rows.
     """
     rows = dataset.select(range(0, len(dataset), -(-len(dataset) // MOST_ROWS)))
     untrained = [

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft import __version__
-from hft.errors import HFTError, neighbor, reason
+from hft.errors import HFTError, reason
 from hft.machine import world_size
 from hft.record.identity import cannot_resume, check_same_run, identity_of
 
@@ -103,11 +103,9 @@ class Manifest:
         try:
             return cls(**json.loads(path.read_text()))
         except FileNotFoundError:
-            if not path.parent.exists():
-                raise HFTError(f"folder {folder} not found{neighbor(path.parent)}") from None
             raise HFTError(
-                f"{folder} has no {MANIFEST_NAME}, so there is nothing to verify: it is a merge, or not a folder that "
-                "hft trained"
+                f"{folder} has no {MANIFEST_NAME}, so there is nothing to verify: it is a merge, not a folder that "
+                "hft trained, or not there"
             ) from None
         except (TypeError, ValueError, AttributeError) as error:
             raise HFTError(f"{path} is not a valid manifest: {reason(error)}") from error

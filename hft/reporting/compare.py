@@ -87,8 +87,7 @@ def values_of(runs: Sequence[LoadedRun], key: Key) -> tuple[np.ndarray, int] | s
 def curves_of(groups: Sequence[Group], x: Column, y: Column) -> dict[str, Curve] | str:
     """The curve of each arm, in what it has more than the base on the same rows; a sentence if that cannot be said.
 
-    The columns are of one score each. None is drawn unless there are two arms, one of them with two learning rates. Of
-    groups with more seeds than others the first are taken.
+    None without two arms, one of them at two learning rates. Of groups with more seeds than others the first are taken.
     """
     placed = [group for group in groups if group.first.learning_rate and group.measure(x) and group.measure(y)]
     base = next((group.first for group in groups if group.first.method == "base" and group.measure(x)), None)

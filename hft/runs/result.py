@@ -160,7 +160,6 @@ def summary(result: RunResult, out: Path) -> str:
     commands += [f"{again} --output_dir NEW  # the same run again"]
     if manifest.selection.get("policy") in DRAWN:
         commands += [f"{again} --output_dir NEW --selection_seed 1  # another half"]
-    is_full = manifest.selection.get("policy") == "all"
-    other, what = ("hft", "half") if is_full else ("fft", "everything")
-    commands += [f"{again} {other} --output_dir NEW  # {what} trains"]
+    if manifest.selection.get("policy") != "all":
+        commands += [f"{again} fft --output_dir NEW  # everything trains"]
     return "\n".join([*lines, *(f"  {hft} {command}" for command in commands)])

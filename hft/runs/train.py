@@ -1,5 +1,6 @@
 """Carries a plan out: train, save, evaluate, verify."""
 
+import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -103,6 +104,9 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
     if not method.adapter:
         trained = {"selection": plan.selection, "update": method.update, "schedule": method.schedule}
         trained["save_only_trained"] = plan.config.run.save_only_trained
+    # TRL says that it ignores these, and the model is loaded with them.
+    log = logging.getLogger(f"trl.trainer.{plan.config.objective.name}_trainer")
+    log.addFilter(lambda record: "model_init_kwargs" not in record.msg)
     with refusals(plan.data, plan.tokenizer):
         trainer = trainer_class(plan.config)(
             plan.config.run.model_name_or_path,
