@@ -47,7 +47,8 @@ WORDS = {
     "beta": "rl_beta pref_beta",
     "rank": "lora_r lora_rank",
     "target_modules": "lora_target_modules lora_target lora_target_linear",
-    "schedule": "use_badam lisa_n_layers lisa_step_interval",
+    "schedule: badam": "use_badam",
+    "schedule: lisa": "lisa_n_layers lisa_step_interval",
     "policy: explicit": "unfrozen_parameters freeze_trainable_layers",
     "--engine fsdp2": "accelerate_config",
     "warmup_steps: 0.03": "warmup_ratio",  # below 1 a fraction of all steps

@@ -92,8 +92,7 @@ def curves_of(groups: Sequence[Group], x: Column, y: Column) -> dict[str, Curve]
     placed = [group for group in groups if group.first.learning_rate and group.measure(x) and group.measure(y)]
     base = next((group.first for group in groups if group.first.method == "base" and group.measure(x)), None)
     if placed and base is None:
-        run = placed[0].first.folder
-        return f"the base shows what was forgotten: score it with `hft eval BASE --task_data {run}`, and report it too"
+        return "the base shows what was forgotten: score it (hft eval BASE --task_data RUN), and report it too"
     arms = [group.arm for group in placed]
     if len(set(arms)) in (0, 1, len(arms)):
         return {}

@@ -438,7 +438,7 @@ def test_methods_are_compared_at_equal_learning(sweep, tmp_path):
     area = 1 / 8 * 1.175 + 1 / 8 * 1.05 + 1 / 4 * 0.8
     assert float(rows["hft"]["hypervolume"].split()[0]) == pytest.approx(area, abs=0.03)
     tables = [part for part in frontiers(collect(sweep[1:])) if isinstance(part, Table)]
-    assert "the base shows what was forgotten: score it with `hft eval BASE --task_data" in tables[0].rows[0][0]
+    assert "the base shows what was forgotten: score it (hft eval BASE --task_data RUN)" in tables[0].rows[0][0]
     # One rate each: points, and no frontier.
     few = frontiers(collect([sweep[0], *(folder for folder in sweep if "0.0001" in folder.name)]))
     assert not any(part.rows for part in few if isinstance(part, Table))
