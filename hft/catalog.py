@@ -35,12 +35,6 @@ def find_recipe(name: str | Path) -> Path:
     raise HFTError(f"cannot read {name}: no such file or recipe{hint}")
 
 
-def find_folder(name: str) -> str:
-    """A folder that a recipe names: one on disk, or else one of the recipes that come with hft."""
-    packaged = RECIPES / name.removeprefix("recipes/")
-    return str(packaged) if packaged.is_dir() and not Path(name).is_dir() else name
-
-
 def main(arguments: Sequence[str]) -> int:
     """`hft recipes` lists, `hft recipes copy NAME FILE.yaml` copies one."""
     parser = argparse.ArgumentParser(prog="hft recipes", description="List the recipes and methods, or copy one.")

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
-from hft.catalog import find_folder
+from hft.catalog import RECIPES
 from hft.config import to_yaml
 from hft.data import LoadedData, load_data
 from hft.errors import HFTError, read_text, reason
@@ -204,10 +204,11 @@ def plan_selection(config: Config, model_config: PretrainedConfig) -> Selection:
 
 
 def load_model_config(config: Config) -> PretrainedConfig:
-    """The base's config, from the recipe's `architecture` folder if it has one."""
+    """The base's config, from the recipe's `architecture` folder, one on disk or of hft's, if it has one."""
     base, architecture = config.run.model_name_or_path, config.run.architecture
     if architecture and not Path(base).is_dir():
-        return read_config(base, find_folder(architecture))
+        packaged = RECIPES / architecture.removeprefix("recipes/")
+        return read_config(base, architecture if Path(architecture).is_dir() or not packaged.is_dir() else packaged)
     return read_config(base, base, config.revision)
 
 
