@@ -78,7 +78,8 @@ def score_base(config: Config, args: TrainingArguments, tokenizer: PreTrainedTok
         if made_from.items() <= load_scores(folder).items():
             say(f"importance: read from {folder}", "")
             return
-    if theirs := [path.name for path in folder.glob("*") if path.name not in (IMPORTANCE_NAME, MASKS_NAME)]:
+    theirs = [path.name for path in folder.glob("*") if path.name not in (IMPORTANCE_NAME, MASKS_NAME)]
+    if theirs:
         raise HFTError(f"{folder} holds {theirs[0]} beside scores; name another folder")
     by = f" on {chosen.importance_rows} rows of {chosen.importance_data}" if reads_text else ""
     say(f"scoring the base by {chosen.score}{by}")
