@@ -46,9 +46,7 @@ def load_split(name: str, split: str, config: str | None = None, revision: str |
     """One split of a dataset, or a slice like `train[:1%]`, as it is stored; all of a file is the `train` split."""
     more = _source(name)
     more |= {} if "data_files" in more else {"name": config, "revision": revision}
-    if _local_path(
-        name
-    ).exists():  # datasets would take rows that it has cached for other bytes of the same time and size
+    if _local_path(name).exists():  # datasets may have cached other bytes of the same time and size
         more["cache_dir"] = str(HF_DATASETS_CACHE / f"hft-{__version__}" / digest(fingerprint(name)))
     with _loading(name):
         dataset = datasets.load_dataset(**more, split=split)
