@@ -22,7 +22,9 @@ class TrainsInPart(nn.Module):
     which are the only ones with an fp32 master, a gradient and optimizer state. It has the dtype of the base's values.
 
     A mask that varies along neighboring dimensions only, such as slices of stacked experts, rows or columns, selects
-    along these; the trained elements then keep the other dimensions. Any other mask selects single elements.
+    along these; the trained elements then keep the other dimensions. Any other mask selects single elements. The base
+    has the frozen slices alone, unless a reference shares it. Beside columns and single elements, which take too long
+    to put together, it is whole.
 
     Args:
         frozen: which elements are frozen; broadcasts to `shape`.
@@ -36,29 +38,39 @@ class TrainsInPart(nn.Module):
             self.compact = (-1, 1)  # a column, so that it still counts as a matrix
             self.register_buffer("bits", Mask.of(~frozen.tensor().expand(shape)).bits, persistent=False)
         else:
-            self.compact = (*shape[: along.start], -1, *shape[along.stop :])
-            trained = ~frozen.tensor().view(frozen.shape[along]).expand(shape[along])
-            self.register_buffer("index", trained.reshape(-1).nonzero().squeeze(1), persistent=False)
+            # FSDP2 divides the first dimension: rows, since 4 experts would leave 4 of 8 processes without any.
+            kept = shape[along.stop :] if along.start else shape[max(along.stop, len(shape) - 1) :]
+            self.compact = (*shape[: along.start], -1, *kept)
+            trained = ~frozen.tensor().view(frozen.shape[along]).expand(shape[along]).reshape(-1)
+            self.register_buffer("index", trained.nonzero().squeeze(1), persistent=False)
+            if self.folded[2] > 1:
+                self.register_buffer("rest", (~trained).nonzero().squeeze(1), persistent=False)
 
     def forward(self, base: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
         """The weight."""
         return _PutTogether.apply(base, trained, self)
 
     def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return weight, self.take(weight)
+        return self.keep(weight) if self.folded[2] > 1 else weight, self.take(weight)
 
     def put(self, base: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
-        """A copy of a tensor of the weight's shape in which the trained elements are given."""
+        """A new tensor of the weight's shape, from the base as it is held or whole and the trained elements."""
         if self.by_element:
             return base.masked_scatter(Mask(self.bits, self.shape).tensor(), trained)
-        trained = trained.reshape(self.folded[0], -1, self.folded[2])
-        return base.reshape(self.folded).index_copy(1, self.index, trained).view(self.shape)
+        is_whole = base.shape == self.shape
+        base, trained = (tensor.reshape(self.folded[0], -1, self.folded[2]) for tensor in (base, trained))
+        weight = base.clone() if is_whole else base.new_empty(self.folded).index_copy_(1, self.rest, base)
+        return weight.index_copy_(1, self.index, trained).view(self.shape)
 
     def take(self, weight: torch.Tensor) -> torch.Tensor:
         """The trained elements of a tensor of the weight's shape."""
         if self.by_element:
             return weight[Mask(self.bits, self.shape).tensor()].view(self.compact)
         return weight.reshape(self.folded).index_select(1, self.index).reshape(self.compact)
+
+    def keep(self, weight: torch.Tensor) -> torch.Tensor:
+        """The frozen slices of a tensor of the weight's shape."""
+        return weight.reshape(self.folded).index_select(1, self.rest).reshape(self.compact)
 
 
 class _PutTogether(torch.autograd.Function):
@@ -82,18 +94,20 @@ def _layout(frozen: Mask, shape: torch.Size) -> tuple[slice, tuple[int, int, int
     return along, folded, folded[0] == folded[2] == 1 and len(shape) > 1
 
 
-def index_bytes(frozen: Mask, shape: torch.Size) -> int:
-    """Bytes of what says which elements train."""
-    _, (_, along, _), by_element = _layout(frozen, shape)
-    return -(-along // 8) if by_element else 8 * (along - frozen.count() * along // frozen.numel)
+def index_bytes(frozen: Mask, shape: torch.Size) -> tuple[int, bool]:
+    """Bytes of what says which elements train, and whether the base is whole where no reference shares it."""
+    _, (_, along, inner), by_element = _layout(frozen, shape)
+    held = along - frozen.count() * along // frozen.numel if inner == 1 else along
+    return -(-along // 8) if by_element else 8 * held, inner == 1
 
 
-def split(model: nn.Module, masks: Mapping[str, Mask], *, whole_states: bool = True) -> None:
+def split(model: nn.Module, masks: Mapping[str, Mask], *, whole_states: bool = True, shared: bool = False) -> None:
     """Let the parameters with a mask of frozen elements train in part.
 
     State dicts keep the names and shapes of the checkpoint, with the trained elements in their own dtype, unless FSDP2
     shards base and trained elements: then `joined` puts them together. `whole_states` false leaves that to it from the
-    start, since accelerate makes state dicts too.
+    start, since accelerate makes state dicts too. The bases are the model's own parameters, whole, if `shared` by
+    a reference.
     """
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -110,7 +124,7 @@ def split(model: nn.Module, masks: Mapping[str, Mask], *, whole_states: bool = T
             parametrize.register_parametrization(module, tensor, in_part)
             if part is None:
                 part = module.parametrizations[tensor]
-                part.original0 = weight.requires_grad_(False)  # itself, since a reference may share it
+                part.original0 = (weight if shared else part.original0).requires_grad_(False)
                 part.original1.requires_grad_(True)
             module.parametrizations[tensor] = part  # one of all modules that are tied
 
@@ -130,11 +144,12 @@ def _take_apart(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, 
     """
     for tensor, part in parts_of(module, recurse=False).items():
         if prefix + tensor in state:
-            key = f"{prefix}parametrizations.{tensor}."
-            weight, base = state.pop(prefix + tensor), part.original0
-            is_whole = weight.shape == base.shape
-            state[key + TRAINED] = part[0].take(weight) if is_whole else weight.view(part[0].compact)
-            state[key + BASE] = part[0].put(weight.to(base), part[0].take(base)) if is_whole else base
+            key, base, made = f"{prefix}parametrizations.{tensor}.", part.original0, part[0]
+            weight = state.pop(prefix + tensor).to(base.device)
+            if weight.shape == made.shape:
+                values, weight = weight.to(base.dtype), made.take(weight)
+                base = made.put(values, made.take(base)) if base.shape == made.shape else made.keep(values)
+            state[key + BASE], state[key + TRAINED] = base, weight.view(made.compact)
 
 
 def joined(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

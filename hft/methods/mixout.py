@@ -32,8 +32,8 @@ class Mixout(Update):
 
     def callbacks(self, model: nn.Module, anatomy: Anatomy) -> list[TrainerCallback]:
         matrices = matrices_of(model, anatomy).keys()
-        bases = {name: part.original0 for name, part in parts_of(model).items() if name in matrices}
-        return [MixColumns(copies(model, matrices) | bases, self.mixout_p)]
+        in_part = {n: part.original1.detach().clone() for n, part in parts_of(model).items() if n in matrices}
+        return [MixColumns(copies(model, matrices) | in_part, self.mixout_p)]
 
     def check(self, model: nn.Module, selection: Selection) -> None:
         matrices_of(model, selection.anatomy)
@@ -70,7 +70,8 @@ def mixed_forward(module: nn.Linear, start: torch.Tensor, p: float, x: torch.Ten
     weight = module.weight
     if module.training:
         part = parts_of(module, recurse=False).get("weight")
-        weight = weight_of(part, part.original0, part.original1) if part else weight
+        if part:
+            weight, start = (weight_of(part, part.original0, trained) for trained in (part.original1, start))
         weight = mix(weight, start, p, kept=torch.rand(weight.shape[1], device=weight.device) >= p)
     return functional.linear(x, weight, module.bias)
 

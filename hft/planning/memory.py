@@ -103,7 +103,7 @@ def micro_batch(config: Config, args: TrainingArguments, examples: int | None = 
 class Memory:
     """Bytes per device by what they are for."""
 
-    weights: float  # frozen parameters, those that train in part whole; and which elements train
+    weights: float  # frozen parameters, the base's values of those that train in part, and which elements train
     master_weights: float  # fp32, of what trains
     gradients: float  # fp32
     moments: float  # AdamW's two, fp32; none of SGD
@@ -151,13 +151,12 @@ def memory_of(
     reference |= bool(method.strategy and method.strategy.extra_rows().reference)
     kept = sum(part.memory(selection) for part in (method.update, method.strategy) if part)
     anatomy, masks = selection.anatomy, selection.frozen_masks
-    whole = {name: anatomy.numels[name] for name in (*selection.frozen_parameters, *masks)}
-    frozen = engine.frozen_bytes * sum(whole.values())
+    elements, index = held_frozen(selection, shared=reference and shards == 1)
+    frozen = engine.frozen_bytes * sum(elements.values())
     if shards == 1:  # embeddings of the input hand their fp32 on to the layers; ends and norms in part are held in it
         wide = [name for name in masks if name not in anatomy.shapes or is_wide(name, len(anatomy.shapes[name]))]
         first = next(iter(anatomy.embeddings))
-        frozen += (4 - engine.frozen_bytes) * sum(whole.get(name, 0) for name in {first, *wide})
-    index = sum(index_bytes(mask, anatomy.shapes.get(name, mask.shape)) for name, mask in masks.items())
+        frozen += (4 - engine.frozen_bytes) * sum(elements.get(name, 0) for name in {first, *wide})
     return Memory(
         weights=frozen / shards + index,
         master_weights=4 * held / shards,
@@ -169,6 +168,15 @@ def memory_of(
         gathered=gathered_bytes(selection, engine.precision.trained.itemsize) if shards > 1 and costs else 0,
         **working,
     )
+
+
+def held_frozen(selection: Selection, *, shared: bool = False) -> tuple[dict[str, int], int]:
+    """Elements that are held frozen of each parameter, where a reference may share them; bytes of what says which."""
+    anatomy, masks, numels = selection.anatomy, selection.frozen_masks, selection.anatomy.numels
+    found = {name: index_bytes(mask, anatomy.shapes.get(name, mask.shape)) for name, mask in masks.items()}
+    held = {name: numels[name] for name in (*selection.frozen_parameters, *masks)}
+    held |= {n: numels[n] - selection.num_trained_of(n) for n, (_, whole) in found.items() if not (whole or shared)}
+    return held, sum(size for size, _ in found.values())
 
 
 def planned_reference_bytes(selection: Selection, engine: Engine) -> float:
@@ -188,14 +196,14 @@ def gathered_bytes(selection: Selection, itemsize: int) -> float:
     These are two layers and what lies outside the layers in the dtype that it computes with; the gradients of one
     layer, in that dtype and in fp32 to be reduced; and of what trains in part the gradient of one whole weight.
     """
-    anatomy, masks, frozen = selection.anatomy, selection.frozen_masks, set(selection.frozen_parameters)
+    anatomy, frozen, (elements, _) = selection.anatomy, set(selection.frozen_parameters), held_frozen(selection)
     layers: list[list[int]] = [[0, 0, 0] for _ in range(anatomy.num_layers)]
     for name, parts in anatomy.parts_by_parameter.items():
         numel, layer = anatomy.numels[name], layers[parts[0][0].layer]
         trained = 0 if name in frozen else selection.num_trained_of(name)
-        layer[0] += numel + (trained if name in masks else 0)
+        layer[0] += elements.get(name, 0) + trained
         layer[1] += trained
-        layer[2] = max(layer[2], numel if name in masks else 0)
+        layer[2] = max(layer[2], numel if name in selection.frozen_masks else 0)
     outside = sum((anatomy.embeddings | anatomy.others).values())
     size, gradients, whole = (max(column) for column in zip(*layers, strict=True))
     return itemsize * (2 * size + outside + whole) + (itemsize + 4) * gradients

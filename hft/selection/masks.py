@@ -131,5 +131,7 @@ class Masks(Mapping):
 
 
 def frozen_values(tensor: torch.Tensor, mask: Mask | None) -> torch.Tensor:
-    """What of a parameter is frozen: the elements under its mask, flat; all of it, in its shape, without a mask."""
-    return tensor if mask is None else tensor[mask.tensor().expand(tensor.shape)]
+    """What of a parameter is frozen: all of it, in its shape; with a mask flat, and all that a base of slices holds."""
+    if mask is None:
+        return tensor
+    return tensor[mask.tensor().expand(tensor.shape)] if broadcasts(mask.shape, tensor.shape) else tensor.flatten()

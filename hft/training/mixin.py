@@ -89,11 +89,12 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         autocast, sharded = args.bf16 or args.fp16, is_sharded(args)
         takes_reference = "ref_model" in inspect.signature(super().__init__).parameters
         takes_reference &= getattr(args, "kl_to_base", 1) > 0
-        if takes_reference and not (sharded or kwargs.get("ref_model") or getattr(args, "precompute_ref_log_probs", 0)):
+        makes_none = sharded or kwargs.get("ref_model") or getattr(args, "precompute_ref_log_probs", 0)
+        if shares := takes_reference and not makes_none:
             kwargs["ref_model"] = shared_reference(model, selection.frozen_masks, autocast=autocast)
         if autocast and not sharded:
             autocast_experts(model)
-        split(model, selection.frozen_masks, whole_states=not sharded)
+        split(model, selection.frozen_masks, whole_states=not sharded, shared=shares)
         if selection.frozen_masks:  # DDP would send their masks before each forward pass
             args.ddp_broadcast_buffers = False
         callbacks = update.callbacks(model, selection.anatomy) if update else []  # before the upcast: the base's values

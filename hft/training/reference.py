@@ -39,6 +39,8 @@ def share_frozen(
         source = sources[name]
         if source.requires_grad:
             parameter.data = parameter.data.to(stored[name] if name in narrow else source.dtype)
+        elif parameter.shape != source.shape:  # the policy has the frozen slices of it, and shares the whole
+            parameter.data = source.data = parameter.data.to(source)
         else:
             parameter.data = source.data
 

@@ -8,9 +8,12 @@ from transformers import AutoTokenizer, TrainerCallback
 
 import hft
 from hft.continual.strategies.self_replay import reference_of
+from hft.freezing import upcast
+from hft.methods import Method
 from hft.parts import parts_of
 from hft.planning.counting import FLOAT32, MIXED
 from hft.planning.forecast import forecast
+from hft.planning.memory import Engine, memory_of
 from hft.runs.train import make_trainer
 from hft.training.reference import reference_bytes
 from tests.model.test_architectures import small
@@ -36,6 +39,11 @@ def weights_of(model):
     for parameter in model.parameters():
         weights[parameter.requires_grad] += parameter.nbytes
     return weights
+
+
+def index_of(model):
+    """Bytes of what says which elements train."""
+    return sum(buffer.nbytes for part in parts_of(model).values() for buffer in part.buffers())
 
 
 def moments_of(trainer):
@@ -91,13 +99,26 @@ def test_tensors_that_train_in_part_take_what_their_plan_says(
     trainer.add_callback(gradients)
     trainer.train()
     memory, weights, selection = forecast(plan.config).memory, weights_of(trainer.model), plan.selection
-    index = sum(buffer.nbytes for part in parts_of(trainer.model).values() for buffer in part.buffers())
+    index = index_of(trainer.model)
     assert index > 0
     assert weights[False] + index == memory.weights
     assert weights[True] == gradients.bytes == memory.master_weights == memory.gradients == 4 * selection.num_trained
     assert sum(moment.nbytes for moment in moments_of(trainer)) == memory.moments
     assert memory.reference == (reference_bytes(trainer) if objective == "dpo" else 0)
     assert selection.num_trained_in_layers / selection.anatomy.numel_in_layers < most
+
+
+def test_every_process_of_fsdp2_holds_an_equal_share():
+    """FSDP2 cuts the first dimension, and half of a layer's experts are fewer than processes."""
+    model = small("mixtral").to(torch.bfloat16)
+    selection = hft.select(model)
+    hft.freeze(model, selection)
+    upcast(model, autocast=True)
+    plan, held = memory_of(Method(selection.config), selection, Engine(processes=8, shards=8)), Counter()
+    for parameter in model.parameters():
+        held[parameter.requires_grad] += parameter.chunk(8)[0].nbytes
+    assert held[True] == pytest.approx(plan.master_weights, rel=0.01)
+    assert held[False] + index_of(model) == pytest.approx(plan.weights, rel=0.01)
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora", "osf", "p-tuning-v2"])
