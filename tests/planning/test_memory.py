@@ -33,6 +33,13 @@ def plan_of(objective, out, tiny, data, method="hft", **keys):
     return hft.make_plan(hft.load_config(objective, recipe, f"recipes/methods/{method}.yaml", **(settings | keys)))
 
 
+def base_of(family, tiny, folder):
+    """A small model of a family in bf16, with the tokenizer of the tiny one."""
+    small(family).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    return folder
+
+
 def weights_of(model):
     """Bytes of what is frozen and of what trains."""
     weights = Counter()
@@ -89,9 +96,7 @@ def test_the_state_of_a_run_takes_what_its_plan_says(objective, keys, tiny, data
 def test_tensors_that_train_in_part_take_what_their_plan_says(
     family, method, objective, most, tiny, data, pairs, tmp_path
 ):
-    base = tmp_path / "base"
-    small(family).to(torch.bfloat16).save_pretrained(base)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(base)
+    base = base_of(family, tiny, tmp_path / "base")
     keys = {"bf16": True, "model_name_or_path": str(base), "max_length": 64, "per_device_train_batch_size": 2}
     keys |= {"global_batch_size": 2, "max_steps": 1}
     plan = plan_of(objective, tmp_path / "out", tiny, pairs if objective == "dpo" else data, method, **keys)
@@ -164,10 +169,14 @@ def test_a_step_of_a_run_holds_what_its_plan_says(tiny, data, tmp_path, packing)
     assert step.saved + step.saved_copies == pytest.approx(sum(saved.values()), rel=0.03)
 
 
-@pytest.mark.parametrize("bf16", [True, False])
-def test_self_replays_reference_takes_what_its_plan_says(bf16, tiny, data, tmp_path):
-    plan = plan_of("sft", tmp_path / "out", tiny, data, bf16=bf16, strategy="self-replay")
+@pytest.mark.parametrize(("family", "bf16"), [("", True), ("", False), ("phi3", True)])
+def test_self_replays_reference_takes_what_its_plan_says(family, bf16, tiny, data, tmp_path):
+    base = base_of(family, tiny, tmp_path / "base") if family else tiny
+    plan = plan_of("sft", tmp_path / "out", base, data, bf16=bf16, strategy="self-replay")
     trainer = make_trainer(plan)
     trainer.ref_model = reference_of(trainer)
-    found = forecast(plan.config).memory.reference
-    assert found == pytest.approx(reference_bytes(trainer), rel=1e-3)  # its norms are planned in fp32
+    memory, weights, index = forecast(plan.config).memory, weights_of(trainer.model), index_of(trainer.model)
+    assert weights[False] + index == memory.weights  # also of what trains in part, whose base the reference shares
+    assert memory.reference == pytest.approx(reference_bytes(trainer), rel=1e-3)  # its norms are planned in fp32
+    state = trainer.model.state_dict()
+    assert all(torch.equal(state[name], p.to(state[name].dtype)) for name, p in trainer.ref_model.named_parameters())
