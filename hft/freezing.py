@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hft.errors import HFTError
-from hft.parts import is_base, parts_of, stored
+from hft.parts import BASE, is_part, parts_of, stored
 from hft.selection import Selection
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
@@ -61,7 +61,7 @@ def check_frozen(model: nn.Module, selection: Selection) -> None:
     check_parameters(model, selection)
     frozen = set(selection.frozen_parameters)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad == (name in frozen or is_base(name)):
+        if parameter.requires_grad == (name in frozen or is_part(name, BASE)):
             raise HFTError(
                 f"{name} should be {'frozen' if name in frozen else 'trained'} and is not; did something "
                 "change requires_grad after the trainer was made?"

@@ -17,7 +17,7 @@ from hft import freezing
 from hft.errors import HFTError
 from hft.model.anatomy import Anatomy, anatomy_of, meta_model
 from hft.model.weights import checksum
-from hft.parts import checkpoint_name, is_trained_part, join, parts_of, split
+from hft.parts import TRAINED, checkpoint_name, is_part, join, parts_of, split
 from hft.record import verification
 from hft.record.verification import Verification
 from hft.selection import Selection, SelectionConfig, policies
@@ -105,7 +105,7 @@ def verify(out: str | Path | nn.Module | Mapping[str, torch.Tensor], base: str |
         raise HFTError("to verify a model in memory, give what hft.freeze returned: hft.verify(model, frozen)")
     state = dict(out.named_parameters()) if isinstance(out, nn.Module) else out
     state = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
-    state = {checkpoint_name(name): tensor for name, tensor in state.items() if not is_trained_part(name)}
+    state = {checkpoint_name(name): tensor for name, tensor in state.items() if not is_part(name, TRAINED)}
     stored = {n: freezing.whole(state[n].detach()).to(dtype) for n, dtype in base.dtypes.items() if n in state}
     found = verification.verify_tensors(stored, base.checksums, (), None, masks=base.selection.frozen_masks)
     others = {} if isinstance(out, nn.Module) else base.others

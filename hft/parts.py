@@ -39,8 +39,7 @@ class TrainsInPart(nn.Module):
             self.register_buffer("bits", Mask.of(~frozen.tensor().expand(shape)).bits, persistent=False)
         else:
             # FSDP2 divides the first dimension: rows, since 4 experts would leave 4 of 8 processes without any.
-            kept = shape[along.stop :] if along.start else shape[max(along.stop, len(shape) - 1) :]
-            self.compact = (*shape[: along.start], -1, *kept)
+            self.compact = (*shape[: along.start], -1, *shape[along.stop :][-1:])
             trained = ~frozen.tensor().view(frozen.shape[along]).expand(shape[along]).reshape(-1)
             self.register_buffer("index", trained.nonzero().squeeze(1), persistent=False)
             if self.folded[2] > 1:
@@ -101,13 +100,12 @@ def index_bytes(frozen: Mask, shape: torch.Size) -> tuple[int, bool]:
     return -(-along // 8) if by_element else 8 * held, inner == 1
 
 
-def split(model: nn.Module, masks: Mapping[str, Mask], *, whole_states: bool = True, shared: bool = False) -> None:
+def split(model: nn.Module, masks: Mapping[str, Mask], *, whole_states: bool = True) -> None:
     """Let the parameters with a mask of frozen elements train in part.
 
     State dicts keep the names and shapes of the checkpoint, with the trained elements in their own dtype, unless FSDP2
     shards base and trained elements: then `joined` puts them together. `whole_states` false leaves that to it from the
-    start, since accelerate makes state dicts too. The bases are the model's own parameters, whole, if `shared` by
-    a reference.
+    start, since accelerate makes state dicts too.
     """
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -124,7 +122,7 @@ def split(model: nn.Module, masks: Mapping[str, Mask], *, whole_states: bool = T
             parametrize.register_parametrization(module, tensor, in_part)
             if part is None:
                 part = module.parametrizations[tensor]
-                part.original0 = (weight if shared else part.original0).requires_grad_(False)
+                part.original0.requires_grad_(False)
                 part.original1.requires_grad_(True)
             module.parametrizations[tensor] = part  # one of all modules that are tied
 
@@ -190,16 +188,11 @@ def checkpoint_name(name: str) -> str:
     return re.sub(r"parametrizations\.([^.]+)\.original[01]$", r"\1", name)
 
 
-def is_base(name: str) -> bool:
-    """Whether a parameter is the base of one that trains in part."""
-    return checkpoint_name(name) != name and name.endswith(BASE)
-
-
-def is_trained_part(name: str) -> bool:
-    """Whether a parameter has the trained elements of one that trains in part."""
-    return checkpoint_name(name) != name and name.endswith(TRAINED)
+def is_part(name: str, which: str) -> bool:
+    """Whether a parameter is `BASE` or `TRAINED` of one that trains in part."""
+    return checkpoint_name(name) != name and name.endswith(which)
 
 
 def stored(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters by the checkpoint's names; of those that train in part the base's values."""
-    return {checkpoint_name(name): p for name, p in model.named_parameters() if not is_trained_part(name)}
+    return {checkpoint_name(name): p for name, p in model.named_parameters() if not is_part(name, TRAINED)}

@@ -29,7 +29,7 @@ from hft.selection.masks import frozen_values, save_masks
 from hft.training.base import ManifestMixin
 from hft.training.callbacks import CheckpointedLayers, HoldToPlan
 from hft.training.engines import EngineQuirks, autocast_decoder, check_engine, check_selection, upcast_for
-from hft.training.reference import has_reference, reference_bytes, share_frozen, shared_reference
+from hft.training.reference import has_reference, reference_bytes, reference_to_share, share_frozen
 
 
 class HalfFineTuning(EngineQuirks, ManifestMixin):
@@ -86,22 +86,22 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
 
         if schedule:  # now, since Trainer's constructor collects what a checkpoint keeps of callbacks
             kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self.schedule]
-        autocast, sharded = args.bf16 or args.fp16, is_sharded(args)
+        autocast, sharded, given = args.bf16 or args.fp16, is_sharded(args), kwargs.get("ref_model")
         takes_reference = "ref_model" in inspect.signature(super().__init__).parameters
         takes_reference &= getattr(args, "kl_to_base", 1) > 0
-        makes_none = sharded or kwargs.get("ref_model") or getattr(args, "precompute_ref_log_probs", 0)
-        if shares := takes_reference and not makes_none:
-            kwargs["ref_model"] = shared_reference(model, selection.frozen_masks, autocast=autocast)
+        if takes_reference and not (sharded or given or getattr(args, "precompute_ref_log_probs", 0)):
+            kwargs["ref_model"] = reference_to_share(model, selection.frozen_masks)
         if autocast and not sharded:
             autocast_experts(model)
-        split(model, selection.frozen_masks, whole_states=not sharded, shared=shares)
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        split(model, selection.frozen_masks, whole_states=not sharded)
         if selection.frozen_masks:  # DDP would send their masks before each forward pass
             args.ddp_broadcast_buffers = False
         callbacks = update.callbacks(model, selection.anatomy) if update else []  # before the upcast: the base's values
         upcast_for(model, args)
         super().__init__(model=model, args=args, **kwargs)
-        if not takes_reference and not sharded and getattr(self, "ref_model", None) is not None:
-            share_frozen(self.ref_model, self.model, self._stored_dtypes, autocast=autocast)
+        if not (sharded or given) and getattr(self, "ref_model", None) is not None:
+            share_frozen(self.ref_model, self.model, dtypes, autocast=autocast)
         autocast_decoder(self.model, args)
         self.act_last = callbacks
         acts = bool(schedule or (update and update.acts_around_step))

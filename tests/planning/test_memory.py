@@ -64,6 +64,7 @@ def moments_of(trainer):
         ("sft", {"bf16": True, "freeze_embeddings": True}),
         ("sft", {"bf16": True, "model_init_kwargs": {"dtype": "float32"}}),
         ("dpo", {"bf16": True}),
+        ("dpo", {"bf16": True, "model_init_kwargs": {"dtype": "float32"}}),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )

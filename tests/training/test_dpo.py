@@ -14,7 +14,7 @@ from trl import DPOConfig
 from hft.cli import main
 from hft.data import load_split, preference_rows
 from hft.errors import HFTError
-from hft.freezing import freeze
+from hft.freezing import freeze, upcast
 from hft.machine import cpu_has_bfloat16
 from hft.record.manifest import Manifest
 from hft.selection import SelectionConfig
@@ -108,14 +108,16 @@ def test_for_llama2_7b_the_reference_takes_7_3_gb(monkeypatch):
 
     from hft.model.anatomy import anatomy_of, meta_model
     from hft.selection import select
-    from hft.training.reference import shared_reference
+    from hft.training.reference import reference_to_share, share_frozen
 
     model = meta_model(AutoConfig.from_pretrained("recipes/llama2-7b")).half()
-    freeze(model, select(anatomy_of(model), SelectionConfig()))
-    reference = shared_reference(model, autocast=True)
-    own = [p for p, q in zip(reference.parameters(), model.parameters(), strict=True) if p is not q]
-    assert sum(p.nbytes for p in own) / 1e9 == pytest.approx(7.26, abs=0.01)
     assert sum(p.nbytes for p in model.parameters()) / 1e9 == pytest.approx(13.48, abs=0.01)
+    freeze(model, select(anatomy_of(model), SelectionConfig()))
+    reference, stored = reference_to_share(model), {name: p.dtype for name, p in model.named_parameters()}
+    upcast(model, autocast=True)
+    share_frozen(reference, model, stored, autocast=True)
+    own = [p for p, q in zip(reference.parameters(), model.parameters(), strict=True) if q.requires_grad]
+    assert sum(p.nbytes for p in own) / 1e9 == pytest.approx(7.26, abs=0.01)
 
 
 def test_reference_logps_can_be_computed_beforehand(tmp_path, tiny, pairs):
