@@ -22,13 +22,8 @@ class TrainsInPart(nn.Module):
     which are the only ones with an fp32 master, a gradient and optimizer state. It has the dtype of the base's values.
 
     A mask that varies along neighboring dimensions only, such as slices of stacked experts, rows or columns, selects
-    along these; the trained elements then keep the other dimensions. Any other mask selects single elements. The base
-    has the frozen slices alone, unless a reference shares it. Beside columns and single elements, which take too long
-    to put together, it is whole.
-
-    Args:
-        frozen: which elements are frozen; broadcasts to `shape`.
-        shape: of the weight.
+    along these; any other selects single elements. The base has the frozen slices alone, unless a reference shares it;
+    beside columns and single elements, which take longer to put together, it is whole.
     """
 
     def __init__(self, frozen: Mask, shape: torch.Size) -> None:
@@ -136,10 +131,7 @@ def _join(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metada
 
 
 def _take_apart(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *others: Any) -> None:
-    """Take the weights of a state dict apart; the base keeps its values where elements train.
-
-    Of a weight whose trained elements alone were saved, flat, it keeps all.
-    """
+    """Take a state dict's weights apart; the base keeps its values of what trains, and all if only that was saved."""
     for tensor, part in parts_of(module, recurse=False).items():
         if prefix + tensor in state:
             key, base, made = f"{prefix}parametrizations.{tensor}.", part.original0, part[0]
