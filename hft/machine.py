@@ -66,7 +66,7 @@ def cpu_has_bfloat16() -> bool:
     """Whether the processor multiplies bf16 matrices in hardware; elsewhere bf16 autocast is slower than fp32."""
     import torch
 
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch we allow
+    capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
