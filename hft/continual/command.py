@@ -147,9 +147,7 @@ def prepare(plan: SequencePlan, data: SequenceData) -> Matrix:
     if (plan.out / SEQUENCE_NAME).exists():
         saved = comparable(read_saved_config(plan.out / SEQUENCE_NAME))
         if found := differences(comparable(plan.keys), saved):
-            raise HFTError(
-                f"{plan.out} holds a sequence with other settings ({'; '.join(found)}); give another --output_dir"
-            )
+            raise HFTError(f"{plan.out} holds another sequence ({'; '.join(found)}); give another --output_dir")
     else:
         try:
             plan.out.mkdir(parents=True, exist_ok=True)

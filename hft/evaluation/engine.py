@@ -50,9 +50,7 @@ def open_lm(subject: Subject, settings: Settings) -> LM:
     if settings.backend == "hf":
         arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     elif subject.adapter:
-        raise HFTError(
-            f"{settings.backend} takes no adapter here; make a plain model of it with `hft merge --method adapter`"
-        )
+        raise HFTError(f"{settings.backend} takes no adapter; make it a plain model with `hft merge --method adapter`")
     try:
         backend = Reader if settings.backend == "hf" else registry.get_model(settings.backend)
         lm = backend(**arguments, **settings.backend_args)

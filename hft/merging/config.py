@@ -25,9 +25,7 @@ class MergeConfig:
     models: list[str] | None = option("Models to merge: folders or Hub ids.")
     base: str | None = option("The model that they were all tuned from.")
     out: str | None = option("Folder for the result.")
-    weights: list[float] | None = option(
-        "One per model, by default equal; average divides by their sum, dare does not."
-    )
+    weights: list[float] | None = option("Per model, by default equal; average divides by their sum, dare does not.")
     density: Fraction = option("Fraction of each model's deltas to keep (ties).", 0.2)
     trim: Literal["tensor", "global"] = option("Apply density to each tensor, or to the whole model (ties).", "tensor")
     drop: Annotated[float, Field(ge=0, lt=1)] = option("Probability of dropping a delta (dare, dare-ties).", 0.9)

@@ -85,9 +85,7 @@ def check_reset(
         raise HFTError(f"the {selection.config.policy} policy freezes nothing here, so nothing would be reset")
     if recast := [name for name in names if base.specs[name].dtype != tuned.specs[name].dtype]:
         a, b = base.specs[recast[0]].dtype, tuned.specs[recast[0]].dtype
-        raise HFTError(
-            f"{recast[0]} is stored in {a} in {base.name} and in {b} in {tuned.name}; convert one of the two"
-        )
+        raise HFTError(f"{recast[0]} is stored in {a} in {base.name} and in {b} in {tuned.name}; convert one of them")
     if all((reset(name) == tuned.weights[name]).all() for name in names):
         raise HFTError(f"{tuned.name} already has the base's values there: nothing would be reset")
 

@@ -31,9 +31,7 @@ class MoFO(TopK):
 
     def check_args(self, args: TrainingArguments, *, has_reference: bool = False) -> None:
         if args.optim not in MOMENTUM:
-            raise HFTError(
-                f"mofo ranks by AdamW's momentum; set optim to {' or '.join(MOMENTUM)}, not {args.optim.value}"
-            )
+            raise HFTError(f"mofo needs AdamW's momentum; set optim to {' or '.join(MOMENTUM)}, not {args.optim.value}")
 
     def memory(self, selection: Selection) -> int:
         return 4 * selection.num_trained

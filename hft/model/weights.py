@@ -45,9 +45,7 @@ class Weights(dict[str, torch.Tensor]):
                     content = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
                     self |= {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
             except (SafetensorError, OSError, RuntimeError, EOFError, UnpicklingError) as error:
-                raise HFTError(
-                    f"{path} is not a complete weights file ({reason(error)}); fetch or save it again"
-                ) from error
+                raise HFTError(f"{path} is incomplete ({reason(error)}); fetch or save it again") from error
 
     def dtypes(self) -> dict[str, torch.dtype]:
         return {name: tensor.dtype for name, tensor in self.items()}

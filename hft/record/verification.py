@@ -62,9 +62,7 @@ class Verification:
     def report(self) -> str:
         """The result for people, one finding per line."""
         trained = len(self.changed) + len(self.unchanged)
-        moved = (
-            f"{len(self.changed)} of {trained} tensors changed" if trained else "not compared, the base was not found"
-        )
+        moved = f"{len(self.changed)} of {trained} tensors changed" if trained else "not compared: no base found"
         lines = [f"frozen:  {self._identical()}", f"trained: {moved}"]
         if self.tuned:
             lines = [f"reset: {self._identical()}", f"tuned: {self.tuned}"]

@@ -142,9 +142,7 @@ def check_positions(config: PretrainedConfig, args: TrainingArguments, prompt: i
         return []
     for name, module in meta_model(config).named_modules():
         if isinstance(module, nn.Embedding) and re.search("wpe|position", name):
-            raise HFTError(
-                f"max_length {length} exceeds the {most} positions of the base; give --max_length {most - prompt}"
-            )
+            raise HFTError(f"max_length {length} exceeds the base's {most} positions; set --max_length {most - prompt}")
     rope = getattr(config, "rope_parameters", None) or {}
     by_layer = [one for one in rope.values() if isinstance(one, dict)] or [rope]
     if length is None or not rope or any(one.get("rope_type", "default") != "default" for one in by_layer):

@@ -190,9 +190,7 @@ def check_shared(values: Mapping[str, Any]) -> None:
     if named := [key for key in ("push_to_hub", "hub_model_id") if values.get(key)]:
         raise HFTError(f"{named[0]} would push every run; remove it, and push the one that you want")
     if (start := values.get("resume_from_checkpoint")) not in (None, "auto", "none", "true", "false"):
-        raise HFTError(
-            f"resume_from_checkpoint {start} is one run's; remove it, and each resumes from its own checkpoint"
-        )
+        raise HFTError(f"resume_from_checkpoint {start} is one run's; remove it: each resumes from its own")
 
 
 def find_template(name: str) -> str:

@@ -43,9 +43,7 @@ class HoldToPlan(TrainerCallback):
             self.check_optimizer(args, model, getattr(optimizer, "optimizer", optimizer))
         rows = None if self.own_loader else train_dataloader.total_batch_size * args.gradient_accumulation_steps
         if rows not in (None, self.rows):
-            raise HFTError(
-                f"a step would take {rows} rows, but {self.rows} are planned; did something change the batch?"
-            )
+            raise HFTError(f"a step takes {rows} rows, but {self.rows} are planned; did something change the batch?")
 
     def on_epoch_end(self, args, state, control, optimizer=None, **kwargs):
         optimizer.eval()  # if it is schedule-free, before the best checkpoint is loaded over its weights

@@ -127,7 +127,7 @@ def test_a_killed_sequence_goes_on_and_a_finished_one_is_left_alone(gem, tiny, t
 def test_a_folder_of_another_sequence_is_refused(gem, tiny, tasks, capsys):
     capsys.readouterr()
     assert main(sequence(tiny, tasks, gem, "--memory_rows", "5", strategy="gem")) == 2
-    assert "holds a sequence with other settings (memory_rows 4 there, 5 here)" in error_of(capsys)
+    assert "holds another sequence (memory_rows 4 there, 5 here)" in error_of(capsys)
 
 
 def test_sequence_yaml_is_the_same_sequence(gem, capsys):

@@ -558,7 +558,7 @@ def test_models_that_do_not_fit_are_refused_with_the_first_difference(tmp_path, 
     refused(headless, "lacks lm_head.weight")
     AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path / "shards", max_shard_size="500KB")
     next((tmp_path / "shards").glob("*00002*")).unlink()
-    refused(tmp_path / "shards", "is not a complete weights file")
+    refused(tmp_path / "shards", "is incomplete")
     nan = changed_copy(tiny, tmp_path / "nan", lambda name, t: t * float("nan") if "1.mlp.up" in name else t)
     assert merge("average", tmp_path / "out", [tuned, nan]) == 2
     assert "model.layers.1.mlp.up_proj.weight would hold NaN or infinity" in error_of(capsys)

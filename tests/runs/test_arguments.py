@@ -70,7 +70,7 @@ def test_rows_longer_than_the_positions_are_refused_or_noted(tmp_path, tiny, sft
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
     assert sft(tmp_path / "out", model=tmp_path / "gpt2") == 2
-    assert error_of(capsys) == "hft: max_length 256 exceeds the 64 positions of the base; give --max_length 64"
+    assert error_of(capsys) == "hft: max_length 256 exceeds the base's 64 positions; set --max_length 64"
     assert sft(tmp_path / "out", "--max_length", "64", "--dry_run", model=tmp_path / "gpt2") == 0
     assert sft(tmp_path / "out", "--max_length", "100000", "--dry_run") == 0
     assert "positions of the base, and its RoPE is not scaled" in capsys.readouterr().out

@@ -73,7 +73,7 @@ def test_an_engine_that_leaves_no_fp32_masters_is_refused(build):
 def test_another_batch_than_planned_is_refused_before_the_first_step(build):
     trainer = build()
     trainer.args.gradient_accumulation_steps = 3
-    with pytest.raises(HFTError, match="a step would take 6 rows, but 2 are planned"):
+    with pytest.raises(HFTError, match="a step takes 6 rows, but 2 are planned"):
         trainer.train()
 
 
