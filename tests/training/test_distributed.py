@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -26,10 +27,11 @@ def test_two_processes_agree_with_one_at_the_same_global_batch(tmp_path, tiny, d
     assert main(command(stage, tmp_path / "one", *settings, **inputs)) == 0
     launcher = ["--num_processes", "2", "--engine", "ddp"]
     words = [sys.executable, "-m", "hft", *command(stage, tmp_path / "two", *settings, *launcher, **inputs)]
-    environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "bf16"}  # the key wins
+    environment = {key: value for key, value in os.environ.items() if key != "TQDM_DISABLE"}  # set by the run above
     run = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("verify passed") == 1
+    assert run.stdout.count("verify passed") == run.stdout.count("resolved config") == 1
+    assert not re.search(r"%\|.*it/s", run.stderr)  # a progress bar, which a file is no place for
     assert run.stdout.count("launching 2 processes with ddp") == 1
     assert "x 2 processes x 1 accumulation" in run.stdout
     assert "num_processes" not in (tmp_path / "two" / "config.yaml").read_text()
@@ -58,8 +60,9 @@ def follow_and_watch(words: list[str]) -> int:
     return status
 
 
-def test_ddp_holds_each_run_to_its_plan(tmp_path, tiny, data, rows):
-    """Masters, batch, the order of what changes gradients, and the mode in which a strategy computes."""
+def test_ddp_holds_each_run_to_its_plan(tmp_path, tiny, data, rows, monkeypatch):
+    """Masters, batch, precision, the order of what changes gradients, and the mode in which a strategy computes."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     values = {"model_name_or_path": str(tiny), "dataset_name": str(data), "report_to": "none", "bf16": True}
     values |= {"max_steps": 2, "save_steps": 2, "per_device_train_batch_size": 4, "global_batch_size": 8}
     values |= {"eval_strategy": "no", "eval_on_start": False}
@@ -70,7 +73,7 @@ def test_ddp_holds_each_run_to_its_plan(tmp_path, tiny, data, rows):
 
     projected = GEM | {"strategy_data": str(write_jsonl(tmp_path / "memory.jsonl", memory_of(rows)))}
     own = {"strategy": "self-replay", "replay_texts": 4, "replay_tokens": 8, "replay_batch": 4}
-    own |= {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "eval_rows": 2}
+    own |= {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "eval_rows": 2, "bf16": False}
     runs = [run("refused", "hft") | {"fault": fault} for fault in FAULTS]
     runs += [run("gem", "gmt", **projected), run("own", "hft", **own)]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
