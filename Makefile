@@ -249,5 +249,5 @@ clean:
 	rm -rf data/sft data/dpo data/tasks models/tiny models/smollm2-135m report site .pytest_cache .ruff_cache
 
 clean-runs:
-	@ls -d runs/* wandb 2>/dev/null || { echo "no runs here"; exit 0; }; printf 'remove these? [y/N] '; read answer; \
+	@ls -d runs/* wandb 2>/dev/null | grep . || { echo "no runs here"; exit 0; }; printf 'remove these? [y/N] '; read answer; \
 		if [ "$$answer" = y ]; then rm -rf runs wandb; else echo kept; fi

@@ -3,9 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
-import tempfile
 from itertools import islice
 from pathlib import Path
 
@@ -106,24 +103,6 @@ def dpo(tiny, pairs):
         return main(command("dpo", out, *flags, **{"model": tiny, "data": pairs} | choices))
 
     return run
-
-
-def torchrun(processes: int, *words: object) -> str:
-    """Run a program on some processes.
-
-    Returns:
-        What it printed. If a process fails, the error has the last words of each of them.
-    """
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-    with tempfile.TemporaryDirectory() as logs:
-        flags = ["--standalone", "--nproc_per_node", str(processes), "--log-dir", logs, "--tee", "3"]
-        launcher = ["-m", "torch.distributed.run", *flags] if processes > 1 else []
-        every = [sys.executable, *launcher, *map(str, words)]
-        run = subprocess.run(every, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
-        last = {path.parent.name: path.read_text() for path in sorted(Path(logs).rglob("stderr.log"))}
-    last = last or {"0": run.stderr}
-    assert run.returncode == 0, "\n\n".join(f"process {rank}:\n{text[-3000:]}" for rank, text in last.items())
-    return run.stdout
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

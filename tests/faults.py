@@ -2,25 +2,23 @@
 
 A moment is what a run does to its folder or its weights: `step 2`, `optimizer 2` and `moved 2` (before and after the
 optimizer's step), `evaluate 2`, `verify F`, and of files `write F`, `wrote F`, `rename F`, `remove F`, `mkdir F`. Those
-of the second process start with `1: `. Who is killed at `write F` leaves half of F. The processes are forked from one
-that has imported everything, since that takes most of a tiny run.
+of the second process start with `1: `. Who is killed at `write F` leaves half of F.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import resource
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import start
+
 SIGKILL = -signal.SIGKILL
 
 
@@ -41,19 +39,8 @@ def run(
     Returns:
         The exit status of each process; of a signal, minus its number.
     """
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tests.faults", "hft.runs.train", "hft.training", "hft.record.picture"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = []
-    for rank in range(processes):
-        env = group | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
-        event = (at, does) if at else ("", "")
-        arguments = ([str(word) for word in words], str(out), event, trace, {k: str(v) for k, v in env.items()})
-        started.append(server.Process(target=_main, args=arguments))
-        started[-1].start()
+    event = (at, does) if at else ("", "")
+    started = start(processes, _main, [str(word) for word in words], str(out), event, trace)
     wait([process.sentinel for process in started])
     if at and does == "kill":  # as a launcher does once one process has died
         for process in started:
@@ -82,16 +69,14 @@ def printed(out: Path) -> str:
     return Path(f"{out}.log").read_text()
 
 
-def _main(words: list[str], out: str, event: tuple[str, str], trace: bool, env: dict[str, str]) -> None:
-    os.environ |= env
-    os.chdir(ROOT)
+def _main(words: list[str], out: str, event: tuple[str, str], trace: bool) -> int:
     rank = os.environ.get("RANK", "0")
     log = os.open(f"{out}.log" if rank == "0" else f"{out}.{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1), os.dup2(log, 2)
     Moments(Path(out), event, trace and rank == "0").watch()
     from hft.cli import main
 
-    sys.exit(main(words))
+    return main(words)
 
 
 class Moments:

@@ -24,13 +24,15 @@ TO_COME = tuple(
 )
 
 
-def make(*words: str, cwd: Path = ROOT, check: bool = True, **variables: str | None) -> subprocess.CompletedProcess:
+def make(
+    *words: str, cwd: Path = ROOT, check: bool = True, typed: str = "", **variables: str | None
+) -> subprocess.CompletedProcess:
     outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS", "MODEL")  # of the make that runs the tests
     environment = {key: value for key, value in os.environ.items() if key not in outer}
     environment |= {"NUM_GPUS": ""} | variables  # no flags of the launcher
     environment = {key: value for key, value in environment.items() if value is not None}
     command = ["make", "-f", str(ROOT / "Makefile"), *words]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=check)
+    return subprocess.run(command, cwd=cwd, env=environment, input=typed, capture_output=True, text=True, check=check)
 
 
 def commands(*words: str, **variables: str | None) -> list[str]:
@@ -128,6 +130,19 @@ def test_a_half_reset_goes_back_to_where_the_stage_started():
         f"{reset} --tuned {dpo} --base allenai/tulu-2-7b --out {dpo}-reset"
     ]
     assert "smollm2-135m-dpo-fft-from-smollm2-135m-sft-fft " in commands("reset-dpo", "MODEL=smollm2-135m")[-1]
+
+
+def test_runs_are_removed_only_when_asked_for(tmp_path):
+    made, run = tmp_path / "models" / "tiny", tmp_path / "runs" / "mine"
+    made.mkdir(parents=True)
+    run.mkdir(parents=True)
+    make("clean", cwd=tmp_path)
+    assert (made.exists(), run.exists()) == (False, True)
+    assert make("clean-runs", cwd=tmp_path, typed="n\n").stdout == "runs/mine\nremove these? [y/N] kept\n"
+    assert run.exists()
+    make("clean-runs", cwd=tmp_path, typed="y\n")
+    assert not run.exists()
+    assert make("clean-runs", cwd=tmp_path).stdout == "no runs here\n"
 
 
 @pytest.mark.parametrize(

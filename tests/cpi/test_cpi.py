@@ -27,8 +27,9 @@ from hft.record.manifest import Manifest
 from hft.record.scores import Score
 from hft.selection.masks import MASKS_NAME, Masks
 from tests import faults
-from tests.conftest import command, error_of, identical, tensors, torchrun, write_jsonl
-from tests.training.test_fsdp2 import SCRIPT
+from tests.conftest import command, error_of, identical, tensors, write_jsonl
+from tests.processes import torchrun
+from tests.training.fsdp2_on_cpu import command_sharded
 
 NAMES = ("sum", "reverse", "sort")
 
@@ -507,7 +508,7 @@ def test_folders_are_named_by_what_the_runs_depend_on():
 def test_all_stages_under_fsdp2(tmp_path, tiny, tasks):
     """Cores reach the embeddings and the head, which FSDP2 shards too; verify fails the command if one moves."""
     flags = ["--bf16", "true", "--per_device_train_batch_size", "4"]
-    printed = torchrun(2, SCRIPT, *words(tiny, tasks, tmp_path / "out", *flags, names=NAMES[:2]))
+    printed = torchrun(2, command_sharded, *words(tiny, tasks, tmp_path / "out", *flags, names=NAMES[:2]))
     assert printed.count("of them part of a tensor") == 2  # once in the backbone, once after the fusion
     assert "now in one process: hft cpi score --config" in printed
 

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from hft.planning.memory import memory_of
 from hft.record.manifest import Manifest
 from hft.selection import SelectionConfig, select
 from tests.conftest import ROOT, command, error_of, identical, tensors
+from tests.processes import torchrun
 from tests.selection.test_selection import anatomy_of_recipe
 
 SMALL = ["--per_device_train_batch_size", "4", "--global_batch_size", "4", "--max_length", "48"]
@@ -389,10 +388,7 @@ def test_two_processes_agree_with_one(tmp_path, tiny, data):
     settings += ["--switch_every", "2", "--gradient_checkpointing", "true", "--save_steps", "8"]
     inputs = {"method": "lisa", "model": tiny, "data": data}
     assert main(command("sft", tmp_path / "one", *settings, **inputs)) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hft"]
-    words = [*launch, *command("sft", tmp_path / "two", *settings, **inputs)]
-    run = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
+    torchrun(2, main, *command("sft", tmp_path / "two", *settings, **inputs))
     assert Manifest.load(tmp_path / "one").schedule == Manifest.load(tmp_path / "two").schedule
     ours, theirs = (tensors(tmp_path / name / "checkpoint-8") for name in ("one", "two"))
     for name, tensor in theirs.items():

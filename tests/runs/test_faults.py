@@ -107,9 +107,9 @@ def test_one_of_several_processes_that_fails_ends_at_once(tmp_path, capsys, monk
 
 @pytest.fixture
 def wandb_online(tmp_path, monkeypatch):
-    """wandb with a key that looks valid, and short timeouts."""
+    """wandb with a key that looks valid, which waits for its server briefly."""
     settings = {"API_KEY": "0" * 40, "BASE_URL": "http://127.0.0.1:9", "DIR": str(tmp_path)}
-    settings |= {"INIT_TIMEOUT": "2", "FINISH_TIMEOUT": "2"}
+    settings |= {"INIT_TIMEOUT": "2", "FINISH_TIMEOUT": "1", "HTTP_TIMEOUT": "1"}
     for key, value in settings.items():
         monkeypatch.setenv(f"WANDB_{key}", value)
     monkeypatch.delenv("WANDB_MODE")
@@ -146,12 +146,14 @@ def test_wandb_out_of_reach_midway(tmp_path, sft, capsys, wandb_online, monkeypa
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "60")
+    for what in ("INIT", "HTTP"):
+        monkeypatch.setenv(f"WANDB_{what}_TIMEOUT", "60")
     step = Trainer.training_step
 
     def last_seen(trainer, *args, **kwargs):
         server.shutdown()
         server.server_close()
+        monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
         return step(trainer, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", last_seen)

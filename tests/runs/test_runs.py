@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -15,45 +14,39 @@ import torch
 import hft
 from hft.cli import main
 from hft.errors import HFTError
+from hft.machine import leave_process_group
 from hft.planning.forecast import forecast
 from hft.runs.plan import load_model_config
 from hft.runs.result import summary
-from tests.conftest import ROOT, command, error_of, tensors, torchrun
+from tests.conftest import ROOT, command, error_of, tensors
+from tests.processes import torchrun
 
-CHAIN = """
-import sys
-import hft
-from hft.machine import leave_process_group
 
-tiny, data, pairs, out = sys.argv[1:]
-recipe, method = "recipes/tiny/{}.yaml", "recipes/methods/hft.yaml"
-common = dict(max_steps=2, save_steps=2, eval_strategy="no", eval_on_start=False, report_to="none", bf16=False)
-common |= dict(per_device_train_batch_size=2, global_batch_size=4)
-sft = hft.load_config(
-    "sft", recipe.format("sft"), method, model_name_or_path=tiny, dataset_name=data, output_dir=f"{out}/sft", **common
-)
-first = hft.train(hft.make_plan(sft))
-dpo = hft.load_config(
-    "dpo", recipe.format("dpo"), method, model_name_or_path=f"{out}/sft", dataset_name=pairs, output_dir=f"{out}/dpo",
-    **common,
-)
-second = hft.train(hft.make_plan(dpo))
-assert first.ok and second.ok and (first.steps, second.steps) == (2, 2)
-assert hft.RunResult.load(f"{out}/dpo") == second
-leave_process_group()
-"""
+def chain(words: list[str]) -> int:
+    """SFT, then DPO from its result."""
+    tiny, data, pairs, out = words
+    recipe, method = "recipes/tiny/{}.yaml", "recipes/methods/hft.yaml"
+    common = {"max_steps": 2, "save_steps": 2, "eval_strategy": "no", "eval_on_start": False, "report_to": "none"}
+    common |= {"bf16": False, "per_device_train_batch_size": 2, "global_batch_size": 4}
+    sft = {"model_name_or_path": tiny, "dataset_name": data, "output_dir": f"{out}/sft"}
+    first = hft.train(hft.make_plan(hft.load_config("sft", recipe.format("sft"), method, **sft, **common)))
+    dpo = {"model_name_or_path": f"{out}/sft", "dataset_name": pairs, "output_dir": f"{out}/dpo"}
+    second = hft.train(hft.make_plan(hft.load_config("dpo", recipe.format("dpo"), method, **dpo, **common)))
+    assert first.ok
+    assert second.ok
+    assert (first.steps, second.steps) == (2, 2)
+    assert hft.RunResult.load(f"{out}/dpo") == second
+    leave_process_group()
+    return 0
 
 
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory, tiny, data, pairs):
-    """SFT, then DPO from its result, in one process and in two."""
+    """The chain in one process and in two."""
+    os.chdir(ROOT)
     folder = tmp_path_factory.mktemp("chains")
-    (folder / "chain.py").write_text(CHAIN)
-    torchrun(2, folder / "chain.py", tiny, data, pairs, folder / "two")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.chdir(ROOT)
-        patched.setattr(sys, "argv", ["chain.py", *map(str, (tiny, data, pairs, folder / "one"))])
-        runpy.run_path(str(folder / "chain.py"))
+    torchrun(2, chain, tiny, data, pairs, folder / "two")
+    chain([*map(str, (tiny, data, pairs)), f"{folder}/one"])
     return folder
 
 

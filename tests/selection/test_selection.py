@@ -118,23 +118,21 @@ def test_a_selection_is_the_same_on_any_machine(llama2_7b):
     assert hashlib.sha256(names.encode()).hexdigest()[:16] == "d416ade0fb2c3b17"
 
 
+HASHED = """
+from hft.model.anatomy import anatomy_of
+from hft.selection import SelectionConfig, select
+from tests.model.test_anatomy import small
+names = sorted(select(anatomy_of(small("qwen3")), SelectionConfig()).trained_units)
+"""
+
+
 def test_a_selection_does_not_depend_on_the_hash_seed():
-    code = (
-        "from tests.model.test_anatomy import small; from hft.model.anatomy import anatomy_of;"
-        "from hft.selection import *;"
-        "print(sorted(select(anatomy_of(small('qwen3')), SelectionConfig()).trained_units))"
-    )
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in "12"
-    }
-    assert len(outputs) == 1
+    """In this process it is another one, by chance or by hand."""
+    seed, here = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1", {}
+    exec(HASHED, here)
+    command, env = [sys.executable, "-c", f"{HASHED}print(names)"], os.environ | {"PYTHONHASHSEED": seed}
+    there = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    assert there == f"{here['names']}\n"
 
 
 def test_layer_policy_trains_every_other_layer_whole(llama2_7b):

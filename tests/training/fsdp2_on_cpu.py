@@ -1,17 +1,16 @@
-"""accelerate's FSDP2 on CPU processes: torchrun fsdp2_on_cpu.py [--ddp] WORDS OF hft, or --runs FILE.
+"""Runs that follow each other in each of several processes, also under accelerate's FSDP2 on CPUs.
 
 accelerate shards on a CPU as on a GPU and only declines to choose FSDP2 there, so this chooses it. Everything else is
-what `accelerate launch` with hft/accelerate/fsdp2.yaml sets up; `--ddp` leaves it at DDP. The runs of a file follow
-each other in one process. It is a JSON list of {"objective", "files", "flags"}, of {"copy": [checkpoint, into]}, and at
-its end of {"words"} of hft. With "refused", a run is to end with an error that says this, under an engine that leaves
-all weights in bf16.
+what `accelerate launch` with hft/accelerate/fsdp2.yaml sets up. torchrun fsdp2_on_cpu.py WORDS OF hft is one command.
+
+Runs are a file, a JSON list of {"objective", "files", "flags"}, of {"copy": [checkpoint, into]}, and at its end of
+{"words"} of hft. A run with a "fault", which an engine has, is to be refused.
 """
 
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,10 +50,8 @@ def choose_fsdp() -> None:
     AcceleratorState.__init__ = patched
 
 
-def check_refused(train: Callable[[], object], message: str) -> None:
-    """Check that a run is refused under an engine that leaves all weights in bf16."""
-    from hft.errors import HFTError
-
+def halve_masters(patch: pytest.MonkeyPatch) -> None:
+    """Leave all weights in bf16, as accelerate 1.13 does under FSDP2."""
     prepare = Accelerator.prepare
 
     def halved(self, *args, **kwargs):
@@ -64,22 +61,30 @@ def check_refused(train: Callable[[], object], message: str) -> None:
                 model.bfloat16()
         return prepared
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Accelerator, "prepare", halved)
-        with pytest.raises(HFTError, match=message):
-            train()
+    patch.setattr(Accelerator, "prepare", halved)
 
 
-def main(words: list[str]) -> int:
+def split_batches(patch: pytest.MonkeyPatch) -> None:
+    """Divide a batch among the processes, where each should take one."""
+    patch.setattr(Accelerator, "split_batches", True)
+
+
+FAULTS = {
+    "halves masters": (halve_masters, "should be held in torch.float32"),
+    "splits batches": (split_batches, "a step would take 4 rows"),
+}
+
+
+def follow(words: list[str]) -> int:
+    """Take the runs of a file."""
     import hft
-    from hft.cli import main as hft_main
+    from hft.cli import main
+    from hft.errors import HFTError
     from hft.machine import is_main, leave_process_group
 
-    if words[0] != "--runs":
-        return hft_main(words)
-    for run in json.loads(Path(words[1]).read_text()):
+    for run in json.loads(Path(words[0]).read_text()):
         if "words" in run:  # the last one, since a command ends torch.distributed
-            return hft_main(run["words"])
+            return main(run["words"])
         if "copy" in run:
             checkpoint, into = map(Path, run["copy"])
             if is_main():
@@ -87,18 +92,35 @@ def main(words: list[str]) -> int:
             torch.distributed.barrier()
             continue
         config = hft.load_config(run["objective"], *run["files"], **run["flags"])
-        if "refused" in run:
-            check_refused(lambda config=config: hft.train(hft.make_plan(config)), run["refused"])
+        if "fault" in run:
+            make, refused = FAULTS[run["fault"]]
+            with pytest.MonkeyPatch.context() as patch:
+                make(patch)
+                with pytest.raises(HFTError, match=refused):
+                    hft.train(hft.make_plan(config))
             continue
-        assert hft.train(hft.make_plan(config)).ok, run
+        plan = hft.make_plan(config)
+        assert hft.train(plan).ok, run
+        assert AcceleratorState().mixed_precision == ("bf16" if plan.args.bf16 else "no")  # whatever the launcher says
     leave_process_group()
     return 0
 
 
-if __name__ == "__main__":
-    words = sys.argv[1:]
-    if words[0] == "--ddp":
-        sys.exit(main(words[1:]))
+def follow_sharded(words: list[str]) -> int:
+    """Take the runs of a file under FSDP2."""
     set_environment()
     choose_fsdp()
-    sys.exit(main(words))
+    return follow(words)
+
+
+def command_sharded(words: list[str]) -> int:
+    """A command of hft under FSDP2."""
+    from hft.cli import main
+
+    set_environment()
+    choose_fsdp()
+    return main(words)
+
+
+if __name__ == "__main__":
+    sys.exit(command_sharded(sys.argv[1:]))

@@ -114,19 +114,20 @@ def test_a_resume_without_the_optimizers_state_is_refused(build, tmp_path):
 
 
 def test_what_is_saved_does_not_depend_on_whether_there_was_an_evaluation(build, data, tmp_path):
-    rows = load_split(str(data), "test").select(range(2))
-    best = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
-    saved = {}
-    for name, more in (("none", {}), ("first", {"eval_steps": 1}), ("best", {"eval_steps": 1} | best)):
-        settings = {"eval_strategy": "steps"} | more if more else {}
+    """At the end, and in a checkpoint after which the training continues."""
+    rows, saved = load_split(str(data), "test").select(range(2)), {}
+    each = {"eval_strategy": "steps", "eval_steps": 1}
+    for name, more in (("none", {}), ("each", each), ("best", each | {"load_best_model_at_end": True})):
+        settings = {"save_strategy": "steps", "save_steps": 1} | more
         trainer = build(settings=settings, optimizer_cls_and_kwargs=(Averaging, {"lr": 0.1}), eval_dataset=rows)
         trainer.train()
         trainer.save_model(str(tmp_path / name))
-        saved[name] = tensors(tmp_path / name)
+        saved[name] = tensors(tmp_path / name), tensors(tmp_path / "checkpoint-1")
         assert trainer.optimizer.optimizer.evaluates
-    assert all(identical(saved["none"][key], saved["first"][key]) for key in saved["none"])
+    for ours, theirs in zip(saved["none"], saved["each"], strict=True):
+        assert all(identical(ours[key], theirs[key]) for key in ours)
     chosen = tensors(trainer.state.best_model_checkpoint)
-    assert all(identical(saved["best"][key], chosen[key].bfloat16()) for key in chosen)
+    assert all(identical(saved["best"][0][key], chosen[key].bfloat16()) for key in chosen)
 
 
 class Moves(TrainerCallback):

@@ -12,12 +12,15 @@ from transformers import AutoTokenizer
 import hft
 from hft.cli import main
 from hft.record.manifest import Manifest
-from tests.conftest import ROOT, command, error_of, identical, losses, tensors, torchrun, write_jsonl
+from tests.conftest import ROOT, command, error_of, identical, losses, tensors, write_jsonl
 from tests.model.test_architectures import small
+from tests.processes import torchrun
+from tests.training.fsdp2_on_cpu import FAULTS, follow_sharded
 
-SCRIPT = ROOT / "tests" / "training" / "fsdp2_on_cpu.py"
 SETTINGS = {"max_steps": 4, "save_steps": 2, "eval_strategy": "no", "eval_on_start": False, "report_to": "none"}
 SETTINGS |= {"bf16": True, "global_batch_size": 8, "logging_steps": 1}
+# Of the projected gradients the largest; at this rate they conflict in each step, clearly.
+GEM = {"policy": "category", "strategy": "gem", "strategy_data": "memory.jsonl", "learning_rate": 1e-4}
 # Runs that follow each other in one launch: objective, method, further settings.
 RUNS = {
     "sft": ("sft", "hft", {}),
@@ -26,8 +29,7 @@ RUNS = {
     # Evaluated between switches.
     "badam": ("sft", "badam", {"switch_every": 1, "eval_strategy": "steps", "eval_steps": 1, "eval_rows": 4}),
     "mofo": ("sft", "mofo", {"bf16": False}),  # whatever the launcher's config says
-    # Of the projected gradients the largest.
-    "gem": ("sft", "gmt", {"policy": "category", "strategy": "gem", "strategy_data": "memory.jsonl"}),
+    "gem": ("sft", "gmt", GEM),
     "experts": ("sft", "hft", {}),
 }
 ONLY_TRAINED = ("sft", "hft", {"save_only_trained": True})  # on two processes only; what it saves are the bits of sft
@@ -65,15 +67,18 @@ def test_every_run_ends(launched):
     assert not failed, failed
 
 
+def memory_of(rows: list[dict]) -> list[dict]:
+    """Five rows to remember, one process has one more than the other, whose loss each step on the data would raise."""
+    questions = [row["messages"][0]["content"] for row in rows[:5]]
+    return [{"prompt": question, "completion": "z" * 60, "task": "0"} for question in questions]
+
+
 def launch(folder: Path, tiny: Path, data: Path, pairs: Path, rows: list[dict]) -> None:
     """Make the runs."""
     base = folder / "mixtral"
     small("mixtral").to(torch.bfloat16).save_pretrained(base)
     AutoTokenizer.from_pretrained(tiny).save_pretrained(base)
-    # Five rows to remember, with answers that conflict with the data's; one process has one row more than the other.
-    chats = [[message["content"] for message in row["messages"]] for row in rows[:5]]
-    memory = [{"prompt": question, "completion": answer[::-1], "task": "0"} for question, answer in chats]
-    memory = write_jsonl(folder / "memory.jsonl", memory)
+    memory = write_jsonl(folder / "memory.jsonl", memory_of(rows))
 
     def listed(processes: int, names: dict[str, tuple[str, str, dict]]) -> dict[str, dict]:
         runs = {}
@@ -91,14 +96,15 @@ def launch(folder: Path, tiny: Path, data: Path, pairs: Path, rows: list[dict]) 
         assert hft.train(hft.make_plan(hft.load_config(run["objective"], *run["files"], **run["flags"]))).ok
     assert main(command("dpo", folder / "one" / "dpo", *flags(1), model=tiny, data=pairs)) == 0
     two = listed(2, RUNS | {"only-trained": ONLY_TRAINED, "refused": RUNS["sft"]})
-    runs = [two.pop("refused") | {"refused": "should be held in torch.float32"}, *two.values()]
+    refused = two.pop("refused")
+    runs = [*(refused | {"fault": fault} for fault in FAULTS), *two.values()]
     for name in RESUMED:
         out = str(folder / "two" / f"{name}-resumed")
         runs.append({"copy": [str(folder / "two" / name / "checkpoint-2"), out]})
         runs.append(two[name] | {"flags": two[name]["flags"] | {"output_dir": out}})
     runs.append({"words": command("dpo", folder / "two" / "dpo", *flags(2), model=tiny, data=pairs)})
     (folder / "runs.json").write_text(json.dumps(runs))
-    torchrun(2, SCRIPT, "--runs", folder / "runs.json")
+    torchrun(2, follow_sharded, folder / "runs.json")
     runs = []
     for name in ("sft", "experts"):
         out = folder / "four" / name
@@ -107,7 +113,7 @@ def launch(folder: Path, tiny: Path, data: Path, pairs: Path, rows: list[dict]) 
         again = {"output_dir": str(out), "per_device_train_batch_size": 2}
         runs.append(two[name] | {"flags": two[name]["flags"] | again})
     (folder / "runs.json").write_text(json.dumps(runs))
-    torchrun(4, SCRIPT, "--runs", folder / "runs.json")
+    torchrun(4, follow_sharded, folder / "runs.json")
 
 
 def moved(folder: Path, other: Path, base: Path) -> float:
