@@ -73,6 +73,20 @@ def test_a_signal_ends_every_command_in_a_sentence(capsys, monkeypatch, command,
     assert error_of(capsys) == f"hft: stopped by {number}{more}"
 
 
+def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path, sft, capsys, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def pressed_twice(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+        assert "finishing the step and saving; Ctrl-C again ends the run at once" in capsys.readouterr().out
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "training_step", pressed_twice)
+    assert sft(tmp_path / "out") == 130
+    assert error_of(capsys).startswith("hft: stopped by SIGINT; run the same command again")
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
 def test_an_evaluation_that_is_stopped_keeps_what_is_scored(finished, tmp_path, capsys, monkeypatch):
     out = shutil.copytree(finished, tmp_path / "out")
     words, evaluate, calls = ["eval", str(out), "--tasks", "drift", "task", "--limit", "2"], lm_eval.evaluate, []
