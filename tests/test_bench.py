@@ -31,7 +31,7 @@ def test_the_bench_measures_what_the_plan_says(tmp_path, tiny, monkeypatch):
     assert together == planned
     bounds = {name: float(cells[8]) for name, cells in rows.items() if re.fullmatch(r"[\d.]+", cells[-1])}
     assert bounds["fft"] == 1 > bounds["hft"] > bounds["bottom half"] > 0.5
-    assert "frozen by hand; the loss of the first step is the same" in text
+    assert "the first step's loss is the same." in text
     assert 'make bench ARGS="--parts dpo"' in text  # which was not run
 
 

@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
@@ -199,6 +201,7 @@ def test_pairs_that_differ_only_beyond_max_length_are_dropped_and_counted(tmp_pa
     assert dropped in capsys.readouterr().out
 
 
+@pytest.mark.skipif(Version(transformers.__version__) >= Version("5.24"), reason="it finds where such turns end")
 def test_a_tokenizer_whose_offsets_train_the_user_is_refused(tmp_path, sft, capsys):
     """A word-level tokenizer drops newlines, and with them where a turn of the assistant ends."""
     words = Tokenizer(models.WordLevel(unk_token="<unk>"))
