@@ -52,4 +52,4 @@ def test_the_bench_at_equal_memory_and_for_dpo(tmp_path, tiny, monkeypatch):
     # The backward pass is two forward passes in FFT, and the reference is one more.
     assert float(rows["fft"][8]) == pytest.approx(4 / (3 * float(rows["hft"][8]) + 1), rel=0.02)
     assert int(shared[5]) == pytest.approx(2 * 32 / float(shared[1].split()[0]), rel=0.1)  # two answers of 32 tokens
-    assert re.search(r"the bound by FLOPs is 0\.\d{3}", text)
+    assert re.search(r"the FLOP bound is 0\.\d{3}", text)
