@@ -349,7 +349,7 @@ def test_the_documents_own_strategy_chooses_rows(tmp_path, tiny, tasks):
         (["--push_to_hub", "true"], "push_to_hub would push every run"),
         (
             ["--resume_from_checkpoint", "runs/x/checkpoint-2"],
-            "is one run's; remove it, and each resumes",
+            "is one run's; remove it: each resumes",
         ),
         (["--gpus", "8"], "gpus is for a plan: add --dry_run true"),
         (["--strategy", "gem", "--fp16", "true"], "gem compares gradients, which fp16 scales"),

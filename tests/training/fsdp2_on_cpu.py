@@ -71,7 +71,7 @@ def split_batches(patch: pytest.MonkeyPatch) -> None:
 
 FAULTS = {
     "halves masters": (halve_masters, "should be held in torch.float32"),
-    "splits batches": (split_batches, "a step would take 4 rows"),
+    "splits batches": (split_batches, "a step takes 4 rows"),
 }
 
 
