@@ -45,7 +45,7 @@ def test_a_part_is_measured_once_and_the_others_are_named(rehearse, tmp_path):
 @pytest.mark.slow
 def test_every_part_on_one_device(rehearse):
     text = rehearse()
-    for line in ("| hft, kto |", "| hft, mixtral-tiny |", "times the bound", "the compiled loss of step 3 is"):
+    for line in ("| hft, kto |", "| hft, mixtral-tiny |", "x the bound", "the compiled loss of step 3 is"):
         assert line in text
     assert len(re.findall("- yes: .* leaves the frozen bits alone", text)) == 4
     assert "- NO: " not in re.sub("- NO: the peak of .*", "", text)  # of a process, which no plan is about

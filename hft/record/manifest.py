@@ -98,7 +98,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
-        """Read the manifest of a checkpoint or output folder; raises an `HFTError` if there is no valid one."""
+        """Read the manifest of a checkpoint or output folder; raises an `HFTError` if it is missing or invalid."""
         path = Path(folder) / MANIFEST_NAME
         try:
             return cls(**json.loads(path.read_text()))
