@@ -106,7 +106,8 @@ def make_trainer(plan: RunPlan) -> ManifestMixin:
         trained["save_only_trained"] = plan.config.run.save_only_trained
     # TRL says that it ignores these, and the model is loaded with them.
     log = logging.getLogger(f"trl.trainer.{plan.config.objective.name}_trainer")
-    log.addFilter(lambda record: "model_init_kwargs" not in record.msg)
+    if not log.filters:  # once in a sequence of runs
+        log.addFilter(lambda record: "model_init_kwargs" not in str(record.msg))
     with refusals(plan.data, plan.tokenizer):
         trainer = trainer_class(plan.config)(
             plan.config.run.model_name_or_path,
