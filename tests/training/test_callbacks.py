@@ -113,16 +113,25 @@ def test_a_resume_without_the_optimizers_state_is_refused(build, tmp_path):
         trainer.train(str(tmp_path))
 
 
+class Stops(TrainerCallback):
+    """A user's own callback, which stops where nothing is evaluated or saved."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == 3
+
+
 def test_what_is_saved_does_not_depend_on_whether_there_was_an_evaluation(build, data, tmp_path):
     """At the end, and in a checkpoint after which the training continues."""
     rows, saved = load_split(str(data), "test").select(range(2)), {}
-    each = {"eval_strategy": "steps", "eval_steps": 1}
-    for name, more in (("none", {}), ("each", each), ("best", each | {"load_best_model_at_end": True})):
-        settings = {"save_strategy": "steps", "save_steps": 1} | more
+    each = {"eval_strategy": "steps", "eval_steps": 2}
+    best = each | {"save_strategy": "best", "load_best_model_at_end": True, "max_steps": 4}
+    for name, more in (("none", {}), ("each", each), ("best", best)):
+        settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2} | more
         trainer = build(settings=settings, optimizer_cls_and_kwargs=(Averaging, {"lr": 0.1}), eval_dataset=rows)
+        trainer.add_callback(Stops())
         trainer.train()
         trainer.save_model(str(tmp_path / name))
-        saved[name] = tensors(tmp_path / name), tensors(tmp_path / "checkpoint-1")
+        saved[name] = tensors(tmp_path / name), tensors(tmp_path / "checkpoint-2")
         assert trainer.optimizer.optimizer.evaluates
     for ours, theirs in zip(saved["none"], saved["each"], strict=True):
         assert all(identical(ours[key], theirs[key]) for key in ours)
