@@ -262,6 +262,8 @@ def test_every_key_of_trl_says_what_is_computed_or_how():
     assert not [key for key in of_methods if is_neutral(key, {})]
     best = {key for key in keys if is_neutral(key, {}) and not is_neutral(key, {"load_best_model_at_end": True})}
     assert best == {"save_steps", "save_strategy", "eval_steps", "eval_delay", "eval_on_start"}
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau"}  # each evaluation may lower the learning rate
+    assert best == {key for key in keys if is_neutral(key, {}) and not is_neutral(key, plateau)}
 
 
 def test_numbers_and_text_of_yaml_survive_a_round_trip(tmp_path):

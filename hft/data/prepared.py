@@ -139,7 +139,7 @@ def _template_notes(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: 
 
 def _given(row: dict[str, Any]) -> list[str]:
     """What a row gives to a chat template beside roles and contents: columns, and keys of messages."""
-    keys = {key for message in chain(*conversations(row)) for key, value in message.items() if value}
+    keys = {key for message in chain(*conversations(row)) for key, value in message.items() if value or value == 0}
     return [*(keys - {"role", "content"}), *(key for key in ("tools", "chat_template_kwargs") if row.get(key))]
 
 

@@ -13,7 +13,7 @@ from hft.errors import HFTError, reason
 PARTS = {
     "config": ("config.json", "hft_model_config.json", "adapter_config.json"),  # without torch, for `hft paper`
     "generation_config": ("generation_config.json",),
-    "tokenizer": ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken"),
+    "tokenizer": ("tokenizer*", "*_tokens*.json", "vocab*", "merges.txt", "*.tiktoken", "*.model", "tekken.json"),
     "chat_template": ("chat_template*", "additional_chat_templates/*"),
 }
 Record = Mapping[str, Any] | None  # `record()` of a part of a run

@@ -30,7 +30,7 @@ NEUTRAL = re.compile(
     "eval_(steps|delay|on_start|accumulation_steps|do_concat_batches|use_gather_object)|batch_eval_metrics|"
     "include_for_metrics|include_num_input_tokens_seen|prediction_loss_only|skip_memory_metrics|(bf|fp)16_full_eval"
 )
-# Those of them that say which checkpoint `load_best_model_at_end` finds best.
+# Those of them that say what `load_best_model_at_end` chooses among, and what lowers the rate on a plateau.
 OF_BEST = re.compile("(save|eval)_(steps|strategy|delay|on_start)")
 TEMPLATES = Path(__file__).parents[1] / "demo" / "templates"
 
@@ -164,8 +164,8 @@ def name_of(values: dict[str, Any], flags: dict[str, Any], files: Sequence[str],
 
 def is_neutral(key: str, values: Mapping[str, Any]) -> bool:
     """Whether a key leaves a run with these values the same one."""
-    chosen = values.get("load_best_model_at_end") and OF_BEST.fullmatch(key)
-    return bool(NEUTRAL.fullmatch(key) and not chosen)
+    acted_on = values.get("load_best_model_at_end") or values.get("lr_scheduler_type") == "reduce_lr_on_plateau"
+    return bool(NEUTRAL.fullmatch(key) and not (acted_on and OF_BEST.fullmatch(key)))
 
 
 def _slug(value: Any) -> str:

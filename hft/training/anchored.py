@@ -60,14 +60,14 @@ class AnchoredSFTTrainer(SFTTrainer):
         if not self.args.kl_to_base or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         features = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
-        labels = inputs["labels"][:, 1:]
-        trained = labels != IGNORED
+        trained = (labels := inputs["labels"][:, 1:]) != IGNORED
         now = model(**features).logits[:, :-1][trained].log_softmax(-1, dtype=torch.float32)
         reference, without_adapter = self.ref_model, nullcontext()
         if reference is None:
-            reference, without_adapter = model, self.accelerator.unwrap_model(model).disable_adapter()
+            reference, without_adapter = model.eval(), self.accelerator.unwrap_model(model).disable_adapter()
         with torch.no_grad(), without_adapter:
             before = reference(**features).logits[:, :-1][trained].log_softmax(-1, dtype=torch.float32)
+        model.train()  # which is the reference under an adapter, and no dropout is part of that
         divergence = kl_div(now, before, log_target=True, reduction="sum")
         total = nll_loss(now, labels[trained], reduction="sum") + self.args.kl_to_base * divergence
         loss = total / torch.as_tensor(trained.sum() if num_items_in_batch is None else num_items_in_batch).clamp(min=1)

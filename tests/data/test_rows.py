@@ -152,6 +152,12 @@ def test_keys_of_messages_that_the_template_does_not_write_are_noted(tiny, tmp_p
     assert notes == [f"{key} of 8 rows: the chat template does not write it" for key in ("name", "reasoning_content")]
 
 
+@pytest.mark.parametrize("given", [{"weight": 0}, {"train": False}])
+def test_a_turn_that_is_not_to_be_trained_is_noted(tiny, tmp_path, capsys, given):
+    trainer_of(tiny, [{"messages": [USER, ASSISTANT | given, USER, ASSISTANT]}] * 8, tmp_path)
+    assert f"{next(iter(given))} of 8 rows: the chat template does not write it" in capsys.readouterr().out
+
+
 def test_text_in_parts_is_joined():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     dataset, _ = sft_rows(rows_of({"messages": [USER, {"role": "assistant", "content": parts}]}), "x")

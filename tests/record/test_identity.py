@@ -29,6 +29,14 @@ def test_a_number_depends_on_every_part_of_a_model(tiny, tmp_path, name, part):
     assert [key for key, value in digests_of(model).items() if value != before[key]] == [part]
 
 
+@pytest.mark.parametrize("name", ["spiece.model", "sentencepiece.bpe.model", "tekken.json", "added_tokens.json"])
+def test_a_number_depends_on_a_tokenizer_of_any_name(tiny, tmp_path, name):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / name).write_text("{}")
+    found = digests_of(model)
+    assert [key for key, value in digests_of(tiny).items() if value != found[key]] == ["tokenizer"]
+
+
 def test_a_number_does_not_depend_on_who_wrote_a_config(tiny, tmp_path):
     model = shutil.copytree(tiny, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())

@@ -107,6 +107,14 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(tmp_path, tiny):
     assert made.ref_model is None
 
 
+def test_the_reference_of_an_adapter_has_no_dropout(tmp_path, tiny):
+    made, modes = trainer(tiny, tmp_path / "lora", adapter=LoRA(rank=4, lora_alpha=8)), []
+    made.model.get_base_model().model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    made.compute_loss(made.model.train(), batch(made)).backward()
+    assert modes == [True, False]
+    assert made.model.get_base_model().model.training
+
+
 def test_the_command_trains_any_method_with_it_in_a_folder_of_its_own(tmp_path, tiny, sft, capsys):
     plan = ["plan", "sft", "--config", "tiny/sft", "hft", "kl", "--model_name_or_path", str(tiny), "--max_steps", "2"]
     assert main([*plan, "--gpus", "1", "--gpu_memory", "80GiB"]) == 0
