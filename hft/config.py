@@ -131,7 +131,7 @@ class Keys:
 
     def convert(self, key: str, value: Any) -> Any:
         """A value from YAML, or of a flag, as the type of its key."""
-        if key in ("model_name_or_path", "output_dir") and str(value).startswith("~/"):
+        if isinstance(value, str) and value.startswith("~/") and key not in (*TURNS, "dataset_name"):
             value = str(Path(value).expanduser())  # which a shell does not do in YAML and after `--key=`
         if key in self.types:
             return convert(key, value, self.types[key])

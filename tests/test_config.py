@@ -9,6 +9,7 @@ from trl import SFTConfig
 from hft.cli import COMMANDS, main
 from hft.config import Keys, RunConfig, read_arguments, read_yaml, to_yaml
 from hft.errors import HFTError
+from hft.merging.config import MergeConfig
 from hft.methods import all_classes
 from hft.objectives import OBJECTIVES, find_objective
 from hft.planning.memory import Engine, memory_of
@@ -63,9 +64,13 @@ def test_yaml_values_become_the_type_of_their_key(tmp_path):
 
 def test_a_folder_below_home_is_one_in_files_and_after_an_equals_sign_too(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    file = write(tmp_path / "a.yaml", "output_dir: ~/out\nprompt: ~")
-    values, _ = resolve("--config", file, "--model_name_or_path=~/base")
-    assert values == {"output_dir": f"{tmp_path}/out", "prompt": None, "model_name_or_path": f"{tmp_path}/base"}
+    file = write(tmp_path / "a.yaml", "output_dir: ~/out\nprompt: ~\nchat_template_path: ~/a.jinja")
+    values, _ = resolve("--config", file, "--model_name_or_path=~/base", "--completion=~/{{ path }}")
+    paths = {"output_dir": "out", "chat_template_path": "a.jinja", "model_name_or_path": "base"}
+    below = {key: f"{tmp_path}/{name}" for key, name in paths.items()}
+    assert values == below | {"prompt": None, "completion": "~/{{ path }}"}
+    merge = read_arguments(["--out=~/merged"], "hft merge", "", {}).resolve(Keys((MergeConfig,)))[0]
+    assert merge == {"out": f"{tmp_path}/merged"}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,7 @@ def fingerprint(name: str, config: str | None = None, revision: str | None = Non
         files = {path.name: path}
         if path.is_dir():
             inside = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
-            files = {
-                key.as_posix(): file for key, file in inside.items() if not any(part[0] == "." for part in key.parts)
-            }
+            files = {key.as_posix(): file for key, file in inside.items() if not any(p[0] == "." for p in key.parts)}
         return {
             "files": {key: {"size": file.stat().st_size, "sha256": file_digest(file)} for key, file in files.items()}
         }
@@ -174,9 +173,9 @@ def _source(name: str) -> dict[str, Any]:
     """What `load_dataset` takes; with `data_files` it is one split, a file or what `Dataset.save_to_disk` wrote."""
     path = _local_path(name)
     if path.is_file():
-        return {"path": FORMATS[path.suffix], "data_files": str(path)}
+        return {"path": FORMATS[path.suffix], "data_files": escape(str(path))}  # it is not a pattern
     if (path / DATASET_STATE_JSON_FILENAME).is_file():
-        return {"path": "arrow", "data_files": str(path / "*.arrow")}
+        return {"path": "arrow", "data_files": escape(str(path)) + "/*.arrow"}
     return {"path": str(path) if path.is_dir() else name}
 
 

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from hft.data.loading import LoadedData
-from hft.errors import HFTError, reason
+from hft.errors import HFTError, cannot_write, reason
 
 PAIR = ["prompt_ids", "chosen_ids", "rejected_ids"]
 TOKENS = ["input_ids", "completion_ids", *PAIR]
@@ -216,13 +216,13 @@ def refusals(loaded: LoadedData, tokenizer: PreTrainedTokenizerBase) -> Iterator
         yield
     except HFTError:
         raise
-    except (TemplateError, ValueError, TypeError, LookupError, RuntimeError) as error:
+    except (TemplateError, ValueError, TypeError, LookupError, RuntimeError, OSError) as error:
         for row in (row for dataset in filter(None, (loaded.train, loaded.test)) for row in dataset):
             try:
                 render_row(row, tokenizer)
             except (TemplateError, ValueError, TypeError, LookupError) as wrong:
                 where = f"dataset {loaded.name}, row {row['row']} (the first is 0)"
                 raise HFTError(f"{where}: the chat template fails: {reason(wrong)}") from wrong
-        if isinstance(error, ValueError) or "assistant_only_loss" in str(error):
+        if (isinstance(error, ValueError | OSError) and not cannot_write(error)) or "assistant_only_loss" in str(error):
             raise HFTError(reason(error)) from error
         raise

@@ -92,7 +92,7 @@ def rendered(dataset: Dataset, prompt: str | None, completion: str | None) -> Da
         try:
             question = {"role": "user", "content": user.render(row)}
             return {"prompt": [question], "completion": [{"role": "assistant", "content": assistant.render(row)}]}
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise HFTError(f"row {number} (the first is 0): {misfit}: {reason(error)}") from None
 
     used = [column for column in columns if column in named | {"messages", "conversations"}]

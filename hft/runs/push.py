@@ -38,9 +38,9 @@ def push(result: RunResult, out: Path, repo: str | None, *, private: bool | None
     if not result.ok:
         say("not pushed to the Hub: verify failed")
         return False
-    api, base = HfApi(), Manifest.load(out).base
+    api, base, repo = HfApi(), Manifest.load(out).base, repo or out.resolve().name
     try:
-        repo = api.create_repo(repo_id=repo or out.resolve().name, private=private, exist_ok=True).repo_id
+        repo = api.create_repo(repo_id=repo, private=private, exist_ok=True).repo_id
         if not Path(base).is_dir() and api.file_exists(base, CARD_NAME):
             api.hf_hub_download(base, CARD_NAME)  # it says the license
         with portable_copy(result, out, repo) as folder:

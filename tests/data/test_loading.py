@@ -254,3 +254,13 @@ def test_a_file_of_the_same_time_and_size_is_read_again(tmp_path):
             assert loaded.train[0]["messages"] == chat
             seen[answer] = loaded.fingerprint
         assert seen["old"] != seen["new"]
+
+
+def test_a_files_name_is_no_pattern(tmp_path):
+    """`train[1].jsonl`, as browsers name a second download, would be `train1.jsonl` too."""
+    for name in ("train1", "train[1]"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"messages": [USER, ASSISTANT | {"content": name}]}])
+    loaded = load_split(str(tmp_path / "train[1].jsonl"), "train")
+    assert [row["messages"][1]["content"] for row in loaded] == ["train[1]"]
+    loaded.save_to_disk(tmp_path / "saved[1]")
+    assert load_split(str(tmp_path / "saved[1]"), "train")[:] == loaded[:]

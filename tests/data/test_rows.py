@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 import hft
 from hft.data import load_data, preference_rows, sft_rows
+from hft.data.rows import rendered
 from hft.errors import HFTError
 from hft.runs.train import make_trainer
 from tests.conftest import error_of, write_jsonl
@@ -131,6 +132,10 @@ def test_templates_that_do_not_fit_are_refused(tmp_path):
     both = {"prompt": "{{ asked }}", "completion": "a", "dataset_name": file}
     with pytest.raises(HFTError, match=r"row 0 .*do not fit the columns question, answer: 'asked' is undefined"):
         load_data(hft.load_config("sft", recipe["sft"], model_name_or_path="a/b", **both).run, sft_rows, evaluate=False)
+    rows = rows_of({"question": "q", "answer": 3})
+    for prompt, message in (("{{ question + answer }}", "can only concatenate str"), ("{{ answer // 0 }}", "by zero")):
+        with pytest.raises(HFTError, match=f"row 0 .*do not fit the columns question, answer: .*{message}"):
+            rendered(rows, prompt, "{{ answer }}")
     with pytest.raises(HFTError, match=r"row 1 .*: a column is null"):
         sft_rows(rows_of({"instruction": "q", "output": "a"}, {"instruction": "q", "output": None}), "x")
     for prompt, completion in (("question", "answer"), ("{question}", "{answer}"), ("question", "{{ answer }}")):

@@ -47,6 +47,12 @@ def test_what_is_missing_is_one_sentence_and_nothing_is_written(tmp_path, sft, c
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flags", [["--push_to_hub", "true"], ["--chat_template_path", "tulu"]])
+def test_what_the_trainer_asks_the_hub_for_in_vain_is_one_sentence(tmp_path, sft, capsys, flags):
+    assert sft(tmp_path / "out", *flags) == 2
+    assert "https://huggingface.co" in error_of(capsys)
+
+
 def test_a_mapping_holds_numbers_as_trl_reads_them(tmp_path, sft):
     (tmp_path / "more.yaml").write_text("lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-4}\n")
     from_file = ["--dry_run", "--config", "recipes/tiny/sft.yaml", str(tmp_path / "more.yaml")]

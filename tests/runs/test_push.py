@@ -93,4 +93,4 @@ def test_what_is_unfinished_or_fails_verify_is_not_pushed(finished, tmp_path, hu
 
 def test_a_hub_that_cannot_be_reached_is_a_sentence(finished, capsys):
     assert main(["push", str(finished)]) == 2
-    assert f"hft: cannot push {finished} to " in error_of(capsys)
+    assert f"hft: cannot push {finished} to {finished.name}: " in error_of(capsys)
