@@ -7,6 +7,8 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hft.record.identity import with_files
+
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
@@ -40,4 +42,4 @@ class MethodPart:
 
     def record(self) -> dict[str, Any]:
         """The name and the keys, which the manifest keeps."""
-        return {self.kind: self.name} | self.given()
+        return with_files({self.kind: self.name} | self.given())

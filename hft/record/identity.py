@@ -50,6 +50,18 @@ def _meaning(path: Path) -> Any:
         raise HFTError(f"{path} is not a valid config: {reason(error)}") from error
 
 
+def base_digests(base: str) -> dict[str, str]:
+    """What identifies a base that is a folder: the digests of its weights and of each of `PARTS`."""
+    return {f"{part} of the base": sha for part, sha in digests_of(base).items()} if base and Path(base).is_dir() else {}
+
+
+def with_files(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with SHA-256 of the files that it names, such as data, and own code as FILE.py:NAME."""
+    texts = {key: value for key, value in record.items() if isinstance(value, str)}
+    paths = {key: Path(text.rpartition(":")[0] if ".py:" in text else text) for key, text in texts.items()}
+    return {**record} | {f"file of {key}": file_digest(path) for key, path in paths.items() if path.suffix and path.is_file()}
+
+
 def digest(content: Any) -> str:
     """SHA-256 of what JSON can hold, whatever the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -68,13 +80,13 @@ def _file_digest(path: str, version: tuple[int, ...]) -> str:
 
 
 def identity_of(
-    selection: Mapping[str, Any], update: Record, schedule: Record, data: Record, strategy: Record = None
+    selection: Mapping[str, Any], update: Record, schedule: Record, data: Record, strategy: Record, base: Record = None
 ) -> dict[str, Any]:
     """What makes two runs the same, as far as it is known before anything is loaded: the `record()` of each part."""
     kind = "adapter" if "adapter" in selection else "selection"
     record = {"selection": None, "adapter": None, kind: selection, "schedule": schedule or None}
     record |= {"strategy": strategy or None, "update": update or {"update": "plain"}}
-    return record | ({"data": data} if data else {})
+    return record | ({"data": data} if data else {}) | ({"base": base} if base else {})
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from hft import __version__
 from hft.errors import HFTError, reason
-from hft.machine import world_size
-from hft.record.identity import cannot_resume, check_same_run, identity_of
+from hft.machine import is_main, world_size
+from hft.record.identity import base_digests, cannot_resume, check_same_run, identity_of
 
 if TYPE_CHECKING:
     from hft.model.anatomy import Unit
@@ -40,6 +40,7 @@ class Manifest:
     counts: dict[str, list[int]] = field(default_factory=dict)  # by block, how many of its units train, and of how many
     # Base, selection and frozen units of the rounds that led to the base, oldest first.
     earlier: list[dict] = field(default_factory=list)
+    base_digests: dict[str, str] = field(default_factory=dict)  # what its files were (`hft.record.identity`)
     revision: str | None = None  # the Hub revision of the base, if one was asked for
     masks: dict[str, str] = field(default_factory=dict)  # SHA-256 of each partly frozen parameter's mask (`MASKS_NAME`)
     update: dict = field(default_factory=lambda: {"update": "plain"})  # how weights moved (`Update.record()`)
@@ -70,6 +71,7 @@ class Manifest:
             record["tuned"] = absolute_or_hub_id(tuned)
         return cls(
             base=absolute_or_hub_id(base),
+            base_digests=base_digests(base) if is_main() else {},
             selection=selection.record(),
             trained_units=[unit.name for unit in units if selection.trains(unit)],
             frozen_units=[unit.name for unit in units if not selection.trains(unit)],
@@ -91,7 +93,8 @@ class Manifest:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return identity_of(self.selection, self.update, self.schedule.get("config"), self.data, self.strategy)
+        schedule = self.schedule.get("config")
+        return identity_of(self.selection, self.update, schedule, self.data, self.strategy, self.base_digests)
 
     def save(self, folder: str | Path) -> Path:
         return write_json(Path(folder) / MANIFEST_NAME, asdict(self))
@@ -143,7 +146,7 @@ class Manifest:
             why = "an earlier version of hft kept there the optimizer's state of whole tensors, of which now only the "
             raise cannot_resume(checkpoint, f"{why}trained elements have one")
         names = [n for n, digest in self.frozen_checksums.items() if other.frozen_checksums[n] != digest]
-        if names or (not self.frozen_checksums and self.base != other.base):
+        if names or (not (self.frozen_checksums or other.base_digests) and self.base != other.base):
             different = names[0] if names else "path"
             why = f"its base was {other.base}, whose {different} differs from that of {self.base}"
             raise cannot_resume(checkpoint, why, "the same base, ")

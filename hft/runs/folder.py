@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from hft.errors import HFTError
 from hft.machine import is_sharded, is_zero3
 from hft.record.checkpoints import checkpoints, last_checkpoint
-from hft.record.identity import check_same_run, differences
+from hft.record.identity import base_digests, check_same_run, differences
 from hft.record.manifest import MANIFEST_NAME, Manifest
 from hft.record.verification import check_base
 from hft.runs.config import Config, comparable, read_saved_config
@@ -56,6 +56,7 @@ def find_start(config: Config, identity: dict[str, Any], args: TrainingArguments
     changes = differences(comparable(values), comparable(before))
     if is_auto and is_finished:
         if not changes:
+            identity |= {"base": base_digests(config.run.model_name_or_path)}
             check_same_run(identity, Manifest.load(out).identity, out)
             return Start(is_finished=True)
         raise HFTError(

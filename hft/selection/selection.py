@@ -11,6 +11,7 @@ from pydantic import PositiveInt
 from hft.config import Fraction, check_types, option
 from hft.errors import HFTError, did_you_mean
 from hft.model.anatomy import BLOCKS, Anatomy, Unit
+from hft.record.identity import with_files
 from hft.selection.masks import Mask
 
 POLICIES = {
@@ -134,7 +135,7 @@ class Selection:
 
     def record(self) -> dict[str, Any]:
         """What a manifest keeps of it."""
-        return asdict(self.config)
+        return with_files(asdict(self.config))
 
     def trained_fraction(self, unit: Unit) -> float:
         """Trained elements of a unit / all of its elements."""

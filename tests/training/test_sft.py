@@ -253,15 +253,37 @@ def test_resuming_from_another_base_is_refused(finished, tmp_path, tiny, sft, ca
     content[name] = content[name] * 2
     save_file(content, other / "model.safetensors", metadata={"format": "pt"})
     assert sft(out, "--max_steps", "6", model=other) == 2
-    assert f"its base was {tiny}, whose {name} differs from that of {other}" in error_of(capsys)
+    assert "trained with other settings (weights of the base " in error_of(capsys)
     assert read_yaml(out / "config.yaml")["model_name_or_path"] == str(tiny)  # nothing was overwritten
 
-    plain = tmp_path / "fft"
-    assert sft(plain, method="fft") == 0
-    (plain / "results.json").unlink()
-    capsys.readouterr()
-    assert sft(plain, "--max_steps", "6", method="fft", model=other) == 2
-    assert f"its base was {tiny}, whose path differs" in error_of(capsys)
+
+def test_a_run_is_not_the_same_once_a_file_that_it_depends_on_has_changed(tmp_path, tiny, sft, capsys):
+    """Also of FFT, which freezes nothing that would tell the base: its files, and own code."""
+    base, own = shutil.copytree(tiny, tmp_path / "base"), tmp_path / "own.py"
+    code = "from hft.methods.update import Update\n\nclass Mine(Update):\n    def callbacks(self, model, anatomy):\n"
+    own.write_text(code + "        return []\n")
+    words = ["--update", f"{own}:Mine", "--max_steps", "1"]
+
+    def run() -> str:
+        capsys.readouterr()
+        status = sft(tmp_path / "out", *words, method="fft", model=base)
+        return error_of(capsys) if status else "same"
+
+    assert (run(), run()) == ("same", "same")
+    template = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").write_text(template + " ")
+    assert "chat_template of the base " in run()
+    (base / "chat_template.jinja").write_text(template)
+    own.write_text(code + "        return [*[]]\n")
+    assert "file of update " in run()
+    own.write_text(code + "        return []\n")
+    content = {name: tensor * 2 for name, tensor in tensors(base).items()}
+    save_file(content, base / "model.safetensors", metadata={"format": "pt"})
+    assert "weights of the base " in run()
+    (tmp_path / "out" / "results.json").unlink()
+    words[-1] = "2"
+    assert "cannot resume" in (error := run())
+    assert "weights of the base " in error
 
 
 def test_bad_models_and_folders_are_refused_in_a_sentence(tmp_path, tiny, data, sft, capsys):
