@@ -18,7 +18,7 @@ from hft.errors import HFTError, reason
 from hft.evaluation.results import check_finite, count_truncated, read_results
 from hft.evaluation.rows import DRAWING_SEED, TASK_FOLDER, Spec, answer_rows, draw_examples, draw_rows, on_rows, spec_of
 from hft.evaluation.subject import Subject, load_tokenizer, subject_of
-from hft.evaluation.suites import LM_EVAL, PROTOCOLS, SUITES, Benchmark, Settings, find_task
+from hft.evaluation.suites import LM_EVAL, PROTOCOLS, SUITES, Benchmark, Settings, find_task, own_files
 from hft.machine import is_main, say
 from hft.record.identity import digest
 from hft.record.scores import Scores, save_rows
@@ -67,6 +67,8 @@ def evaluate(
         tasks = _load(benchmark, spec, settings)
         one = unscored(suite, subject, settings, {benchmark.name: _rows_sha256(tasks)})
         one.inputs["benchmark"] = digest(asdict(replace(benchmark, spec=None)))
+        if own := own_files(benchmark):
+            one.inputs["files"] = own
         if benchmark.task == "hft_kl":
             one.inputs["kl_base"] = subject.base_subject().inputs
         path = out and one.path(out, benchmark.name)

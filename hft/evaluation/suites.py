@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from hft.config import option, read_yaml
 from hft.errors import HFTError, did_you_mean
+from hft.record.identity import file_digest
 
 # Whose prompts and rules a suite has.
 PROTOCOLS = {"quick": "hft", "general": "open-instruct", "knowledge": "lm-eval", "recent": "opencompass"}
@@ -91,6 +92,15 @@ def find_task(word: str) -> Benchmark:
         raise HFTError(f"lm-eval has no task {path!r}{hint}")
     folders = tuple(dict.fromkeys(str(file.parent) for file in files[path]))
     return Benchmark(word, path, only=metric or None, folders=folders)
+
+
+def own_files(benchmark: Benchmark) -> dict[str, str]:
+    """SHA-256 of the files beside a task file of the user's own, which it may include or import."""
+    path, shipped = Path(benchmark.task), Path(find_spec("lm_eval").origin).parent
+    folders = [path.parent] if path.suffix in (".yaml", ".yml") else map(Path, benchmark.folders)
+    own = [folder for folder in folders if path.suffix or folder.is_absolute() and shipped not in folder.parents]
+    files = [file for folder in own for file in sorted(folder.iterdir()) if file.suffix in (".yaml", ".yml", ".py")]
+    return {file.name: file_digest(file) for file in files}
 
 
 @functools.cache

@@ -369,6 +369,9 @@ def test_a_task_of_ones_own_is_scored_from_its_file_and_again_when_its_rows_chan
     assert main([*words, str(task), f"{task}:acc_norm"]) == 0
     found = [(score.task, score.metric, score.value) for score in scores_of(out)["lm_eval"].scores]
     assert sorted(found) == [("sums", "acc", 100), ("sums", "acc_norm", 100), ("sums:acc_norm", "acc_norm", 100)]
+    task.write_text(task.read_text().replace("doc_to_target: label", "doc_to_target: 0"))
+    assert main([*words, str(task)]) == 0
+    assert scores_of(out)["lm_eval"].find("sums", "acc").value == 0
     assert main([*words, f"{task}:f1"]) == 2
     assert "own_sums has no metric f1, only acc,none, acc_norm,none" in error_of(capsys)
     group = tmp_path / "both.yaml"
