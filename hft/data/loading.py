@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import pyarrow as pa
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from datasets.config import DATASET_STATE_JSON_FILENAME, HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
@@ -50,7 +51,7 @@ def load_split(name: str, split: str, config: str | None = None, revision: str |
     if _local_path(name).exists():  # datasets may have cached other bytes of the same time and size
         more["cache_dir"] = str(HF_DATASETS_CACHE / f"hft-{__version__}" / digest(fingerprint(name)))
     with _loading(name):
-        dataset = datasets.load_dataset(**more, split=split)
+        dataset = datasets.load_dataset(**more, **_cells_as_text(_local_path(name)), split=split)
     if len(dataset) == 0:
         raise HFTError(f"dataset {name}, split {split}, is empty")
     return dataset
@@ -177,6 +178,15 @@ def _source(name: str) -> dict[str, Any]:
     if (path / DATASET_STATE_JSON_FILENAME).is_file():
         return {"path": "arrow", "data_files": escape(str(path)) + "/*.arrow"}
     return {"path": str(path) if path.is_dir() else name}
+
+
+def _cells_as_text(path: Path) -> dict[str, Any]:
+    """What makes a CSV file, or a folder of them, text: pandas would take 02108 for a number and NA for null."""
+    files = [file for file in (path.rglob("*") if path.is_dir() else [path]) if file.suffix in FORMATS]
+    if {file.suffix for file in files} != {".csv"} or not files[0].exists():
+        return {}
+    header = pd.read_csv(files[0], nrows=0).columns
+    return {"features": Features(dict.fromkeys(header, Value("string"))), "keep_default_na": False}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from datetime import date
 from typing import Any
 
 from datasets import Dataset, Features, Json, LargeList, List, Value, interleave_datasets
@@ -78,7 +79,7 @@ def rendered(dataset: Dataset, prompt: str | None, completion: str | None) -> Da
     if prompt is None or completion is None:
         return dataset
     columns = dataset.column_names
-    environment = Environment(undefined=StrictUndefined, autoescape=False, finalize=_not_null)
+    environment = Environment(undefined=StrictUndefined, autoescape=False, finalize=_as_stored)
     misfit = f"prompt and completion do not fit the columns {', '.join(columns)}"
     try:
         user, assistant = environment.from_string(prompt), environment.from_string(completion)
@@ -99,9 +100,11 @@ def rendered(dataset: Dataset, prompt: str | None, completion: str | None) -> Da
     return dataset.map(render, with_indices=True, remove_columns=used, desc="rendering rows")
 
 
-def _not_null(value: object) -> object:
+def _as_stored(value: object) -> object:
     if value is None:
         raise TemplateError("a column is null")
+    if isinstance(value, date):  # and a time
+        raise TemplateError("a column of dates, which JSON's reader would write differently; save the rows as .csv")
     return value
 
 

@@ -85,6 +85,16 @@ def test_another_form_is_refused_by_name(rows, message):
         sft_rows(Dataset.from_list(rows), "x")
 
 
+def test_cells_of_a_csv_file_are_text(tmp_path):
+    (tmp_path / "set").mkdir()
+    cells = ["02108", "0.50", "12345678901234567890", "true", "NA", "None", "2024-03-01", "007,012"]
+    for path in (tmp_path / "one.csv", tmp_path / "set" / "train.csv"):
+        path.write_text("instruction,output\n" + "".join(f'q,"{cell}"\n' for cell in cells))
+    for name in (tmp_path / "one.csv", tmp_path / "set"):
+        rows, _ = sft_rows(load_split(str(name), "train"), "x")
+        assert [row[0]["content"] for row in rows["completion"]] == cells
+
+
 def test_several_datasets_are_one_and_each_is_counted(tmp_path):
     chats = write_jsonl(tmp_path / "chats.jsonl", [{"prompt": [USER], "completion": [ASSISTANT]}] * 30)
     (tmp_path / "alpaca.csv").write_text("instruction,input,output\n" + "q,,a\nq,x,a\n" * 10)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from trl import SFTConfig, SFTTrainer
 
 import hft
-from hft.data import load_data, preference_rows, sft_rows
+from hft.data import load_data, load_split, preference_rows, sft_rows
 from hft.data.rows import rendered
 from hft.errors import HFTError
 from hft.runs.train import make_trainer
@@ -138,6 +138,9 @@ def test_templates_that_do_not_fit_are_refused(tmp_path):
             rendered(rows, prompt, "{{ answer }}")
     with pytest.raises(HFTError, match=r"row 1 .*: a column is null"):
         sft_rows(rows_of({"instruction": "q", "output": "a"}, {"instruction": "q", "output": None}), "x")
+    dates = str(write_jsonl(tmp_path / "dates.jsonl", [{"instruction": "q", "output": "2024-03-01"}]))
+    with pytest.raises(HFTError, match=r"row 0 .*a column of dates, .* save the rows as \.csv"):
+        sft_rows(load_split(dates, "train"), "x")
     for prompt, completion in (("question", "answer"), ("{question}", "{answer}"), ("question", "{{ answer }}")):
         templates = both | {"prompt": prompt, "completion": completion}
         run = hft.load_config("sft", recipe["sft"], model_name_or_path="a/b", **templates).run
