@@ -102,6 +102,9 @@ def load_data(run: RunConfig, read_rows: ReadRows, *, evaluate: bool) -> LoadedD
         train, test = _hold_out(name, train, run.eval_rows)
         note = f"evaluation: {len(test):,} rows held out of {run.dataset_train_split}"
     elif set(_splits(wanted)) <= set(splits):
+        whole = {part for part in f"{run.dataset_train_split}+{wanted}".split("+") if part in splits}
+        if both := whole & {*_splits(run.dataset_train_split)} & {*_splits(wanted)}:
+            raise HFTError(f"split {min(both)} would train and be evaluated on; choose another --dataset_test_split")
         test, more = rows(wanted)
         count = min(run.eval_rows or len(test), len(test))
         note, notes = f"evaluation: {count:,} of {len(test):,} rows of split {wanted}", [*notes, *more]

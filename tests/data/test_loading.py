@@ -161,7 +161,11 @@ def test_held_out_rows_come_from_the_test_split_or_are_taken_from_train(data, tm
     questions = [{row["messages"][0]["content"] for row in split} for split in (found.train, found.test)]
     assert not questions[0] & questions[1]
     assert load(evaluate=False, dataset_name=file).test is None
-    assert len(load(dataset_name=file, dataset_test_split="train[90%:]").test) == 10
+    sliced = load(dataset_name=file, dataset_train_split="train[:90%]", dataset_test_split="train[90%:]")
+    assert (len(sliced.train), len(sliced.test)) == (86, 10)
+    for split, other in (("train", "train[90%:]"), ("test+train", "test[:5]")):
+        with pytest.raises(HFTError, match="would train and be evaluated on; choose another --dataset_test_split"):
+            load(dataset_name=str(data), dataset_train_split=split, dataset_test_split=other)
     with pytest.raises(HFTError, match="has no split 'dev' to evaluate on, only train"):
         load(dataset_name=file, dataset_test_split="dev", eval_rows=8)
     with pytest.raises(HFTError, match="has no split to evaluate on: hold rows out"):
