@@ -47,6 +47,7 @@ COMMANDS = OBJECTIVE_COMMANDS | {
     "demo": ("hft.demo.command:demo", "write the demo data, by default to data/"),
     "cpi": ("hft.cpi.command:main", "CPI-FT: freeze what earlier tasks need: [STAGE] --config RECIPE [ARM]"),
 }
+WAITING = (signal.SIGINT, signal.SIGTERM)
 # Those that run on several processes: on the visible GPUs, or as --num_processes and --engine say.
 LAUNCHED = (*OBJECTIVES, "continual", "eval", "cpi")
 
@@ -113,14 +114,19 @@ def _run(command: str, words: Sequence[str]) -> int:
 
 
 def _imported(target: str) -> Callable[..., int]:
-    """The function that `module:function` names, imported without looking for garbage among what stays anyway."""
+    """The function that `module:function` names, imported without looking for garbage among what stays anyway.
+
+    Signals wait until then: some packages hide an interrupted import, or cannot be imported again after it.
+    """
     if target.partition(":")[0] not in sys.modules:
         gc.disable()
+        signal.pthread_sigmask(signal.SIG_BLOCK, WAITING)
         try:
             pkgutil.resolve_name(target)
         finally:
             gc.freeze()
             gc.enable()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITING)
     return pkgutil.resolve_name(target)
 
 

@@ -73,6 +73,18 @@ def test_a_signal_ends_every_command_in_a_sentence(capsys, monkeypatch, command,
     assert error_of(capsys) == f"hft: stopped by {number}{more}"
 
 
+def test_ctrl_c_waits_for_an_import_which_packages_may_hide_it_in(tmp_path, capsys, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    (tmp_path / "late.py").write_text(
+        "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException:\n    pass\n"
+        "def main(words):\n    return 0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(COMMANDS, "diff", ("late:main", ""))
+    assert main(["diff"]) == 130
+    assert error_of(capsys) == "hft: stopped by SIGINT"
+
+
 def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path, sft, capsys, monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
