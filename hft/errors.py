@@ -47,8 +47,8 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
 
 
 def neighbor(path: Path) -> str:
-    """The same about a path that does not exist: the nearest name in its folder."""
-    return did_you_mean(path.name, sorted(one.name for one in path.parent.glob("*")))
+    """The same about a path, if it does not exist: the nearest name in its folder."""
+    return "" if path.exists() else did_you_mean(path.name, sorted(one.name for one in path.parent.glob("*")))
 
 
 def read_text(path: str | Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft import __version__
-from hft.errors import HFTError, reason
+from hft.errors import HFTError, neighbor, reason
 from hft.machine import is_main, world_size
 from hft.record.identity import base_digests, cannot_resume, check_same_run, identity_of
 
@@ -108,7 +108,7 @@ class Manifest:
         except FileNotFoundError:
             raise HFTError(
                 f"{folder} has no {MANIFEST_NAME}, so there is nothing to verify: it is a merge, not a folder that "
-                "hft trained, or not there"
+                f"hft trained, or not there{neighbor(path.parent)}"
             ) from None
         except (TypeError, ValueError, AttributeError) as error:
             raise HFTError(f"{path} is not a valid manifest: {reason(error)}") from error

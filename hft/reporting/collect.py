@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hft.errors import HFTError, reason
+from hft.errors import HFTError, neighbor, reason
 from hft.evaluation.subject import folder_of
 from hft.objectives import OBJECTIVES, find_objective
 from hft.record.checkpoints import TRAINER_STATE, checkpoints
@@ -148,7 +148,8 @@ def collect(folders: Iterable[str | Path]) -> Collection:
         if "matrix.json" not in names and (run := read_run(folder)):  # a sequence is not a run
             runs.append(run)
         elif not names:
-            raise HFTError(f"{given} holds no run and no scores; give folders of runs, or of models that were scored")
+            what = f"{given} holds no run and no scores{neighbor(Path(given))}"
+            raise HFTError(f"{what}; give folders of runs, or of models that were scored")
     return Collection(group_by_model(runs), extras)
 
 

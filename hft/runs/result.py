@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hft.errors import HFTError, reason
+from hft.errors import HFTError, neighbor, reason
 from hft.machine import indented, on_gpu, peak_memory, say
 from hft.objectives import Objective
 from hft.record.manifest import Manifest, write_json
@@ -98,11 +98,9 @@ class RunResult:
         """
         path = Path(folder) / RESULTS_NAME
         try:
-            content = json.loads(path.read_text())
-            content.pop("planned", None)  # as an earlier version wrote it
-            return cls(**content)
+            return cls(**json.loads(path.read_text()))
         except FileNotFoundError:
-            raise HFTError(f"{folder} has no {RESULTS_NAME}: its run has not finished") from None
+            raise HFTError(f"{folder} has no {RESULTS_NAME}: its run has not finished{neighbor(path.parent)}") from None
         except (TypeError, ValueError, AttributeError) as error:
             raise HFTError(f"{path} is not a valid result: {reason(error)}") from error
 

@@ -110,6 +110,13 @@ def test_nothing_is_deleted_before_the_trainer_stands(tiny, data, tmp_path, sft,
     assert not (out / "checkpoint-4").exists()
 
 
+def test_a_run_that_is_not_there_is_told_from_its_neighbor(tmp_path, capsys):
+    (tmp_path / "sft-hft").mkdir()
+    for command, *more in (["verify"], ["push"], ["report"], ["compare", str(tmp_path)], ["eval"], ["generate"]):
+        assert main([command, str(tmp_path / "sft-hf"), *more]) == 2
+        assert "did you mean 'sft-hft'?" in error_of(capsys)
+
+
 def test_a_result_says_what_is_wrong_with_its_file(tmp_path):
     with pytest.raises(HFTError, match="its run has not finished"):
         hft.RunResult.load(tmp_path)
