@@ -98,7 +98,7 @@ def own_files(benchmark: Benchmark) -> dict[str, str]:
     """SHA-256 of the files beside a task file of the user's own, which it may include or import."""
     path, shipped = Path(benchmark.task), Path(find_spec("lm_eval").origin).parent
     folders = [path.parent] if path.suffix in (".yaml", ".yml") else map(Path, benchmark.folders)
-    own = [folder for folder in folders if path.suffix or folder.is_absolute() and shipped not in folder.parents]
+    own = [folder for folder in folders if path.suffix or (folder.is_absolute() and shipped not in folder.parents)]
     files = [file for folder in own for file in sorted(folder.iterdir()) if file.suffix in (".yaml", ".yml", ".py")]
     return {file.name: file_digest(file) for file in files}
 

@@ -52,14 +52,16 @@ def _meaning(path: Path) -> Any:
 
 def base_digests(base: str) -> dict[str, str]:
     """What identifies a base that is a folder: the digests of its weights and of each of `PARTS`."""
-    return {f"{part} of the base": sha for part, sha in digests_of(base).items()} if base and Path(base).is_dir() else {}
+    found = digests_of(base) if base and Path(base).is_dir() else {}
+    return {f"{part} of the base": sha for part, sha in found.items()}
 
 
 def with_files(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record with SHA-256 of the files that it names, such as data, and own code as FILE.py:NAME."""
     texts = {key: value for key, value in record.items() if isinstance(value, str)}
     paths = {key: Path(text.rpartition(":")[0] if ".py:" in text else text) for key, text in texts.items()}
-    return {**record} | {f"file of {key}": file_digest(path) for key, path in paths.items() if path.suffix and path.is_file()}
+    files = {key: path for key, path in paths.items() if path.suffix and path.is_file()}
+    return {**record} | {f"file of {key}": file_digest(path) for key, path in files.items()}
 
 
 def digest(content: Any) -> str:

@@ -112,8 +112,8 @@ def test_nothing_is_deleted_before_the_trainer_stands(tiny, data, tmp_path, sft,
 
 def test_a_run_that_is_not_there_is_told_from_its_neighbor(tmp_path, capsys):
     (tmp_path / "sft-hft").mkdir()
-    for command, *more in (["verify"], ["push"], ["report"], ["compare", str(tmp_path)], ["eval"], ["generate"]):
-        assert main([command, str(tmp_path / "sft-hf"), *more]) == 2
+    for name, *more in (["verify"], ["push"], ["report"], ["compare", str(tmp_path)], ["eval"], ["generate"]):
+        assert main([name, str(tmp_path / "sft-hf"), *more]) == 2
         assert "did you mean 'sft-hft'?" in error_of(capsys)
 
 
