@@ -17,13 +17,13 @@ from hft.errors import HFTError
 from hft.jsonl import read_jsonl, write_jsonl
 from hft.machine import broadcast, is_main, say
 from hft.merging.checkpoint import new_folder
-from hft.record.identity import file_digest
 from hft.record.manifest import write_json
 from hft.runs.config import load_config
 from hft.runs.plan import make_plan
 from hft.runs.result import CONFIG_NAME
 from hft.runs.train import train
 from hft.selection.policies import sample_names
+from hft.userfile import file_digest
 
 T = TypeVar("T")
 TRAIN, TEST = "train.jsonl", "test.jsonl"

@@ -21,7 +21,8 @@ from hft.config import RunConfig
 from hft.data.rows import are_text, rendered
 from hft.errors import HFTError, neighbor, reason
 from hft.jsonl import read_jsonl
-from hft.record.identity import digest, file_digest
+from hft.record.identity import digest
+from hft.userfile import file_digest
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 # A function of hft.data.rows: dataset and its name -> rows that a trainer reads, and notes.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from hft.config import option, read_yaml
 from hft.errors import HFTError, did_you_mean
-from hft.record.identity import file_digest
+from hft.userfile import file_digest
 
 # Whose prompts and rules a suite has.
 PROTOCOLS = {"quick": "hft", "general": "open-instruct", "knowledge": "lm-eval", "recent": "opencompass"}

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hft.record.identity import with_files
+from hft.userfile import with_files
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

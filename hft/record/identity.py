@@ -1,6 +1,5 @@
 """What a number or a run depends on, computed from what was used; whether two runs are the same one."""
 
-import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hft.errors import HFTError, reason
+from hft.userfile import file_digest
 
 # The files of a model's folder, beside its weights, that decide what it computes. Weights are found by their index.
 PARTS = {
@@ -56,29 +56,9 @@ def base_digests(base: str) -> dict[str, str]:
     return {f"{part} of the base": sha for part, sha in found.items()}
 
 
-def with_files(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with SHA-256 of the files that it names, such as data, and own code as FILE.py:NAME."""
-    texts = {key: value for key, value in record.items() if isinstance(value, str)}
-    paths = {key: Path(text.rpartition(":")[0] if ".py:" in text else text) for key, text in texts.items()}
-    files = {key: path for key, path in paths.items() if path.suffix and path.is_file()}
-    return {**record} | {f"file of {key}": file_digest(path) for key, path in files.items()}
-
-
 def digest(content: Any) -> str:
     """SHA-256 of what JSON can hold, whatever the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes; a file that was replaced is read again, also by `cp -p`, which keeps all but ctime."""
-    stat = Path(path).stat()
-    return _file_digest(str(Path(path).absolute()), (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-
-
-@functools.lru_cache(maxsize=4096)
-def _file_digest(path: str, version: tuple[int, ...]) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def identity_of(

@@ -11,8 +11,8 @@ from pydantic import PositiveInt
 from hft.config import Fraction, check_types, option
 from hft.errors import HFTError, did_you_mean
 from hft.model.anatomy import BLOCKS, Anatomy, Unit
-from hft.record.identity import with_files
 from hft.selection.masks import Mask
+from hft.userfile import with_files
 
 POLICIES = {
     "category": "a fraction of each block of each layer trains (the paper's HFT, Algorithm 1)",

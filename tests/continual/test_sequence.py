@@ -31,6 +31,7 @@ from hft.record.scores import scores_of
 from hft.reporting.paper import read_runs
 from hft.runs.plan import load_model_config, make_plan
 from hft.runs.train import make_trainer
+from hft.userfile import file_digest
 from tests.conftest import error_of, identical, tensors
 
 RAW = "hft/demo/templates/raw.jinja"
@@ -74,7 +75,8 @@ def test_each_round_is_a_run_with_another_half(gem, tiny):
         "memory_seed": 0,
         "gem_margin": 0.5,
         "carry_moments": False,
-        "strategy_data": str(gem / "data" / "02-Swap-memory.jsonl"),
+        "strategy_data": str(memory := gem / "data" / "02-Swap-memory.jsonl"),
+        "file of strategy_data": file_digest(memory),
     }
 
 
