@@ -7,15 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-    get_scheduler,
-)
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.optimization import get_scheduler
 
 from hft import training
 from hft.config import fill
@@ -32,6 +26,13 @@ NEEDED = (
     ("attn_implementation", "flash_attention_[24]", "flash_attn kernels", "flash-attn"),
     ("attn_implementation", "flash_attention_3", "flash_attn_interface kernels", "flash-attn-3"),
     ("attn_implementation", ".+/.+", "kernels", "kernels"),
+)
+# Key, and the values of another one with which transformers ignores it.
+IGNORED = (
+    ("warmup_steps", "lr_scheduler_type", "constant|reduce_lr_on_plateau|greedy"),
+    ("lr_scheduler_kwargs", "lr_scheduler_type", "constant|constant_with_warmup"),
+    ("optim_args", "optim", "adafactor|(paged_)?(lion|adamw_(8|32|bnb_8)bit).*|adamw_torch(_fused|_xla)?|(ada)?lomo"),
+    ("optim_target_modules", "optim", "(?!galore|apollo).*"),
 )
 
 
@@ -79,14 +80,10 @@ def accumulation_steps(values: dict[str, Any], default: int, processes: int) -> 
     if "gradient_accumulation_steps" in values:
         raise HFTError("gradient_accumulation_steps follows from global_batch_size; to give it, set that to none")
     per_device = values.get("per_device_train_batch_size", default)
-    if per_device < 1 or total < 1:
-        raise HFTError(f"batch sizes must be at least 1, got {per_device} rows per device, {total} in all")
     accumulation, remainder = divmod(total, per_device * processes)
     if remainder or not accumulation:
-        raise HFTError(
-            f"global_batch_size {total} is not a multiple of {per_device} rows per device x {processes} processes; "
-            "change --per_device_train_batch_size"
-        )
+        rows = f"{per_device} rows per device x {processes} processes"
+        raise HFTError(f"global_batch_size {total} is not a multiple of {rows}; change --per_device_train_batch_size")
     return {"gradient_accumulation_steps": accumulation}
 
 
@@ -117,6 +114,9 @@ def check_arguments(args: TrainingArguments, model_config: PretrainedConfig) -> 
         raise HFTError("eval_on_start evaluates, and eval_strategy is no: add --eval_on_start false")
     if args.fp16 and args.device.type == "cpu":
         raise HFTError("fp16 needs a GPU: take bf16, or neither")
+    for key, by, pattern in IGNORED:
+        if (value := getattr(args, key)) and re.fullmatch(pattern, other := getattr(args, by).value):
+            raise HFTError(f"{by} {other} ignores {key} {value}; change one of them")
     weight, scheduler = torch.zeros(1, requires_grad=True), args.lr_scheduler_type.value
     about = "report_to"
     try:
