@@ -29,10 +29,7 @@ def as_messages(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
 
 
 def docstring_chats() -> Iterator[tuple[str, dict]]:
-    """Dotted name and row for the docstring of each public module, class, function and method.
-
-    Repeated answers are taken once, so that no held-out one is trained on.
-    """
+    """Dotted name and row of each public docstring; repeated ones once, so that no held-out answer is trained on."""
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in root.rglob("*.py") if _is_public(path.relative_to(root)))
     seen = set()

@@ -58,18 +58,10 @@ def make_tiny(folder: Path) -> None:
     fast.chat_template = TULU_TEMPLATE.read_text()
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=2048,
-        bos_token_id=fast.bos_token_id,
-        eos_token_id=fast.eos_token_id,
-        pad_token_id=fast.pad_token_id,
-        dtype=torch.bfloat16,
-    )
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes |= {"vocab_size": len(fast), "max_position_embeddings": 2048}
+    ids = {name: getattr(fast, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = LlamaConfig(**sizes, **ids, dtype=torch.bfloat16)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     fast.save_pretrained(folder)
 
