@@ -21,6 +21,7 @@ from hft.catalog import find_recipe
 from hft.errors import HFTError, did_you_mean, read_text, reason
 
 T = TypeVar("T")
+Bare = type("Bare", (str,), {})  # the value of a flag that no word follows
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Reset = Callable[[Mapping[str, Any]], Container[str]]  # a config's keys that a file with a `method` resets
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -100,8 +101,7 @@ class RunConfig:
     global_batch_size: int | None = option("Rows per step over all devices; gradient accumulation follows from it.")
     eval_rows: int | None = option("Rows to evaluate on: the first ones of the test split, or held-out training rows.")
     activation_checkpointing_layers: int | Literal["auto"] | None = option(
-        "How many layers to checkpoint, from the first, whatever activation_checkpointing says; auto: as few as fit "
-        "into the GPU."
+        "How many layers to checkpoint, from the first, whatever activation_checkpointing says; auto: as few as fit."
     )
     save_only_trained: bool = option("Save only what trains, also in tensors; see hft merge --method delta.", False)
     method: str | None = option("Name of the method, for the run's name.")
@@ -207,10 +207,6 @@ def _type_names(annotation: Any) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-class Bare(str):
-    """The value of a flag that no word follows."""
-
-
 class Loader(yaml.SafeLoader):
     """YAML whose bools and numbers are YAML 1.2's, `no` a word and 1e-4 a number; no key stands twice in a mapping."""
 
@@ -234,10 +230,9 @@ Loader.yaml_implicit_resolvers = {
 }
 Loader.add_implicit_resolver(BOOL, re.compile("^(?:true|false|True|False|TRUE|FALSE)$"), list("tTfF"))
 NUMBER = re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$", re.IGNORECASE)
-INTEGER = re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
 Loader.add_constructor(INT, lambda _, node: int(node.value, 0 if node.value[1:2] in ("o", "x") else 10))
 for resolving in (Loader, Dumper):
-    resolving.add_implicit_resolver(INT, INTEGER, list("-+0123456789"))
+    resolving.add_implicit_resolver(INT, re.compile("^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
     resolving.add_implicit_resolver(FLOAT, NUMBER, list("-+.0123456789"))
 
 

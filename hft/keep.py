@@ -51,8 +51,8 @@ class KeepConfig:
 def main(arguments: Sequence[str]) -> int:
     """Score models on the line from a base to a tuned model, and write the furthest one that keeps the budget."""
     words = list(takewhile(lambda word: not word.startswith("-"), arguments))
-    about = ("hft keep RUN", "Go part of the way to RUN.", {"keep": (KeepConfig,)})
-    given = read_arguments(arguments[len(words) :], *about)
+    groups = {"keep": (KeepConfig,)}
+    given = read_arguments(arguments[len(words) :], "hft keep RUN", "Go part of the way to RUN.", groups)
     config = fill(KeepConfig, given.resolve(Keys((KeepConfig,)))[0])
     if len(words) != 1 or not config.out:
         raise HFTError("give one run and a new folder: hft keep RUN --budget drift=0.05 --out FOLDER")

@@ -122,9 +122,8 @@ def parse_sequence(arguments: Sequence[str]) -> tuple[SequencePlan, Machine]:
     ours = ("dataset_name", "strategy_data", "previous_run", *TURNS)
     if set_by_us := [key for key in ours if merged.get(key, TURNS.get(key)) != TURNS.get(key)]:
         raise HFTError(f"{set_by_us[0]} is set by hft continual per run; remove it, and name tasks and trace_dir")
-    placeholders = {key: merged.get(key) or "-" for key in ("output_dir", "run_name")}
-    placeholders |= {"strategy": settings.strategy, "dataset_name": "-"}
-    config = resolve_config("sft", replace(rest, flags=rest.flags | placeholders))
+    names = {key: merged.get(key) or "-" for key in ("dataset_name", "output_dir", "run_name")}
+    config = resolve_config("sft", replace(rest, flags=rest.flags | names | {"strategy": settings.strategy}))
     check_shared(config.values)
     if "epochs" in flags and (steps := config.values.get("max_steps", -1)) > 0:
         raise HFTError(f"epochs change nothing beside max_steps {steps}; add --max_steps -1")

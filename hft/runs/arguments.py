@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -60,8 +61,7 @@ def training_arguments(
         notes.append(f"learning rate {rate * factor:g}: {factor:g} times the recipe's {rate:g}")
     if values.get("max_steps", -1) > 0 and "num_train_epochs" in values:
         notes.append(f"max_steps {values['max_steps']} overrides num_train_epochs {values['num_train_epochs']:g}")
-    if template := values.get("chat_template_path"):
-        values["chat_template_path"] = find_template(template)
+    values["chat_template_path"] = find_template(values.get("chat_template_path") or "") or None
     if (layers := values.get("activation_checkpointing_layers")) is not None:
         values["activation_checkpointing"] = layers == "auto" or layers > 0
     args = fill(cls, values | accumulation_steps(values, cls.per_device_train_batch_size, processes or world_size()))
@@ -82,8 +82,10 @@ def accumulation_steps(values: dict[str, Any], default: int, processes: int) -> 
     per_device = values.get("per_device_train_batch_size", default)
     accumulation, remainder = divmod(total, per_device * processes)
     if remainder or not accumulation:
-        rows = f"{per_device} rows per device x {processes} processes"
-        raise HFTError(f"global_batch_size {total} is not a multiple of {rows}; change --per_device_train_batch_size")
+        raise HFTError(
+            f"global_batch_size {total} is not a multiple of {per_device} rows per device x {processes} processes; "
+            "change --per_device_train_batch_size"
+        )
     return {"gradient_accumulation_steps": accumulation}
 
 
@@ -117,8 +119,7 @@ def check_arguments(args: TrainingArguments, model_config: PretrainedConfig) -> 
     for key, by, pattern in IGNORED:
         if (value := getattr(args, key)) and re.fullmatch(pattern, other := getattr(args, by).value):
             raise HFTError(f"{by} {other} ignores {key} {value}; change one of them")
-    weight, scheduler = torch.zeros(1, requires_grad=True), args.lr_scheduler_type.value
-    about = "report_to"
+    weight, scheduler, about = torch.zeros(1, requires_grad=True), args.lr_scheduler_type.value, "report_to"
     try:
         for tracker in get_reporting_integration_callbacks(args.report_to):
             tracker()  # asks for its package
@@ -128,8 +129,7 @@ def check_arguments(args: TrainingArguments, model_config: PretrainedConfig) -> 
             optimizer([weight], **kwargs)
         about = f"lr_scheduler_type {scheduler} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
         steps = {"num_warmup_steps": args.get_warmup_steps(100), "num_training_steps": 100}
-        plain = torch.optim.SGD([weight], lr=1.0)
-        get_scheduler(scheduler, plain, **steps, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+        get_scheduler(scheduler, torch.optim.SGD([weight]), **steps, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
         raise HFTError(f"{about}: {reason(error)}") from error
 
@@ -153,15 +153,13 @@ def check_positions(config: PretrainedConfig, args: TrainingArguments, prompt: i
 def check_saving(base: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> None:
     """Refuse what cannot be saved beside the weights, as transformers would do at the first checkpoint."""
     parts: dict[str, Any] = {"config": config, "tokenizer": tokenizer}
-    try:
+    with suppress(OSError):  # it has none
         generation = GenerationConfig.from_pretrained(base, revision=revision or "main")
         for token in ("pad_token_id", "bos_token_id", "eos_token_id"):  # as Trainer; then it is checked strictly
             named, own = getattr(generation, token), getattr(tokenizer, token)
             if own not in (named if isinstance(named, list) else [named]):
                 setattr(generation, token, own)
         parts["generation_config"] = generation
-    except OSError:  # it has none
-        pass
     with tempfile.TemporaryDirectory() as folder:
         for name, part in parts.items():
             try:

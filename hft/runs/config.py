@@ -175,8 +175,7 @@ def _slug(value: Any) -> str:
 
 def check_is_a_model(name: str, folder: Path | None = None) -> None:
     """Refuse an adapter's folder as a model, and what a run with `save_only_trained` has saved."""
-    folder = folder or Path(name)
-    check_whole(folder, name)
+    check_whole(folder := folder or Path(name), name)
     if (folder / "adapter_config.json").exists():
         remedy = f"`hft merge --method adapter --models {name} --out NEW` makes it one"
         raise HFTError(f"{name} is an adapter, not a model; {remedy}")
@@ -194,13 +193,11 @@ def check_shared(values: Mapping[str, Any]) -> None:
 
 def find_template(name: str) -> str:
     """The path of a chat template, a file or one that comes with hft; empty if none is given."""
-    packaged = TEMPLATES / Path(name).name
-    if not name or Path(name).is_file():
-        return name
-    if packaged.is_file():
-        return str(packaged)
-    known = ", ".join(sorted(path.name for path in TEMPLATES.glob("*.jinja")))
-    raise HFTError(f"chat template {name} is not a file; give a .jinja file, or one that comes with hft: {known}")
+    found = [path for path in (Path(name), TEMPLATES / Path(name).name) if path.is_file()]
+    if name and not found:
+        known = ", ".join(sorted(path.name for path in TEMPLATES.glob("*.jinja")))
+        raise HFTError(f"chat template {name} is not a file; give a .jinja file, or one that comes with hft: {known}")
+    return str(found[0]) if found else ""
 
 
 def read_saved_config(path: Path) -> dict[str, Any]:
