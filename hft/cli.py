@@ -53,11 +53,9 @@ LAUNCHED = (*OBJECTIVES, "continual", "eval", "cpi")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command, and return its exit status.
 
-    Returns:
-        The exit status: 0; 1 if verify found a difference; 2 for a mistake that the user can correct; 143 or 130 for
-        what SIGTERM or Ctrl-C has stopped.
+    0; 1 if verify found a difference; 2 for a mistake that the user can correct; 143 or 130 after SIGTERM or Ctrl-C.
     """
     # TRL pings a server whenever a trainer is made; huggingface_hub reads this when it is imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -12,16 +12,18 @@ from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from hft.catalog import find_recipe
 from hft.errors import HFTError, did_you_mean, read_text, reason
 
 T = TypeVar("T")
+Bare = type("Bare", (str,), {})  # the value of a flag that no word follows
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Reset = Callable[[Mapping[str, Any]], Container[str]]  # a config's keys that a file with a `method` resets
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 # The templates that make turns of text, which TRL reads without a chat template.
@@ -29,6 +31,14 @@ TURNS = {"prompt": "{{ prompt }}", "completion": "{{ completion }}"}
 
 # Keys of TRL's configs and of `from_pretrained` that hold a secret.
 SECRETS = ("hub_token", "token", "use_auth_token", "api_key")
+# What numbers must be, by keys; TRL and transformers take any.
+BOUNDS = {
+    "num_train_epochs save_steps": Field(gt=0),
+    "learning_rate weight_decay warmup_steps beta logging_steps eval_steps dataloader_num_workers": Field(ge=0),
+    "max_length pad_to_multiple_of per_device_train_batch_size per_device_eval_batch_size global_batch_size eval_rows "
+    "gradient_accumulation_steps eval_accumulation_steps precompute_ref_batch_size ref_model_sync_steps "
+    "rows limit batch_size score_batch_size max_new_tokens max_gen_toks importance_rows": Field(ge=1),
+}
 # transformers is renaming these; under either name the later value wins.
 ALIASES = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
 # Keys by other tools' words for them, with a value where that differs too.
@@ -91,8 +101,7 @@ class RunConfig:
     global_batch_size: int | None = option("Rows per step over all devices; gradient accumulation follows from it.")
     eval_rows: int | None = option("Rows to evaluate on: the first ones of the test split, or held-out training rows.")
     activation_checkpointing_layers: int | Literal["auto"] | None = option(
-        "How many layers to checkpoint, from the first, whatever activation_checkpointing says; auto: as few as fit "
-        "into the GPU."
+        "How many layers to checkpoint, from the first, whatever activation_checkpointing says; auto: as few as fit."
     )
     save_only_trained: bool = option("Save only what trains, also in tensors; see hft merge --method delta.", False)
     method: str | None = option("Name of the method, for the run's name.")
@@ -116,7 +125,7 @@ class Keys:
 
     classes: tuple[type, ...]
     explain: Callable[[str], str | None] = lambda key: None  # a sentence about a key that is not among them, or None
-    replaced: Callable[[Mapping[str, Any]], Container[str]] = lambda config: ()  # what a file with a `method` resets
+    replaced: Reset = lambda config: ()
 
     @functools.cached_property
     def types(self) -> dict[str, Any]:
@@ -126,7 +135,7 @@ class Keys:
             hints = get_type_hints(cls, include_extras=True)
             for f in (f for f in fields(cls) if f.init):
                 choices = f.metadata.get("choices")
-                found[f.name] = Literal[*choices, f.default] if choices else hints[f.name]
+                found[f.name] = Literal[*choices, f.default] if choices else _bounded(f.name, hints[f.name])
         return found
 
     def convert(self, key: str, value: Any) -> Any:
@@ -145,28 +154,37 @@ def convert(key: str, value: Any, annotation: Any) -> Any:
     kinds = set(_alternatives(annotation))
     if isinstance(value, str) and dict in kinds and value.lstrip().startswith("{"):
         value = _parsed(value, key)
+    if isinstance(value, Bare) and bool not in kinds and key != "resume_from_checkpoint":
+        raise HFTError(f"{key}: expected {_type_names(annotation)}, got no value")
+    if NoneType in kinds and not {str, list} <= kinds and str(value).lower() in ("none", "null"):
+        return None
     try:
         if isinstance(value, bool) and not kinds & {bool, Any}:  # pydantic would take it for a number
             raise TypeError
-        converted = TypeAdapter(annotation).validate_python(value)
+        converted = TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
     except (ValidationError, TypeError) as error:
-        if isinstance(value, str) and NoneType in kinds and value.lower() in ("none", "null"):
-            return None
         if list in kinds and not isinstance(value, list | dict | bool | NoneType):
             return convert(key, [value], annotation)
         wrong = error.errors() if isinstance(error, ValidationError) else []
-        bounds = [one["msg"] for one in wrong if one["type"].startswith(("greater", "less"))]
-        expected = bounds[0].replace("Input should be", "a number") if bounds else _type_names(annotation)
+        bounds = [one["msg"] for one in wrong if one["type"].startswith(("greater", "less", "finite"))]
+        words = bounds[0].replace("Input should be", "a number").replace("number a finite", "finite") if bounds else ""
         got = json.dumps(value) if isinstance(value, bool | NoneType) else repr(value)
-        raise HFTError(f"{key}: expected {expected}, got {got}") from error
+        raise HFTError(f"{key}: expected {words or _type_names(annotation)}, got {got}") from error
     return converted.value if isinstance(converted, Enum) else converted
 
 
 def check_types(config: Any) -> None:
     """Check the values of a dataclass as those of a command are checked."""
-    keys = Keys((type(config),))
     for key, value in vars(config).items():
-        keys.convert(key, value)
+        Keys((type(config),)).convert(key, value)
+
+
+def _bounded(key: str, annotation: Any) -> Any:
+    """The type of a key with its bound; the only text beside a number is auto."""
+    if not (bound := [bound for keys, bound in BOUNDS.items() if key in keys.split()]):
+        return annotation
+    types = {int: Annotated[int, *bound], float: Annotated[float, *bound], str: Literal["auto"]}
+    return Union[tuple(types.get(kind, kind) for kind in get_args(annotation) or [annotation])]  # noqa: UP007
 
 
 def _alternatives(annotation: Any) -> Iterable[Any]:
@@ -204,15 +222,17 @@ class Dumper(yaml.SafeDumper):
     """Writes text so that `Loader` and YAML 1.1 both read it as text."""
 
 
-BOOL, FLOAT, DATE = (f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "timestamp"))
+BOOL, INT, FLOAT, DATE = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp"))
 # pydantic still takes yes, no, on and off where a bool is asked for.
 Loader.yaml_implicit_resolvers = {
-    start: [(tag, pattern) for tag, pattern in resolvers if tag not in (BOOL, FLOAT, DATE)]
+    start: [(tag, pattern) for tag, pattern in resolvers if tag not in (BOOL, INT, FLOAT, DATE)]
     for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 Loader.add_implicit_resolver(BOOL, re.compile("^(?:true|false|True|False|TRUE|FALSE)$"), list("tTfF"))
 NUMBER = re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$", re.IGNORECASE)
+Loader.add_constructor(INT, lambda _, node: int(node.value, 0 if node.value[1:2] in ("o", "x") else 10))
 for resolving in (Loader, Dumper):
+    resolving.add_implicit_resolver(INT, re.compile("^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
     resolving.add_implicit_resolver(FLOAT, NUMBER, list("-+.0123456789"))
 
 
@@ -243,9 +263,7 @@ class Given:
     contents: list[dict[str, Any]]  # of the files
     flags: dict[str, Any]  # text, or a list where several words follow a flag
 
-    def merge(
-        self, replaced: Callable[[Mapping[str, Any]], Container[str]] = lambda config: ()
-    ) -> tuple[dict[str, Any], dict[str, str]]:
+    def merge(self, replaced: Reset = lambda config: ()) -> tuple[dict[str, Any], dict[str, str]]:
         """Layer files and flags, later ones winning: untyped values, and the file of those that are from one."""
         merged: dict[str, Any] = {}
         sources: dict[str, str] = {}
@@ -277,7 +295,9 @@ class Given:
             except HFTError as error:
                 raise (HFTError(f"{sources[key]}: {error}") if key in sources else error) from error
         refuse_secrets(values)
-        return values, {key: values[key] for key in renamed(self.flags)}
+        # A run without these is named after what it is.
+        values = {key: value for key, value in values.items() if value or key not in ("output_dir", "run_name")}
+        return values, {key: values[key] for key in renamed(self.flags) if key in values}
 
 
 def renamed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,12 +314,10 @@ def refuse_secrets(values: Mapping[str, Any]) -> None:
             refuse_secrets(value)
 
 
-def read_arguments(
-    arguments: Sequence[str], prog: str, description: str, groups: Mapping[str, Iterable[type]]
-) -> Given:
+def read_arguments(arguments: Sequence[str], prog: str, about: str, groups: Mapping[str, Iterable[type]]) -> Given:
     """Read `--config A.yaml B.yaml --key value ...` and its files; `--help` prints the keys of `groups`, by heading."""
     if {"-h", "--help"} & set(arguments):
-        print_help(prog, description, groups)
+        print_help(prog, about, groups)
         raise SystemExit(0)
     files: list[str] = []
     flags: dict[str, Any] = {}
@@ -315,7 +333,9 @@ def read_arguments(
             raise HFTError(f"{word!r} does not follow a flag; see {prog} --help")
         else:
             target.append(word)
-    values = {key: words[0] if len(words) == 1 else words or "true" for key, words in flags.items()}
+    values = {key: words[0] if len(words) == 1 else words or Bare("true") for key, words in flags.items()}
+    if "method" in values and (RunConfig,) in groups.values():
+        raise HFTError(f"a method is a file, not a flag: --config RECIPE {values['method']}")
     return read_files(files, values)
 
 
@@ -343,7 +363,5 @@ def fill(cls: type[T], config: Mapping[str, Any]) -> T:
     """A dataclass filled with those keys of a config that are its fields."""
     try:
         return cls(**{f.name: config[f.name] for f in fields(cls) if f.init and f.name in config})
-    except HFTError:
-        raise
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise HFTError(reason(error)) from error

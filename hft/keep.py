@@ -14,7 +14,7 @@ from hft.errors import HFTError
 from hft.evaluation.evaluate import check_installed, evaluate, resolved
 from hft.evaluation.rows import spec_of
 from hft.evaluation.subject import subject_of
-from hft.evaluation.suites import SUITES, Settings
+from hft.evaluation.suites import SUITES, Dtype, Settings
 from hft.machine import indented, say
 from hft.merging.checkpoint import Checkpoint, new_folder, open_base
 from hft.merging.config import MergeConfig
@@ -38,15 +38,13 @@ Values = dict[str, float]  # by task and metric
 class KeepConfig:
     """What `hft keep` takes."""
 
-    budget: list[str] = option(
-        "Largest loss allowed relative to the base: drift=0.05, kl=0.1 (nats/token), facts=2 (points).", []
-    )
+    budget: list[str] = option("Most to lose against the base: drift=0.05, kl=0.1 (nats/token), facts=2 (points).", [])
     out: str | None = option("Folder for the result.")
     base: str | None = option("What the model was tuned from; default: by manifest.")
     by_block: bool = option("Then go further block by block, as long as that lowers the task loss.", False)
     limit: int | None = option("Rows of each task; default: all.")
     task_data: str | None = option("A run with held-out rows, for models without any.")
-    dtype: str | None = option("To score in; default: bfloat16 on GPUs, else float32.")
+    dtype: Dtype | None = option("To score in; default: bfloat16 on GPUs, else float32.")
     batch_size: int = option("Rows per forward pass.", 8)
 
 

@@ -40,6 +40,7 @@ def test_later_files_and_then_flags_win(tmp_path):
     values, flags = resolve("--config", a, b, "--seed", "3", "--freeze", "q_proj", "k_proj")
     assert values == {"max_steps": 2, "learning_rate": 2e-5, "seed": 3, "freeze": ["q_proj", "k_proj"]}
     assert flags == {"seed": 3, "freeze": ["q_proj", "k_proj"]}
+    assert resolve("--resume_from_checkpoint")[0] == {"resume_from_checkpoint": "true"}
     assert resolve("--bf16", "--seed=1", f"--config={a}") == (
         {"max_steps": 1, "learning_rate": 2e-5, "seed": 1, "bf16": True},
         {"seed": 1, "bf16": True},
@@ -73,6 +74,24 @@ def test_a_folder_below_home_is_one_in_files_and_after_an_equals_sign_too(tmp_pa
     assert merge == {"out": f"{tmp_path}/merged"}
 
 
+# Numbers that cannot be meant.
+NO_NUMBERS = """
+    max_length=0 num_train_epochs=-1 num_train_epochs=nan gradient_accumulation_steps=-2 logging_steps=-1 eval_rows=0
+    eval_rows=-3 learning_rate=inf learning_rate=nan weight_decay=nan weight_decay=-1 per_device_eval_batch_size=0
+    eval_accumulation_steps=0 dataloader_num_workers=-1 save_steps=0 global_batch_size=0 warmup_steps=-1 eval_steps=-0.5
+    max_grad_norm=inf
+"""
+
+
+def test_numbers_that_are_meant_are_taken():
+    words = "--max_steps -1 --max_length none --logging_steps 0.5 --save_steps 0.1 --eval_steps 0.5 --warmup_steps 0"
+    words += " --pad_to_multiple_of auto --learning_rate 0 --max_grad_norm 0 --save_total_limit 0 --local_rank -1"
+    values, _ = resolve(*words.split())
+    assert values["max_length"] is None
+    assert (values["logging_steps"], values["save_steps"], values["pad_to_multiple_of"]) == (0.5, 0.1, "auto")
+    assert resolve("--pad_to_multiple_of", "8")[0] == {"pad_to_multiple_of": 8}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -85,6 +104,12 @@ def test_a_folder_below_home_is_one_in_files_and_after_an_equals_sign_too(tmp_pa
         ("assistant_only_loss: 2", "assistant_only_loss: expected true or false, got 2"),
         ("fraction: {a: 1}", "fraction: expected a number, got {'a': 1}"),
         ("learning_rate: null", "learning_rate: expected a number, got null"),
+        ("max_length: 4:16", "max_length: expected an integer, got '4:16'"),
+        ("dataset_weights: [1, .nan]", "dataset_weights: expected a finite number, got [1, nan]"),
+        ("learning_rate: .inf", "learning_rate: expected a finite number, got inf"),
+        ("max_length: -5", "max_length: expected a number greater than or equal to 1, got -5"),
+        ("pad_to_multiple_of: 0", "pad_to_multiple_of: expected a number greater than or equal to 1, got 0"),
+        ("num_train_epochs: 0", "num_train_epochs: expected a number greater than 0, got 0"),
         ("- a", "must be a YAML mapping"),
         ("a: [", "is not valid YAML"),
         ("", "must be a YAML mapping"),
@@ -113,6 +138,11 @@ def test_a_wrong_file_is_one_line_and_status_2(tmp_path, capsys, text, message):
         (["--load_in_4bit"], "unknown key 'load_in_4bit', did you mean 'adapter: qlora'?"),
         (["--config", "recipes/tiny/sft.yml"], "no such file or recipe, did you mean 'sft.yaml'?"),
         (["--max_steps", "x"], "max_steps: expected an integer, got 'x'"),
+        (["--output_dir"], "output_dir: expected text, got no value"),
+        (["--max_steps"], "max_steps: expected an integer, got no value"),
+        (["--freeze", "--dry_run"], "freeze: expected a list, got no value"),
+        (["--pad_to_multiple_of", "0"], "expected a number greater than or equal to 1, got '0'"),
+        *(([f"--{word}"], f"{word.split('=')[0]}: expected a ") for word in NO_NUMBERS.split()),
         (["--max_steps", "1", "2"], "max_steps: expected an integer, got ['1', '2']"),
         (
             ["--config", "recipes/tiny/sft.yaml", "--fraction", "1.5"],
@@ -222,6 +252,9 @@ def test_the_name_tells_what_a_flag_changed(tiny):
     assert name("--dataset_name", "a/b.jsonl", "c/d.jsonl") == "tiny-sft-fft-dataset_name=b.jsonl+d.jsonl"
     assert name("--max_steps", "3", "--dataset_name", "a/b.jsonl") == "tiny-sft-fft-max_steps=3-dataset_name=b.jsonl"
     assert name("--model_name_or_path", "elsewhere/tiny-sft-hft") == "tiny-sft-fft-from-tiny-sft-hft"
+    assert name("--output_dir", "none", "--run_name", "none", "--dataset_test_split", "none") == (
+        "tiny-sft-fft-dataset_test_split=None"
+    )
     assert name("--run_name", "mine") == name("--output_dir", "some/mine") == "mine"
     assert len(name("--dataset_name", "x" * 300)) <= 120
 
@@ -272,9 +305,11 @@ def test_every_key_of_trl_says_what_is_computed_or_how():
 
 
 def test_numbers_and_text_of_yaml_survive_a_round_trip(tmp_path):
-    text = write(tmp_path / "a.yaml", "x: {a: 1e-4, b: [1E5, .5, 3], c: no, d: 2024-01-01, e: '1e-4'}")
+    integers = "f: [0256, 4:16, 0o17, 0x1F, -07, 0b1], g: ['0o17', '0256', '4:16', '12']"
+    text = write(tmp_path / "a.yaml", f"x: {{a: 1e-4, b: [1E5, .5, 3], c: no, d: 2024-01-01, e: '1e-4', {integers}}}")
     values = read_yaml(text)["x"]
-    assert values == {"a": 1e-4, "b": [1e5, 0.5, 3], "c": "no", "d": "2024-01-01", "e": "1e-4"}
+    assert (values.pop("f"), values["g"]) == ([256, "4:16", 15, 31, -7, "0b1"], ["0o17", "0256", "4:16", "12"])
+    assert values | {"g": 0} == {"a": 1e-4, "b": [1e5, 0.5, 3], "c": "no", "d": "2024-01-01", "e": "1e-4", "g": 0}
     assert read_yaml(write(tmp_path / "b.yaml", to_yaml(values))) == values
 
 
@@ -340,7 +375,8 @@ def test_another_base_is_another_round(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--per_device_train_batch_size", "0"], "batch sizes must be at least 1"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size: expected a number greater than or "),
+        (["--method", "fft"], "a method is a file, not a flag: --config RECIPE fft"),
         (["--accelerator_config", "none.json"], "No such file"),
         (["--policy_options", "{a: [1}"], "policy_options is not valid YAML: "),
         (["--fraction", "0.25", "--policy", "all"], "fraction means nothing to the all policy"),

@@ -117,6 +117,8 @@ def test_what_cannot_be_kept_is_said(finished, tiny, tmp_path, capsys, monkeypat
         ([*drift, *out], "give one run and a new folder: hft keep RUN"),
         ([finished, *out, "--budget", "mmlu=2"], "drift, kl, facts; got mmlu=2"),
         ([finished, *out, "--budget", "drift=-1"], "drift, kl, facts; got drift=-1"),
+        ([finished, *out, *drift, "--dtype", "float99"], "dtype: expected 'bfloat16', 'float16', 'float32' or 'auto'"),
+        ([finished, *out, *drift, "--task_data", "test"], "task_data test does not exist, did you mean 'tests'?"),
         ([finished, *out, "--budget", "drift"], "drift, kl, facts; got drift"),
         ([tiny, *out, *drift], "does not say what it was trained on; name its base with --base"),
         ([adapter, *out, *drift], "`hft merge --method adapter --models"),

@@ -29,7 +29,9 @@ class SequenceConfig:
 
     trace_dir: str | None = option("TRACE's folder, or one like it: TASK/train.json and TASK/test.json, or .jsonl.")
     tasks: list[str] = option("The tasks, in the order in which they are learned.", list(TRACE))
-    epochs: dict[str, float] | None = option("Epochs per task; num_train_epochs for all others.")
+    epochs: dict[str, Annotated[float, Field(gt=0)]] | None = option(
+        "Epochs per task; num_train_epochs for all others."
+    )
     metrics: dict[str, str] | None = option("Metric of each task outside TRACE, as {TASK: accuracy}.")
     strategy: str = option("Continual-learning strategy: a name, or FILE.py:CLASS of your own.", "seqft")
     alignment: str | None = option("Folder in trace_dir with general instructions that replay trains on too.")
@@ -45,6 +47,9 @@ class SequenceConfig:
             raise HFTError(f"tasks has {twice[0]} twice; a task is learned once")
         if not self.tasks:
             raise HFTError(f"tasks is empty; name some, such as {', '.join(TRACE)}")
+        for key in ("epochs", "metrics"):
+            if others := [task for task in getattr(self, key) or () if task not in self.tasks]:
+                raise HFTError(f"{key} has {others[0]}, which is not among the tasks {', '.join(self.tasks)}")
         self.metrics = metrics_of(self.tasks, self.metrics or {})
 
 
@@ -110,24 +115,26 @@ def parse_sequence(arguments: Sequence[str]) -> tuple[SequencePlan, Machine]:
     values, flags = own.resolve(Keys((SequenceConfig,)))
     if "num_train_epochs" in rest.flags and "epochs" not in flags:  # a flag wins over a file
         values.pop("epochs", None)
-    if "tasks" in flags and "metrics" not in flags:  # the recipe's metrics are of the recipe's tasks
-        metrics = values.get("metrics") or {}
-        values["metrics"] = {task: name for task, name in metrics.items() if task in values["tasks"]}
+    for key in {"epochs", "metrics"} - flags.keys() if "tasks" in flags else ():  # the recipe's are of its tasks
+        values[key] = {task: value for task, value in (values.get(key) or {}).items() if task in values["tasks"]}
     settings = fill(SequenceConfig, values)
     merged, _ = rest.merge()
     ours = ("dataset_name", "strategy_data", "previous_run", *TURNS)
     if set_by_us := [key for key in ours if merged.get(key, TURNS.get(key)) != TURNS.get(key)]:
         raise HFTError(f"{set_by_us[0]} is set by hft continual per run; remove it, and name tasks and trace_dir")
-    placeholders = {"strategy": settings.strategy, "dataset_name": "-", "output_dir": "-", "run_name": "-"}
-    config = resolve_config("sft", replace(rest, flags=rest.flags | placeholders))
+    names = {key: merged.get(key) or "-" for key in ("dataset_name", "output_dir", "run_name")}
+    config = resolve_config("sft", replace(rest, flags=rest.flags | names | {"strategy": settings.strategy}))
     check_shared(config.values)
+    if "epochs" in flags and (steps := config.values.get("max_steps", -1)) > 0:
+        raise HFTError(f"epochs change nothing beside max_steps {steps}; add --max_steps -1")
 
     # A sequence is named after its folder if one is given, else after recipe, method, strategy and flags.
     method = f"{config.run.method or 'hft'}-{settings.strategy.rpartition('/')[2].replace(':', '_')}"
     naming = {"method": method, "model_name_or_path": config.run.model_name_or_path}
     flags = {key: value for key, value in given.flags.items() if key not in UNNAMED}
     name = merged.get("run_name") or run_name("trace", naming, flags, given)
-    out, strategy, dropped = merged.get("output_dir", f"runs/{name}"), config.method.strategy, PER_RUN
+    folder, strategy, dropped = config.values["output_dir"], config.method.strategy, PER_RUN
+    out = f"runs/{name}" if Path(folder).name == "-" else folder
     if not (strategy.acts_on_steps or strategy.carry_moments):
         dropped = dropped | {"strategy", *(f.name for f in fields(strategy))}
     common = {"max_length": settings.max_prompt_length + settings.max_answer_length} | config.values | TURNS
@@ -135,7 +142,7 @@ def parse_sequence(arguments: Sequence[str]) -> tuple[SequencePlan, Machine]:
     mine, unsaved = asdict(settings) | asdict(strategy), PER_RUN | {"score_batch_size"}
     mine = {key: value for key, value in mine.items() if value is not None and key not in unsaved}
     first = {key: value for key, value in config.values.items() if key == "round" and key in merged}
-    keys = common | mine | first | {"output_dir": str(out), "run_name": name}
+    keys = common | mine | first | {"output_dir": out, "run_name": name}
     if machine.gpus and not config.run.dry_run:
         raise HFTError("gpus is for a plan: add --dry_run true")
     first_round = config.values.get("round", 1)

@@ -26,8 +26,8 @@ def fetch(arguments: Sequence[str]) -> int:
 
 def demo(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="hft demo", description="Write the demo data.")
-    parser.add_argument("folder", metavar="FOLDER", nargs="?", default="data", help="default: data")
-    folder = parser.parse_args(arguments).folder
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", help="default: data")
+    folder = parser.parse_args(arguments).folder or "data"
     from hft.demo.data import write_demo_data
     from hft.demo.tasks import write_tasks
 

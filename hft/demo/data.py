@@ -29,10 +29,7 @@ def as_messages(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
 
 
 def docstring_chats() -> Iterator[tuple[str, dict]]:
-    """Dotted name and row for the docstring of each public module, class, function and method.
-
-    Repeated answers are taken once, so that no held-out one is trained on.
-    """
+    """Dotted name and row of each public docstring; repeated ones once, so that no held-out answer is trained on."""
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in root.rglob("*.py") if _is_public(path.relative_to(root)))
     seen = set()
@@ -51,9 +48,8 @@ def docstring_pairs(chats: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, di
     """Preferences out of `docstring_chats`: the right answer over that to the next question of the same module."""
     for _, module in groupby(chats, key=lambda chat: chat[0].split(".")[0]):
         members = list(module)
-        if len(members) == 1:
-            continue
-        for (name, row), (_, other) in zip(members, members[1:] + members[:1], strict=True):
+        others = members[1:] + members[:1] if len(members) > 1 else []
+        for (name, row), (_, other) in zip(members, others, strict=False):
             question, answer = row["messages"]
             yield name, {"prompt": [question], "chosen": [answer], "rejected": [other["messages"][1]]}
 

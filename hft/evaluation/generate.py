@@ -15,7 +15,7 @@ from hft.errors import HFTError, reason
 from hft.evaluation.evaluate import check_installed, resolved
 from hft.evaluation.rows import held_out_rows, prompt_and_answer
 from hft.evaluation.subject import Subject, folder_of, load_tokenizer, subject_of
-from hft.evaluation.suites import Settings
+from hft.evaluation.suites import Dtype, Settings
 from hft.jsonl import write_jsonl
 from hft.machine import say
 from hft.record.scores import ANSWERS_NAME, SCORES_FOLDER
@@ -37,7 +37,7 @@ class GenerateCommand:
     base: bool = option("Ask the bases too.", True)
     max_new_tokens: int = option("Longest answer.", 128)
     batch_size: int = option("Prompts per forward pass.", 8)
-    dtype: str | None = option("Of the models; default: bfloat16 on GPUs, else float32.")
+    dtype: Dtype | None = option("Of the models; default: bfloat16 on GPUs, else float32.")
 
 
 def main(arguments: Sequence[str]) -> int:

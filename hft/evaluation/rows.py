@@ -87,10 +87,7 @@ def general_texts() -> list[str]:
 
 
 def answer_rows(rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """The last answer of each conversation or pair, up to its end token, and what stands before it.
-
-    The chat template of `tokenizer`, the run's, renders them.
-    """
+    """The last answer of each row, up to its end token, and what stands before it, as the run's `tokenizer` has it."""
     found = []
     for row in rows:
         if "text" in row or isinstance(row.get("prompt"), str):  # without a chat template
@@ -157,9 +154,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     """One of our tasks or groups, as lm-eval reads it."""
     from lm_eval.utils import import_function
 
-    class Loader(yaml.SafeLoader):
-        pass
-
+    Loader = type("Loader", (yaml.SafeLoader,), {})
     Loader.add_constructor("!function", partial(import_function, yaml_path=path))
     content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     included = content.pop("include", [])
@@ -169,10 +164,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def local_spec(benchmark: Benchmark, folder: Path) -> dict[str, Any] | None:
-    """The task or group of a benchmark, on the rows of a folder; None if the folder has none of it.
-
-    docs/evaluation.md lists the files and their fields. Prompts, shots, filters and metrics are the task's.
-    """
+    """A benchmark's task or group on the rows of a folder (files: docs/evaluation.md); None if it has none of it."""
     files = {split: folder / f"{name}.jsonl" for split, name in benchmark.files.items()}
     if not files or not all(path.exists() for path in files.values()):
         return None

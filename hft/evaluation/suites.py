@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hft.config import option, read_yaml
-from hft.errors import HFTError, did_you_mean
+from hft.errors import HFTError, did_you_mean, neighbor
 from hft.userfile import file_digest
 
 # Whose prompts and rules a suite has.
@@ -19,6 +19,7 @@ METRIC_UNITS = {"loss": "nats/token", "kl": "nats/token", "choice_loss": "nats/q
 LM_EVAL = "lm_eval"  # the suite under which scores of tasks in no other suite are saved
 # What lm-eval's files define: a name after `task`, `group` or `tag`, or tags. It would parse all 14,000 files itself.
 NAMES = re.compile(r"^(?:task|group|tag):[ \t]*([\"'\w.\-]+)[ \t]*$|^tag:[ \t]*((?:\n[ \t]*- .+)+)", re.MULTILINE)
+Dtype = Literal["bfloat16", "float16", "float32", "auto"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,7 @@ class Settings:
     tasks: list[str] = option("Benchmarks, lm-eval's tasks (NAME:METRIC) or YAML files.", [])
     max_gen_toks: int | None = option("Maximum tokens per answer; default: the task's.")
     chat: bool | None = option("Use the chat template; default: if there is one, except in quick.")
-    dtype: Literal["bfloat16", "float16", "float32", "auto"] | None = option(
-        "Of the model; default: bfloat16 on GPUs, else float32."
-    )
+    dtype: Dtype | None = option("Of the model; default: bfloat16 on GPUs, else float32.")
     batch_size: int = option("Rows per forward pass.", 8)
     backend: str = option("lm-eval's engine, hf or vllm.", "hf")
     backend_args: dict[str, Any] = option("Further engine arguments, as JSON.", {})
@@ -41,6 +40,11 @@ class Settings:
     data: str | None = option("Folder of JSON Lines files to score on, instead of the Hub.")
     allow_code: bool = option("Run generated code (HumanEval, MBPP).", False)
     log_samples: bool = option("Keep each row's outcome, in scores/.", True)
+
+    def __post_init__(self):
+        for key, path in (("data", self.data), ("task_data", self.task_data)):
+            if path and not Path(path).exists():
+                raise HFTError(f"{key} {path} does not exist{neighbor(Path(path))}")
 
 
 @dataclass(frozen=True)

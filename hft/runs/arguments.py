@@ -2,20 +2,15 @@
 
 import re
 import tempfile
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-    get_scheduler,
-)
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.optimization import get_scheduler
 
 from hft import training
 from hft.config import fill
@@ -32,6 +27,13 @@ NEEDED = (
     ("attn_implementation", "flash_attention_[24]", "flash_attn kernels", "flash-attn"),
     ("attn_implementation", "flash_attention_3", "flash_attn_interface kernels", "flash-attn-3"),
     ("attn_implementation", ".+/.+", "kernels", "kernels"),
+)
+# Key, and the values of another one with which transformers ignores it.
+IGNORED = (
+    ("warmup_steps", "lr_scheduler_type", "constant|reduce_lr_on_plateau|greedy"),
+    ("lr_scheduler_kwargs", "lr_scheduler_type", "constant|constant_with_warmup"),
+    ("optim_args", "optim", "adafactor|(paged_)?(lion|adamw_(8|32|bnb_8)bit).*|adamw_torch(_fused|_xla)?|(ada)?lomo"),
+    ("optim_target_modules", "optim", "(?!galore|apollo).*"),
 )
 
 
@@ -59,8 +61,7 @@ def training_arguments(
         notes.append(f"learning rate {rate * factor:g}: {factor:g} times the recipe's {rate:g}")
     if values.get("max_steps", -1) > 0 and "num_train_epochs" in values:
         notes.append(f"max_steps {values['max_steps']} overrides num_train_epochs {values['num_train_epochs']:g}")
-    if template := values.get("chat_template_path"):
-        values["chat_template_path"] = find_template(template)
+    values["chat_template_path"] = find_template(values.get("chat_template_path") or "") or None
     if (layers := values.get("activation_checkpointing_layers")) is not None:
         values["activation_checkpointing"] = layers == "auto" or layers > 0
     args = fill(cls, values | accumulation_steps(values, cls.per_device_train_batch_size, processes or world_size()))
@@ -79,8 +80,6 @@ def accumulation_steps(values: dict[str, Any], default: int, processes: int) -> 
     if "gradient_accumulation_steps" in values:
         raise HFTError("gradient_accumulation_steps follows from global_batch_size; to give it, set that to none")
     per_device = values.get("per_device_train_batch_size", default)
-    if per_device < 1 or total < 1:
-        raise HFTError(f"batch sizes must be at least 1, got {per_device} rows per device, {total} in all")
     accumulation, remainder = divmod(total, per_device * processes)
     if remainder or not accumulation:
         raise HFTError(
@@ -117,8 +116,10 @@ def check_arguments(args: TrainingArguments, model_config: PretrainedConfig) -> 
         raise HFTError("eval_on_start evaluates, and eval_strategy is no: add --eval_on_start false")
     if args.fp16 and args.device.type == "cpu":
         raise HFTError("fp16 needs a GPU: take bf16, or neither")
-    weight, scheduler = torch.zeros(1, requires_grad=True), args.lr_scheduler_type.value
-    about = "report_to"
+    for key, by, pattern in IGNORED:
+        if (value := getattr(args, key)) and re.fullmatch(pattern, other := getattr(args, by).value):
+            raise HFTError(f"{by} {other} ignores {key} {value}; change one of them")
+    weight, scheduler, about = torch.zeros(1, requires_grad=True), args.lr_scheduler_type.value, "report_to"
     try:
         for tracker in get_reporting_integration_callbacks(args.report_to):
             tracker()  # asks for its package
@@ -128,8 +129,7 @@ def check_arguments(args: TrainingArguments, model_config: PretrainedConfig) -> 
             optimizer([weight], **kwargs)
         about = f"lr_scheduler_type {scheduler} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
         steps = {"num_warmup_steps": args.get_warmup_steps(100), "num_training_steps": 100}
-        plain = torch.optim.SGD([weight], lr=1.0)
-        get_scheduler(scheduler, plain, **steps, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+        get_scheduler(scheduler, torch.optim.SGD([weight]), **steps, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
         raise HFTError(f"{about}: {reason(error)}") from error
 
@@ -153,15 +153,13 @@ def check_positions(config: PretrainedConfig, args: TrainingArguments, prompt: i
 def check_saving(base: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> None:
     """Refuse what cannot be saved beside the weights, as transformers would do at the first checkpoint."""
     parts: dict[str, Any] = {"config": config, "tokenizer": tokenizer}
-    try:
+    with suppress(OSError):  # it has none
         generation = GenerationConfig.from_pretrained(base, revision=revision or "main")
         for token in ("pad_token_id", "bos_token_id", "eos_token_id"):  # as Trainer; then it is checked strictly
             named, own = getattr(generation, token), getattr(tokenizer, token)
             if own not in (named if isinstance(named, list) else [named]):
                 setattr(generation, token, own)
         parts["generation_config"] = generation
-    except OSError:  # it has none
-        pass
     with tempfile.TemporaryDirectory() as folder:
         for name, part in parts.items():
             try:

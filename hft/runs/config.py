@@ -157,9 +157,8 @@ def name_of(values: dict[str, Any], flags: dict[str, Any], files: Sequence[str],
     for key, value in flags.items():
         if not is_neutral(key, values):
             name += f"-from-{_slug(value)}" if key == "model_name_or_path" else f"-{key}={_slug(value)}"
-    if len(name) > 120:  # most file systems stop at 255 bytes
-        name = name[:110] + "-" + hashlib.sha256(name.encode()).hexdigest()[:9]
-    return name
+    # Most file systems stop at 255 bytes.
+    return name if len(name) <= 120 else f"{name[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:9]}"
 
 
 def is_neutral(key: str, values: Mapping[str, Any]) -> bool:
@@ -176,8 +175,7 @@ def _slug(value: Any) -> str:
 
 def check_is_a_model(name: str, folder: Path | None = None) -> None:
     """Refuse an adapter's folder as a model, and what a run with `save_only_trained` has saved."""
-    folder = folder or Path(name)
-    check_whole(folder, name)
+    check_whole(folder := folder or Path(name), name)
     if (folder / "adapter_config.json").exists():
         remedy = f"`hft merge --method adapter --models {name} --out NEW` makes it one"
         raise HFTError(f"{name} is an adapter, not a model; {remedy}")
@@ -194,14 +192,12 @@ def check_shared(values: Mapping[str, Any]) -> None:
 
 
 def find_template(name: str) -> str:
-    """The path of a chat template, a file or one that comes with hft; TRL looks up any other name."""
-    packaged = TEMPLATES / Path(name).name
-    if Path(name).is_file() or not name.endswith((".jinja", ".j2")):
-        return name
-    if packaged.is_file():
-        return str(packaged)
-    known = ", ".join(sorted(path.name for path in TEMPLATES.glob("*.jinja")))
-    raise HFTError(f"chat template {name} not found; give a file, or one that comes with hft: {known}")
+    """The path of a chat template, a file or one that comes with hft; empty if none is given."""
+    found = [path for path in (Path(name), TEMPLATES / Path(name).name) if path.is_file()]
+    if name and not found:
+        known = ", ".join(sorted(path.name for path in TEMPLATES.glob("*.jinja")))
+        raise HFTError(f"chat template {name} is not a file; give a .jinja file, or one that comes with hft: {known}")
+    return str(found[0]) if found else ""
 
 
 def read_saved_config(path: Path) -> dict[str, Any]:

@@ -236,6 +236,15 @@ def test_flags_win_over_files_and_a_tasks_own_epochs_over_the_common_ones(tmp_pa
     assert epochs(own, "--num_train_epochs", "1") == [1, 1]
     assert epochs({"num_train_epochs": 4}, "--epochs", "{First: 3}") == [3, 4]
     assert epochs(own, "--epochs", "{First: 5}", "--num_train_epochs", "1") == [5, 1]
+    assert epochs(own, "--tasks", "First", "--metrics", "{First: accuracy}") == [3]
+
+
+def test_a_sequence_without_a_folder_is_named_after_what_it_is(tmp_path, tiny, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder, out in {"~": Path("runs/tiny-trace-hft-seqft-more"), "~/mine": tmp_path / "mine"}.items():
+        (tmp_path / "more.yaml").write_text(f"output_dir: {folder}\nrun_name: ~\nmodel_name_or_path: {tiny}")
+        plan, _ = parse_sequence(["--config", "recipes/tiny/trace.yaml", str(tmp_path / "more.yaml")])
+        assert (plan.out, plan.keys["output_dir"]) == (out, str(out))
 
 
 def test_a_replay_pass_is_one_epoch_and_takes_nothing_else_from_the_rounds(tmp_path, planned, tiny, tasks):
@@ -339,6 +348,11 @@ def test_the_documents_own_strategy_chooses_rows(tmp_path, tiny, tasks):
         (["--metrics", "{First: f1, Swap: accuracy}"], "unknown metric 'f1' of First; give one of accuracy, choice"),
         (["--metrics", "{First: accuracy}"], "Swap is not in TRACE and has no metric"),
         (["--metrics", "{First: accuracy, Swap: accuracy, FOMC: accuracy}"], "metrics has FOMC"),
+        (["--epochs", "{Frist: 3}", "--max_steps", "-1"], "epochs has Frist, which is not among the tasks First, Swap"),
+        (["--epochs", "{First: -1}", "--max_steps", "-1"], "epochs: expected a number greater than 0, got "),
+        (["--epochs", "{First: 3}"], "epochs change nothing beside max_steps 2; add --max_steps -1"),
+        (["--output_dir"], "output_dir: expected text, got no value"),
+        (["--method", "fft"], "a method is a file, not a flag: --config RECIPE fft"),
         (["--strategy", "gme"], "unknown strategy 'gme', did you mean 'gem'?"),
         (["--strategy", "replay", "--alignment", "Lima"], "lacks Lima/train, as .json or .jsonl"),
         (["--tasks", "FOMC", "NumGLUE-cm", "--metrics", "{}"], "lacks FOMC/train, as .json or .jsonl"),

@@ -505,7 +505,10 @@ def test_make_names_the_models_of_a_reset_and_of_merges():
         (["--method", "wise-ft", "--models", "S", "--base", "P", "--out", "O", "--alpha", "-1"], "alpha: expected"),
         (["--method", "average", "--models", "S", "D", "--out", "O", "--weights", "1"], "weights must be 2"),
         (["--method", "average", "--models", "S", "D", "--out", "O", "--weights", "1", "-1"], "which must not be 0"),
-        (["--method", "dare", "--models", "S", "--base", "P", "--out", "O", "--weights", "nan"], "weights must be 1"),
+        (
+            ["--method", "dare", "--models", "S", "--base", "P", "--out", "O", "--weights", "nan"],
+            "weights: expected a finite",
+        ),
         (["--method", "average", "--models", "S", "D", "--out", "O", "--max_shard_size", "huge"], "such as 5GB"),
         (["--method", "average", "--models", "S", "D", "--out", "."], "is the current folder"),
         (["--method", "average", "--models", "S", "D", "--out", "O", "--weigths", "1"], "did you mean 'weights'"),

@@ -64,8 +64,11 @@ def resumed(out: Path, tiny: Path, data: Path, *flags: str) -> hft.RunPlan:
     [
         (["--optim", "adafactor"], "optim unset there, adafactor here"),
         (["--optim", "adamw_bnb_8bit"], "optim unset there, adamw_bnb_8bit here"),
-        (["--optim_args", "eps=1e-3"], "optim_args unset there, eps=1e-3 here"),
-        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "lr_scheduler_type linear there, reduce_lr_on_plateau here"),
+        (["--optim", "sgd", "--optim_args", "momentum=0.9"], "optim unset there, sgd here; optim_args unset there"),
+        (
+            ["--lr_scheduler_type", "reduce_lr_on_plateau", "--warmup_steps", "0"],
+            "lr_scheduler_type linear there, reduce_lr_on_plateau here",
+        ),
         (["--optim", "adamw_torch"], None),  # whose state is that of the default
         (["--max_grad_norm", "0.5"], None),
     ],
