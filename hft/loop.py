@@ -70,9 +70,7 @@ def freeze(model: PreTrainedModel, selection: Selection) -> Frozen:
     """
     wrapped = any(isinstance(module, DistributedDataParallel | FSDPModule) for module in model.modules())
     if wrapped and selection.frozen_masks:
-        raise HFTError(
-            "this selection trains parts of tensors, which makes other parameters: freeze the model first, then wrap it"
-        )
+        raise HFTError("parts of tensors train, which makes other parameters: freeze the model first, then wrap it")
     model = unwrapped(model)
     join(model)  # what an earlier round has split
     freezing.freeze(model, selection)

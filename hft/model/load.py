@@ -136,7 +136,5 @@ def check_same_ids(ours: dict[str, int], theirs: dict[str, int], names: tuple[st
     tokens = {index: token for token, index in ours.items()}
     for token, index in sorted(theirs.items(), key=lambda item: item[1]):
         if tokens.get(index, token) != token:
-            raise HFTError(
-                f"{names[0]} and {names[1]} do not fit together: id {index} is {tokens[index]!r} in the first and "
-                f"{token!r} in the second"
-            )
+            both = f"{names[0]} and {names[1]} do not fit together"
+            raise HFTError(f"{both}: id {index} is {tokens[index]!r} in the first and {token!r} in the second")

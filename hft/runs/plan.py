@@ -181,9 +181,8 @@ def make_plan(config: Config) -> RunPlan:
     elif not data.is_text:
         check_template(config, tokenizer)
     notes += [*data.notes, *ids_beyond(tokenizer.get_vocab(), model_config.get_text_config().vocab_size)]
-    update, schedule, strategy = (
-        part.record() if part else None for part in (method.update, method.schedule, method.strategy)
-    )
+    parts = method.update, method.schedule, method.strategy
+    update, schedule, strategy = (part.record() if part else None for part in parts)
     identity = identity_of(selection.record(), update, schedule, data.fingerprint, strategy)
     # One process looks and decides for all, since it also writes to the folder that the others would look at.
     start = broadcast(find_start(config, identity, args) if is_main() else None)
@@ -211,10 +210,8 @@ def load_rows(config: Config, args: TrainingArguments) -> LoadedData:
     with args.main_process_first(desc="loading the data"):
         data = load_data(config.run, config.objective.read_rows, evaluate=args.eval_strategy != "no")
     if getattr(args, "completion_only_loss", False) and "completion" not in data.train.column_names:
-        raise HFTError(
-            f"completion_only_loss is about rows of prompt and completion, and those of {data.name} are others; remove "
-            "it, and for messages take assistant_only_loss"
-        )
+        why = f"completion_only_loss is about rows of prompt and completion, and those of {data.name} are others"
+        raise HFTError(f"{why}; remove it, and for messages take assistant_only_loss")
     return data
 
 
