@@ -21,7 +21,7 @@ from hft.parts import TRAINED, checkpoint_name, is_part, join, parts_of, split
 from hft.record import verification
 from hft.record.verification import Verification
 from hft.selection import Selection, SelectionConfig, policies
-from hft.selection.masks import frozen_values
+from hft.selection.masks import Mask, frozen_values
 
 # What wrappers put before or into the names of parameters.
 WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.(module\.)*")
@@ -70,9 +70,7 @@ def freeze(model: PreTrainedModel, selection: Selection) -> Frozen:
     """
     wrapped = any(isinstance(module, DistributedDataParallel | FSDPModule) for module in model.modules())
     if wrapped and selection.frozen_masks:
-        raise HFTError(
-            "this selection trains parts of tensors, which makes other parameters: freeze the model first, then wrap it"
-        )
+        raise HFTError("parts of tensors train, which makes other parameters: freeze the model first, then wrap it")
     model = unwrapped(model)
     join(model)  # what an earlier round has split
     freezing.freeze(model, selection)
@@ -106,8 +104,9 @@ def verify(out: str | Path | nn.Module | Mapping[str, torch.Tensor], base: str |
     state = dict(out.named_parameters()) if isinstance(out, nn.Module) else out
     state = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
     state = {checkpoint_name(name): tensor for name, tensor in state.items() if not is_part(name, TRAINED)}
-    stored = {n: freezing.whole(state[n].detach()).to(dtype) for n, dtype in base.dtypes.items() if n in state}
-    found = verification.verify_tensors(stored, base.checksums, (), None, masks=base.selection.frozen_masks)
+    masks, stored = base.selection.frozen_masks, {name: state[name] for name in base.dtypes if name in state}
+    stored = {name: as_frozen(t.detach(), base.dtypes[name], masks.get(name)) for name, t in stored.items()}
+    found = verification.verify_tensors(stored, base.checksums, (), None, masks=masks)
     others = {} if isinstance(out, nn.Module) else base.others
     found.lost = [name for name in base.selection.trained_parameters if name not in state]
     for name in sorted(state.keys() - base.selection.anatomy.numels.keys()):
@@ -115,6 +114,13 @@ def verify(out: str | Path | nn.Module | Mapping[str, torch.Tensor], base: str |
         if name not in others or (first in state and not torch.equal(state[name], state[first])):
             found.unlisted.append(name)
     return found
+
+
+def as_frozen(tensor: torch.Tensor, dtype: torch.dtype, mask: Mask | None) -> torch.Tensor:
+    """A whole tensor in the dtype that it was frozen in, unless that would round what is frozen of it."""
+    wide = freezing.whole(tensor)
+    values = frozen_values(wide, mask)
+    return wide.to(dtype) if torch.equal(values.to(dtype).to(values.dtype), values) else wide
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:

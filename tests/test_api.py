@@ -56,6 +56,19 @@ def test_what_was_added_or_untied_since_the_freeze_is_unlisted(tiny):
         assert hft.verify(out, frozen).unlisted == ["lm_head.weight", "model.extra"]
 
 
+@pytest.mark.parametrize("policy", ["category", "random-element"])
+def test_what_a_wider_dtype_moved_is_not_rounded_away(tiny, policy):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    frozen = hft.freeze(model, hft.select(model, policy=policy))
+    assert hft.verify(model.float(), frozen).ok
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for key, mask in frozen.selection.frozen_masks.items():
+        state[key][~mask.tensor()] *= 1.001
+    assert hft.verify(state, frozen).ok
+    state[name := next(iter(frozen.checksums))] *= 1.001
+    assert list(hft.verify(state, frozen).broken) == [name]
+
+
 def test_freezing_clears_the_gradients_of_before(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     optimizer, ids = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1), torch.arange(12)[None]

@@ -7,7 +7,6 @@ elementwise, and global over the model, embeddings, head and norms included (CPI
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -20,7 +19,7 @@ from hft.errors import HFTError
 from hft.freezing import HALF_PRECISION
 from hft.machine import say
 from hft.merging.checkpoint import Checkpoint, check_alike, write_model
-from hft.merging.operators import MagnitudePruner, generator_of, magnitude_bits
+from hft.merging.operators import MagnitudePruner, TensorOf, generator_of, magnitude_bits
 from hft.model.weights import weight_files
 from hft.record.manifest import MANIFEST_NAME, Manifest, absolute_or_hub_id
 from hft.selection.masks import Mask, save_masks
@@ -103,10 +102,9 @@ def find_core(plan: CPIPlan, task: str, base: Path) -> None:
 def check_probe(probe: Checkpoint, base: Checkpoint, also: str = "") -> None:
     """Refuse a model that does not show which elements a task moves; `also` is another name of the base."""
     if half := [name for name in probe.parameters if probe.specs[name].dtype in HALF_PRECISION]:
-        raise HFTError(
-            f"probe {probe.name} stores {half[0]} in {probe.specs[half[0]].dtype}, and rounding would decide what has "
-            "moved; give a checkpoint-N of its run, or start the run from a base in fp32"
-        )
+        stored = f"{half[0]} in {probe.specs[half[0]].dtype}, and rounding would decide what has moved"
+        advice = "give a checkpoint-N of its run, or start the run from a base in fp32"
+        raise HFTError(f"probe {probe.name} stores {stored}; {advice}")
     check_alike(probe, base)
     if not (probe.folder / MANIFEST_NAME).exists():
         say(f"NOTE: {probe.name} has no {MANIFEST_NAME}, so nothing says that it was trained from {base.name}")
@@ -150,9 +148,7 @@ def write_random_core(out: Path, like: Core, base: Checkpoint, seed: int) -> Non
         write_record(folder / CORE_NAME, asdict(replace(like, smallest=0.0, unmoved=0, random_seed=seed)))
 
 
-def write_largest(
-    folder: Path, like: Checkpoint, scores: Callable[[str], torch.Tensor], percent: float
-) -> MagnitudePruner:
+def write_largest(folder: Path, like: Checkpoint, scores: TensorOf, percent: float) -> MagnitudePruner:
     """Write masks of the p% of all elements of a model whose fp32 scores are largest; the first ones of equal ones."""
     cut = MagnitudePruner(scores, like.parameters, Fraction(str(percent)) / 100)
     ties, masks = cut.ties, {}

@@ -143,17 +143,13 @@ def _given(row: dict[str, Any]) -> list[str]:
     return [*(keys - {"role", "content"}), *(key for key in ("tools", "chat_template_kwargs") if row.get(key))]
 
 
-def _mask_notes(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, name: str
-) -> list[str]:
+def _mask_notes(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, template: str | None, name: str) -> list[str]:
     """Check the assistant mask of rows, as TRL makes it; returns a note if some of the assistant's turns do not train.
 
     The template or offsets can be wrong: with every other text doubled the same tokens must train, of some rows.
     """
     rows = dataset.select(range(0, len(dataset), -(-len(dataset) // MOST_ROWS)))
-    untrained = [
-        (row["row"], turns) for row in rows if (turns := _untrained_turns(row, tokenizer, chat_template, name)) > 0
-    ]
+    untrained = [(row["row"], turns) for row in rows if (turns := _untrained(row, tokenizer, template, name)) > 0]
     if not untrained:
         return []
     return [
@@ -162,9 +158,8 @@ def _mask_notes(
     ]
 
 
-def _untrained_turns(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None, name: str
-) -> int:
+def _untrained(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, template: str | None, name: str) -> int:
+    """How many of the assistant's turns in a row do not train."""
     where = f"dataset {name}, row {row['row']} (the first is 0)"
     [messages] = conversations(row)
     # Said twice: other tokens, but the same beginning, end and words.
@@ -172,7 +167,7 @@ def _untrained_turns(
         message | ({} if message["role"] == "assistant" else {"content": " ".join([message["content"]] * 2)})
         for message in messages
     ]
-    how = {"chat_template": chat_template, "return_dict": True, "return_assistant_tokens_mask": True}
+    how = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True}
     encoded = tokenizer.apply_chat_template([messages, doubled], **how | template_arguments(row))
     pairs = zip(encoded["input_ids"], masks := encoded["assistant_masks"], strict=True)
     once, twice = ([token for token, bit in zip(*pair, strict=True) if bit] for pair in pairs)

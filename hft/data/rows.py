@@ -132,10 +132,8 @@ def _completion(row: dict[str, Any]) -> Converted:
     completion = chat(row["completion"], "completion", "assistant")
     for index, role in enumerate(message["role"] for message in completion):
         if role != "assistant":
-            raise HFTError(
-                f"completion[{index}] is a turn of the {role}, which would be trained; give the conversation as "
-                "messages, with assistant_only_loss"
-            )
+            what = f"completion[{index}] is a turn of the {role}, which would be trained"
+            raise HFTError(f"{what}; give the conversation as messages, with assistant_only_loss")
     fault = "with a blank answer" if any(map(is_blank, completion)) else ""
     return {"prompt": chat(row["prompt"], "prompt", "user"), "completion": completion}, fault
 

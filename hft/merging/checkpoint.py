@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from hft.errors import HFTError, shorten
+from hft.merging.operators import TensorOf
 from hft.model.anatomy import anatomy_of, meta_model
 from hft.model.load import check_same_ids, read_config, vocabulary
 from hft.model.weights import DTYPES, SAFE_INDEX, WEIGHTS, Weights, as_bytes, downloaded
@@ -205,7 +206,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 def write_model(
     folder: Path,
     like: Checkpoint,
-    tensor_of: Callable[[str], torch.Tensor],
+    tensor_of: TensorOf,
     *,
     specs: Mapping[str, torch.Tensor] | None = None,
     max_shard_size: str = "5GB",
@@ -231,10 +232,7 @@ def write_model(
             bar.update()
             tensor = (tensor_of(name) if name in parameters else like.weights[name]).to(specs[name].dtype)
             if not tensor.isfinite().all():
-                raise HFTError(
-                    f"{name} would hold NaN or infinity: it does in one of the models, or overflows {tensor.dtype} "
-                    "when they are combined"
-                )
+                raise HFTError(f"{name} would hold NaN or infinity: one model does, or it overflows {tensor.dtype}")
             return tensor.contiguous()
 
         for filename, names in split.filename_to_tensors.items():

@@ -13,13 +13,11 @@ from hft.machine import say
 from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, why_not_base, write_model
 from hft.merging.config import OPERATORS, MergeConfig, check_config
 from hft.merging.onto_base import merge_adapter, merge_delta
-from hft.merging.operators import MagnitudePruner, between, generator_of, slerp_factors, weighted_sum
+from hft.merging.operators import MagnitudePruner, TensorOf, between, generator_of, slerp_factors, weighted_sum
 from hft.model.anatomy import anatomy_of, meta_model
 from hft.record.identity import companions_of
 from hft.record.manifest import absolute_or_hub_id, rounds_so_far
 from hft.runs.result import CONFIG_NAME
-
-TensorOf = Callable[[str], torch.Tensor]  # a parameter, by its name
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -65,18 +65,14 @@ def merged_state(adapter: str, config: PeftConfig, base: Checkpoint) -> dict[str
     for key, owner in base.tied.items():
         stored = base.weights[owner].to(state[owner].dtype)
         if not (torch.equal(state[owner], stored) and torch.equal(state[key], stored)):
-            raise HFTError(
-                f"{adapter} changes {key} or {owner}, which {base.name} ties; save the base with the two untied first"
-            )
+            raise HFTError(f"{adapter} changes {key} or {owner}, which {base.name} ties; save that with both untied")
     if wrong := [key for key in base.parameters if state[key].shape != base.specs[key].shape]:
         raise HFTError(f"{adapter} changes the shape of {wrong[0]}; only adapters that keep all shapes can be merged")
     return state
 
 
 def merge_delta(config: MergeConfig) -> Callable[[Path], str]:
-    """Check what a run has saved, or a checkpoint in fp32, and return what writes the model that the run would have
-    saved without `save_only_trained`, bit for bit.
-    """
+    """Check what a run saved, and return what writes what it would have without `save_only_trained`, bit for bit."""
     [run] = config.models
     folder = downloaded(run)
     manifest = Manifest.load(folder)

@@ -8,6 +8,7 @@ from fractions import Fraction
 import torch
 from tqdm import tqdm
 
+TensorOf = Callable[[str], torch.Tensor]  # a parameter, by its name
 # Elements that are added up in fp64 at a time, so that no tensor is copied to fp64 as a whole.
 BLOCK_NUMEL = 2**18
 # Above this |cos| slerp interpolates linearly, as mergekit does.
@@ -43,7 +44,7 @@ class MagnitudePruner:
     ordered as the magnitudes are.
     """
 
-    def __init__(self, delta_of: Callable[[str], torch.Tensor], names: Sequence[str], density: float | Fraction):
+    def __init__(self, delta_of: TensorOf, names: Sequence[str], density: float | Fraction):
         def histogram(half: Callable[[torch.Tensor], torch.Tensor], bins: int) -> torch.Tensor:
             bar = tqdm(names, desc="finding where to cut", unit="tensor", leave=False, disable=len(names) == 1)
             return sum(

@@ -1,6 +1,6 @@
 """`hft reset`: Half-Reset (paper section 2, Table 9), in which half of a tuned model goes back to its base."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from hft.config import Keys, fill, option, read_arguments, to_yaml
 from hft.errors import HFTError
 from hft.machine import indented, say
 from hft.merging.checkpoint import Checkpoint, check_alike, check_out, new_folder, why_not_base, write_model
+from hft.merging.operators import TensorOf
 from hft.model.anatomy import anatomy_of, meta_model
 from hft.model.weights import checksum
 from hft.record.card import write_card
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if found.ok else 1
 
 
-def resetter(selection: Selection, tuned: Checkpoint, base: Checkpoint) -> Callable[[str], torch.Tensor]:
+def resetter(selection: Selection, tuned: Checkpoint, base: Checkpoint) -> TensorOf:
     frozen, masks = set(selection.frozen_parameters), selection.frozen_masks
 
     def reset(name: str) -> torch.Tensor:
@@ -76,9 +77,7 @@ def resetter(selection: Selection, tuned: Checkpoint, base: Checkpoint) -> Calla
     return reset
 
 
-def check_reset(
-    selection: Selection, tuned: Checkpoint, base: Checkpoint, reset: Callable[[str], torch.Tensor]
-) -> None:
+def check_reset(selection: Selection, tuned: Checkpoint, base: Checkpoint, reset: TensorOf) -> None:
     """Refuse a reset that cannot be written or would change nothing."""
     names = [*selection.frozen_parameters, *selection.frozen_masks]
     if not names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,10 @@ from hft.model.weights import MODEL_CONFIG, Weights, check_is_there, dtypes_of, 
 if TYPE_CHECKING:  # the trainer's arguments import peft
     from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 
+# Of `model_init_kwargs`: what loads other files than those that are hashed, and fields of a config that leave the
+# function that a model computes as it is.
+OTHER_FILES = ("variant", "use_safetensors", "subfolder", "gguf_file")
+NO_CHANGE = re.compile(r"dtype|use_cache|return_dict|output_\w+|\w*(dropout|pdrop|aux_loss)\w*")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 
@@ -45,6 +50,18 @@ def plain_generation(model: PreTrainedModel, **settings: Any) -> GenerationConfi
     return GenerationConfig(**{name: getattr(model.generation_config, name) for name in names} | settings)
 
 
+def check_init_kwargs(init_kwargs: Mapping[str, Any], name: str, adapted: PretrainedConfig | None = None) -> None:
+    """Refuse what would load another model than the base: for an adapter that is one with another config, too."""
+    if "torch_dtype" in init_kwargs:
+        raise HFTError("model_init_kwargs: torch_dtype is named dtype; rename it")
+    if others := [key for key in OTHER_FILES if init_kwargs.get(key) not in (None, True)]:
+        raise HFTError(f"model_init_kwargs: {others[0]} would load other files than hft reads; remove it")
+    for key, value in init_kwargs.items() if adapted else ():
+        if not NO_CHANGE.fullmatch(key) and getattr(adapted, key, value) != value:
+            why = f"{key} {value} changes the base, and an adapter's folder holds no config.json"
+            raise HFTError(f"model_init_kwargs: {why}; change that of a copy of {name}, and train on the copy")
+
+
 def asked_dtype(init_kwargs: Mapping[str, Any]) -> torch.dtype | None:
     """The dtype that `from_pretrained` is asked for; None, as for "auto", is that of the files."""
     if (asked := init_kwargs.get("dtype")) in (None, "auto"):
@@ -56,16 +73,17 @@ def asked_dtype(init_kwargs: Mapping[str, Any]) -> torch.dtype | None:
 
 
 def load_base(
-    name: str, args: TrainingArguments, auto_class: type | None = None, **more: Any
+    name: str, args: TrainingArguments, auto_class: type | None = None, *, adapted: bool = False, **more: Any
 ) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
     """Load a base, each tensor in the dtype that it is stored in, and say which dtypes these are.
 
     A `dtype` in the `model_init_kwargs` of `args` wins. A head of an `auto_class` that the base lacks is made in fp32,
-    from the seed of `args`, as TRL makes it.
+    from the seed of `args`, as TRL makes it. `adapted` says that an adapter will be put on the base.
     """
     init_kwargs = (getattr(args, "model_init_kwargs", None) or {}) | more
     folder = local_folder(name, init_kwargs.get("revision"))
     config = read_config(name, folder)
+    check_init_kwargs(init_kwargs, name, config if adapted else None)
     model = meta_model(config, auto_class)
     parameters, on_disk = dict(model.named_parameters()), Weights(folder)
     stored = dtypes_of(model, on_disk)
@@ -118,7 +136,5 @@ def check_same_ids(ours: dict[str, int], theirs: dict[str, int], names: tuple[st
     tokens = {index: token for token, index in ours.items()}
     for token, index in sorted(theirs.items(), key=lambda item: item[1]):
         if tokens.get(index, token) != token:
-            raise HFTError(
-                f"{names[0]} and {names[1]} do not fit together: id {index} is {tokens[index]!r} in the first and "
-                f"{token!r} in the second"
-            )
+            both = f"{names[0]} and {names[1]} do not fit together"
+            raise HFTError(f"{both}: id {index} is {tokens[index]!r} in the first and {token!r} in the second")

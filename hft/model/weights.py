@@ -136,10 +136,8 @@ def check_is_there(model: str) -> None:
 def check_whole(folder: Path, name: str | Path) -> None:
     """Refuse what a run with `save_only_trained` has saved."""
     if (folder / MODEL_CONFIG).exists():
-        raise HFTError(
-            f"{name} holds only what trained; `hft merge --method delta --models {name} --base BASE --out "
-            "NEW` makes the whole model"
-        )
+        merge = f"hft merge --method delta --models {name} --base BASE --out NEW"
+        raise HFTError(f"{name} holds only what trained; `{merge}` makes the whole model")
 
 
 def downloaded(model: str | Path, revision: str | None = None) -> Path:

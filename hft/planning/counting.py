@@ -227,10 +227,8 @@ class CountedModel:
                 with counter, saved_tensors_hooks(counter.save, lambda unpack: unpack()):
                     out = _hidden(functional_call(module, weights, args, kwargs))
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
-            raise HFTError(
-                f"FLOPs and activations of model type {self.model.config.model_type} are not known: what it computes "
-                f"depends on its weights ({error})"
-            ) from error
+            kind, why = self.model.config.model_type, f"what it computes depends on its weights ({error})"
+            raise HFTError(f"FLOPs and activations of model type {kind} are not known: {why}") from error
         own = (weight for name, weight in weights.items() if name not in made)
         kept = {tensor.untyped_storage() for tensor in (*own, *module.buffers())}
         saved = counter.saved - kept

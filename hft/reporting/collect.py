@@ -204,9 +204,7 @@ def run_method(config: Mapping[str, Any], manifest: Manifest | None) -> str:
 
 
 def run_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without seeds; models that it starts from by theirs, where they are here, else by name, and without
-    training of its own their learning rate.
-    """
+    """A config without seeds; models that it starts from by theirs, else by name; a merge has their learning rate."""
     from hft.runs.config import is_neutral
 
     others = (*SEEDS, "out")
@@ -248,9 +246,7 @@ def order_of(run: LoadedRun) -> tuple[Any, ...]:
 
 
 def named(runs: list[LoadedRun], groups: Sequence[list[LoadedRun]]) -> Group:
-    """A group, by what tells it from the others of its model: the settings of its recipe, unless most have the same,
-    then those of its method, and the learning rate.
-    """
+    """A group, by what tells it from the others: settings of its recipe that few have, of its method, and the rate."""
     from hft.runs.config import replaced_keys
 
     run, others = runs[0], [group[0] for group in groups]

@@ -93,21 +93,17 @@ def unlike(keys: Sequence[Key], runs: Iterable[Mapping[str, SuiteScores]]) -> li
 
 
 def measure(keys: Sequence[Key], runs: Sequence[Mapping[str, SuiteScores]]) -> Measured | None:
-    """The mean of the scores under some keys over the runs that have all of them; None if none has, or they differ in
-    how they were measured (`unlike`).
-    """
+    """The mean of the scores under some keys over the runs that have all; None if none has, or they are `unlike`."""
     found = [parts for scores in runs if (parts := parts_of(keys, scores))]
     if not found or unlike(keys, runs):
         return None
     return summarize(map(mean_of, found), conditions_of(found[0][0][0], OF_A_TASK))
 
 
-def summarize(
-    numbers: Iterable[tuple[float, float | None]], conditions: Mapping[str, Any] | None = None
-) -> Measured | None:
+def summarize(runs: Iterable[tuple[float, float | None]], under: Mapping[str, Any] | None = None) -> Measured | None:
     """The values of some runs, each with its standard error, as one number; None for no runs."""
-    if not (numbers := list(numbers)):
+    if not (numbers := list(runs)):
         return None
     values = [value for value, _ in numbers]
     spread = statistics.stdev(values) if len(values) > 1 else numbers[0][1]
-    return Measured(statistics.fmean(values), spread, len(values), conditions or {})
+    return Measured(statistics.fmean(values), spread, len(values), under or {})

@@ -50,11 +50,9 @@ class Section:
 
 def write_report(title: str, sections: Sequence[Section], out: Path) -> list[Path]:
     """Write `report.html`, which needs no other file, and `report.md` with its figures; returns the two paths."""
-    loader, undefined = jinja2.PackageLoader("hft.reporting"), jinja2.StrictUndefined
-    html = jinja2.select_autoescape(["html.jinja"])
-    environment = jinja2.Environment(
-        loader=loader, autoescape=html, trim_blocks=True, lstrip_blocks=True, undefined=undefined
-    )
+    loader, html = jinja2.PackageLoader("hft.reporting"), jinja2.select_autoescape(["html.jinja"])
+    how = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(loader=loader, autoescape=html, **how)
     environment.filters |= {"escaped": escaped, "slug": slug}
     drawings = [drawing for section in sections for drawing in section.drawings]
     out.mkdir(parents=True, exist_ok=True)

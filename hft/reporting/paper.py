@@ -65,12 +65,6 @@ class PaperTable:
         return [row.label for row in self.rows if row.label not in ("OP", "BWT")]
 
     @property
-    def digits(self) -> list[int]:
-        """The decimals that the paper prints in each column."""
-        columns = zip(*(row.values for row in self.rows), strict=True)
-        return [max(len(str(float(v)).partition(".")[2]) for v in some if v is not None) for some in columns]
-
-    @property
     def models(self) -> list[str]:
         return list(dict.fromkeys(row.model for row in self.rows))
 
@@ -239,21 +233,18 @@ def as_text(table: PaperTable, rows: Sequence[PaperRow], ours: Ours) -> str:
 def as_markdown(table: PaperTable, rows: Sequence[PaperRow], ours: Ours) -> str:
     lines, usual = [["", "command", *table.columns]], usual_conditions(ours)
     for row, mine in zip(rows, ours, strict=True):
-        commands = [one_after_another(row.commands), ""]
+        commands = [", then ".join(f"`{command}`" for command in row.commands), ""]
         lines += [[name, commands.pop(0), *cells] for name, cells in numbers(table, row, mine, usual).items()]
     notes = [f"{row.label}: {row.note}" for row in rows if row.note] + remarks(table, ours)
     return "\n".join([f"**{table.heading}**", "", markdown(lines), "", *(f"- {note}" for note in notes)]).rstrip()
-
-
-def one_after_another(commands: Sequence[str]) -> str:
-    return ", then ".join(f"`{command}`" for command in commands)
 
 
 def numbers(
     table: PaperTable, row: PaperRow, mine: dict[str, Measured], usual: Mapping[str, Any]
 ) -> dict[str, list[str]]:
     """The lines of a row: the paper's numbers, and ours if there are any, marked unless under the usual conditions."""
-    digits = table.digits
+    columns = zip(*(one.values for one in table.rows), strict=True)
+    digits = [max(len(str(float(v)).partition(".")[2]) for v in some if v is not None) for some in columns]
     lines = {row.label: ["-" if v is None else f"{v:.{d}f}" for v, d in zip(row.values, digits, strict=True)]}
     if mine:
         counts = sorted({one.n for one in mine.values()})

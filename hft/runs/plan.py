@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from hft.catalog import RECIPES
@@ -17,7 +19,7 @@ from hft.data import LoadedData, load_data
 from hft.errors import HFTError, read_text, reason
 from hft.machine import broadcast, indented, is_main, world_size
 from hft.model.anatomy import meta_model
-from hft.model.load import ids_beyond, read_config
+from hft.model.load import check_init_kwargs, ids_beyond, read_config
 from hft.model.weights import check_is_there
 from hft.record.identity import identity_of
 from hft.runs import arguments
@@ -153,6 +155,8 @@ def make_plan(config: Config) -> RunPlan:
     machine = arguments.machine_settings(config.values)
     args, notes = arguments.training_arguments(config, machine)
     arguments.check_arguments(args, model_config)
+    if "wandb" in args.report_to:
+        check_wandb()
     notes += arguments.check_positions(model_config, args, getattr(method.adapter, "num_virtual_tokens", None) or 0)
     if not method.adapter:
         check_selection(args, model_config, selection, save_only_trained=config.run.save_only_trained)
@@ -163,6 +167,8 @@ def make_plan(config: Config) -> RunPlan:
             machine["activation_checkpointing_layers"] = layers
             args.activation_checkpointing = args.gradient_checkpointing = layers > 0  # transformers is renaming it
     arguments.checkpointed_of(config, machine, args, selection)  # refuses a number that the model does not have
+    if config.revision and Path(base).is_dir():
+        notes.append(f"revision {config.revision} is not used: {base} is a folder")
     if config.run.save_only_trained and not (selection.frozen_parameters or selection.frozen_masks):
         notes.append("save_only_trained saves the whole model: nothing is frozen")
     tokenizer = load_tokenizer(config)
@@ -175,23 +181,45 @@ def make_plan(config: Config) -> RunPlan:
     elif not data.is_text:
         check_template(config, tokenizer)
     notes += [*data.notes, *ids_beyond(tokenizer.get_vocab(), model_config.get_text_config().vocab_size)]
-    update, schedule, strategy = (
-        part.record() if part else None for part in (method.update, method.schedule, method.strategy)
-    )
+    parts = method.update, method.schedule, method.strategy
+    update, schedule, strategy = (part.record() if part else None for part in parts)
     identity = identity_of(selection.record(), update, schedule, data.fingerprint, strategy)
     # One process looks and decides for all, since it also writes to the folder that the others would look at.
     start = broadcast(find_start(config, identity, args) if is_main() else None)
     return RunPlan(config, selection, args, machine, tokenizer, data, start, [*notes, *start.notes])
 
 
+def check_wandb() -> None:
+    """Refuse a variable that `wandb.init` would refuse, without its value, which may be a key."""
+    import wandb
+
+    for name, value in os.environ.items():
+        try:
+            wandb.Settings().update_from_env_vars({name: value})
+        except (wandb.Error, ValidationError) as error:
+            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else reason(error)
+            raise HFTError(f"wandb does not take {name}: {why}; correct or unset it") from error
+
+
 def load_rows(config: Config, args: TrainingArguments) -> LoadedData:
+    """The rows; refuses settings of TRL's that are about rows in another form."""
+    if (field := getattr(args, "dataset_text_field", "text")) != "text":
+        raise HFTError(f"dataset_text_field {field}: text is read from a column named text; rename yours, remove this")
+    if (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
+        raise HFTError("skip_prepare_dataset: rows are read as text or messages, not as tokens; remove it")
     with args.main_process_first(desc="loading the data"):
-        return load_data(config.run, config.objective.read_rows, evaluate=args.eval_strategy != "no")
+        data = load_data(config.run, config.objective.read_rows, evaluate=args.eval_strategy != "no")
+    if getattr(args, "completion_only_loss", False) and "completion" not in data.train.column_names:
+        why = f"completion_only_loss is about rows of prompt and completion, and those of {data.name} are others"
+        raise HFTError(f"{why}; remove it, and for messages take assistant_only_loss")
+    return data
 
 
 def plan_selection(config: Config, model_config: PretrainedConfig) -> Selection:
     """What will train; refuses a method that does not go with it or with the model."""
-    method = config.method
+    method, base = config.method, config.run.model_name_or_path
+    init_kwargs = config.values.get("model_init_kwargs") or {}
+    check_init_kwargs(init_kwargs, base, model_config if method.adapter else None)
     if method.adapter:
         return method.adapter.footprint(model_config)
     model = meta_model(model_config)

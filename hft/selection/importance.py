@@ -25,11 +25,7 @@ from hft.selection.policies import build_selection, category, half_of_the_norms,
 from hft.selection.selection import READ_TEXT, Selection, SelectionConfig
 from hft.selection.stored import IMPORTANCE_NAME, check_scored_base, top_of_each_type
 
-REDUCTIONS = {
-    "unit": torch.mean,
-    "column": lambda scores: scores.sum(dim=0, keepdim=True),
-    "element": lambda scores: scores,
-}
+REDUCTIONS = {"unit": torch.mean, "column": lambda scores: scores.sum(dim=0, keepdim=True), "element": lambda x: x}
 
 Texts = Sequence[torch.Tensor]  # token ids of a row each, (1, length)
 Reduction = Callable[[torch.Tensor], torch.Tensor]
@@ -136,9 +132,8 @@ def importance_scores(
 def signal_to_noise(weight: torch.Tensor) -> torch.Tensor:
     """The signal-to-noise ratio of a matrix over its largest singular value (Spectrum, 2406.06623).
 
-    Singular values above the edge of the Marchenko-Pastur law are signal, the others noise; both are summed. The
-    noise's standard deviation is estimated from the interquartile range, 1.349 sigma of a normal distribution, as in
-    the authors' script.
+    Singular values above the edge of the Marchenko-Pastur law are signal, the others noise. The noise's standard
+    deviation is estimated from the interquartile range, 1.349 sigma of a normal distribution, as the authors do.
     """
     values = torch.linalg.svdvals(weight)
     quarter, three_quarters = torch.quantile(values, torch.tensor([0.25, 0.75], device=values.device))
@@ -215,10 +210,8 @@ def token_ids(
             try:
                 ids = ids_of(row)
             except (TemplateError, ValueError, TypeError, LookupError) as error:
-                raise HFTError(
-                    f"a row of the text to score by cannot be used, {reason(error)}: it has {', '.join(row)}; give "
-                    "text, messages, or prompt and completion as messages"
-                ) from error
+                why = f"a row of the text to score by cannot be used, {reason(error)}: it has {', '.join(row)}"
+                raise HFTError(f"{why}; give text, messages, or prompt and completion as messages") from error
             if len(ids) > 1:
                 yield torch.tensor([ids])
 

@@ -62,16 +62,12 @@ def _checked(anatomy: Anatomy, config: SelectionConfig, name: str, mask: object)
     if not isinstance(mask, Mask):
         kind = getattr(mask, "dtype", type(mask).__name__)
         if kind != torch.bool:
-            raise HFTError(
-                f"policy {config.policy} must give a bool tensor for {name}, True where it trains; got {kind}"
-            )
+            raise HFTError(f"policy {config.policy} must give a bool tensor for {name}, True to train it; got {kind}")
         mask = Mask.of(mask)
     shape = anatomy.shapes.get(name)
     if not (broadcasts(mask.shape, shape) if shape else mask.numel == anatomy.numels[name]):
-        raise HFTError(
-            f"policy {config.policy} gives a mask of shape {mask.shape} for {name}, whose shape is "
-            f"{shape or (anatomy.numels[name],)}; each dimension of a mask must be equal or 1"
-        )
+        shapes = f"{mask.shape} for {name}, whose shape is {shape or (anatomy.numels[name],)}"
+        raise HFTError(f"policy {config.policy} gives a mask of shape {shapes}; each dimension must be equal or 1")
     return mask
 
 
@@ -229,6 +225,5 @@ def _random_element(anatomy: Anatomy, config: SelectionConfig) -> Choice:
 
     shapes = {name: shape for name, shape in anatomy.shapes.items() if len(shape) > 1}
     counts = {name: round(config.fraction * math.prod(shape)) for name, shape in shapes.items()}
-    return anatomy.units, {
-        name: Mask(functools.partial(draw, name, count), shapes[name], count) for name, count in counts.items()
-    }
+    masks = {name: Mask(functools.partial(draw, name, n), shapes[name], n) for name, n in counts.items()}
+    return anatomy.units, masks

@@ -25,9 +25,7 @@ def load_scores(folder: str | Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise HFTError(
-            f"importance {folder}: {path} not found; give a folder that `hft importance` wrote, or a file of Spectrum's"
-        ) from None
+        raise HFTError(f"{path} not found; give a folder of `hft importance`, or a file of Spectrum's") from None
     except (OSError, ValueError) as error:
         raise HFTError(f"{path} cannot be read: {reason(error)}; run `hft importance` again") from error
 
@@ -41,10 +39,8 @@ def with_scored_settings(config: SelectionConfig) -> SelectionConfig:
     settings, given = {key: made[key] for key in SCORED if key in made}, asdict(config)
     for key, value in settings.items():
         if given[key] not in (None, value):
-            raise HFTError(
-                f"importance {config.importance} was made with {key} {value}, and {given[key]} is asked for; give the "
-                "same, or make another with `hft importance`"
-            )
+            what = f"importance {config.importance} was made with {key} {value}, and {given[key]} is asked for"
+            raise HFTError(f"{what}; give the same, or make another with `hft importance`")
     return replace(config, **settings)
 
 
@@ -55,10 +51,8 @@ def check_scored_base(config: SelectionConfig, base: str) -> None:
     made = load_scores(config.importance)
     same = made["weights"] == weights_fingerprint(Path(base)) if Path(base).is_dir() else made["base"] == base
     if not same:
-        raise HFTError(
-            f"importance {config.importance} was made for {made['base']}, whose weights are not those of {base}; run "
-            "`hft importance` for this base"
-        )
+        what = f"importance {config.importance} was made for {made['base']}"
+        raise HFTError(f"{what}, whose weights are not those of {base}; run `hft importance` for this base")
 
 
 def importance(anatomy: Anatomy, config: SelectionConfig) -> Choice:

@@ -35,7 +35,7 @@ class AdapterTuning(ManifestMixin):
         if self._checkpointing_off:
             args.gradient_checkpointing = args.activation_checkpointing = False  # transformers is renaming it
 
-        base, _ = load_base(model, args, **adapter.load_kwargs(args))
+        base, _ = load_base(model, args, adapted=True, **adapter.load_kwargs(args))
         for module in base.modules():  # bitsandbytes (0.50) would repack 4-bit weights on a CPU, and round their scales
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False

@@ -78,10 +78,8 @@ class ManifestMixin:
     def check_resumable(self, checkpoint: str) -> None:
         """Refuse to resume from a checkpoint that is not this run's, or that lacks the state of the optimizer."""
         if steps_elsewhere(self.args) and "schedule_free" not in self.args.optim:
-            raise HFTError(
-                f"cannot resume from {checkpoint}: {self.args.optim.value} saves no state, so the run would not "
-                "continue exactly; start again with --resume_from_checkpoint none"
-            )
+            why = f"{self.args.optim.value} saves no state, so the run would not continue exactly"
+            raise HFTError(f"cannot resume from {checkpoint}: {why}; start again with --resume_from_checkpoint none")
         self.manifest.check_resumable(checkpoint)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -155,10 +153,8 @@ def check_batch(args: TrainingArguments) -> None:
         "auto_find_batch_size": args.auto_find_batch_size,
     }
     if found := [name for name, is_set in changes.items() if is_set]:
-        raise HFTError(
-            f"{found[0]} would change the rows per step; remove it, and set per_device_train_batch_size and "
-            "gradient_accumulation_steps or the global batch"
-        )
+        batch = "per_device_train_batch_size and gradient_accumulation_steps or the global batch"
+        raise HFTError(f"{found[0]} would change the rows per step; remove it, and set {batch}")
 
 
 def diverged(name: str, value: float, step: int, out: str) -> HFTError:

@@ -10,7 +10,6 @@ from hft.methods import steps_elsewhere
 from hft.model.anatomy import layers_of
 from hft.parts import checkpoint_name
 from hft.selection import Selection
-from hft.training.base import ManifestMixin
 
 
 class HoldToPlan(TrainerCallback):
@@ -20,9 +19,7 @@ class HoldToPlan(TrainerCallback):
     that says what requires a gradient. `acts`: whether anything acts around the step.
     """
 
-    def __init__(
-        self, trainer: ManifestMixin, selection: Selection | None, dtypes: dict[str, torch.dtype], *, acts: bool
-    ):
+    def __init__(self, trainer: Trainer, selection: Selection | None, dtypes: dict[str, torch.dtype], *, acts: bool):
         self.selection, self.dtypes, self.acts = selection, dtypes, acts
         self.flat = trainer.is_deepspeed_enabled  # which holds all parameters flat
         self.own_loader = type(trainer).get_train_dataloader is not Trainer.get_train_dataloader  # such as GRPO's
@@ -35,10 +32,8 @@ class HoldToPlan(TrainerCallback):
             stored = self.dtypes.get(checkpoint_name(name), parameter.dtype)
             planned = torch.promote_types(stored, torch.float32) if parameter.requires_grad else stored
             if torch.promote_types(parameter.dtype, planned) != parameter.dtype:
-                raise HFTError(
-                    f"{name} should be held in {planned} and the engine has made it {parameter.dtype}; launch with "
-                    "hft's own configs, and with an accelerate that hft allows"
-                )
+                why = f"{name} should be held in {planned} and the engine has made it {parameter.dtype}"
+                raise HFTError(f"{why}; launch with hft's own configs, and with an accelerate that hft allows")
         if not self.flat:
             self.check_optimizer(args, model, getattr(optimizer, "optimizer", optimizer))
         rows = None if self.own_loader else train_dataloader.total_batch_size * args.gradient_accumulation_steps
@@ -54,10 +49,8 @@ class HoldToPlan(TrainerCallback):
         if missing and (self.acts or not steps_elsewhere(args)):
             raise HFTError(f"{missing[0]} should train, but the optimizer lacks it; give it all trained parameters")
         if self.acts and callable(getattr(optimizer, "eval", None)):
-            raise HFTError(
-                f"{type(optimizer).__name__} keeps its own copy of the weights, which the method cannot reach; "
-                "set optim to adamw_torch"
-            )
+            why = f"{type(optimizer).__name__} keeps its own copy of the weights, which the method cannot reach"
+            raise HFTError(f"{why}; set optim to adamw_torch")
 
 
 class CheckpointedLayers(TrainerCallback):

@@ -6,15 +6,14 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
-from hft.errors import HFTError, shorten
+from hft.errors import HFTError
 from hft.freezing import HALF_PRECISION, upcast
 from hft.machine import is_sharded, is_zero3
 from hft.record.manifest import Manifest
 from hft.selection import Selection
 
 # Optimizers that look at single elements; bitsandbytes has the last two, whose 8-bit ones scale blocks of elements.
-ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
-ELEMENTWISE += ("paged_adamw_32bit", "lion_32bit")
+ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "paged_adamw_32bit", "lion_32bit")
 
 
 class EngineQuirks:
@@ -84,10 +83,8 @@ def check_selection(
     if getattr(args, "use_vllm", False):
         raise HFTError("vLLM needs whole weights, and some train in part; remove use_vllm, or select whole tensors")
     if args.optim.value not in ELEMENTWISE:
-        raise HFTError(
-            f"{min(masks)} trains in part, and {args.optim.value} is not elementwise; set optim to one of "
-            f"{shorten(ELEMENTWISE, most=len(ELEMENTWISE))}, or select whole tensors"
-        )
+        others = f"set optim to one of {', '.join(ELEMENTWISE)}, or select whole tensors"
+        raise HFTError(f"{min(masks)} trains in part, and {args.optim.value} is not elementwise; {others}")
     tied = model_config.get_text_config().tie_word_embeddings and masks.keys() & selection.anatomy.embeddings
     if tied and is_sharded(args):
         raise HFTError("FSDP2 cannot shard tied embeddings that train in part; launch with --engine ddp")

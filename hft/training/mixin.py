@@ -20,7 +20,7 @@ from hft.methods.schedule import Schedule
 from hft.methods.update import Update
 from hft.model.anatomy import anatomy_of
 from hft.model.load import load_base
-from hft.model.weights import MODEL_CONFIG, Weights, checksum
+from hft.model.weights import MODEL_CONFIG, checksum
 from hft.parts import checkpoint_name, join, joined, split, stored
 from hft.record.checkpoints import is_checkpoint
 from hft.record.manifest import Manifest
@@ -189,16 +189,6 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
             (folder / "config.json").replace(folder / MODEL_CONFIG)
         manifest.save(folder)
         save_masks(folder, self.selection.frozen_masks)
-
-    def check_resumable(self, checkpoint: str) -> None:
-        super().check_resumable(checkpoint)
-        saved = Weights(checkpoint)
-        missing = [name for name in self.selection.trained_parameters if name not in saved]
-        if missing and not is_sharded(self.args):
-            raise HFTError(
-                f"cannot resume from {checkpoint}: an earlier version of hft saved {missing[0]} there under another "
-                "name, which Trainer does not find; give another --output_dir, or --resume_from_checkpoint none"
-            )
 
     def _checksums(self, model: PreTrainedModel, names: list[str]) -> dict[str, str]:
         """Checksums of parameters or of their frozen elements as they are stored, in the first process."""

@@ -1,7 +1,7 @@
 """A reference model that shares the policy's frozen half."""
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -22,9 +22,7 @@ def reference_to_share(policy: PreTrainedModel, in_part: Collection[str] = ()) -
     return copy.deepcopy(policy, memo=shared).requires_grad_(False).eval()
 
 
-def share_frozen(
-    reference: PreTrainedModel, policy: PreTrainedModel, loaded: Mapping[str, torch.dtype], *, autocast: bool
-) -> None:
+def share_frozen(reference: nn.Module, policy: nn.Module, loaded: dict[str, torch.dtype], *, autocast: bool) -> None:
     """Let a reference share a policy's frozen parameters: Llama-2-7B's takes 7.3 GB, not 13.5. `loaded`: its dtypes."""
     narrow, sources = matrices(reference) if autocast else set(), by_name(policy)
     for name, parameter in reference.named_parameters():

@@ -291,6 +291,21 @@ def test_what_cannot_work_is_refused_in_a_sentence(tmp_path, sft, capsys, flags,
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_hidden_layers", 2), ("rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})],
+)
+def test_a_base_that_only_this_run_would_have_is_refused(tmp_path, tiny, data, sft, capsys, key, value):
+    kwargs = ["--model_init_kwargs", json.dumps({key: value})]
+    assert sft(tmp_path / "out", *kwargs, method="lora") == 2
+    assert f"model_init_kwargs: {key} {value} changes the base" in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(HFTError, match="changes the base"):
+        trainer_of("sft", tmp_path, tiny, load_split(str(data), "train"), LoRA(), model_init_kwargs={key: value})
+    harmless = json.dumps({"num_hidden_layers": 4, "use_cache": False, "attention_dropout": 0.1, "dtype": "float32"})
+    assert sft(tmp_path / "out", "--dry_run", "--model_init_kwargs", harmless, method="lora") == 0
+
+
 def test_prompts_cannot_do_dpo_and_nothing_is_sharded(tmp_path, dpo, capsys, monkeypatch):
     assert dpo(tmp_path / "out", method="p-tuning-v2") == 2
     assert "p-tuning-v2 cannot train against a reference" in error_of(capsys)

@@ -20,6 +20,12 @@ INSTALL = "needs a package: pip install"
         ("--deepspeed zero3.json", f"deepspeed zero3.json {INSTALL} 'half-fine-tuning[deepspeed]'"),
         ("--model_init_kwargs {attn_implementation:flash_attention_2}", f"flash_attention_2 {INSTALL} flash-attn"),
         ("--model_init_kwargs {attn_implementation:kernels-community/x}", f"kernels-community/x {INSTALL} kernels"),
+        ("--model_init_kwargs {torch_dtype:float16}", "model_init_kwargs: torch_dtype is named dtype; rename it"),
+        ("--model_init_kwargs {variant:fp16}", "variant would load other files than hft reads; remove it"),
+        ("--model_init_kwargs {use_safetensors:false}", "use_safetensors would load other files than hft reads"),
+        ("--completion_only_loss true", "completion_only_loss is about rows of prompt and completion, and those of "),
+        ("--dataset_text_field content", "dataset_text_field content: text is read from a column named text"),
+        ("--dataset_kwargs {skip_prepare_dataset:true}", "skip_prepare_dataset: rows are read as text or messages"),
         ("--optim galore_adamw", "optim galore_adamw with optim_args None: You need to install `galore_torch`"),
         ("--optim schedule_free_adamw", "You need to install `schedulefree`"),
         ("--optim sgd --optim_args betas", "optim sgd with optim_args betas: "),
@@ -70,6 +76,11 @@ def test_a_mapping_holds_numbers_as_trl_reads_them(tmp_path, sft):
     assert sft(tmp_path / "out", *from_file) == 0
     given = ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-4}']
     assert sft(tmp_path / "out", "--dry_run", *given) == 0
+
+
+def test_a_revision_of_a_folder_is_said_not_to_be_used(tmp_path, tiny, sft, capsys):
+    assert sft(tmp_path / "out", "--dry_run", "--model_init_kwargs", '{"revision": "v2"}') == 0
+    assert f"revision v2 is not used: {tiny} is a folder" in capsys.readouterr().out
 
 
 def test_what_could_not_be_saved_is_refused(tmp_path, tiny, sft, capsys):

@@ -7,12 +7,14 @@ import struct
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import wandb
 from safetensors.torch import load_file
 from transformers import Trainer
 from wandb.proto import wandb_internal_pb2
 
 from hft.runs.tracking import WandbRun
+from tests.conftest import error_of
 
 
 def records(folder) -> list:
@@ -75,6 +77,25 @@ def test_a_stopped_run_is_resumed_as_the_same_wandb_run(tmp_path, sft, monkeypat
     ours, saved = load_file(files["model.safetensors"]), load_file(out / "model.safetensors")
     assert {name: tensor.dtype for name, tensor in ours.items()} == {name: t.dtype for name, t in saved.items()}
     assert str(tmp_path) not in Path(files["hft_manifest.json"]).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("WANDB_PROJECT", "a/b", "Invalid project name 'a/b': cannot contain"),
+        ("WANDB_MODE", "offlin", "Input should be 'online', 'offline', "),
+        ("WANDB_TAGS", "", "Tag at index 0 is empty"),
+        ("WANDB_FINISH_TIMEOUT", "soon", "Input should be a valid number"),
+    ],
+)
+def test_a_variable_that_wandb_refuses_is_refused_before_anything_is_written(
+    tmp_path, sft, capsys, monkeypatch, name, value, message
+):
+    monkeypatch.setenv(name, value)
+    assert sft(tmp_path / "out", "--report_to", "wandb") == 2
+    assert f"wandb does not take {name}: " in (error := error_of(capsys))
+    assert message in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_resumed_wandb_run_has_is_not_logged_again(monkeypatch):
