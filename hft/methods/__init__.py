@@ -59,10 +59,8 @@ def check_parts(args: TrainingArguments, *parts: MethodPart | None, has_referenc
             other = "fsdp2" if part.shardable else "ddp"
             raise HFTError(f"{part.kind} {part.name} does not run under {engine}; launch it with --engine {other}")
         if part.acts_around_step and steps_elsewhere(args):
-            raise HFTError(
-                f"{part.kind} {part.name} acts on gradients and weights around the optimizer's step, but "
-                f"{args.optim.value} has no such separate step; set optim to adamw_torch"
-            )
+            what = f"{part.kind} {part.name} acts on gradients and weights around the optimizer's step"
+            raise HFTError(f"{what}, but {args.optim.value} has no such separate step; set optim to adamw_torch")
         part.check_args(args, has_reference=has_reference)
 
 
@@ -83,10 +81,8 @@ def method_of(config: Mapping[str, Any]) -> Method:
         wanted = "needs an adapter, such as lora" if strategy.takes_adapter else "does not work with an adapter"
         raise HFTError(f"strategy {strategy.name} {wanted}; adapters learn one task after another with strategy lora")
     if strategy and adapter and not adapter.reloads:
-        raise HFTError(
-            f"strategy {strategy.name} starts each round with the adapter of the round before, whose ranks "
-            f"{adapter.name} has pruned; take another adapter, such as lora"
-        )
+        what = f"strategy {strategy.name} starts each round with the adapter of the round before"
+        raise HFTError(f"{what}, whose ranks {adapter.name} has pruned; take another adapter, such as lora")
     return Method(_fill(SelectionConfig, config, "selection"), **parts)
 
 

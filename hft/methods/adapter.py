@@ -66,10 +66,8 @@ class Adapter(MethodPart):
         if args.load_best_model_at_end and not self.reloads:
             raise HFTError(f"{self.name} cannot load its best checkpoint again; remove load_best_model_at_end")
         if self.learns_prompt and has_reference:
-            raise HFTError(
-                f"{self.name} cannot train against a reference: its untrained prompt already moves the policy away "
-                "from it; use lora"
-            )
+            why = "its untrained prompt already moves the policy away from it"
+            raise HFTError(f"{self.name} cannot train against a reference: {why}; use lora")
         if self.learns_prompt and (getattr(args, "packing", False) or getattr(args, "padding_free", False)):
             raise HFTError(f"{self.name} puts its prompt before each row, so rows cannot be packed; drop packing")
 

@@ -59,10 +59,8 @@ class Schedule(MethodPart):
     def check(self, selection: Selection) -> None:
         """Raise an `HFTError` for a selection that freezes units itself."""
         if selection.config.policy != "all":
-            raise HFTError(
-                f"schedule {self.name} decides itself which units train, so it goes with policy all, not with "
-                f"{selection.config.policy}"
-            )
+            what = f"schedule {self.name} decides itself which units train"
+            raise HFTError(f"{what}, so it goes with policy all, not with {selection.config.policy}")
         if selection.config.freeze_router:
             raise HFTError(f"schedule {self.name} switches whole layers, with their routers; remove freeze_router")
 

@@ -106,10 +106,8 @@ class Manifest:
         try:
             return cls(**json.loads(path.read_text()))
         except FileNotFoundError:
-            raise HFTError(
-                f"{folder} has no {MANIFEST_NAME}, so there is nothing to verify: it is a merge, not a folder that "
-                f"hft trained, or not there{neighbor(path.parent)}"
-            ) from None
+            why = f"it is a merge, not a folder that hft trained, or not there{neighbor(path.parent)}"
+            raise HFTError(f"{folder} has no {MANIFEST_NAME}, so there is nothing to verify: {why}") from None
         except (TypeError, ValueError, AttributeError) as error:
             raise HFTError(f"{path} is not a valid manifest: {reason(error)}") from error
 

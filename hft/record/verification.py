@@ -244,10 +244,8 @@ def check_base(base: str) -> None:
     found = verify_tensors(weights, manifest.frozen_checksums, manifest.trained_parameters, None, masks=masks)
     if not found.ok:
         wrong = [*found.broken, *found.lost][0]
-        raise HFTError(
-            f"{base} does not match its {MANIFEST_NAME}: {wrong} differs; put back the model that the manifest was "
-            "written for, or remove the manifest to start a new sequence"
-        )
+        remedy = "put back the model that the manifest was written for, or remove the manifest to start a new sequence"
+        raise HFTError(f"{base} does not match its {MANIFEST_NAME}: {wrong} differs; {remedy}")
 
 
 def masks_of(folder: Path, manifest: Manifest) -> Mapping[str, Mask]:
