@@ -340,6 +340,12 @@ def test_a_7b_without_a_gpu_is_refused_before_anything_is_fetched(capsys, monkey
     assert "7.3 GiB each on 8" in err
 
 
+def test_null_is_the_default_of_a_folder_and_of_a_name(tiny, tmp_path):
+    file = write(tmp_path / "more.yaml", f"output_dir: ~\nrun_name: null\nmodel_name_or_path: {tiny}")
+    values = parse_config("sft", ["--config", "recipes/tiny/sft.yaml", file]).values
+    assert (values["output_dir"], values["run_name"]) == ("runs/tiny-sft-hft-more", "tiny-sft-hft-more")
+
+
 def test_a_later_method_file_replaces_all_of_an_earlier_one(tiny):
     files = [f"recipes/{name}.yaml" for name in ("tiny/sft", "methods/mofo", "methods/lisa", "methods/hft")]
     config = load_config("sft", *files, model_name_or_path=str(tiny), round=2)

@@ -512,6 +512,12 @@ def test_a_base_and_its_run_answer_side_by_side(run, tiny, capsys, monkeypatch):
     assert "cannot answer: Invalid configuration: requested max tokens to generate (99999)" in error_of(capsys)
 
 
+@pytest.mark.parametrize("flag", ["dtype=float99", "rows=0", "rows=-1", "max_new_tokens=0"])
+def test_what_cannot_be_generated_with_is_one_sentence(flag, tiny, capsys):
+    assert main(["generate", str(tiny), f"--{flag}"]) == 2
+    assert f"hft: {flag.partition('=')[0]}: expected " in error_of(capsys)
+
+
 def test_tasks_are_separated_by_blanks_or_commas_and_find_their_suites():
     found = suites_of(["facts,drift", "arc_easy,", "winogrande:acc"])
     assert found == {"quick": ["facts", "drift"], module.LM_EVAL: ["arc_easy", "winogrande:acc"]}
