@@ -214,8 +214,10 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
                 parts = tuple(Part(f"{prefix}.{index}.{name}", shapes[name], of) for name, of in boxes.items())
                 units.append(Unit(f"{prefix}.{index}.{path}{suffix}", index, block, kind, parts))
     if unknown:
-        why = f"these parameters of its layers belong to no known unit: {shorten(list(unknown.values()))}"
-        raise HFTError(f"{type(model).__name__} cannot be divided: {why}; describe the family in hft/model/layouts.py")
+        raise HFTError(
+            f"{type(model).__name__} cannot be divided: these parameters of its layers belong to no known unit: "
+            f"{shorten(list(unknown.values()))}; describe the family in hft/model/layouts.py"
+        )
     return Anatomy(tuple(units), len(layers), *_outside(model, prefix, {p for unit in units for p in unit.parameters}))
 
 
