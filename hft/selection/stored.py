@@ -25,7 +25,7 @@ def load_scores(folder: str | Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise HFTError(f"{path} not found; give a folder of `hft importance`, or a file of Spectrum's") from None
+        raise HFTError(f"{path} not found; give a folder that `hft importance` wrote, or Spectrum's file") from None
     except (OSError, ValueError) as error:
         raise HFTError(f"{path} cannot be read: {reason(error)}; run `hft importance` again") from error
 
