@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from hft.data.loading import LoadedData
-from hft.errors import HFTError, cannot_write, reason
+from hft.errors import HFTError, reason
 
 PAIR = ["prompt_ids", "chosen_ids", "rejected_ids"]
 TOKENS = ["input_ids", "completion_ids", *PAIR]
@@ -218,6 +218,7 @@ def refusals(loaded: LoadedData, tokenizer: PreTrainedTokenizerBase) -> Iterator
             except (TemplateError, ValueError, TypeError, LookupError) as wrong:
                 where = f"dataset {loaded.name}, row {row['row']} (the first is 0)"
                 raise HFTError(f"{where}: the chat template fails: {reason(wrong)}") from wrong
-        if (isinstance(error, ValueError | OSError) and not cannot_write(error)) or "assistant_only_loss" in str(error):
+        about_hub = getattr(error, "filename", "") is None  # and not about the output folder
+        if isinstance(error, ValueError) or about_hub or "assistant_only_loss" in str(error):
             raise HFTError(reason(error)) from error
         raise

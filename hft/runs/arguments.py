@@ -30,7 +30,6 @@ NEEDED = (
 )
 # Key, and the values of another one with which transformers ignores it.
 IGNORED = (
-    ("warmup_steps", "lr_scheduler_type", "constant|reduce_lr_on_plateau|greedy"),
     ("lr_scheduler_kwargs", "lr_scheduler_type", "constant|constant_with_warmup"),
     ("optim_args", "optim", "adafactor|(paged_)?(lion|adamw_(8|32|bnb_8)bit).*|adamw_torch(_fused|_xla)?|(ada)?lomo"),
     ("optim_target_modules", "optim", "(?!galore|apollo).*"),
@@ -69,6 +68,8 @@ def training_arguments(
         raise HFTError("several GPUs are visible to one process: add --num_processes, or set CUDA_VISIBLE_DEVICES=0")
     if config.method.adapter and config.run.save_only_trained:
         raise HFTError("an adapter's folder holds only what trained anyway; remove save_only_trained")
+    if args.warmup_steps and args.lr_scheduler_type.value in ("constant", "reduce_lr_on_plateau", "greedy"):
+        notes.append(f"lr_scheduler_type {args.lr_scheduler_type.value} ignores warmup_steps {args.warmup_steps:g}")
     trainer_class(config).check(args, *config.method.parts)
     return args, notes
 
