@@ -77,9 +77,8 @@ def find_start(config: Config, identity: dict[str, Any], args: TrainingArguments
     if restored := [change for change in restored if not (change.startswith("optim ") and optims <= ADAMW)]:
         other = "another --output_dir, or --resume_from_checkpoint none"
         remedy = other if is_auto else "the same ones, or the checkpoint as --model_name_or_path"
-        raise HFTError(
-            f"cannot resume from {start}, whose optimizer keeps its own settings: {'; '.join(restored)}; give {remedy}"
-        )
+        what = f"cannot resume from {start}, whose optimizer keeps its own settings"
+        raise HFTError(f"{what}: {'; '.join(restored)}; give {remedy}")
     if changes:
         notes.append(f"NOTE: resuming with other settings than before: {'; '.join(changes)}")
     check_complete(Path(start), args)
@@ -104,9 +103,8 @@ def check_complete(checkpoint: Path, args: TrainingArguments) -> None:
     now = "zero3" if is_zero3(args) else "fsdp2" if is_sharded(args) else "ddp"
     saved = [engine for engine, found in states.items() if found]
     if len(saved) == 1 and saved != [now]:
-        raise HFTError(
-            f"cannot resume from {checkpoint}: its optimizer state was saved under {saved[0]}; add --engine {saved[0]}"
-        )
+        what = f"its optimizer state was saved under {saved[0]}"
+        raise HFTError(f"cannot resume from {checkpoint}: {what}; add --engine {saved[0]}")
     if now == "zero3" and len(parts) not in (0, args.world_size):
         processes = Manifest.load(checkpoint).processes or len(parts)
         raise HFTError(
