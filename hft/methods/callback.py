@@ -57,11 +57,9 @@ class ScheduleCallback(TrainerCallback, ExportableState):
             parameter.requires_grad_(parameter.requires_grad or name in self._scheduled)
         saved = state.stateful_callbacks[type(self).__name__]["attributes"] if state.global_step else {}
         if saved and hasattr(self.schedule, "intervals") and saved["steps"] != state.max_steps:
-            what = (
-                f"schedule {self.schedule.name} was planned for {saved['steps']} steps; this run has {state.max_steps}"
-            )
+            steps = f"{saved['steps']} steps; this run has {state.max_steps}"
             remedy = "give the same number, another --output_dir, or --resume_from_checkpoint none"
-            raise HFTError(f"cannot resume: {what}; {remedy}")
+            raise HFTError(f"cannot resume: schedule {self.schedule.name} was planned for {steps}; {remedy}")
         self.history, self.measured = saved.get("history", []), saved.get("measured", {})
         self.steps, self._trained = state.max_steps, None
 
