@@ -29,9 +29,7 @@ class SequenceConfig:
 
     trace_dir: str | None = option("TRACE's folder, or one like it: TASK/train.json and TASK/test.json, or .jsonl.")
     tasks: list[str] = option("The tasks, in the order in which they are learned.", list(TRACE))
-    epochs: dict[str, Annotated[float, Field(gt=0)]] | None = option(
-        "Epochs per task; num_train_epochs for all others."
-    )
+    epochs: dict[str, Annotated[float, Field(gt=0)]] | None = option("Epochs per task; else num_train_epochs.")
     metrics: dict[str, str] | None = option("Metric of each task outside TRACE, as {TASK: accuracy}.")
     strategy: str = option("Continual-learning strategy: a name, or FILE.py:CLASS of your own.", "seqft")
     alignment: str | None = option("Folder in trace_dir with general instructions that replay trains on too.")

@@ -140,9 +140,8 @@ def mixture(parts: list[LoadedData], weights: list[float] | None) -> LoadedData:
 
 def _hold_out(name: str, train: Dataset, count: int | None) -> tuple[Dataset, Dataset]:
     if not count:
-        raise HFTError(
-            f"dataset {name} has no split to evaluate on: hold rows out with --eval_rows 64, or pass --eval_strategy no"
-        )
+        remedy = "hold rows out with --eval_rows 64, or pass --eval_strategy no"
+        raise HFTError(f"dataset {name} has no split to evaluate on: {remedy}")
     if count >= len(train):
         raise HFTError(f"cannot hold {count} rows out of the {len(train)} usable ones of {name}; lower --eval_rows")
     sources = train["row"][:]

@@ -67,8 +67,7 @@ def evaluate(
         tasks = _load(benchmark, spec, settings)
         one = unscored(suite, subject, settings, {benchmark.name: _rows_sha256(tasks)})
         one.inputs["benchmark"] = digest(asdict(replace(benchmark, spec=None)))
-        if own := own_files(benchmark):
-            one.inputs["files"] = own
+        one.inputs |= {"files": own} if (own := own_files(benchmark)) else {}
         if benchmark.task == "hft_kl":
             one.inputs["kl_base"] = subject.base_subject().inputs
         path = out and one.path(out, benchmark.name)

@@ -74,9 +74,8 @@ def method_of(config: Mapping[str, Any]) -> Method:
     adapter, strategy = parts.get("adapter"), parts.get("strategy")
     others = [*(f.name for f in fields(SelectionConfig)), "schedule", "update"]
     if adapter and (given := [name for name in others if config.get(name) not in UNSET]):
-        raise HFTError(
-            f"{given[0]} acts on the model's weights, and adapter {adapter.name!r} freezes all of them; remove one"
-        )
+        what = f"{given[0]} acts on the model's weights"
+        raise HFTError(f"{what}, and adapter {adapter.name!r} freezes all of them; remove one")
     if strategy and strategy.takes_adapter != bool(adapter):
         wanted = "needs an adapter, such as lora" if strategy.takes_adapter else "does not work with an adapter"
         raise HFTError(f"strategy {strategy.name} {wanted}; adapters learn one task after another with strategy lora")

@@ -107,13 +107,10 @@ def check_complete(checkpoint: Path, args: TrainingArguments) -> None:
         raise HFTError(f"cannot resume from {checkpoint}: {what}; add --engine {saved[0]}")
     if now == "zero3" and len(parts) not in (0, args.world_size):
         processes = Manifest.load(checkpoint).processes or len(parts)
-        raise HFTError(
-            f"cannot resume from {checkpoint}: ZeRO-3 resumes on as many processes as saved it, all with access to its "
-            f"folder; {processes} saved it, the parts of {len(parts)} are here, and this run has {args.world_size}"
-        )
+        why = "ZeRO-3 resumes on as many processes as saved it, all with access to its folder"
+        found = f"{processes} saved it, the parts of {len(parts)} are here, and this run has {args.world_size}"
+        raise HFTError(f"cannot resume from {checkpoint}: {why}; {found}")
     if not (saved and (checkpoint / "scheduler.pt").exists()):
-        raise HFTError(
-            f"cannot resume from {checkpoint}: it holds no optimizer or scheduler state (save_only_model), so the run "
-            "would not continue exactly; start again with --resume_from_checkpoint none, or give it as "
-            "--model_name_or_path with another --output_dir"
-        )
+        why = "it holds no optimizer or scheduler state (save_only_model), so the run would not continue exactly"
+        remedy = "--resume_from_checkpoint none, or give it as --model_name_or_path with another --output_dir"
+        raise HFTError(f"cannot resume from {checkpoint}: {why}; start again with {remedy}")

@@ -98,7 +98,8 @@ class RunResult:
         """
         path = Path(folder) / RESULTS_NAME
         try:
-            return cls(**json.loads(path.read_text()))
+            content = json.loads(path.read_text())  # an earlier version wrote `planned`
+            return cls(**{key: value for key, value in content.items() if key != "planned"})
         except FileNotFoundError:
             raise HFTError(f"{folder} has no {RESULTS_NAME}: its run has not finished{neighbor(path.parent)}") from None
         except (TypeError, ValueError, AttributeError) as error:

@@ -20,9 +20,10 @@ from hft.methods.schedule import Schedule
 from hft.methods.update import Update
 from hft.model.anatomy import anatomy_of
 from hft.model.load import load_base
-from hft.model.weights import MODEL_CONFIG, checksum
+from hft.model.weights import MODEL_CONFIG, Weights, checksum
 from hft.parts import checkpoint_name, join, joined, split, stored
 from hft.record.checkpoints import is_checkpoint
+from hft.record.identity import cannot_resume
 from hft.record.manifest import Manifest
 from hft.selection import Selection, SelectionConfig, select
 from hft.selection.masks import frozen_values, save_masks
@@ -189,6 +190,14 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
             (folder / "config.json").replace(folder / MODEL_CONFIG)
         manifest.save(folder)
         save_masks(folder, self.selection.frozen_masks)
+
+    def check_resumable(self, checkpoint: str) -> None:
+        super().check_resumable(checkpoint)
+        saved = Weights(checkpoint)
+        missing = [name for name in self.selection.trained_parameters if name not in saved]
+        if missing and not is_sharded(self.args):
+            why = f"an earlier version of hft saved {missing[0]} there under another name, which Trainer does not find"
+            raise cannot_resume(checkpoint, why)
 
     def _checksums(self, model: PreTrainedModel, names: list[str]) -> dict[str, str]:
         """Checksums of parameters or of their frozen elements as they are stored, in the first process."""

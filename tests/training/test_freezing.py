@@ -86,6 +86,11 @@ def test_partly_frozen_runs_resume_exactly_and_refuse_other_masks_and_states(ele
     assert sft(out, *flags, method="random-element") == 2
     assert "kept there the optimizer's state of whole tensors" in error_of(capsys)
     manifest.write_text(content)
+    path, held = manifest.with_name("model.safetensors"), tensors(manifest.parent)
+    save_file({f"{name}.old" if "norm" in name else name: held[name] for name in held}, path)
+    assert sft(out, *flags, method="random-element") == 2
+    assert "model.layers.0.input_layernorm.weight there under another name" in error_of(capsys)
+    save_file(held, path)
     assert sft(out, *flags, method="random-element") == 0
     ours, theirs = tensors(out), tensors(elements)
     assert all(identical(ours[name], theirs[name]) for name in theirs)
