@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 
 from hft.catalog import find_recipe
 from hft.errors import HFTError, did_you_mean, read_text, reason
@@ -31,13 +31,12 @@ TURNS = {"prompt": "{{ prompt }}", "completion": "{{ completion }}"}
 
 # Keys of TRL's configs and of `from_pretrained` that hold a secret.
 SECRETS = ("hub_token", "token", "use_auth_token", "api_key")
-# What numbers must be, by keys; TRL and transformers take any.
+# What numbers of TRL's configs must be, by keys; TRL and transformers take any.
 BOUNDS = {
     "num_train_epochs save_steps": Field(gt=0),
     "learning_rate weight_decay warmup_steps beta logging_steps eval_steps dataloader_num_workers": Field(ge=0),
-    "max_length pad_to_multiple_of per_device_train_batch_size per_device_eval_batch_size global_batch_size eval_rows "
-    "gradient_accumulation_steps eval_accumulation_steps precompute_ref_batch_size ref_model_sync_steps "
-    "rows limit batch_size score_batch_size max_new_tokens max_gen_toks importance_rows": Field(ge=1),
+    "max_length pad_to_multiple_of per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
+    "eval_accumulation_steps precompute_ref_batch_size ref_model_sync_steps": Field(gt=0),
 }
 # transformers is renaming these; under either name the later value wins.
 ALIASES = {f"gradient_checkpointing{end}": f"activation_checkpointing{end}" for end in ("", "_kwargs")}
@@ -98,8 +97,8 @@ class RunConfig:
     dataset_train_split: str = option("Split to train on.", "train")
     dataset_test_split: str | None = option("Split to evaluate on; none: hold rows out of the training split.", "test")
     tokenizer_pad_token: str | None = option("Token to pad with, from the vocabulary, if the tokenizer has none.")
-    global_batch_size: int | None = option("Rows per step over all devices; gradient accumulation follows from it.")
-    eval_rows: int | None = option("Rows to evaluate on: the first ones of the test split, or held-out training rows.")
+    global_batch_size: PositiveInt | None = option("Rows per step over all devices; gradient accumulation follows.")
+    eval_rows: PositiveInt | None = option("Rows to evaluate on: first of the test split, or held-out training rows.")
     activation_checkpointing_layers: int | Literal["auto"] | None = option(
         "How many layers to checkpoint, from the first, whatever activation_checkpointing says; auto: as few as fit."
     )
@@ -132,10 +131,11 @@ class Keys:
         """Their types, by name; a `Literal` where a dataclass lists the choices beside the type."""
         found = {}
         for cls in self.classes:
-            hints = get_type_hints(cls, include_extras=True)
+            hints, is_trls = get_type_hints(cls, include_extras=True), hasattr(cls, "per_device_train_batch_size")
             for f in (f for f in fields(cls) if f.init):
                 choices = f.metadata.get("choices")
-                found[f.name] = Literal[*choices, f.default] if choices else _bounded(f.name, hints[f.name])
+                annotation = _bounded(f.name, hints[f.name]) if is_trls else hints[f.name]
+                found[f.name] = Literal[*choices, f.default] if choices else annotation
         return found
 
     def convert(self, key: str, value: Any) -> Any:
@@ -175,8 +175,9 @@ def convert(key: str, value: Any, annotation: Any) -> Any:
 
 def check_types(config: Any) -> None:
     """Check the values of a dataclass as those of a command are checked."""
+    keys = Keys((type(config),))
     for key, value in vars(config).items():
-        Keys((type(config),)).convert(key, value)
+        keys.convert(key, value)
 
 
 def _bounded(key: str, annotation: Any) -> Any:

@@ -49,11 +49,9 @@ def check_parameters(model: nn.Module, selection: Selection) -> None:
     if missing := sorted(listed - names):
         raise HFTError(f"the selection names {missing[0]}, which the model does not have")
     if unlisted := sorted(names - listed):
-        raise HFTError(
-            f"{unlisted[0]} would be neither frozen nor trained: the weights have it as a separate parameter and the "
-            "config does not; correct the config (a head that differs from the embeddings needs tie_word_embeddings: "
-            "false)"
-        )
+        why = "the weights have it as a separate parameter and the config does not"
+        remedy = "correct the config (a head that differs from the embeddings needs tie_word_embeddings: false)"
+        raise HFTError(f"{unlisted[0]} would be neither frozen nor trained: {why}; {remedy}")
 
 
 def check_frozen(model: nn.Module, selection: Selection) -> None:
@@ -62,10 +60,8 @@ def check_frozen(model: nn.Module, selection: Selection) -> None:
     frozen = set(selection.frozen_parameters)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad == (name in frozen or is_part(name, BASE)):
-            raise HFTError(
-                f"{name} should be {'frozen' if name in frozen else 'trained'} and is not; did something "
-                "change requires_grad after the trainer was made?"
-            )
+            what = f"{name} should be {'frozen' if name in frozen else 'trained'} and is not"
+            raise HFTError(f"{what}; did something change requires_grad after the trainer was made?")
 
 
 def upcast(model: nn.Module, *, autocast: bool) -> None:

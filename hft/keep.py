@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from hft.config import Keys, fill, option, read_arguments, to_yaml
+from hft.config import Keys, PositiveInt, fill, option, read_arguments, to_yaml
 from hft.errors import HFTError
 from hft.evaluation.evaluate import check_installed, evaluate, resolved
 from hft.evaluation.rows import spec_of
@@ -42,10 +42,10 @@ class KeepConfig:
     out: str | None = option("Folder for the result.")
     base: str | None = option("What the model was tuned from; default: by manifest.")
     by_block: bool = option("Then go further block by block, as long as that lowers the task loss.", False)
-    limit: int | None = option("Rows of each task; default: all.")
+    limit: PositiveInt | None = option("Rows of each task; default: all.")
     task_data: str | None = option("A run with held-out rows, for models without any.")
     dtype: Dtype | None = option("To score in; default: bfloat16 on GPUs, else float32.")
-    batch_size: int = option("Rows per forward pass.", 8)
+    batch_size: PositiveInt = option("Rows per forward pass.", 8)
 
 
 def main(arguments: Sequence[str]) -> int:

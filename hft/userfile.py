@@ -24,8 +24,7 @@ def load_from_file(spec: str, kind: str) -> Any:
 
 def with_files(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record with SHA-256 of the files that it names, such as data, and own code as FILE.py:NAME."""
-    texts = {key: value for key, value in record.items() if isinstance(value, str)}
-    paths = {key: Path(text.rpartition(":")[0] if ".py:" in text else text) for key, text in texts.items()}
+    paths = {k: Path(v.rpartition(":")[0] if ".py:" in v else v) for k, v in record.items() if isinstance(v, str)}
     files = {key: path for key, path in paths.items() if path.suffix and path.is_file()}
     return {**record} | {f"file of {key}": file_digest(path) for key, path in files.items()}
 

@@ -1,5 +1,5 @@
 import subprocess
-from dataclasses import fields
+from dataclasses import fields, make_dataclass
 from pathlib import Path
 
 import pytest
@@ -90,6 +90,8 @@ def test_numbers_that_are_meant_are_taken():
     assert values["max_length"] is None
     assert (values["logging_steps"], values["save_steps"], values["pad_to_multiple_of"]) == (0.5, 0.1, "auto")
     assert resolve("--pad_to_multiple_of", "8")[0] == {"pad_to_multiple_of": 8}
+    own = make_dataclass("Own", [("beta", float, -1.0)])  # a user's method may call its keys as TRL calls others
+    assert Keys((own,)).convert("beta", -2) == -2
 
 
 @pytest.mark.parametrize(
@@ -107,8 +109,8 @@ def test_numbers_that_are_meant_are_taken():
         ("max_length: 4:16", "max_length: expected an integer, got '4:16'"),
         ("dataset_weights: [1, .nan]", "dataset_weights: expected a finite number, got [1, nan]"),
         ("learning_rate: .inf", "learning_rate: expected a finite number, got inf"),
-        ("max_length: -5", "max_length: expected a number greater than or equal to 1, got -5"),
-        ("pad_to_multiple_of: 0", "pad_to_multiple_of: expected a number greater than or equal to 1, got 0"),
+        ("max_length: -5", "max_length: expected a number greater than 0, got -5"),
+        ("pad_to_multiple_of: 0", "pad_to_multiple_of: expected a number greater than 0, got 0"),
         ("num_train_epochs: 0", "num_train_epochs: expected a number greater than 0, got 0"),
         ("- a", "must be a YAML mapping"),
         ("a: [", "is not valid YAML"),
@@ -141,7 +143,7 @@ def test_a_wrong_file_is_one_line_and_status_2(tmp_path, capsys, text, message):
         (["--output_dir"], "output_dir: expected text, got no value"),
         (["--max_steps"], "max_steps: expected an integer, got no value"),
         (["--freeze", "--dry_run"], "freeze: expected a list, got no value"),
-        (["--pad_to_multiple_of", "0"], "expected a number greater than or equal to 1, got '0'"),
+        (["--pad_to_multiple_of", "0"], "expected a number greater than 0, got '0'"),
         *(([f"--{word}"], f"{word.split('=')[0]}: expected a ") for word in NO_NUMBERS.split()),
         (["--max_steps", "1", "2"], "max_steps: expected an integer, got ['1', '2']"),
         (
@@ -381,7 +383,7 @@ def test_another_base_is_another_round(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size: expected a number greater than or "),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size: expected a number greater than 0"),
         (["--method", "fft"], "a method is a file, not a flag: --config RECIPE fft"),
         (["--accelerator_config", "none.json"], "No such file"),
         (["--policy_options", "{a: [1}"], "policy_options is not valid YAML: "),

@@ -38,7 +38,7 @@ class SequenceConfig:
     score_start: bool = option("Score the base before the first round.", True)
     score_unseen: bool = option("Score the tasks that are still to come, too.", False)
     test_rows: PositiveInt | None = option("Test rows of each task; by default all.")
-    score_batch_size: int = option("Prompts per batch.", 16)
+    score_batch_size: PositiveInt = option("Prompts per batch.", 16)
 
     def __post_init__(self):
         if twice := [task for task in self.tasks if self.tasks.count(task) > 1]:
@@ -120,8 +120,8 @@ def parse_sequence(arguments: Sequence[str]) -> tuple[SequencePlan, Machine]:
     ours = ("dataset_name", "strategy_data", "previous_run", *TURNS)
     if set_by_us := [key for key in ours if merged.get(key, TURNS.get(key)) != TURNS.get(key)]:
         raise HFTError(f"{set_by_us[0]} is set by hft continual per run; remove it, and name tasks and trace_dir")
-    names = {key: merged.get(key) or "-" for key in ("dataset_name", "output_dir", "run_name")}
-    config = resolve_config("sft", replace(rest, flags=rest.flags | names | {"strategy": settings.strategy}))
+    names = {"strategy": settings.strategy, "dataset_name": "-", "run_name": merged.get("run_name") or "-"}
+    config = resolve_config("sft", replace(rest, flags=rest.flags | names))
     check_shared(config.values)
     if "epochs" in flags and (steps := config.values.get("max_steps", -1)) > 0:
         raise HFTError(f"epochs change nothing beside max_steps {steps}; add --max_steps -1")
@@ -132,7 +132,7 @@ def parse_sequence(arguments: Sequence[str]) -> tuple[SequencePlan, Machine]:
     flags = {key: value for key, value in given.flags.items() if key not in UNNAMED}
     name = merged.get("run_name") or run_name("trace", naming, flags, given)
     folder, strategy, dropped = config.values["output_dir"], config.method.strategy, PER_RUN
-    out = f"runs/{name}" if Path(folder).name == "-" else folder
+    out = f"runs/{name}" if folder == "runs/-" else folder
     if not (strategy.acts_on_steps or strategy.carry_moments):
         dropped = dropped | {"strategy", *(f.name for f in fields(strategy))}
     common = {"max_length": settings.max_prompt_length + settings.max_answer_length} | config.values | TURNS

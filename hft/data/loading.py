@@ -49,10 +49,13 @@ def load_split(name: str, split: str, config: str | None = None, revision: str |
     """One split of a dataset, or a slice like `train[:1%]`, as it is stored; all of a file is the `train` split."""
     more = _source(name)
     more |= {} if "data_files" in more else {"name": config, "revision": revision}
-    if _local_path(name).exists():  # datasets may have cached other bytes of the same time and size
-        more["cache_dir"] = str(HF_DATASETS_CACHE / f"hft-{__version__}" / digest(fingerprint(name)))
+    path, files = _local_path(name), []
+    if path.exists():  # datasets may have cached other bytes of the same time and size
+        found = fingerprint(name)
+        more["cache_dir"] = str(HF_DATASETS_CACHE / f"hft-{__version__}" / digest(found))
+        files = [path / file if path.is_dir() else path for file in found["files"]]
     with _loading(name):
-        dataset = datasets.load_dataset(**more, **_cells_as_text(_local_path(name)), split=split)
+        dataset = datasets.load_dataset(**more, **_cells_as_text(files), split=split)
     if len(dataset) == 0:
         raise HFTError(f"dataset {name}, split {split}, is empty")
     return dataset
@@ -183,10 +186,10 @@ def _source(name: str) -> dict[str, Any]:
     return {"path": str(path) if path.is_dir() else name}
 
 
-def _cells_as_text(path: Path) -> dict[str, Any]:
-    """What makes a CSV file, or a folder of them, text: pandas would take 02108 for a number and NA for null."""
-    files = [file for file in (path.rglob("*") if path.is_dir() else [path]) if file.suffix in FORMATS]
-    if {file.suffix for file in files} != {".csv"} or not files[0].exists():
+def _cells_as_text(files: list[Path]) -> dict[str, Any]:
+    """What makes cells of CSV files text: pandas would take 02108 for a number and NA for null."""
+    files = [file for file in files if file.suffix in FORMATS]
+    if {file.suffix for file in files} != {".csv"}:
         return {}
     header = pd.read_csv(files[0], nrows=0).columns
     return {"features": Features(dict.fromkeys(header, Value("string"))), "keep_default_na": False}

@@ -87,11 +87,9 @@ def _check_ids(dataset: Dataset, embedded: int, tokenizer: PreTrainedTokenizerBa
         return max(max(row[column] or [0]) for column in columns)
 
     if wrong := [index for index in _found(dataset, columns, largest, "checking token ids") if index >= embedded]:
-        raise HFTError(
-            f"{len(wrong):,} rows of dataset {name} hold {tokenizer.convert_ids_to_tokens(wrong[0])!r}, id {wrong[0]}, "
-            f"and the embeddings have {embedded} rows; give the tokenizer that the model was trained with, or resize "
-            "the embeddings first"
-        )
+        held = f"{tokenizer.convert_ids_to_tokens(wrong[0])!r}, id {wrong[0]}, and the embeddings have {embedded} rows"
+        remedy = "give the tokenizer that the model was trained with, or resize the embeddings first"
+        raise HFTError(f"{len(wrong):,} rows of dataset {name} hold {held}; {remedy}")
 
 
 def _distinct_pairs(pairs: Dataset, args: Any) -> Dataset:
@@ -174,11 +172,9 @@ def _untrained(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, template
     if not once:
         raise HFTError(f"{where}: the chat template marks no token of the assistant, so nothing is trained")
     if once != twice:
-        raise HFTError(
-            f"{where}: assistant_only_loss trains more than the assistant's tokens, {tokenizer.decode(once)!r:.80}; "
-            "the tokenizer's offsets or the template's {% generation %} blocks are wrong, choose another "
-            "--chat_template_path"
-        )
+        what = f"assistant_only_loss trains more than the assistant's tokens, {tokenizer.decode(once)!r:.80}"
+        why = "the tokenizer's offsets or the template's {% generation %} blocks are wrong"
+        raise HFTError(f"{where}: {what}; {why}, choose another --chat_template_path")
     starts = sum(now and not before for now, before in zip(masks[0], [0, *masks[0]], strict=False))
     return sum(message["role"] == "assistant" for message in messages) - starts
 

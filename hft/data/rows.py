@@ -52,10 +52,9 @@ def preference_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
     if {"chosen", "rejected"} <= columns:
         return _convert(dataset, name, _preference, ["prompt", "chosen", "rejected"], "pairs")
     hint = "; it looks like demonstrations, which are for SFT" if {"messages", "completion"} & columns else ""
-    raise HFTError(
-        f"dataset {name} has columns {', '.join(sorted(columns))}; needed are chosen and rejected as messages with the "
-        f"prompt in front or in another column, or prompt, chosen and rejected as text{hint}"
-    )
+    forms = "chosen and rejected as messages with the prompt in front or in another column"
+    needed = f"needed are {forms}, or prompt, chosen and rejected as text{hint}"
+    raise HFTError(f"dataset {name} has columns {', '.join(sorted(columns))}; {needed}")
 
 
 def unpaired_rows(dataset: Dataset, name: str) -> tuple[Dataset, list[str]]:
@@ -104,7 +103,7 @@ def _as_stored(value: object) -> object:
     if value is None:
         raise TemplateError("a column is null")
     if isinstance(value, date):  # and a time
-        raise TemplateError("a column of dates, which JSON's reader would write differently; save the rows as .csv")
+        raise TemplateError("a column of dates, whose own text is lost; save the rows as .csv")
     return value
 
 

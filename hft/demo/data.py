@@ -48,8 +48,9 @@ def docstring_pairs(chats: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, di
     """Preferences out of `docstring_chats`: the right answer over that to the next question of the same module."""
     for _, module in groupby(chats, key=lambda chat: chat[0].split(".")[0]):
         members = list(module)
-        others = members[1:] + members[:1] if len(members) > 1 else []
-        for (name, row), (_, other) in zip(members, others, strict=False):
+        if len(members) == 1:
+            continue
+        for (name, row), (_, other) in zip(members, members[1:] + members[:1], strict=True):
             question, answer = row["messages"]
             yield name, {"prompt": [question], "chosen": [answer], "rejected": [other["messages"][1]]}
 

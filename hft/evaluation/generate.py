@@ -10,7 +10,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from hft.config import Keys, fill, option, read_arguments
+from hft.config import Keys, PositiveInt, fill, option, read_arguments
 from hft.errors import HFTError, reason
 from hft.evaluation.evaluate import check_installed, resolved
 from hft.evaluation.rows import held_out_rows, prompt_and_answer
@@ -33,10 +33,10 @@ class GenerateCommand:
     """What `hft generate` takes besides models."""
 
     prompt: list[str] = option("What to ask; default: held-out rows of the first run.", [])
-    rows: int = option("How many held-out rows.", 3)
+    rows: PositiveInt = option("How many held-out rows.", 3)
     base: bool = option("Ask the bases too.", True)
-    max_new_tokens: int = option("Longest answer.", 128)
-    batch_size: int = option("Prompts per forward pass.", 8)
+    max_new_tokens: PositiveInt = option("Longest answer.", 128)
+    batch_size: PositiveInt = option("Prompts per forward pass.", 8)
     dtype: Dtype | None = option("Of the models; default: bfloat16 on GPUs, else float32.")
 
 

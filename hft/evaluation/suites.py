@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from hft.config import option, read_yaml
+from hft.config import PositiveInt, option, read_yaml
 from hft.errors import HFTError, did_you_mean, neighbor
 from hft.userfile import file_digest
 
@@ -26,13 +26,13 @@ Dtype = Literal["bfloat16", "float16", "float32", "auto"]
 class Settings:
     """How a suite is run; the flags of `hft eval`."""
 
-    limit: int | None = option("Rows of each task; default: all.")
+    limit: PositiveInt | None = option("Rows of each task; default: all.")
     paper_subsets: bool = option("GSM8K 200 rows, BBH 40 per task, TyDiQA 100 per language.", False)
     tasks: list[str] = option("Benchmarks, lm-eval's tasks (NAME:METRIC) or YAML files.", [])
-    max_gen_toks: int | None = option("Maximum tokens per answer; default: the task's.")
+    max_gen_toks: PositiveInt | None = option("Maximum tokens per answer; default: the task's.")
     chat: bool | None = option("Use the chat template; default: if there is one, except in quick.")
     dtype: Dtype | None = option("Of the model; default: bfloat16 on GPUs, else float32.")
-    batch_size: int = option("Rows per forward pass.", 8)
+    batch_size: PositiveInt = option("Rows per forward pass.", 8)
     backend: str = option("lm-eval's engine, hf or vllm.", "hf")
     backend_args: dict[str, Any] = option("Further engine arguments, as JSON.", {})
     base: str | None = option("What the models were tuned from; default: by manifest.")
@@ -101,10 +101,9 @@ def find_task(word: str) -> Benchmark:
 def own_files(benchmark: Benchmark) -> dict[str, str]:
     """SHA-256 of the files beside a task file of the user's own, which it may include or import."""
     path, shipped = Path(benchmark.task), Path(find_spec("lm_eval").origin).parent
-    folders = [path.parent] if path.suffix in (".yaml", ".yml") else map(Path, benchmark.folders)
-    own = [folder for folder in folders if path.suffix or (folder.is_absolute() and shipped not in folder.parents)]
-    files = [file for folder in own for file in sorted(folder.iterdir()) if file.suffix in (".yaml", ".yml", ".py")]
-    return {file.name: file_digest(file) for file in files}
+    folders = [path.parent] if path.suffix in (".yaml", ".yml") else [shipped / folder for folder in benchmark.folders]
+    files = sorted(file for folder in folders if not folder.is_relative_to(shipped) for file in folder.iterdir())
+    return {file.name: file_digest(file) for file in files if file.suffix in (".yaml", ".yml", ".py")}
 
 
 @functools.cache

@@ -69,10 +69,9 @@ class Checkpoint:
         stored = {name: tensor.to("meta") for name, tensor in weights.items()}
         if missing := [key for key in parameters if key not in stored]:
             if others := stored.keys() - model.state_dict().keys():
-                raise HFTError(
-                    f"{name} stores {min(others)}, but transformers computes with {missing[0]}; only models that need "
-                    "no such conversion can be combined (not mixtures of experts, GPT-NeoX)"
-                )
+                why = f"{name} stores {min(others)}, but transformers computes with {missing[0]}"
+                which = "only models that need no such conversion can be combined (not mixtures of experts, GPT-NeoX)"
+                raise HFTError(f"{why}; {which}")
             raise HFTError(f"{name} lacks {shorten(missing, most=3)}, which its config has")
         for key, parameter in parameters.items():
             if (shape := stored[key].shape) != parameter.shape:

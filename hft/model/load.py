@@ -35,9 +35,8 @@ def read_config(name: str, source: str | Path, revision: str | None = None) -> P
         config = AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         if "custom code" in str(error):
-            raise HFTError(
-                f"{name} comes with its own code, which hft never runs; give a model that transformers has"
-            ) from error
+            why = f"{name} comes with its own code, which hft never runs"
+            raise HFTError(f"{why}; give a model that transformers has") from error
         raise HFTError(f"cannot read the config of {name}: {reason(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise HFTError(f"{name} is quantized; give the original model")

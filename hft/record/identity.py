@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from hft.errors import HFTError, reason
 from hft.userfile import file_digest
 
@@ -27,7 +29,8 @@ def digests_of(folder: str | Path) -> dict[str, str]:
 
     adapter = Path(folder, "adapter_model.safetensors")
     files = [adapter] if adapter.exists() else weight_files(Path(folder))
-    return {"weights": digest([file_digest(path) for path in files])} | companions_of(Path(folder))
+    bar = tqdm(files, desc=f"hashing {Path(folder).name}", unit="file", leave=False, disable=len(files) == 1)
+    return {"weights": digest([file_digest(path) for path in bar])} | companions_of(Path(folder))
 
 
 def companions_of(folder: Path) -> dict[str, str]:

@@ -56,8 +56,8 @@ def find_start(config: Config, identity: dict[str, Any], args: TrainingArguments
     changes = differences(comparable(values), comparable(before))
     if is_auto and is_finished:
         if not changes:
-            identity |= {"base": base_digests(config.run.model_name_or_path)}
-            check_same_run(identity, Manifest.load(out).identity, out)
+            base = {"base": base_digests(config.run.model_name_or_path)}
+            check_same_run(identity | base, Manifest.load(out).identity, out)
             return Start(is_finished=True)
         raise HFTError(
             f"{out} holds a finished run with other settings ({'; '.join(changes)}): choose another "

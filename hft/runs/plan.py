@@ -204,7 +204,7 @@ def check_wandb() -> None:
 def load_rows(config: Config, args: TrainingArguments) -> LoadedData:
     """The rows; refuses settings of TRL's that are about rows in another form."""
     if (field := getattr(args, "dataset_text_field", "text")) != "text":
-        raise HFTError(f"dataset_text_field {field}: text is read from a column named text; rename yours, remove this")
+        raise HFTError(f"dataset_text_field {field}: text is read from a column named text; rename yours, drop the key")
     if (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
         raise HFTError("skip_prepare_dataset: rows are read as text or messages, not as tokens; remove it")
     with args.main_process_first(desc="loading the data"):

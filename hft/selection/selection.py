@@ -61,7 +61,7 @@ class SelectionConfig:
     )
     invert: bool = option("The other way around (importance policy).", False)
     importance_data: str | None = option(f"Text that {' and '.join(READ_TEXT)} score on; given as dataset_name is.")
-    importance_rows: int | None = option("Rows of it to use.")
+    importance_rows: PositiveInt | None = option("Rows of it to use.")
     cores: list[str] | None = option("Folders that `hft cpi probe` wrote; their cores are frozen (core policy).")
     train_core: bool | None = option("Train only the elements of the cores, and freeze all others (core policy).")
     policy_options: dict[str, Any] | None = option("Arguments of your own policy, by name.")

@@ -86,7 +86,8 @@ def test_another_form_is_refused_by_name(rows, message):
 
 
 def test_cells_of_a_csv_file_are_text(tmp_path):
-    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / ".cache").mkdir(parents=True)
+    (tmp_path / "set" / ".cache" / "index.json").write_text("{}")  # which is no part of the set
     cells = ["02108", "0.50", "12345678901234567890", "true", "NA", "None", "2024-03-01", "007,012"]
     for path in (tmp_path / "one.csv", tmp_path / "set" / "train.csv"):
         path.write_text("instruction,output\n" + "".join(f'q,"{cell}"\n' for cell in cells))

@@ -305,7 +305,7 @@ def test_another_backend_gets_the_model_and_its_own_arguments(tiny, rows_of_ours
         (["TINY", "--tasks", "mine.yaml"], "task file mine.yaml does not exist"),
         (["TINY", "--tasks", "facts", "--data", "test"], "data test does not exist, did you mean 'tests'?"),
         (["TINY", "--tasks", "task", "--task_data", "nope"], "task_data nope does not exist"),
-        (["TINY", "--limit", "0"], "limit: expected a number greater than or equal to 1, got '0'"),
+        (["TINY", "--limit", "0"], "limit: expected a number greater than 0, got '0'"),
         (
             ["TINY", "--suite", "knowledge", "--tasks", "triviaqa", "--data", "BAD"],
             "triviaqa.jsonl is not JSON Lines: line 2: ",
