@@ -6,14 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hft.evaluation.rows import general_texts
+from hft.jsonl import write_jsonl
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "forgetting"))
 
 import page
 import run
+import smollm2
 import yaml
-from measure import Row, between, distance, measure, preferences
+from measure import Row, before, between, distance, measure, preferences
 
 MINI = yaml.safe_load((run.HERE / "mini.yaml").read_text())
 
@@ -33,7 +37,7 @@ def test_measures_are_those_of_the_models_own_loss_and_of_greedy_decoding(tiny):
     wrong = [*answers[0][:-1], (answers[0][-1] + 1) % 100]
     rows = [Row(ids, len(ids) - 4) for ids in (*answers, wrong)]
     choices = [Row(answers[0], 3, [[5, 6, 7, 20, 21, 22, 23]]), Row([5, 6, 7, 20, 21, 22, 23], 3, [answers[0]])]
-    found = measure(model, {"answer": rows, "choice": choices}, other)
+    found = measure(model, {"answer": rows, "choice": choices}, {"answer": before(other, rows)})
     assert found["answer.right"] == [1, 1, 0]
     assert found["choice.right"] == [1, 0]
     for row, loss, kl in zip(rows, found["answer.loss"], found["answer.kl"], strict=True):
@@ -45,12 +49,28 @@ def test_measures_are_those_of_the_models_own_loss_and_of_greedy_decoding(tiny):
     assert distance(model, model)["all"] == 0 < distance(other, model)["all"] < 0.2
 
 
+def test_rows_on_real_text_are_an_answer_a_text_and_candidates(tiny, tmp_path):
+    problem = [{"role": "user", "content": "Add two and three."}, {"role": "assistant", "content": "It is five."}]
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "tests.jsonl", [{"messages": problem}])
+    content = {"limit": 1, "train": {"chat_template_path": "smollm2.jinja"}}
+    rows, examples = smollm2.probes(content, tiny, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    answer, text, *facts = [row for its in rows.values() for row in its]
+    assert tokenizer.decode(answer.ids[answer.begins :]).startswith("It is five.")
+    assert "two and three" in tokenizer.decode(answer.ids[: answer.begins])
+    assert tokenizer.decode(text.ids[text.begins :]) == general_texts()[0]
+    assert text.begins == 1
+    assert [len(fact.others) for fact in facts] == [7, 7, 7]
+    assert examples == []
+
+
 def test_a_pair_is_right_where_the_chosen_answer_became_likelier_than_the_rejected_one(tiny):
     start, model = (AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32) for _ in range(2))
     with torch.no_grad():
         model.get_output_embeddings().weight[5] *= 1.5
     pairs = [Row([9, 8, 5, 7], 2, [[9, 8, 6, 7, 7]]), Row([9, 8, 6, 7, 7], 2, [[9, 8, 5, 7]])]
-    found = preferences(model, pairs, start)
+    found = preferences(model, pairs, before(start, pairs))
 
     def gain(ids):
         p, q = (m(torch.tensor([ids])).logits[0, 1:-1].log_softmax(-1) for m in (start, model))
@@ -60,7 +80,7 @@ def test_a_pair_is_right_where_the_chosen_answer_became_likelier_than_the_reject
     assert found["pairs.margin"] == pytest.approx([margin, -margin], abs=1e-4)
     assert found["pairs.right"] == [float(margin > 0), float(margin < 0)]
     assert min(found["pairs.kl"]) > 0
-    assert preferences(start, pairs, start)["pairs.right"] == [0.5, 0.5]
+    assert preferences(start, pairs, before(start, pairs))["pairs.right"] == [0.5, 0.5]
 
 
 def test_a_model_part_of_the_way_is_the_start_model_plus_that_part_of_the_change(tiny):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -30,60 +29,76 @@ def batched(rows: Sequence, size: int) -> Iterator[Sequence]:
         yield rows[start : start + size]
 
 
-def scored(model: nn.Module, rows: list[tuple[list[int], int]]) -> Iterator[tuple[float, bool, torch.Tensor]]:
-    """Of each row the loss of its tokens in nats, whether each is the likeliest, and their distributions (log)."""
-    width = max(len(ids) for ids, _ in rows)
-    for batch in batched(rows, max(1, TOKENS // width)):
-        padded = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])  # on the right: causal, no mask
+def scored(model: nn.Module, rows: list[tuple[list[int], int]]) -> Iterator[tuple[int, float, bool, torch.Tensor]]:
+    """Of each row its index, its loss in nats, whether each token is the likeliest, and their distributions (log).
+
+    The shortest rows come first, so that little is padded.
+    """
+    order = sorted(range(len(rows)), key=lambda n: len(rows[n][0]))
+    for batch in batched(order, max(1, TOKENS // len(rows[order[-1]][0]))):
+        width = len(rows[batch[-1]][0])
+        padded = torch.tensor([rows[n][0] + [0] * (width - len(rows[n][0])) for n in batch])  # right: causal, no mask
         with torch.no_grad():
-            logits = model(input_ids=padded.to(model.device)).logits.cpu()
-        for (ids, begins), its in zip(batch, logits, strict=True):
+            logits = model.eval()(input_ids=padded.to(model.device)).logits.cpu()
+        for n, its in zip(batch, logits, strict=True):
+            ids, begins = rows[n]
             targets = torch.tensor(ids[begins:])
             log_p = its[begins - 1 : len(ids) - 1].float().log_softmax(-1)
             loss = -log_p.gather(1, targets[:, None]).sum().item()
-            yield loss, bool((log_p.argmax(-1) == targets).all()), log_p
+            yield n, loss, bool((log_p.argmax(-1) == targets).all()), log_p
 
 
-def measure(model: nn.Module, rows: Rows, start: nn.Module | None = None) -> dict[str, list[float]]:
-    """Per row of each kind: `right` (0 or 1), `loss` and, with the model that training started from, `kl`.
+def answers(rows: list[Row]) -> list[tuple[list[int], int]]:
+    return [(ids, row.begins) for row in rows for ids in (row.ids, *row.others)]
+
+
+Before = dict[int, tuple[float, torch.Tensor]]  # what the start model gives each row: its loss, its distributions
+
+
+def before(start: nn.Module, rows: list[Row]) -> Before:
+    return {n: (loss, log_p) for n, loss, _, log_p in scored(start, answers(rows))}
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    """KL(p || q) in nats per token."""
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def measure(model: nn.Module, rows: Rows, start: dict[str, Before] | None = None) -> dict[str, list[float]]:
+    """Per row of each kind: `right` (0 or 1), `loss` and, where the start model's distributions are given, `kl`.
 
     Right is what greedy decoding would answer exactly, or the candidate of the lowest loss. Losses of answers and
     texts are in nats per token, those of candidates are cross-entropies among them; KL(start || model) per token.
     """
-    model.eval()
     found: dict[str, list[float]] = {}
     for kind, its in rows.items():
         if its[0].others:
-            width = 1 + len(its[0].others)
-            flat = [(ids, row.begins) for row in its for ids in (row.ids, *row.others)]
-            losses = torch.tensor([loss for loss, *_ in scored(model, flat)]).view(-1, width)
+            losses = torch.empty(len(answers(its)))
+            for n, loss, *_ in scored(model, answers(its)):
+                losses[n] = loss
+            losses = losses.view(len(its), -1)
             found[f"{kind}.right"] = (losses.argmin(1) == 0).float().tolist()
             found[f"{kind}.loss"] = (losses[:, 0] + (-losses).logsumexp(1)).tolist()
             continue
-        flat = [(row.ids, row.begins) for row in its]
-        columns: dict[str, list[float]] = {"right": [], "loss": []} | ({"kl": []} if start is not None else {})
-        before = scored(start.eval(), flat) if start is not None else itertools.repeat(None)
-        for (loss, right, q), reference in zip(scored(model, flat), before, strict=False):
-            columns["right"].append(float(right))
-            columns["loss"].append(loss / len(q))
-            if reference is not None:
-                p = reference[2]
-                columns["kl"].append((p.exp() * (p - q)).sum(-1).mean().item())
+        names = ("right", "loss", "kl") if start is not None else ("right", "loss")
+        columns = {name: [0.0] * len(its) for name in names}
+        for n, loss, right, q in scored(model, answers(its)):
+            columns["right"][n], columns["loss"][n] = float(right), loss / len(q)
+            if start is not None:
+                columns["kl"][n] = divergence(start[kind][n][1], q)
         found |= {f"{kind}.{name}": values for name, values in columns.items()}
     return found
 
 
-def preferences(model: nn.Module, pairs: list[Row], start: nn.Module) -> dict[str, list[float]]:
+def preferences(model: nn.Module, pairs: list[Row], start: Before) -> dict[str, list[float]]:
     """Per pair, a chosen answer and in `others` the rejected one: what DPO learns, relative to the start model.
 
     `margin` is how much more likely the chosen one became than the rejected one, in nats; `right` is 1 if that is more
     than 0 and 0.5 if it is 0; `kl` is KL(start || model) in nats per token of both answers.
     """
-    flat = [(ids, row.begins) for row in pairs for ids in (row.ids, *row.others)]
-    gains, kls = [], []
-    for (loss, _, q), (before, _, p) in zip(scored(model.eval(), flat), scored(start.eval(), flat), strict=True):
-        gains.append(before - loss)
-        kls.append((p.exp() * (p - q)).sum(-1).mean().item())
+    gains, kls = [0.0] * len(start), [0.0] * len(start)
+    for n, loss, _, q in scored(model, answers(pairs)):
+        gains[n], kls[n] = start[n][0] - loss, divergence(start[n][1], q)
     margins = [chosen - rejected for chosen, rejected in zip(gains[::2], gains[1::2], strict=True)]
     return {
         "pairs.right": [(margin > 0) + 0.5 * (margin == 0) for margin in margins],

@@ -129,6 +129,8 @@ class Bench:
     """A setting with its start model loaded: what a cell needs beside its own keys."""
 
     def __init__(self, content: dict[str, Any], size: str, out: Path):
+        from measure import before
+
         self.content, self.out = content, out
         self.setting, self.objective = (
             importlib.import_module(content.get("setting", size)),
@@ -139,6 +141,8 @@ class Bench:
         self.model = model_of(self.start)
         self.rows, self.examples = self.setting.probes(content, self.start, out)
         self.pairs = self.setting.pairs(self.start, out) if self.objective == "dpo" else []
+        self.before = {kind: before(self.model, its) for kind, its in self.rows.items() if not its[0].others}
+        self.pairs_before = before(self.model, self.pairs) if self.pairs else {}
         self.about = about(content)
 
     def measured(self, model: Any) -> dict[str, Any]:
@@ -146,9 +150,9 @@ class Bench:
 
         recover = {key: value for key, value in self.content["recover"].items() if key != "examples"}
         old = {kind: self.rows[kind] for kind in self.setting.RECOVERED}
-        rows = measure(model, self.rows, self.model)
+        rows = measure(model, self.rows, self.before)
         rows |= recovered(model, self.examples, old, **recover) if self.examples else {}
-        rows |= preferences(model, self.pairs, self.model) if self.pairs else {}
+        rows |= preferences(model, self.pairs, self.pairs_before) if self.pairs else {}
         return {"rows": rows, "distance": distance(model, self.model)}
 
     def way_back(self, model: Any) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def probes(content: dict[str, Any], start: Path, out: Path) -> tuple[Rows, list[
     """Held-out problems, general texts and facts: the rows of `hft eval --suite quick`."""
     from transformers import AutoTokenizer
 
-    from hft.evaluation.rows import answer_rows, general_texts, text_rows
+    from hft.evaluation.rows import answer_rows, general_texts
     from hft.evaluation.tasks.quick import facts
     from hft.runs.config import find_template
 
@@ -71,7 +71,7 @@ def probes(content: dict[str, Any], start: Path, out: Path) -> tuple[Rows, list[
     questions = [q for make in (facts.capitals, facts.currencies, facts.elements) for q in list(make()["test"])[:limit]]
     rows = {
         "new": [row(its["context"], its["answer"]) for its in answer_rows(problems, tokenizer)],
-        "text": [row(its["context"], its["answer"]) for its in text_rows(texts, tokenizer)],
+        "text": [row("", text) for text in texts],
         "facts": [],
     }
     for question in questions:
