@@ -8,12 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import hft
 from hft.evaluation.rows import general_texts
 from hft.jsonl import write_jsonl
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "forgetting"))
 
 import page
+import rounds
 import run
 import smollm2
 import yaml
@@ -164,10 +166,20 @@ def test_whole_seeds_come_first_and_every_arm_is_one_of_hfts_methods():
     assert len({cell.name for cell in todo}) == len(todo) == 5 * arms + 2 * MINI["halves"]["count"] - 2 + keep
     assert {cell.name.rpartition("-")[2] for cell in todo[-keep:]} == {"keep"}
     assert {cell.arm for cell in run.cells(MINI, quick=True)} == {"fft", "hft", "bottom"}
-    dpo = yaml.safe_load((run.HERE / "mini-dpo.yaml").read_text())
-    assert dpo["make"] == MINI["make"]
-    for arm in (*MINI["arms"].values(), *dpo["arms"].values()):
+    sizes = {size: run.read_size(size) for size in run.SIZES}
+    for arm in (arm for content in sizes.values() for arm in content["arms"].values()):
         assert all((run.HERE.parents[1] / "recipes" / "methods" / f"{name}.yaml").exists() for name in arm["method"])
+    assert sizes["mini-long"]["make"] == MINI["make"]
+    assert sizes["mini-long"]["train"] == MINI["train"] | {"max_steps": 800}
+
+
+def test_a_round_trains_the_half_that_hft_would_draw_for_it(tiny):
+    anatomy = hft.anatomy_of(AutoModelForCausalLM.from_pretrained(tiny))
+    everything = hft.select(anatomy, policy="all", selection_seed=3)
+    for step, number in ((0, 1), (9, 1), (10, 2)):
+        half = hft.select(anatomy, selection_seed=3, round=number)
+        outside = set(half.trained_parameters) & set(anatomy.outside_layers)
+        assert rounds.Rounds(switch_every=10).trained_at(everything, step, 30) == half.trained_units | outside
 
 
 def test_a_cell_is_claimed_by_one_process_and_kept_whole(tmp_path):

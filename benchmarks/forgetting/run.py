@@ -1,4 +1,4 @@
-"""What each method learns and what it forgets: `make forgetting SIZE=mini|mini-dpo|smollm2`, or this file and a SIZE.
+"""What each method learns and what it forgets: `make forgetting SIZE=mini|smollm2|...`, or this file and a SIZE.
 
 Trains one model per cell (an arm, a learning rate, a seed), measures it row by row, and keeps a file per cell. Any
 number of processes may work on one folder, one killed at any moment costs its cell, and rerunning the command resumes.
@@ -58,6 +58,16 @@ class Keep(Cell):
     @property
     def name(self) -> str:
         return f"{super().name}-keep"
+
+
+def read_size(size: str) -> dict[str, Any]:
+    """What a size's file says; one that names a `setting` has its start model, and the keys that it does not give."""
+    content = yaml.safe_load((HERE / f"{size}.yaml").read_text())
+    if "setting" not in content:
+        return content
+    its = read_size(content["setting"])
+    shared = {key: its[key] for key in ("make", "recover")}
+    return shared | content | {"train": its["train"] | content["train"]}
 
 
 def cells(content: dict[str, Any], *, quick: bool) -> Iterator[Cell]:
@@ -262,7 +272,7 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out or Path(f"runs/forgetting-{options.size}{'-quick' if options.quick else ''}")
     (out / "cells").mkdir(parents=True, exist_ok=True)
-    content = yaml.safe_load((HERE / f"{options.size}.yaml").read_text())
+    content = read_size(options.size)
     todo = list(dict.fromkeys(cells(content, quick=options.quick)))
     todo = [cell for cell in todo if all(word in f"{cell.name}-" for word in options.only or ())]
     workers = []
