@@ -153,7 +153,8 @@ def test_the_page_says_the_verdict_first_and_has_a_picture(tmp_path):
     run.save(tmp_path / "cells" / "start.json.gz", rates_of({0: (0, 100)})[0][0])
     said = page.write_page(tmp_path, content, todo, tmp_path / "report.md", "make it")
     text = (tmp_path / "report.md").read_text()
-    assert said.startswith("At equal learning hft keeps more than fft: where both answer 75%")
+    assert said.startswith("At equal learning hft keeps more than fft: hft minus fft is +")
+    assert "where both answer 75% of the new rows right" in said
     assert text.index(said) < text.index("report.png") < text.index("## Does hft act like fft at a lower rate?")
     assert (tmp_path / "report.png").stat().st_size > 1000
 

@@ -12,7 +12,7 @@ from run import Cell, load
 from scipy.stats import f as fisher
 
 from hft.record.palette import COLORS, FAINT, INK, MARKERS, OWN
-from hft.reporting.statistics import Curve, Estimate, equal_learning, estimate, frontier, hypervolume
+from hft.reporting.statistics import Curve, Estimate, difference, equal_learning, estimate, frontier, hypervolume
 
 # Measures of a cell's rows: key, name, unit.
 COLUMNS = {
@@ -66,7 +66,7 @@ def read(out: Path, todo: list[Cell]) -> tuple[dict[str, Rates], dict[str, Rates
         files.append(load(path))
         if "way" in files[-1]:
             for point in files[-1]["way"]:
-                way = ways.setdefault(f"{cell.arm} at {cell.learning_rate:g}, part of the way", {})
+                way = ways.setdefault(f"{cell.arm} at {cell.learning_rate:g}, toward the start", {})
                 way.setdefault(point["alpha"], {})[cell.seed] = point
         else:
             arms.setdefault(cell.arm, {}).setdefault(cell.learning_rate, {})[cell.seed] = files[-1]
@@ -140,6 +140,11 @@ def verdict(found: Estimate) -> str:
     return "keeps more" if found.value > 0 else "keeps less"
 
 
+def bold(found: Estimate, digits: int = 1) -> str:
+    """A difference with its interval, bold if that excludes 0."""
+    return shown(found, digits) if verdict(found) == "not significant" else f"**{shown(found, digits)}**"
+
+
 def amount(level: float, learned: str) -> str:
     return f"{round(level, 1):g}%" if learned.endswith("right") else f"{-level:.2f} nats/token"
 
@@ -154,22 +159,17 @@ def sentence(arm: str, pair: tuple[Rates, Rates], learned: str) -> str:
     overall = estimate(equal_learning, *its) if its else Estimate(*[float("nan")] * 3)
     if not np.isfinite(overall.low):
         return f"{arm} and fft cannot be compared at equal learning: there is no amount that both surely learned."
-    found = at_the_most(*its, STEP[COLUMNS[learned][1]])
-    told = verdict(found[1] if found else overall)
-    differs = told != "not significant"
-    says = f"{arm} {told} than fft" if differs else f"{arm} and fft do not differ significantly"
-    if not found:
-        return (
-            f"At equal learning {says}: averaged over the amounts that both learn, the difference in kept questions is "
-            f"{shown(overall)} points (95% interval, {of_seeds(seeds)})."
-        )
-    level, more = found
-    where = LEARNING[learned].format(amount(level, learned))
-    return (
-        f"At equal learning {says}: where both {where}, the difference in kept questions is {shown(more)} points "
-        f"(95% interval, {of_seeds(seeds)}). Averaged over all amounts that both learn, it is {shown(overall)}."
-        + (" Two learning rates give only a rough curve." if min(len(whole(rates)[0]) for rates in pair) < 3 else "")
-    )
+    told = verdict(overall)
+    says = f"{arm} and fft do not differ significantly in what they keep"
+    says = says if told == "not significant" else f"{arm} {told} than fft"
+    more = f"{shown(overall)} points on average over the amounts that both learn"
+    if found := at_the_most(*its, STEP[COLUMNS[learned][1]]):
+        where = LEARNING[learned].format(amount(found[0], learned))
+        also = verdict(found[1])
+        more += f", and {shown(found[1])} where both {where}, the most that both learn"
+        more += f": {also}" if also != told else ""
+    rough = " Two learning rates give only a rough curve." if min(len(whole(rates)[0]) for rates in pair) < 3 else ""
+    return f"At equal learning {says}: {arm} minus fft is {more} (95% intervals, {of_seeds(seeds)}).{rough}"
 
 
 def rates_section(arms: dict[str, Rates], learned: str) -> list[str]:
@@ -210,14 +210,12 @@ def rates_section(arms: dict[str, Rates], learned: str) -> list[str]:
             *lines,
         ]
     factor, more = average(compared, 0), average(compared, 1)
-    lower = "a lower" if factor.high < 1 else "a higher" if factor.low > 1 else "not a measurably different"
-    rates_in_words = f"{len(compared)} rates" if len(compared) > 1 else "one rate"
-    told = {"keeps more": "hft keeps more", "keeps less": "hft keeps less"}.get(verdict(more), "neither keeps more")
+    of = f"the mean of {len(compared)} rates" if len(compared) > 1 else "at one rate"
     return [
         *title,
-        f"hft learns as much as fft does at c times hft's learning rate. On average over {rates_in_words} "
-        f"c = {shown(factor, 2, '')}, {lower} rate. Where they learn the same amount, {told}: {shown(more)} points "
-        f"({of_seeds(seeds)}). Between its learning rates fft is interpolated linearly in the log of the rate.",
+        f"To learn as much as hft, fft needs c times hft's learning rate: c = {shown(factor, 2, '')}, {of}. The "
+        f"difference in kept questions there, hft minus fft, is {shown(more)} points ({verdict(more)}; "
+        f"{of_seeds(seeds)}). Between its learning rates fft is interpolated linearly in the log of the rate.",
         "",
         *lines,
     ]
@@ -230,32 +228,29 @@ def arms_section(arms: dict[str, Rates], learned: str, reference: np.ndarray) ->
         return hypervolume(points, reference) / 100
 
     unit = COLUMNS[learned][1]
-    heads = ["arm", "seeds", "learns most at", "kept at equal learning, points", f"kept where both learn, {unit}"]
-    heads += ["hypervolume", "minus fft's", "difference of two seeds", "verdict"]
+    heads = ["arm", "seeds", "learns most at", "kept on average, points", f"kept at the most, {unit}"]
+    heads += ["hypervolume", "minus fft's", "difference of two seeds"]
     lines, alike = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"], []
     for arm, rates in arms.items():
         [own], seeds = curves((rates,), learned, "kept")
         best = whole(rates)[0][own.mean_points[:, 0].argmax()]
-        edge = "" if min(rates) < best < max(rates) or "part of the way" in arm else ", at the edge"
+        edge = "" if min(rates) < best < max(rates) or "toward the start" in arm else ", at the edge"
         of_seed = [volume(np.stack([own.learned[:, n].mean(1), own.kept[:, n].mean(1)], 1)) for n in range(len(seeds))]
         apart = [abs(a - b) for a, b in itertools.combinations(of_seed, 2)]
         area, between = shown(estimate(volume, own), plus=""), f"{statistics.fmean(apart):.1f}" if apart else ""
-        cells = [arm, len(seeds), f"{best:g}{edge}", "", "", area, "", between, ""]
+        cells = [arm, len(seeds), f"{best:g}{edge}", "", "", area, "", between]
         pair, shared = curves((arms["fft"], rates), learned, "kept")
         if arm != "fft" and shared:
             more = estimate(lambda a, b: volume(b) - volume(a), *pair)
-            cells[1], cells[3], cells[6] = len(shared), shown(estimate(equal_learning, *pair)), shown(more)
-            found = at_the_most(*pair, STEP[unit])
-            if found:
-                cells[4], cells[8] = f"at {amount(found[0], learned)}: {shown(found[1])}", verdict(found[1])
+            cells[1], cells[3], cells[6] = len(shared), bold(estimate(equal_learning, *pair)), bold(more)
+            if found := at_the_most(*pair, STEP[unit]):
+                cells[4] = f"at {amount(found[0], learned)}: {bold(found[1])}"
             if apart and statistics.fmean(apart) >= abs(more.value):
                 alike.append(arm)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     if alike:
-        said = (
-            "For these arms two seeds differ as much in hypervolume as the arm and fft do, so one run each cannot say"
-        )
-        lines += ["", f"{said} which is better: {', '.join(alike)}."]
+        said = "Two seeds differ as much in hypervolume as the arm and fft do, so one run of each cannot tell which is"
+        lines += ["", f"{said} better, for {', '.join(alike)}."]
     return lines
 
 
@@ -272,13 +267,13 @@ def measures_section(arms: dict[str, Rates], learned: str, keys: list[str]) -> l
             found = estimate(equal_learning, *pair) if pair else Estimate(*[float("nan")] * 3)
             if sign(key) < 0:
                 found = Estimate(-found.value, -found.high, -found.low)
-            cells.append(shown(found, 1 if COLUMNS[key][1] == "%" else 2))
+            cells.append(bold(found, 1 if COLUMNS[key][1] == "%" else 2))
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return lines
 
 
 def seeds_section(arms: dict[str, Rates], learned: str) -> list[str]:
-    """Two seeds of one method beside two methods, at equal learning rates."""
+    """At equal learning rates: two methods, beside two seeds of one method."""
     name, unit = COLUMNS[learned]
     heads = ["learning rate", "seeds"]
     heads += [f"{what}: {which}" for what in (f"{name}, {unit}", "kept, %") for which in ("hft - fft", "two seeds")]
@@ -290,21 +285,21 @@ def seeds_section(arms: dict[str, Rates], learned: str) -> list[str]:
             continue
         cells = []
         for key in (learned, "kept"):
-            means = [[values(one[seed], key).mean() for seed in seeds] for one in pair]
-            methods = statistics.fmean(means[1]) - statistics.fmean(means[0])
+            rows = [np.array([values(one[seed], key) for seed in seeds]) for one in pair]
+            more = difference(rows[:1], rows[1:], matched=True)
+            means = [one.mean(1) for one in rows]
             own = statistics.fmean(abs(a - b) for one in means for a, b in itertools.combinations(one, 2))
-            cells += [f"{methods:+.2f}", f"{own:.2f}"]
-            if own >= abs(methods) and key == "kept":
+            cells += [bold(Estimate(more.mean, *more.interval), 1 if unit == "%" else 2), f"{own:.2f}"]
+            if own >= abs(more.mean) and own and key == "kept":
                 alike.append(f"{rate:g}")
         lines.append(f"| {rate:g} | {len(seeds)} | {' | '.join(cells)} |")
     if len(lines) == 2:
         return []
-    said = (
-        f"At {', '.join(alike)} two runs of one method that differ only in the seed differ as much in what they keep "
-        "as the two methods do: one run of each cannot tell which is better."
-        if alike
-        else "At every rate the methods differ more in what they keep than two seeds of one method do."
-    )
+    said = "Two methods at equal learning rates, and two runs of one method that differ only in the seed."
+    if alike:
+        said += f" At {', '.join(alike)} two seeds differ as much in what they keep as the methods do, so one run of "
+        said += "each cannot tell which is better."
+    said += " Intervals are paired over rows and seeds, as those of `hft compare`."
     return ["", "## Two seeds or two methods", "", said, "", *lines]
 
 
@@ -333,9 +328,10 @@ def halves_section(out: Path, content: dict[str, Any], learned: str, keys: list[
             found = (spread[0] / spread[1]) ** 2
             low, high = (found / fisher.ppf(tail, *degrees) for tail in (0.975, 0.025))
             ratio = f"{found:.2f} [{low:.2f}, {high:.2f}]"
+            told = low > 1 or high < 1
             if key == "kept":
-                word = "more" if low > 1 else "less" if high < 1 else "not measurably more or less"
-                said = f" The choice of half changes the share of questions kept {word} than the order of rows does."
+                said = f" For kept questions the ratio of variances is {ratio}, {'' if told else 'not '}significant."
+            ratio = f"**{ratio}**" if told else ratio
         lines.append(f"| {', '.join(COLUMNS.get(key, KEPT))} | {spread[0]:.2g} | {spread[1]:.2g} | {ratio} |")
     its = content["halves"]
     return [
@@ -382,7 +378,7 @@ def ways_section(ways: dict[str, Rates], learned: str) -> list[str]:
             lines.append(f"| {name}: {what} | {' | '.join(f'{mean:.3g}' for mean in means)} |")
     return [
         "",
-        "## Part of the way from the start model",
+        "## Toward the start model",
         "",
         f"Models at start + a x (trained - start): {COLUMNS[learned][0]} and kept, means over seeds.",
         "",
@@ -397,9 +393,8 @@ def picture(
     from matplotlib.figure import Figure
 
     others = [arm for arm in arms if arm not in named]
-    panels = [named, ["fft", "hft", *others]] if others else [named]
-    figure = Figure(figsize=(7.4 * len(panels), 6.4), layout="constrained")
-    spare = {arm: n for n, arm in enumerate(arm for arm in [*named, *others] if arm not in OWN)}
+    panels = [named, *(["fft", "hft", *others[n : n + len(COLORS)]] for n in range(0, len(others), len(COLORS)))]
+    figure = Figure(figsize=(max(7.4, 5.4 * len(panels)), 6.6), layout="constrained")
 
     def line(rates: Rates) -> np.ndarray:
         """Mean and standard deviation of learned and kept per rate, of shape (4, rates)."""
@@ -413,11 +408,11 @@ def picture(
     begin = [values(start, key).mean() for key in (learned, "kept")]
     for axes, those in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True):
         main = axes is figure.axes[0]
-        for arm in (arm for arm in arms if arm not in those):
-            axes.plot(*line(arms[arm])[:2], color=FAINT, linewidth=1, zorder=1)
-        for arm in (arm for arm in those if arm in arms):
-            n = spare.get(arm, 0)
-            color, marker = OWN.get(arm, (COLORS[n % len(COLORS)], MARKERS[n % len(MARKERS)]))
+        for n, arm in enumerate(arm for arm in arms if arm not in those):
+            axes.plot(*line(arms[arm])[:2], color=FAINT, linewidth=1, zorder=1, label="" if n else "other panels")
+        looks = zip(COLORS, MARKERS.replace(OWN["fft"][1], ""), strict=False)
+        for arm in those:
+            color, marker = OWN.get(arm) or next(looks)
             style = {"color": color, "marker": marker, "markeredgecolor": "white", "elinewidth": 0.9}
             style |= {"linewidth": 2.4, "zorder": 4} if arm in OWN else {"linewidth": 1.3, "zorder": 3}
             x, y, dx, dy = line(arms[arm])
@@ -434,11 +429,12 @@ def picture(
         axes.xaxis.set_inverted(sign(learned) < 0)
         axes.grid(color=FAINT, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=9, loc="lower left", framealpha=0.9)
+        axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, frameon=False)
     figure.axes[0].set_ylabel("kept: old questions still answered right, % (better ↑)")
+    seeds = max(len(cells) for rates in arms.values() for cells in rates.values())
     figure.suptitle(
         "What a model learns and what it still knows: up and to the right is better\n"
-        "Each line is one method at several learning rates; bars: standard deviation over seeds",
+        f"Each line is a method over its learning rates (the numbers); bars: standard deviation over {seeds} seeds",
         fontsize=11,
     )
     figure.savefig(path, dpi=110)
@@ -469,18 +465,18 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path,
         lines += [f"**{said}**", ""]
         if learned == "new.right":
             again = sentence("hft", (arms["fft"], arms["hft"]), "new.loss")
-            lines += [f"The same, matched on the loss of the new rows: {again}", ""]
-    more = [arm for arm in named if arm not in ("fft", "hft")]
-    lines += [f"- {sentence(arm, (arms['fft'], arms[arm]), learned)}" for arm in more if "fft" in arms]
+            lines += [f"With the loss of the new rows as the measure of learning: {again[0].lower()}{again[1:]}", ""]
+    seeds = max(len(cells) for rates in arms.values() for cells in rates.values())
     lines += [
-        "",
         f"![What is kept against what is learned]({path.stem}.png)",
         "",
-        f"Learned: {COLUMNS[learned][0]}, of {len(start['rows'][learned])} held-out rows. Kept: old questions that "
-        f"are still answered right, out of {', '.join(f'{n} {kind}' for kind, n in kinds.items())}; the start "
-        f"model answers {values(start, 'kept').mean():.1f}%. Differences are between models that answered the same "
-        "rows, with the same seeds. Brackets are 95% bootstrap intervals over rows and seeds; with two or three seeds "
-        "they are too narrow. Differences are not corrected for multiple comparisons.",
+        f"Learned: {COLUMNS[learned][0]}, of {len(start['rows'][learned])} held-out rows. Kept: the share of "
+        f"{sum(kinds.values())} old questions ({', '.join(f'{n} {kind}' for kind, n in kinds.items())}) that is still "
+        f"answered right; the start model answers {values(start, 'kept').mean():.1f}%. Differences are between models "
+        "that answered the same rows, with the same seeds. Brackets are 95% bootstrap intervals over rows and seeds"
+        f"{'; over so few seeds they may be too narrow' if seeds < 4 else ''}. A difference that is not defined in one "
+        "draw of twenty has no interval. Bold: the interval excludes 0. Differences are not corrected for multiple "
+        "comparisons.",
     ]
     if {"fft", "hft"} <= arms.keys():
         lines += rates_section(arms, learned)
@@ -490,10 +486,10 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path,
             "",
             "## Each arm compared with fft",
             "",
-            "Kept at equal learning: how much more the arm keeps than fft, averaged over the amounts that both learn "
-            "(with straight lines between the points of each frontier). The next column is at the highest amount that "
-            "both learn; the verdict is about that. Hypervolume: the area that the arm's points dominate above "
-            f"{at}, divided by 100.",
+            "Kept on average: how much more the arm keeps than fft at equal learning, averaged over the amounts that "
+            "both learn, with straight lines between the points of each frontier. Kept at the most: the same at the "
+            "highest amount that both learn in nearly every draw. Hypervolume: the area that the arm's points dominate "
+            f"above {at}, divided by 100.",
             "",
             *arms_section(arms | ways, learned, reference),
             "",
