@@ -93,9 +93,8 @@ def curves(pair: tuple[Rates, ...], learned: str, kept: str) -> tuple[list[Curve
 
 
 def kept_at(points: np.ndarray, level: float) -> float:
-    """What a frontier keeps where it has learned an amount; nan where it has not."""
-    learned, kept = frontier(points).T
-    return float(np.interp(level, learned, kept)) if learned[0] <= level <= learned[-1] else float("nan")
+    """What a method keeps where it has learned an amount, as in `equal_learning`; nan where it has not."""
+    return float(np.interp(level, *frontier(points).T, right=np.nan))
 
 
 def at_the_most(before: Curve, after: Curve, step: float) -> tuple[float, Estimate] | None:
@@ -224,10 +223,11 @@ def rates_section(arms: dict[str, Rates], learned: str) -> list[str]:
 def arms_section(arms: dict[str, Rates], learned: str, reference: np.ndarray) -> list[str]:
     """Each arm beside fft: what is kept at equal learning, hypervolume, and what two seeds differ by."""
 
-    def volume(points: np.ndarray) -> float:
-        return hypervolume(points, reference) / 100
-
     unit = COLUMNS[learned][1]
+
+    def volume(points: np.ndarray) -> float:
+        return hypervolume(points, reference) / (100 if unit == "%" else 1)
+
     heads = ["arm", "seeds", "learns most at", "kept on average, points", f"kept at the most, {unit}"]
     heads += ["hypervolume", "minus fft's", "difference of two seeds"]
     lines, alike = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"], []
@@ -254,20 +254,19 @@ def arms_section(arms: dict[str, Rates], learned: str, reference: np.ndarray) ->
     return lines
 
 
+def minus_fft(arms: dict[str, Rates], arm: str, learned: str, key: str) -> Estimate:
+    """Any measure at equal learning, on average over the amounts that both learn."""
+    pair, _ = curves((arms["fft"], arms[arm]), learned, key)
+    found = estimate(equal_learning, *pair) if pair else Estimate(*[float("nan")] * 3)
+    return Estimate(-found.value, -found.high, -found.low) if sign(key) < 0 else found
+
+
 def measures_section(arms: dict[str, Rates], learned: str, keys: list[str]) -> list[str]:
     """Every other measure at equal learning, arm minus fft."""
     heads = [", ".join(COLUMNS[key]) for key in keys]
     lines = [f"| arm | {' | '.join(heads)} |", "| --- " * (len(keys) + 1) + "|"]
-    for arm, rates in arms.items():
-        if arm == "fft":
-            continue
-        cells = []
-        for key in keys:
-            pair, _ = curves((arms["fft"], rates), learned, key)
-            found = estimate(equal_learning, *pair) if pair else Estimate(*[float("nan")] * 3)
-            if sign(key) < 0:
-                found = Estimate(-found.value, -found.high, -found.low)
-            cells.append(bold(found, 1 if COLUMNS[key][1] == "%" else 2))
+    for arm in (arm for arm in arms if arm != "fft"):
+        cells = [bold(minus_fft(arms, arm, learned, key), 1 if COLUMNS[key][1] == "%" else 2) for key in keys]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return lines
 
@@ -392,6 +391,7 @@ def picture(
     """What is kept against what is learned: a line per arm over its learning rates, means and deviations over seeds."""
     from matplotlib.figure import Figure
 
+    seeds = max(len(cells) for rates in arms.values() for cells in rates.values())
     others = [arm for arm in arms if arm not in named]
     panels = [named, *(["fft", "hft", *others[n : n + len(COLORS)]] for n in range(0, len(others), len(COLORS)))]
     figure = Figure(figsize=(max(7.4, 5.4 * len(panels)), 6.6), layout="constrained")
@@ -431,10 +431,10 @@ def picture(
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, frameon=False)
     figure.axes[0].set_ylabel("kept: old questions still answered right, % (better ↑)")
-    seeds = max(len(cells) for rates in arms.values() for cells in rates.values())
     figure.suptitle(
         "What a model learns and what it still knows: up and to the right is better\n"
-        f"Each line is a method over its learning rates (the numbers); bars: standard deviation over {seeds} seeds",
+        "Each line is a method over its learning rates (the numbers); "
+        + (f"bars: standard deviation over {seeds} seeds" if seeds > 1 else "one seed"),
         fontsize=11,
     )
     figure.savefig(path, dpi=110)
@@ -466,6 +466,9 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path,
         if learned == "new.right":
             again = sentence("hft", (arms["fft"], arms["hft"]), "new.loss")
             lines += [f"With the loss of the new rows as the measure of learning: {again[0].lower()}{again[1:]}", ""]
+    if {"fft", "hft"} <= arms.keys() and "text.loss" in keys:
+        more = minus_fft(arms, "hft", learned, "text.loss")
+        lines += [f"Loss on text at equal learning, hft minus fft: {shown(more, 2)} nats/token.", ""]
     seeds = max(len(cells) for rates in arms.values() for cells in rates.values())
     lines += [
         f"![What is kept against what is learned]({path.stem}.png)",
@@ -489,7 +492,7 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path,
             "Kept on average: how much more the arm keeps than fft at equal learning, averaged over the amounts that "
             "both learn, with straight lines between the points of each frontier. Kept at the most: the same at the "
             "highest amount that both learn in nearly every draw. Hypervolume: the area that the arm's points dominate "
-            f"above {at}, divided by 100.",
+            f"above {at}{', divided by 100' if learned.endswith('right') else ''}.",
             "",
             *arms_section(arms | ways, learned, reference),
             "",

@@ -118,10 +118,10 @@ def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
 def equal_learning(before: np.ndarray, after: np.ndarray, steps: int = 101) -> float:
     """How much more `after` keeps than `before`, averaged over the amounts that both have learned; nan without any.
 
-    Between the points of its frontier a method keeps what a straight line says.
+    Between the points of its frontier a method keeps what a straight line says, before the first one what that keeps.
     """
     lines = [frontier(points).T for points in (before, after)]
-    low, high = max(learned[0] for learned, _ in lines), min(learned[-1] for learned, _ in lines)
+    low, high = max(before[:, 0].min(), after[:, 0].min()), min(learned[-1] for learned, _ in lines)
     if low > high:
         return float("nan")
     kept = [np.interp(np.linspace(low, high, steps), *line) for line in lines]

@@ -75,6 +75,9 @@ def test_area_and_equal_learning_by_hand():
     # A method that acts like the other at another rate lies on the same frontier, and keeps no more.
     line = np.array([[x, 1 - x] for x in (0.2, 0.4, 0.6)])
     assert equal_learning(line, line + np.array([0.1, -0.1])) == pytest.approx(0)
+    # One that keeps everything up to 0.4 keeps it below, too.
+    flat = np.array([[0.2, 0.6], [0.4, 0.6], [0.6, 0.4]])
+    assert equal_learning(np.array([[0.2, 0.5], [0.6, 0.4]]), flat) == pytest.approx(0.1, abs=2e-3)
 
 
 def test_the_interval_at_equal_learning_covers_the_truth(monkeypatch):
