@@ -459,6 +459,7 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path,
     picture(arms, ways, start, learned, named, path.with_suffix(".png"))
     reference = np.array([sign(learned) * values(start, learned).mean(), 0.0])
     lines = ["# What each method learns and what it forgets", "", f"    {command}", ""]
+    lines += [content["about"], ""] if "about" in content else []
     said = ""
     if {"fft", "hft"} <= arms.keys():
         said = sentence("hft", (arms["fft"], arms["hft"]), learned)

@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 SIZES = sorted(path.stem for path in HERE.glob("*.yaml"))
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets")
 # Keys that say which cells there are and what the page shows of them, not what a cell is.
-GRID = ("arms", "learning_rates", "rates_of", "seeds", "halves", "keep", "quick", "named")
+GRID = ("about", "arms", "learning_rates", "rates_of", "seeds", "halves", "keep", "quick", "named")
 
 
 @dataclass(frozen=True)
