@@ -146,7 +146,7 @@ def test_the_page_says_the_verdict_first_and_has_a_picture(tmp_path):
     content = {"learning_rates": [1e-4, 1e-3], "seeds": [0, 1], "arms": {"fft": {}, "hft": {}}}
     todo = list(run.cells(content | {"quick": {}}, quick=False))
     (tmp_path / "cells").mkdir()
-    about = {"commit": "c", "versions": {"torch": "2"}}
+    about = {"cell": {"seed": 0}, "commit": "c", "versions": {"torch": "2"}}
     for cell in todo:
         one = rates_of({0: (80, 50) if cell.learning_rate == 1e-3 else (20, 90 + 10 * (cell.arm == "hft"))})[0][0]
         run.save(tmp_path / "cells" / f"{cell.name}.json.gz", one | about)

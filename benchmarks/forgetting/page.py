@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +114,13 @@ def rate_alike(before: np.ndarray, after: np.ndarray, rates: tuple[np.ndarray, n
     """For each rate of `after`: log of the factor at which `before` learns as much, and how much more `after` keeps.
 
     Between the rates of `before`, up to the one that learns the most, what it learns and keeps are straight lines over
-    the log of the rate. Of shape (rates, 2); nan where it never learns as much, and above the best rate of `after`.
+    the log of the rate. Of shape (rates, 2); nan outside of what it learns, and above the best rate of `after`.
     """
     top = before[:, 0].argmax() + 1
     logs, learned = np.log(rates[0][:top]), np.maximum.accumulate(before[:top, 0])
     found = np.full((len(after), 2), np.nan)
     for n, (level, kept) in enumerate(after[: after[:, 0].argmax() + 1]):
-        if learned[0] <= level <= learned[-1]:
+        if learned[0] <= level < learned[-1]:  # several rates may learn the most
             alike = np.interp(level, learned, logs)
             found[n] = alike - np.log(rates[1][n]), kept - np.interp(alike, logs, before[:top, 1])
     return found
@@ -194,7 +195,7 @@ def rates_section(arms: dict[str, Rates], learned: str) -> list[str]:
     compared = []
     for n, (rate, (level, kept)) in enumerate(zip(rates[1], its[1].mean_points, strict=True)):
         factor, more = average([n], 0), average([n], 1)
-        cells = [f"{rate:g}", amount(level, learned), shown(factor, 2, "") or "not learned by fft", f"{kept:.1f}"]
+        cells = [f"{rate:g}", amount(level, learned), shown(factor, 2, "") or "outside fft's range", f"{kept:.1f}"]
         if n > its[1].mean_points[:, 0].argmax():
             cells[2] = "above hft's best rate"
         cells += [f"{kept - more.value:.1f}", shown(more)] if np.isfinite(more.value) else ["", ""]
@@ -396,16 +397,24 @@ def picture(
     panels = [named, *(["fft", "hft", *others[n : n + len(COLORS)]] for n in range(0, len(others), len(COLORS)))]
     figure = Figure(figsize=(max(7.4, 5.4 * len(panels)), 6.6), layout="constrained")
 
+    begin = [values(start, key).mean() for key in (learned, "kept")]
+
+    def learners(rates: Rates) -> list[float]:
+        """Learning rates at which the model learned anything; the others are only in the table."""
+        means = {
+            rate: statistics.fmean(values(cell, learned).mean() for cell in rates[rate].values()) for rate in rates
+        }
+        return sorted(rate for rate, mean in means.items() if sign(learned) * (mean - begin[0]) >= 0)
+
     def line(rates: Rates) -> np.ndarray:
         """Mean and standard deviation of learned and kept per rate, of shape (4, rates)."""
         found = []
-        for rate in sorted(rates):
+        for rate in learners(rates):
             means = [[values(cell, key).mean() for cell in rates[rate].values()] for key in (learned, "kept")]
             found.append([*map(statistics.fmean, means), *(statistics.stdev(m) if len(m) > 1 else 0 for m in means)])
         return np.array(found).T
 
     name, unit = COLUMNS[learned]
-    begin = [values(start, key).mean() for key in (learned, "kept")]
     for axes, those in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True):
         main = axes is figure.axes[0]
         for n, arm in enumerate(arm for arm in arms if arm not in those):
@@ -417,7 +426,7 @@ def picture(
             style |= {"linewidth": 2.4, "zorder": 4} if arm in OWN else {"linewidth": 1.3, "zorder": 3}
             x, y, dx, dy = line(arms[arm])
             axes.errorbar(x, y, dy, dx, label=arm, **style)
-            for rate, *at in zip(sorted(arms[arm]), x, y, strict=True) if main and arm in OWN else ():
+            for rate, *at in zip(learners(arms[arm]), x, y, strict=True) if main and arm in OWN else ():
                 offset, side = ((6, 6), "left") if arm == "fft" else ((-6, -12), "right")
                 axes.annotate(f"{rate:g}", at, offset, textcoords="offset points", ha=side, color=color, fontsize=8)
         first = {name.partition(" ")[0]: name for name in reversed(ways)} if main else {}  # rate of each arm
@@ -433,7 +442,7 @@ def picture(
     figure.axes[0].set_ylabel("kept: old questions still answered right, % (better ↑)")
     figure.suptitle(
         "What a model learns and what it still knows: up and to the right is better\n"
-        "Each line is a method over its learning rates (the numbers); "
+        "A line per method, over learning rates (numbers); "
         + (f"bars: standard deviation over {seeds} seeds" if seeds > 1 else "one seed"),
         fontsize=11,
     )
@@ -519,8 +528,10 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path,
     missing = [arm for arm in dict.fromkeys(cell.arm for cell in todo) if arm not in arms]
     commits = sorted({file["commit"] for file in files})
     versions = ", ".join(f"{name} {number}" for name, number in files[0]["versions"].items())
+    by_seed = ", ".join(f"{n} of seed {seed}" for seed, n in Counter(f["cell"]["seed"] for f in files).items())
     lines.append(
-        f"{len(files)} of {sum(cell.seed == cell.selection for cell in todo)} cells, plus those of the halves. "
+        f"{len(files)} of {sum(cell.seed == cell.selection for cell in todo)} cells ({by_seed})"
+        f"{', plus those of the halves' if 'halves' in content else ''}. "
         f"Arms not run: {', '.join(missing) or 'none'}. Commit {', '.join(commits)}. {versions}."
     )
     path.write_text("\n".join(lines) + "\n")
