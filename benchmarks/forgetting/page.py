@@ -394,7 +394,8 @@ def picture(
 
     seeds = max(len(cells) for rates in arms.values() for cells in rates.values())
     others = [arm for arm in arms if arm not in named]
-    panels = [named, *(["fft", "hft", *others[n : n + len(COLORS)]] for n in range(0, len(others), len(COLORS)))]
+    both = [arm for arm in ("fft", "hft") if arm in arms]
+    panels = [named, *([*both, *others[n : n + len(COLORS)]] for n in range(0, len(others), len(COLORS)))]
     figure = Figure(figsize=(max(7.4, 5.4 * len(panels)), 6.6), layout="constrained")
 
     begin = [values(start, key).mean() for key in (learned, "kept")]
