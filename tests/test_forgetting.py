@@ -155,6 +155,7 @@ def test_the_page_says_the_verdict_first_and_has_a_picture(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert said.startswith("At equal learning hft keeps more than fft: hft minus fft is +")
     assert "where both answer 75% of the new rows right" in said
+    assert "| hft | 2 | 0.001, at the edge | **+" in text  # bold, since its interval excludes 0
     assert text.index(said) < text.index("report.png") < text.index("## Does hft act like fft at a lower rate?")
     assert (tmp_path / "report.png").stat().st_size > 1000
 

@@ -153,12 +153,16 @@ def of_seeds(seeds: list[int]) -> str:
     return f"{len(seeds)} seeds" if len(seeds) > 1 else "n = 1 seed: the interval is over rows only"
 
 
+def most_seeds(arms: dict[str, Rates]) -> int:
+    return max(len(cells) for rates in arms.values() for cells in rates.values())
+
+
 def sentence(arm: str, pair: tuple[Rates, Rates], learned: str) -> str:
     """What an arm keeps beside fft where both have learned as much."""
     its, seeds = curves(pair, learned, "kept")
     overall = estimate(equal_learning, *its) if its else Estimate(*[float("nan")] * 3)
     if not np.isfinite(overall.low):
-        return f"{arm} and fft cannot be compared at equal learning: there is no amount that both surely learned."
+        return f"{arm} and fft cannot be compared at equal learning: no amount was surely learned by both."
     told = verdict(overall)
     says = f"{arm} and fft do not differ significantly in what they keep"
     says = says if told == "not significant" else f"{arm} {told} than fft"
@@ -392,7 +396,7 @@ def picture(
     """What is kept against what is learned: a line per arm over its learning rates, means and deviations over seeds."""
     from matplotlib.figure import Figure
 
-    seeds = max(len(cells) for rates in arms.values() for cells in rates.values())
+    seeds = most_seeds(arms)
     others = [arm for arm in arms if arm not in named]
     both = [arm for arm in ("fft", "hft") if arm in arms]
     panels = [named, *([*both, *others[n : n + len(COLORS)]] for n in range(0, len(others), len(COLORS)))]
@@ -477,10 +481,9 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path,
         if learned == "new.right":
             again = sentence("hft", (arms["fft"], arms["hft"]), "new.loss")
             lines += [f"With the loss of the new rows as the measure of learning: {again[0].lower()}{again[1:]}", ""]
-    if {"fft", "hft"} <= arms.keys() and "text.loss" in keys:
-        more = minus_fft(arms, "hft", learned, "text.loss")
-        lines += [f"Loss on text at equal learning, hft minus fft: {shown(more, 2)} nats/token.", ""]
-    seeds = max(len(cells) for rates in arms.values() for cells in rates.values())
+        if "text.loss" in keys:
+            more = minus_fft(arms, "hft", learned, "text.loss")
+            lines += [f"Loss on text at equal learning, hft minus fft: {shown(more, 2)} nats/token.", ""]
     lines += [
         f"![What is kept against what is learned]({path.stem}.png)",
         "",
@@ -488,9 +491,9 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path,
         f"{sum(kinds.values())} old questions ({', '.join(f'{n} {kind}' for kind, n in kinds.items())}) that is still "
         f"answered right; the start model answers {values(start, 'kept').mean():.1f}%. Differences are between models "
         "that answered the same rows, with the same seeds. Brackets are 95% bootstrap intervals over rows and seeds"
-        f"{'; over so few seeds they may be too narrow' if seeds < 4 else ''}. A difference that is not defined in one "
-        "draw of twenty has no interval. Bold: the interval excludes 0. Differences are not corrected for multiple "
-        "comparisons.",
+        f"{'; over so few seeds they may be too narrow' if most_seeds(arms) < 4 else ''}. A difference that is not "
+        "defined in one draw of twenty has no interval. Bold: the interval excludes 0. Differences are not corrected "
+        "for multiple comparisons.",
     ]
     if {"fft", "hft"} <= arms.keys():
         lines += rates_section(arms, learned)
