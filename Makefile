@@ -64,7 +64,7 @@ help:
 	@echo "make reset-sft | reset-dpo [MODEL=...] [S=...] [D=...]    Half-Reset of your runs: Tables 1, 2 and 15"
 	@echo "make merge-MERGE [MODEL=...] [S=runs/an-sft-run] [D=runs/a-dpo-run] [ARGS=...]"
 	@echo "make eval [RUN=runs/a-run] [SUITE=quick|general|knowledge|recent] [ARGS=...]"
-	@echo "make forgetting [SIZE=mini|mini-dpo|mini-long|mini-constant|smollm2] [ARGS=--quick]    what each method learns and forgets"
+	@echo "make forgetting [SIZE=mini|mini-dpo|mini-long|mini-constant|smollm2|smollm2-dpo] [ARGS=--quick]    what each method learns and forgets"
 	@echo "make bench [ARGS=...]    what a step costs, by methods: time, memory, tokens/s, against the FLOPs"
 	@echo "make gpu-check [NUM_GPUS=n] [ARGS=...]    what no CPU can settle, on a GPU of 80 GB: results/gpu"
 	@echo "  METHOD  $(METHODS)"

@@ -67,6 +67,23 @@ def test_rows_on_real_text_are_an_answer_a_text_and_candidates(tiny, tmp_path):
     assert examples == []
 
 
+def test_a_pair_on_real_text_differs_in_one_digit(tiny, tmp_path):
+    question, answer = {"role": "user", "content": "12 and 30?"}, {"role": "assistant", "content": "12 + 30 = 42"}
+    rows = [smollm2.preference({"messages": [question, answer]}, seed) for seed in range(30)]
+    for row in rows:
+        right, wrong = row["chosen"][0]["content"], row["rejected"][0]["content"]
+        assert right == answer["content"]
+        assert [(a.isdigit(), b.isdigit()) for a, b in zip(right, wrong, strict=True) if a != b] == [(True, True)]
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "tests-pairs.jsonl", rows)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    pairs = smollm2.pairs({"train": {"chat_template_path": "smollm2.jinja"}}, tiny, tmp_path)
+    for row, pair in zip(rows, pairs, strict=True):
+        assert pair.others[0][: pair.begins] == pair.ids[: pair.begins]
+        texts = [tokenizer.decode(ids[pair.begins :]) for ids in (pair.ids, *pair.others)]
+        assert [text.split("<")[0] for text in texts] == [row[of][0]["content"] for of in ("chosen", "rejected")]
+
+
 def test_a_pair_is_right_where_the_chosen_answer_became_likelier_than_the_rejected_one(tiny):
     start, model = (AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32) for _ in range(2))
     with torch.no_grad():
@@ -172,6 +189,7 @@ def test_whole_seeds_come_first_and_every_arm_is_one_of_hfts_methods():
     for arm in (arm for content in sizes.values() for arm in content["arms"].values()):
         assert all((run.HERE.parents[1] / "recipes" / "methods" / f"{name}.yaml").exists() for name in arm["method"])
     assert sizes["mini-long"]["make"] == MINI["make"]
+    assert sizes["smollm2-dpo"]["model"] == sizes["smollm2"]["model"]
     assert sizes["mini-long"]["train"] == MINI["train"] | {"max_steps": 800}
 
 

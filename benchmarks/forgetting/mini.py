@@ -264,7 +264,7 @@ def answer_row(tokenizer: Any, prompt: str, end: str, *others: str) -> Row:
     return Row(ids[0], len(before), ids[1:])
 
 
-def pairs(start: Path, out: Path) -> list[Row]:
+def pairs(content: dict[str, Any], start: Path, out: Path) -> list[Row]:
     """Held-out rows of the new tasks, each with its right answer and a wrong one."""
     from transformers import AutoTokenizer
 

@@ -61,13 +61,17 @@ class Keep(Cell):
 
 
 def read_size(size: str) -> dict[str, Any]:
-    """What a size's file says; one that names a `setting` has its start model, and the keys that it does not give."""
+    """What a size's file says; one that names a `setting` has its start model, and the keys that it does not give.
+
+    A key of `train` that it sets to null is left out.
+    """
     content = yaml.safe_load((HERE / f"{size}.yaml").read_text())
     if "setting" not in content:
         return content
     its = read_size(content["setting"])
-    shared = {key: its[key] for key in ("make", "recover")}
-    return shared | content | {"train": its["train"] | content["train"]}
+    shared = {key: its[key] for key in ("model", "make", "limit", "recover") if key in its}
+    train = {key: value for key, value in (its["train"] | content["train"]).items() if value is not None}
+    return shared | content | {"train": train}
 
 
 def cells(content: dict[str, Any], *, quick: bool) -> Iterator[Cell]:
@@ -150,7 +154,7 @@ class Bench:
             self.start = self.setting.make_start(content, out)
         self.model = model_of(self.start)
         self.rows, self.examples = self.setting.probes(content, self.start, out)
-        self.pairs = self.setting.pairs(self.start, out) if self.objective == "dpo" else []
+        self.pairs = self.setting.pairs(content, self.start, out) if self.objective == "dpo" else []
         self.before = {kind: before(self.model, its) for kind, its in self.rows.items() if not its[0].others}
         self.pairs_before = before(self.model, self.pairs) if self.pairs else {}
         self.about = about(content)
