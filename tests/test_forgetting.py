@@ -179,7 +179,7 @@ def test_the_page_says_the_verdict_first_and_has_a_picture(tmp_path):
 
 def test_whole_seeds_come_first_and_every_arm_is_one_of_hfts_methods():
     todo = list(dict.fromkeys(run.cells(MINI, quick=False)))
-    arms = 12 * 5 + 4 * 6
+    arms = 12 * 5 + 4 * 6 + 2 * 4
     keep = 5 * len(MINI["keep"]["arms"]) * len(MINI["keep"]["learning_rates"])
     assert {cell.seed for cell in todo[:arms]} == {0}
     assert len({cell.name for cell in todo}) == len(todo) == 5 * arms + 2 * MINI["halves"]["count"] - 2 + keep

@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 SIZES = sorted(path.stem for path in HERE.glob("*.yaml"))
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets")
 # Keys that say which cells there are and what the page shows of them, not what a cell is.
-GRID = ("about", "arms", "learning_rates", "rates_of", "seeds", "halves", "keep", "quick", "named")
+GRID = ("about", "arms", "learning_rates", "rates_of", "finer", "seeds", "halves", "keep", "quick", "named")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def cells(content: dict[str, Any], *, quick: bool) -> Iterator[Cell]:
     for seed, arm in itertools.product(grid["seeds"], grid["arms"]):
         if seed == 2 and arm == next(iter(grid["arms"])) and not quick:
             yield from halves(content)
-        rates = grid["learning_rates"] if quick else grid.get("rates_of", {}).get(arm, grid["learning_rates"])
+        rates = grid.get("rates_of", {}).get(arm, grid["learning_rates"])
+        rates = grid["learning_rates"] if quick else [*rates, *grid.get("finer", {}).get(arm, ())]
         yield from (Cell(arm, float(rate), seed, seed) for rate in rates)
     if (its := grid.get("keep")) and not quick:
         for seed, arm, rate in itertools.product(grid["seeds"], its["arms"], its["learning_rates"]):
