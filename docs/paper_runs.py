@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hft.reporting.paper import PaperRow, PaperTable, numbers, one_after_another, read_runs, tables
+from hft.reporting.paper import PaperRow, PaperTable, numbers, read_runs, tables
 from hft.text import markdown
 
 # Between these lines of the file stands what is made here.
@@ -28,7 +28,8 @@ def all_runs() -> str:
             if owner == model:
                 found = [(table, row) for table, row in all_rows if row.run.split("/")[0] == run]
                 names = dict.fromkeys(table.name for table, _ in found)
-                rows.append([one_after_another(commands), "; ".join(headlines(found)), ", ".join(names)])
+                chain = ", then ".join(f"`{command}`" for command in commands)
+                rows.append([chain, "; ".join(headlines(found)), ", ".join(names)])
         parts.append(f"### {model}\n\n{markdown(rows)}")
     return "\n\n".join(parts)
 

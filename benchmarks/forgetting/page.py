@@ -13,7 +13,16 @@ from run import Cell, load
 from scipy.stats import f as fisher
 
 from hft.record.palette import COLORS, FAINT, INK, MARKERS, OWN
-from hft.reporting.statistics import Curve, Estimate, difference, equal_learning, estimate, frontier, hypervolume
+from hft.reporting.statistics import (
+    Curve,
+    Estimate,
+    difference,
+    equal_learning,
+    estimate,
+    frontier,
+    hypervolume,
+    shared_range,
+)
 
 # Measures of a cell's rows: key, name, unit.
 COLUMNS = {
@@ -90,7 +99,8 @@ def curves(pair: tuple[Rates, ...], learned: str, kept: str) -> tuple[list[Curve
     def cube(rates: Rates, key: str) -> np.ndarray:
         return sign(key) * np.array([[values(rates[r][s], key) for s in seeds] for r in whole(rates)[0]])
 
-    return [Curve(cube(rates, learned), cube(rates, kept)) for rates in pair], seeds
+    same = learned.partition(".")[0] == kept.partition(".")[0]
+    return [Curve(cube(rates, learned), cube(rates, kept), same) for rates in pair], seeds
 
 
 def kept_at(points: np.ndarray, level: float) -> float:
@@ -99,10 +109,10 @@ def kept_at(points: np.ndarray, level: float) -> float:
 
 
 def at_the_most(before: Curve, after: Curve, step: float) -> tuple[float, Estimate] | None:
-    """The highest amount, in steps, that both learn in nearly every draw, and how much more `after` keeps there."""
-    points = [curve.mean_points[:, 0] for curve in (before, after)]
-    level = np.floor(min(learned.max() for learned in points) / step) * step
-    while level >= max(learned.min() for learned in points):
+    """The highest step below what both learn, and in nearly every draw, and how much more `after` keeps there."""
+    low, high = shared_range(before.mean_points, after.mean_points)
+    level = (np.ceil(high / step) - 1) * step  # where all is learned, many rates learn as much
+    while level >= low:
         found = estimate(lambda a, b, level=level: kept_at(b, level) - kept_at(a, level), before, after)
         if np.isfinite(found.low):
             return float(level), found
@@ -170,8 +180,8 @@ def sentence(arm: str, pair: tuple[Rates, Rates], learned: str) -> str:
     if found := at_the_most(*its, STEP[COLUMNS[learned][1]]):
         where = LEARNING[learned].format(amount(found[0], learned))
         also = verdict(found[1])
-        more += f", and {shown(found[1])} where both {where}, the most that both learn"
-        more += f": {also}" if also != told else ""
+        more += f", and {shown(found[1])} where both {where}"
+        more += f" ({also})" if also != told else ""
     rough = " Two learning rates give only a rough curve." if min(len(whole(rates)[0]) for rates in pair) < 3 else ""
     return f"At equal learning {says}: {arm} minus fft is {more} (95% intervals, {of_seeds(seeds)}).{rough}"
 
@@ -189,17 +199,18 @@ def rates_section(arms: dict[str, Rates], learned: str) -> list[str]:
 
         def statistic(a: np.ndarray, b: np.ndarray) -> float:
             found = rate_alike(a, b, rates)[compared, column]
-            mean = found[np.isfinite(found)].mean() if np.isfinite(found).any() else np.nan
-            return float(mean if column else np.exp(mean))
+            return float(found[np.isfinite(found)].mean()) if np.isfinite(found).any() else np.nan
 
-        return estimate(statistic, *its)
+        found = estimate(statistic, *its)
+        return found if column else Estimate(*np.exp(found))
 
     names = ["learning rate of hft", f"{COLUMNS[learned][0]}", "c", "hft keeps, %", "fft at c x rate keeps, %"]
     lines = [f"| {' | '.join([*names, 'hft keeps more, points'])} |", "| --- " * 6 + "|"]
-    compared = []
+    compared, most = [], its[0].mean_points[:, 0].max()
     for n, (rate, (level, kept)) in enumerate(zip(rates[1], its[1].mean_points, strict=True)):
         factor, more = average([n], 0), average([n], 1)
-        cells = [f"{rate:g}", amount(level, learned), shown(factor, 2, "") or "outside fft's range", f"{kept:.1f}"]
+        outside = "no less than fft ever learns" if level >= most else "less than fft learns"
+        cells = [f"{rate:g}", amount(level, learned), shown(factor, 2, "") or outside, f"{kept:.1f}"]
         if n > its[1].mean_points[:, 0].argmax():
             cells[2] = "above hft's best rate"
         cells += [f"{kept - more.value:.1f}", shown(more)] if np.isfinite(more.value) else ["", ""]
@@ -214,7 +225,7 @@ def rates_section(arms: dict[str, Rates], learned: str) -> list[str]:
             *lines,
         ]
     factor, more = average(compared, 0), average(compared, 1)
-    of = f"the mean of {len(compared)} rates" if len(compared) > 1 else "at one rate"
+    of = f"the mean of the {len(compared)} rates with an interval" if len(compared) > 1 else "at one rate"
     return [
         *title,
         f"To learn as much as hft, fft needs c times hft's learning rate: c = {shown(factor, 2, '')}, {of}. The "
@@ -225,7 +236,13 @@ def rates_section(arms: dict[str, Rates], learned: str) -> list[str]:
     ]
 
 
-def arms_section(arms: dict[str, Rates], learned: str, reference: np.ndarray) -> list[str]:
+def beside_fft(arms: dict[str, Rates], arm: str, finer: Any) -> tuple[Rates, Rates]:
+    """fft and an arm; without fft's finer rates if the arm has none, since a finer curve lies higher."""
+    fft = arms["fft"] if arm in finer else {rate: arms["fft"][rate] for rate in arms["fft"] if rate not in finer["fft"]}
+    return fft, arms[arm]
+
+
+def arms_section(arms: dict[str, Rates], learned: str, reference: np.ndarray, finer: Any) -> list[str]:
     """Each arm beside fft: what is kept at equal learning, hypervolume, and what two seeds differ by."""
 
     unit = COLUMNS[learned][1]
@@ -233,45 +250,53 @@ def arms_section(arms: dict[str, Rates], learned: str, reference: np.ndarray) ->
     def volume(points: np.ndarray) -> float:
         return hypervolume(points, reference) / (100 if unit == "%" else 1)
 
-    heads = ["arm", "seeds", "learns most at", "kept on average, points", f"kept at the most, {unit}"]
+    heads = ["arm", "seeds", "learns most at", "kept on average, points", "over", "kept at the most, points"]
     heads += ["hypervolume", "minus fft's", "difference of two seeds"]
     lines, alike = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"], []
     for arm, rates in arms.items():
         [own], seeds = curves((rates,), learned, "kept")
         best = whole(rates)[0][own.mean_points[:, 0].argmax()]
-        edge = "" if min(rates) < best < max(rates) or "toward the start" in arm else ", at the edge"
+        way = "toward the start" in arm  # of more points than a curve over rates, so that it dominates more
+        edge = "" if min(rates) < best < max(rates) or way else ", at the edge"
         of_seed = [volume(np.stack([own.learned[:, n].mean(1), own.kept[:, n].mean(1)], 1)) for n in range(len(seeds))]
         apart = [abs(a - b) for a, b in itertools.combinations(of_seed, 2)]
-        area, between = shown(estimate(volume, own), plus=""), f"{statistics.fmean(apart):.1f}" if apart else ""
-        cells = [arm, len(seeds), f"{best:g}{edge}", "", "", area, "", between]
-        pair, shared = curves((arms["fft"], rates), learned, "kept")
+        cells = [arm, len(seeds), f"{best:g}{edge}", *[""] * 6]
+        if not way:
+            cells[6] = shown(estimate(volume, own), plus="")
+            cells[8] = f"{statistics.fmean(apart):.1f}" if apart else ""
+        pair, shared = curves(beside_fft(arms, arm, finer), learned, "kept")
         if arm != "fft" and shared:
-            more = estimate(lambda a, b: volume(b) - volume(a), *pair)
-            cells[1], cells[3], cells[6] = len(shared), bold(estimate(equal_learning, *pair)), bold(more)
+            cells[1], cells[3] = len(shared), bold(estimate(equal_learning, *pair))
+            ends = [amount(level, learned) for level in shared_range(*(curve.mean_points for curve in pair))]
+            cells[4] = " to ".join(ends)
             if found := at_the_most(*pair, STEP[unit]):
-                cells[4] = f"at {amount(found[0], learned)}: {bold(found[1])}"
-            if apart and statistics.fmean(apart) >= abs(more.value):
-                alike.append(arm)
+                cells[5] = f"at {amount(found[0], learned)}: {bold(found[1])}"
+            if not way:
+                more = estimate(lambda a, b: volume(b) - volume(a), *pair)
+                cells[7] = bold(more)
+                alike += [arm] if apart and statistics.fmean(apart) >= abs(more.value) else []
         lines.append(f"| {' | '.join(map(str, cells))} |")
     if alike:
-        said = "Two seeds differ as much in hypervolume as the arm and fft do, so one run of each cannot tell which is"
-        lines += ["", f"{said} better, for {', '.join(alike)}."]
+        said = (
+            "Two seeds differ as much in hypervolume as the arm and fft do, so two runs of different seeds cannot tell"
+        )
+        lines += ["", f"{said} which is better, for {', '.join(alike)}."]
     return lines
 
 
-def minus_fft(arms: dict[str, Rates], arm: str, learned: str, key: str) -> Estimate:
+def minus_fft(arms: dict[str, Rates], arm: str, learned: str, key: str, finer: Any) -> Estimate:
     """Any measure at equal learning, on average over the amounts that both learn."""
-    pair, _ = curves((arms["fft"], arms[arm]), learned, key)
+    pair, _ = curves(beside_fft(arms, arm, finer), learned, key)
     found = estimate(equal_learning, *pair) if pair else Estimate(*[float("nan")] * 3)
     return Estimate(-found.value, -found.high, -found.low) if sign(key) < 0 else found
 
 
-def measures_section(arms: dict[str, Rates], learned: str, keys: list[str]) -> list[str]:
+def measures_section(arms: dict[str, Rates], learned: str, keys: list[str], finer: Any) -> list[str]:
     """Every other measure at equal learning, arm minus fft."""
     heads = [", ".join(COLUMNS[key]) for key in keys]
     lines = [f"| arm | {' | '.join(heads)} |", "| --- " * (len(keys) + 1) + "|"]
     for arm in (arm for arm in arms if arm != "fft"):
-        cells = [bold(minus_fft(arms, arm, learned, key), 1 if COLUMNS[key][1] == "%" else 2) for key in keys]
+        cells = [bold(minus_fft(arms, arm, learned, key, finer), 1 if COLUMNS[key][1] == "%" else 2) for key in keys]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return lines
 
@@ -293,7 +318,8 @@ def seeds_section(arms: dict[str, Rates], learned: str) -> list[str]:
             more = difference(rows[:1], rows[1:], matched=True)
             means = [one.mean(1) for one in rows]
             own = statistics.fmean(abs(a - b) for one in means for a, b in itertools.combinations(one, 2))
-            cells += [bold(Estimate(more.mean, *more.interval), 1 if unit == "%" else 2), f"{own:.2f}"]
+            interval = more.interval if more.se else (np.nan, np.nan)  # no row changed: it cannot say how sure that is
+            cells += [bold(Estimate(more.mean, *interval), 1 if unit == "%" else 2), f"{own:.2f}"]
             if own >= abs(more.mean) and own and key == "kept":
                 alike.append(f"{rate:g}")
         lines.append(f"| {rate:g} | {len(seeds)} | {' | '.join(cells)} |")
@@ -301,8 +327,8 @@ def seeds_section(arms: dict[str, Rates], learned: str) -> list[str]:
         return []
     said = "Two methods at equal learning rates, and two runs of one method that differ only in the seed."
     if alike:
-        said += f" At {', '.join(alike)} two seeds differ as much in what they keep as the methods do, so one run of "
-        said += "each cannot tell which is better."
+        said += f" At {', '.join(alike)} two seeds differ as much in what they keep as the methods do, so two runs of "
+        said += "different seeds cannot tell which is better."
     said += " Intervals are paired over rows and seeds, as those of `hft compare`."
     return ["", "## Two seeds or two methods", "", said, "", *lines]
 
@@ -391,12 +417,13 @@ def ways_section(ways: dict[str, Rates], learned: str) -> list[str]:
 
 
 def picture(
-    arms: dict[str, Rates], ways: dict[str, Rates], start: Content, learned: str, named: list[str], path: Path
+    arms: dict[str, Rates], ways: dict[str, Rates], start: Content, learned: str, content: dict[str, Any], path: Path
 ) -> None:
     """What is kept against what is learned: a line per arm over its learning rates, means and deviations over seeds."""
     from matplotlib.figure import Figure
 
-    seeds = most_seeds(arms)
+    seeds, finer = most_seeds(arms), content.get("finer", {})
+    named = [arm for arm in content.get("named", arms) if arm in arms]
     others = [arm for arm in arms if arm not in named]
     both = [arm for arm in ("fft", "hft") if arm in arms]
     panels = [named, *([*both, *others[n : n + len(COLORS)]] for n in range(0, len(others), len(COLORS)))]
@@ -431,7 +458,10 @@ def picture(
             style |= {"linewidth": 2.4, "zorder": 4} if arm in OWN else {"linewidth": 1.3, "zorder": 3}
             x, y, dx, dy = line(arms[arm])
             axes.errorbar(x, y, dy, dx, label=arm, **style)
-            for rate, *at in zip(learners(arms[arm]), x, y, strict=True) if main and arm in OWN else ():
+            labeled = [
+                point for point in zip(learners(arms[arm]), x, y, strict=True) if point[0] not in finer.get(arm, ())
+            ]
+            for rate, *at in labeled if main and arm in OWN else ():
                 offset, side = ((6, 6), "left") if arm == "fft" else ((-6, -12), "right")
                 axes.annotate(f"{rate:g}", at, offset, textcoords="offset points", ha=side, color=color, fontsize=8)
         first = {name.partition(" ")[0]: name for name in reversed(ways)} if main else {}  # rate of each arm
@@ -448,7 +478,7 @@ def picture(
     figure.suptitle(
         "What a model learns and what it still knows: up and to the right is better\n"
         "A line per method, over learning rates (numbers); "
-        + (f"bars: standard deviation over {seeds} seeds" if seeds > 1 else "one seed"),
+        + (f"bars: standard deviation over up to {seeds} seeds" if seeds > 1 else "one seed"),
         fontsize=11,
     )
     figure.savefig(path, dpi=110)
@@ -461,7 +491,7 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path,
         return "no cells yet"
     others = {name: out / "cells" / f"{name}.json.gz" for name in ("pretrained", "start")}
     references = {name: load(cell) for name, cell in others.items() if cell.exists()}
-    start = references["start"]
+    start, finer = references["start"], content.get("finer", {"fft": ()})
     learned = content.get("learned", "new.right")
     keys = [
         key
@@ -469,8 +499,7 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path,
         if any(key in one["rows"] for rates in arms.values() for one in rates[min(rates)].values())
     ]
     kinds = {key.partition(".")[0]: len(start["rows"][key]) for key in OLD if key in start["rows"]}
-    named = [arm for arm in content.get("named", arms) if arm in arms]
-    picture(arms, ways, start, learned, named, path.with_suffix(".png"))
+    picture(arms, ways, start, learned, content, path.with_suffix(".png"))
     reference = np.array([sign(learned) * values(start, learned).mean(), 0.0])
     lines = ["# What each method learns and what it forgets", "", f"    {command}", ""]
     lines += [content["about"], ""] if "about" in content else []
@@ -482,47 +511,58 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path,
             again = sentence("hft", (arms["fft"], arms["hft"]), "new.loss")
             lines += [f"With the loss of the new rows as the measure of learning: {again[0].lower()}{again[1:]}", ""]
         if "text.loss" in keys:
-            more = minus_fft(arms, "hft", learned, "text.loss")
+            more = minus_fft(arms, "hft", learned, "text.loss", finer)
             lines += [f"Loss on text at equal learning, hft minus fft: {shown(more, 2)} nats/token.", ""]
+    count = f"{len(files)} of {sum(cell.seed == cell.selection for cell in todo)} cells"
+    if len(files) < sum(cell.seed == cell.selection for cell in todo):
+        lines += [f"This page is of {count}.", ""]
     lines += [
         f"![What is kept against what is learned]({path.stem}.png)",
         "",
         f"Learned: {COLUMNS[learned][0]}, of {len(start['rows'][learned])} held-out rows. Kept: the share of "
         f"{sum(kinds.values())} old questions ({', '.join(f'{n} {kind}' for kind, n in kinds.items())}) that is still "
         f"answered right; the start model answers {values(start, 'kept').mean():.1f}%. Differences are between models "
-        "that answered the same rows, with the same seeds. Brackets are 95% bootstrap intervals over rows and seeds"
-        f"{'; over so few seeds they may be too narrow' if most_seeds(arms) < 4 else ''}. A difference that is not "
-        "defined in one draw of twenty has no interval. Bold: the interval excludes 0. Differences are not corrected "
-        "for multiple comparisons.",
+        "that answered the same rows, with the same seeds. Brackets are 95% intervals: a bootstrap over rows and "
+        "seeds, widened for few seeds as by the t distribution. No interval: undefined in at least 5% of the draws. "
+        "Bold: the interval excludes 0. Differences are not corrected for multiple comparisons. The picture leaves out "
+        "points that learned less than the start model.",
     ]
     if {"fft", "hft"} <= arms.keys():
         lines += rates_section(arms, learned)
     if "fft" in arms:
-        at = f"{amount(reference[0], learned)} learned, 0% kept"
+        at, unit = f"{amount(reference[0], learned)} learned, 0% kept", COLUMNS[learned][1]
+        step = f"{STEP[unit]:g}{unit if unit == '%' else f' {unit}'}"
         lines += [
             "",
             "## Each arm compared with fft",
             "",
-            "Kept on average: how much more the arm keeps than fft at equal learning, averaged over the amounts that "
-            "both learn, with straight lines between the points of each frontier. Kept at the most: the same at the "
-            "highest amount that both learn in nearly every draw. Hypervolume: the area that the arm's points dominate "
-            f"above {at}{', divided by 100' if learned.endswith('right') else ''}.",
+            "Kept on average: how much more the arm keeps than fft at equal learning, averaged over the amounts in the "
+            "next column, with straight lines between the points of each frontier. Arms with other ranges are not "
+            f"ranked by it. Kept at the most: the same at the highest step of {step} that both learn in 95% of the "
+            f"draws. Hypervolume: the area that the arm's points dominate above {at}"
+            f"{', divided by 100' if learned.endswith('right') else ''}. Difference of two seeds: the mean of its "
+            "absolute differences between two runs of the arm that differ in the seed.",
             "",
-            *arms_section(arms | ways, learned, reference),
+            *arms_section(arms | ways, learned, reference, finer),
             "",
             "Other measures at equal learning, arm minus fft:",
             "",
-            *measures_section(arms | ways, learned, [key for key in keys if key != learned]),
+            *measures_section(arms | ways, learned, [key for key in keys if key != learned], finer),
         ]
     if {"fft", "hft"} <= arms.keys():
         lines += seeds_section(arms, learned)
     lines += ways_section(ways, learned)
     lines += halves_section(out, content, learned, keys)
+    named = "start: the model that all cells start from."
+    if "pretrained" in references:  # its rule can be recovered
+        named += " pretrained: before it was taught the rule and the people. After ten examples: "
+        named += "after {steps} steps on all ten at {learning_rate:g}.".format(**content["recover"])
     lines += [
         "",
         "## Every arm at every learning rate",
         "",
-        "Mean ± standard deviation over seeds. Weights moved: norm of the change, relative to the weights' norm.",
+        "Mean ± standard deviation over seeds. Weights moved: norm of the change, relative to the weights' norm. "
+        f"{named}",
         "",
         *table(arms, references, ["kept", *keys]),
         "",
@@ -534,7 +574,7 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path,
     versions = ", ".join(f"{name} {number}" for name, number in files[0]["versions"].items())
     by_seed = ", ".join(f"{n} of seed {seed}" for seed, n in Counter(f["cell"]["seed"] for f in files).items())
     lines.append(
-        f"{len(files)} of {sum(cell.seed == cell.selection for cell in todo)} cells ({by_seed})"
+        f"{count} ({by_seed})"
         f"{', plus those of the halves' if 'halves' in content else ''}. "
         f"Arms not run: {', '.join(missing) or 'none'}. Commit {', '.join(commits)}. {versions}."
     )

@@ -263,7 +263,9 @@ def progress(content: dict[str, Any], out: Path, todo: list[Cell]) -> None:
     for seed in sorted({cell.seed for cell in todo}):
         of_seed = [cell for cell in todo if cell.seed == seed]
         lines.append(f"seed {seed}: {len(set(of_seed) & set(done))} of {len(of_seed)}")
-    (out / "progress.txt").write_text("\n".join([*lines, *failed]) + "\n")
+    part = out / f"progress.{os.getpid()}.part"  # whoever reads it finds it whole
+    part.write_text("\n".join([*lines, *failed]) + "\n")
+    part.replace(out / "progress.txt")
 
 
 def main() -> None:

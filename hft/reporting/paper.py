@@ -233,14 +233,10 @@ def as_text(table: PaperTable, rows: Sequence[PaperRow], ours: Ours) -> str:
 def as_markdown(table: PaperTable, rows: Sequence[PaperRow], ours: Ours) -> str:
     lines, usual = [["", "command", *table.columns]], usual_conditions(ours)
     for row, mine in zip(rows, ours, strict=True):
-        commands = [one_after_another(row.commands), ""]
+        commands = [", then ".join(f"`{command}`" for command in row.commands), ""]
         lines += [[name, commands.pop(0), *cells] for name, cells in numbers(table, row, mine, usual).items()]
     notes = [f"{row.label}: {row.note}" for row in rows if row.note] + remarks(table, ours)
     return "\n".join([f"**{table.heading}**", "", markdown(lines), "", *(f"- {note}" for note in notes)]).rstrip()
-
-
-def one_after_another(commands: Sequence[str]) -> str:
-    return ", then ".join(f"`{command}`" for command in commands)
 
 
 def numbers(

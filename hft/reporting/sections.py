@@ -18,7 +18,7 @@ from hft.record.scores import answers_of, scores_of
 from hft.reporting import figures
 from hft.reporting.collect import Collection, Group, LoadedRun, baseline_of, collect, pretrained
 from hft.reporting.columns import DRIFT, FACTS, GENERAL, KL, KNOWLEDGE, MEASURES, TASK_LOSS, columns_of
-from hft.reporting.compare import Comparison, compare, curves_of
+from hft.reporting.compare import compare, curves_of
 from hft.reporting.measure import Column, mean_of, parts_of, summarize, unlike
 from hft.reporting.page import Cell, Drawing, Row, Section, Table, write_report
 from hft.reporting.paper import papers_number
@@ -160,21 +160,17 @@ def score_cell(group: Group, baseline: Group | None, column: Column) -> Cell:
     notes = dict.fromkeys(([f"n = {number.n}"] if number.n < len(group.runs) else []) + number.shortened, "")
     if number.n == 1 and number.spread is not None:
         notes[f"se {number.spread:.{digits}f}"] = ""
-    if baseline and baseline is not group:
-        notes |= difference_note(compare(baseline, group, column), digits)
+    if baseline and baseline is not group and (found := compare(baseline, group, column)):
+        if isinstance(found, str):
+            notes[f"not compared with fft: {found}"] = ""
+        else:
+            rows = f" on {found.difference.rows:,} rows" if found.difference.rows < found.scored else ""
+            kind = {None: "", True: "better", False: "worse"}[found.better]
+            notes[f"{found.difference.mean:+.{digits}f} to fft{rows}"] = kind
     run = group.first
     if (theirs := papers_number(run.folder, run.model, run.scores, column.keys)) is not None:
         notes[f"paper {theirs:.{digits}f}"] = ""
     return Cell(number.text(digits), notes)
-
-
-def difference_note(found: Comparison | str | None, digits: int) -> dict[str, str]:
-    """The difference to full fine-tuning, in color if the rows tell the two apart; or why it cannot be computed."""
-    if not isinstance(found, Comparison):
-        return {f"not compared with fft: {found}": ""} if found else {}
-    rows = f" on {found.difference.rows:,} rows" if found.difference.rows < found.scored else ""
-    kind = {None: "", True: "better", False: "worse"}[found.better]
-    return {f"{found.difference.mean:+.{digits}f} to fft{rows}": kind}
 
 
 def radars(found: Collection) -> Parts:

@@ -22,17 +22,13 @@ class Difference:
     rows: int
     seeds: tuple[int, int]
     p: float  # of a difference at least as large if there were none
+    interval: tuple[float, float]  # at 95% confidence
     gained: int | None = None  # rows that went up; None unless each has one of two values, such as right or wrong
     lost: int | None = None
 
     @property
     def mean(self) -> float:
         return self.after - self.before
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """At 95% confidence."""
-        return stats.t.interval(CONFIDENCE, self.df, self.mean, self.se) if self.se else (self.mean, self.mean)
 
     @property
     def detectable(self) -> float:
@@ -50,7 +46,7 @@ def difference(before: Sequence[np.ndarray], after: Sequence[np.ndarray], *, mat
     The variance is that of the mean over rows plus that of the mean over seeds, so that neither more rows nor more
     seeds alone makes a difference sure. It counts their interaction twice, on the safe side; what the pigeonhole
     bootstrap (Owen 2007, arXiv 0712.1111) resamples has the same variance. The degrees of freedom are Satterthwaite's.
-    With one seed per group this is the paired t-test, and for right and wrong answers `p` is McNemar's exact test.
+    With one seed per group this is the paired t-test, and McNemar's exact one for right and wrong answers.
 
     Args:
         before, after: for each task the values, of shape (seeds, rows). Rows of tasks are independent, seeds shared.
@@ -64,21 +60,27 @@ def difference(before: Sequence[np.ndarray], after: Sequence[np.ndarray], *, mat
     variance = sum(part for part, _ in parts)
     df = variance**2 / sum(part**2 / degrees for part, degrees in parts) if variance else parts[0][1]
     means, se = [model.mean() for model in models], variance**0.5
+    shift = means[1] - means[0]
     seeds = len(models[0]), len(models[1])
-    p = 2 * stats.t.sf(abs(means[1] - means[0]) / se, df) if se else float(means[1] == means[0])
+    p = 2 * stats.t.sf(abs(shift) / se, df) if se else float(not shift)
+    interval = stats.t.interval(CONFIDENCE, df, shift, se) if se else (shift, shift)
     gained = lost = None
     if len(by_row) == 1 and seeds == (1, 1) and len(np.unique([before[0], after[0]])) <= 2:
         gained, lost = int((by_row[0] > 0).sum()), int((by_row[0] < 0).sum())
-        p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    return Difference(*means, se, df, sum(map(len, by_row)), seeds, p, gained, lost)
+        if gained + lost:
+            test = stats.binomtest(gained, gained + lost)
+            p, changed = test.pvalue, abs(by_row[0]).mean()  # the difference if all of them went up
+            interval = tuple(changed * (2 * end - 1) for end in test.proportion_ci(CONFIDENCE))
+    return Difference(*means, se, df, sum(map(len, by_row)), seeds, p, interval, gained, lost)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One method over its learning rates; more is better on both axes. All curves share their rows and seeds."""
+    """One method in the order of its learning rates; more is better on both axes. Curves share their rows and seeds."""
 
     learned: np.ndarray  # of shape (rates, seeds, rows)
-    kept: np.ndarray  # of shape (rates, seeds, rows), the rows of another task
+    kept: np.ndarray  # of shape (rates, seeds, rows)
+    same_rows: bool = False  # both are of the same rows, and not of those of two tasks
 
     def points(self, seeds: np.ndarray, learned_rows: np.ndarray, kept_rows: np.ndarray) -> np.ndarray:
         """Learned and kept per rate, of shape (draws, rates, 2), with weights of shape (draws, seeds or rows)."""
@@ -101,18 +103,21 @@ class Estimate(NamedTuple):
 
 def frontier(points: np.ndarray) -> np.ndarray:
     """The points that no other one equals or beats on both axes, by what they learned."""
-    ordered = points[np.lexsort((points[:, 1], points[:, 0]))[::-1]]
-    best_so_far = np.maximum.accumulate(ordered[:, 1])
-    return ordered[np.concatenate([[True], ordered[1:, 1] > best_so_far[:-1]])][::-1]
+    ordered = points[np.lexsort((points[:, 1], points[:, 0]))]
+    best_after = np.maximum.accumulate(ordered[::-1, 1])[::-1]
+    return ordered[ordered[:, 1] > np.append(best_after[1:], -np.inf)]
 
 
 def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
     """The area that points dominate above a reference point (learned, kept)."""
-    above = points[(points > reference).all(1)]
-    if not len(above):
-        return 0.0
-    line = frontier(above) - reference
+    line = frontier(np.maximum(points - reference, 0))
     return float(np.diff(line[:, 0], prepend=0) @ line[:, 1])
+
+
+def shared_range(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
+    """The least and the most that both have learned, up to the rate at which each learns the most."""
+    learned = [points[: points[:, 0].argmax() + 1, 0] for points in (before, after)]
+    return max(its.min() for its in learned), min(its.max() for its in learned)
 
 
 def equal_learning(before: np.ndarray, after: np.ndarray, steps: int = 101) -> float:
@@ -120,27 +125,36 @@ def equal_learning(before: np.ndarray, after: np.ndarray, steps: int = 101) -> f
 
     Between the points of its frontier a method keeps what a straight line says, before the first one what that keeps.
     """
-    lines = [frontier(points).T for points in (before, after)]
-    low, high = max(before[:, 0].min(), after[:, 0].min()), min(learned[-1] for learned, _ in lines)
+    low, high = shared_range(before, after)
     if low > high:
         return float("nan")
-    kept = [np.interp(np.linspace(low, high, steps), *line) for line in lines]
+    kept = [np.interp(np.linspace(low, high, steps), *frontier(points).T) for points in (before, after)]
     return float((kept[1] - kept[0]).mean())
 
 
 def estimate(statistic: Callable[..., float], *curves: Curve, seed: int = 0) -> Estimate:
     """A statistic of the points of some curves, with its interval over seeds and rows, resampled alike for all curves.
 
-    Draws in which it is not defined, such as curves without a common amount learned, do not count; if they are more
-    than one in twenty, the interval is nan.
+    For few seeds a bootstrap's interval is too narrow: it is widened by the ratio of the quantiles of the t and the
+    normal distribution, with Satterthwaite's degrees of freedom for the variances that seeds and rows cause. Draws do
+    not count in which the statistic is not defined; from one in twenty on there is no interval.
     """
-    generator = np.random.default_rng(seed)
-    weights = [_weights(generator, size) for size in (*curves[0].learned.shape[1:], curves[0].kept.shape[2])]
-    drawn = zip(*(curve.points(*weights) for curve in curves), strict=True)
-    values = np.array([statistic(*points) for points in drawn])
-    few = np.isnan(values).mean() >= 1 - CONFIDENCE
-    low, high = np.nanquantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]) if not few else [np.nan] * 2
-    return Estimate(statistic(*(curve.mean_points for curve in curves)), float(low), float(high))
+    generator, (_, seeds, rows) = np.random.default_rng(seed), curves[0].learned.shape
+    drawn = [_weights(generator, size) for size in (seeds, rows, curves[0].kept.shape[2])]
+    drawn[2] = drawn[1] if curves[0].same_rows else drawn[2]
+    found, by_seed = (
+        np.array([statistic(*points) for points in zip(*(curve.points(*weights) for curve in curves), strict=True)])
+        for weights in (drawn, [drawn[0], *(np.full_like(its, 1 / its.shape[1]) for its in drawn[1:])])
+    )
+    value = statistic(*(curve.mean_points for curve in curves))
+    if np.isnan(found).mean() >= 1 - CONFIDENCE:
+        return Estimate(value, np.nan, np.nan)
+    of_seeds, total = np.nanvar(by_seed), np.nanvar(found)
+    of_rows = max(total - of_seeds, 0)
+    df = (of_seeds + of_rows) ** 2 / (of_seeds**2 / max(seeds - 1, 1) + of_rows**2 / (rows - 1)) if total else np.inf
+    wider = stats.t.ppf((1 + CONFIDENCE) / 2, df) / stats.norm.ppf((1 + CONFIDENCE) / 2)
+    ends = np.nanquantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(value, *(float(value + wider * (end - value)) for end in ends))
 
 
 def _weights(generator: np.random.Generator, size: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,9 @@ class HalfFineTuning(EngineQuirks, ManifestMixin):
         if save_only_trained and (selection.frozen_parameters or selection.frozen_masks):
             self.manifest.only_trained = True
             # transformers' own list; on a resume Trainer takes these, and only these, as rightly missing.
-            model._keys_to_ignore_on_save |= state_keys(model, selection.frozen_parameters)
+            frozen = {id(model.get_parameter(name)) for name in selection.frozen_parameters}  # tied: several keys each
+            parameters = model.named_parameters(remove_duplicate=False)
+            model._keys_to_ignore_on_save |= {key for key, parameter in parameters if id(parameter) in frozen}
 
         if schedule:  # now, since Trainer's constructor collects what a checkpoint keeps of callbacks
             kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self.schedule]
@@ -248,10 +249,3 @@ def cast(
             wanted = dtypes.get(name, tensor.dtype)
             made[name] = tensor if tensor.dtype == wanted else tensor.to(wanted).cpu()
     return {key: made[keys.get(key, key)] for key in state}
-
-
-def state_keys(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
-    """The keys of some parameters in a model's state dict, where tied ones have one each."""
-    parameters = dict(model.named_parameters())
-    meant = {id(parameters[name]) for name in names}
-    return {key for key, p in model.named_parameters(remove_duplicate=False) if id(p) in meant}

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from hft.reporting import statistics
-from hft.reporting.statistics import Curve, difference, equal_learning, estimate, hypervolume
+from hft.reporting.statistics import Curve, difference, equal_learning, estimate, hypervolume, shared_range
 
 
 def test_one_seed_is_the_paired_t_test():
@@ -25,6 +25,15 @@ def test_right_and_wrong_is_mcnemar_with_flips_both_ways():
     assert (found.gained, found.lost) == (12, 3)
     assert found.mean == pytest.approx(0.09)
     assert found.p == pytest.approx(stats.binomtest(12, 15).pvalue)
+    assert found.interval == pytest.approx([0.15 * (2 * end - 1) for end in stats.binomtest(12, 15).proportion_ci()])
+
+
+def test_an_interval_of_flips_excludes_0_where_mcnemar_is_significant():
+    for gained, significant in ((5, False), (6, True)):  # of 100 rows, none lost: p = 2 / 2**gained
+        after = np.array([[100.0] * gained + [0.0] * (100 - gained)])
+        found = difference([np.zeros((1, 100))], [after])
+        assert found.told_apart == significant == (found.interval[0] > 0)
+        assert found.interval[1] == pytest.approx(gained)  # as if every flip were a gain
 
 
 @pytest.mark.parametrize("value", [0, 1])
@@ -78,6 +87,36 @@ def test_area_and_equal_learning_by_hand():
     # One that keeps everything up to 0.4 keeps it below, too.
     flat = np.array([[0.2, 0.6], [0.4, 0.6], [0.6, 0.4]])
     assert equal_learning(np.array([[0.2, 0.5], [0.6, 0.4]]), flat) == pytest.approx(0.1, abs=2e-3)
+
+
+def test_a_rate_too_high_does_not_count_for_the_least_that_was_learned():
+    line = np.array([[0.5, 0.6], [0.9, 0.4]])
+    better = line + np.array([0.0, 0.1])
+    for learned in (0.0, 0.3):
+        assert equal_learning(np.array([*line, [learned, 0.0]]), better) == pytest.approx(0.1)
+    assert shared_range(np.array([*line, [0.1, 0]]), np.array([[0.2, 0.9], [0.7, 0.5]])) == (0.5, 0.7)
+
+
+def test_measures_of_the_same_rows_are_resampled_together():
+    learned = np.random.default_rng(5).normal([[[0.3]], [[0.7]]], 0.3, size=(2, 1, 50))
+    total = [Curve(learned, 1 - learned, same) for same in (True, False)]
+    same, other = (estimate(lambda points: points.sum(), curve) for curve in total)  # always 2 on the same rows
+    assert same == pytest.approx((2, 2, 2))
+    assert other.high - other.low > 0.1
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_few_seeds_widen_the_interval_until_it_covers(monkeypatch, seeds):
+    monkeypatch.setattr(statistics, "DRAWS", 200)
+    generator = np.random.default_rng(seeds)
+
+    def curve(row_sd):
+        noise = generator.normal(size=(1, seeds, 1)) + row_sd * generator.normal(size=(1, 1, 80))
+        return Curve(noise, noise)
+
+    for row_sd, most in ((0.1, 1), (20, 0.99)):  # noise of seeds alone, and of rows alone
+        found = [estimate(lambda points: points[0, 1], curve(row_sd)) for _ in range(250)]
+        assert 0.9 <= np.mean([one.low <= 0 <= one.high for one in found]) <= most
 
 
 def test_the_interval_at_equal_learning_covers_the_truth(monkeypatch):
