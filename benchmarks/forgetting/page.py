@@ -213,7 +213,7 @@ def rates_section(arms: dict[str, Rates], learned: str) -> list[str]:
         cells = [f"{rate:g}", amount(level, learned), shown(factor, 2, "") or outside, f"{kept:.1f}"]
         if n > its[1].mean_points[:, 0].argmax():
             cells[2] = "above hft's best rate"
-        cells += [f"{kept - more.value:.1f}", shown(more)] if np.isfinite(more.value) else ["", ""]
+        cells += [f"{kept - more.value:.1f}", bold(more)] if np.isfinite(more.value) else ["", ""]
         compared += [n] if np.isfinite(factor.low) else []
         lines.append(f"| {' | '.join(cells)} |")
     title = ["", "## Does hft act like fft at a lower rate?", ""]
