@@ -541,7 +541,12 @@ def write_page(out: Path, content: dict[str, Any], todo: list[Cell], path: Path,
             f"ranked by it. Kept at the most: the same at the highest step of {step} that both learn in 95% of the "
             f"draws. Hypervolume: the area that the arm's points dominate above {at}"
             f"{', divided by 100' if learned.endswith('right') else ''}. Difference of two seeds: the mean of its "
-            "absolute differences between two runs of the arm that differ in the seed.",
+            "absolute differences between two runs of the arm that differ in the seed."
+            + (
+                f" All arms but {' and '.join(finer)} are compared with fft without its finer rates."
+                if finer["fft"]
+                else ""
+            ),
             "",
             *arms_section(arms | ways, learned, reference, finer),
             "",
